@@ -1,0 +1,29 @@
+"""Exceptions: one class per kind of user mistake, each message naming the place and the way out."""
+
+
+class QCompileError(Exception):
+    """Base of every error that qcompile raises on purpose."""
+
+
+class ConfigError(QCompileError, ValueError):
+    """A configuration, scheme or option that cannot be understood or cannot apply."""
+
+
+class LayerError(QCompileError, ValueError):
+    """A layer that cannot be quantized as its rule asks."""
+
+
+class GradientError(QCompileError, RuntimeError):
+    """Autograd would need to differentiate through a quantized operation."""
+
+
+class DeviceError(QCompileError, RuntimeError):
+    """An operation has no kernel for the device that its tensors are on."""
+
+
+class WeightReleasedError(QCompileError, RuntimeError):
+    """The original of a quantized weight was read after its memory was freed on request."""
+
+
+class CheckpointError(QCompileError, ValueError):
+    """A model file that is missing, damaged or of an unknown kind."""

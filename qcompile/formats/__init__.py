@@ -1,0 +1,7 @@
+"""Number formats: how a stored code turns into a number. Each is described once, here."""
+
+from qcompile.formats.base import FORMATS, Format, get_format
+from qcompile.formats.floating import FloatFormat
+from qcompile.formats.integer import IntegerFormat
+
+__all__ = ["FORMATS", "FloatFormat", "Format", "IntegerFormat", "get_format"]

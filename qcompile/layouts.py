@@ -1,0 +1,263 @@
+"""How packed weights lie in memory for each kernel. Every layout is a bijection on codes, so nothing is kept twice.
+
+| layout     | for                                          | codes                                                    |
+| ---------- | -------------------------------------------- | -------------------------------------------------------- |
+| `logical`  | anything; portable, what checkpoints hold    | uint8 [N, ceil(K * bits / 8)], a bit stream a row        |
+| `rows8`    | 8-bit symmetric weights                      | int8 or float8 [N, K]                                    |
+| `fragment` | Triton GEMM whose weights go to registers    | int32 [N / 64, K / 64, 128 * bits], in MMA operand order |
+| `int4pack` | torch's int4 kernel for CPUs                 | uint8 [N, K / 2], an order that depends on the CPU       |
+
+N and K are padded to the tile where a layout has one. The first dimension of every tensor of `rows8` and `fragment`
+runs over output features, so that layers sharing an input are merged by concatenating there.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcompile.formats import IntegerFormat
+from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.scheme import WHOLE, Scheme
+
+TILE = 64
+"""Rows and columns of a `fragment` tile."""
+
+
+class Layout(ABC):
+    """A kernel's arrangement of a `PackedWeight`."""
+
+    name: str
+    mergeable: bool = False
+    """Whether weights are merged by concatenating every tensor along its first dimension (N a multiple of `tile`)."""
+    tile: int = 1
+
+    @abstractmethod
+    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why a weight of this scheme and shape (N, K) cannot take this layout; None if it can."""
+
+    @abstractmethod
+    def pack(self, weight: PackedWeight) -> PackedWeight:
+        """From the logical layout."""
+
+    @abstractmethod
+    def unpack(self, weight: PackedWeight) -> PackedWeight:
+        """Back to the logical layout, bit for bit."""
+
+
+class LogicalLayout(Layout):
+    """The portable layout; kernels that take it decode the whole weight first."""
+
+    name = LOGICAL
+
+    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        return None
+
+    def pack(self, weight: PackedWeight) -> PackedWeight:
+        return weight
+
+    def unpack(self, weight: PackedWeight) -> PackedWeight:
+        return weight
+
+
+class Rows8Layout(Layout):
+    """8-bit codes in torch's own dtype, [N, K]; scales stay logical."""
+
+    name = "rows8"
+    mergeable = True
+
+    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        if scheme.weight.format.native_dtype is None:
+            return f"{scheme.weight.format.name} is no 8-bit type of torch's"
+        return None
+
+    def pack(self, weight: PackedWeight) -> PackedWeight:
+        fmt = weight.scheme.format
+        assert fmt.native_dtype is not None
+        codes = weight.codes ^ 0x80 if isinstance(fmt, IntegerFormat) else weight.codes
+        return replace(weight, codes=codes.view(fmt.native_dtype), layout=self.name)
+
+    def unpack(self, weight: PackedWeight) -> PackedWeight:
+        codes = weight.codes.view(torch.uint8)
+        if isinstance(weight.scheme.format, IntegerFormat):
+            codes = codes ^ 0x80
+        return replace(weight, codes=codes, layout=LOGICAL)
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """A code's bits, lowest first, split into planes whose widths are powers of two: 3 is (2, 1), 7 is (4, 2, 1)."""
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+class FragmentLayout(Layout):
+    """64x64 tiles in the order in which a warp group's MMA takes its first operand from registers.
+
+    In a tile, thread t = 32 w + 4 h + l holds the 32 codes of n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b for
+    v < 4 and r, s, b < 2. A plane of width p takes p words a thread: with j = 4 v + 2 s + r, the code's field of that
+    plane is in word j // (16 / p) at bit 16 b + p (j % (16 / p)). So a pair b = 0, 1 sits in the halves of a word, and
+    one mask extracts both. The planes of a tile follow each other: 128 p words each.
+
+    Scales and zero points become [N / 64, groups, 64].
+    """
+
+    name = "fragment"
+    mergeable = True
+    tile = TILE
+
+    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        columns = scheme.weight.granularity.columns
+        if columns != WHOLE and columns % 16:
+            return f"blocks of {columns} columns; the kernel takes multiples of 16"
+        return None
+
+    def _per_row(self, values: Tensor, weight: PackedWeight, fill: float) -> Tensor:
+        """[row blocks, groups] to [N / 64, groups, 64]."""
+        n, k = weight.shape
+        rows = weight.scheme.granularity.block_of((n, k))[0]
+        per_row = values.repeat_interleave(rows, 0)[:n]
+        padded = F.pad(per_row, (0, 0, 0, -n % TILE), value=fill)
+        return padded.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+
+    def _per_block(self, values: Tensor, weight: PackedWeight) -> Tensor:
+        n, k = weight.shape
+        rows = weight.scheme.granularity.block_of((n, k))[0]
+        return values.transpose(1, 2).flatten(0, 1)[:n:rows].contiguous()
+
+    def pack(self, weight: PackedWeight) -> PackedWeight:
+        n, k = weight.shape
+        bits = weight.scheme.format.bits
+        codes = F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE))
+        tiles_n, tiles_k = codes.shape[0] // TILE, codes.shape[1] // TILE
+        fields = codes.view(tiles_n, 4, 2, 8, tiles_k, 4, 2, 4, 2)  # n: w r h, k: v s l b
+        fields = fields.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(tiles_n, tiles_k, 128, 16, 2)  # w h l | v s r | b
+        planes = []
+        low = 0
+        for width in plane_widths(bits):
+            plane = ((fields >> low) & ((1 << width) - 1)).unflatten(3, (width, 16 // width))
+            words = torch.zeros(*plane.shape[:4], dtype=torch.int32, device=codes.device)
+            for slot in range(16 // width):
+                words |= plane[..., slot, 0].int() << (width * slot) | plane[..., slot, 1].int() << (16 + width * slot)
+            planes.append(words.flatten(2))
+            low += width
+        zero = None if weight.zero_point is None else self._per_row(weight.zero_point, weight, 0)
+        return replace(
+            weight,
+            codes=torch.cat(planes, -1),
+            scale=self._per_row(weight.scale, weight, 0),
+            zero_point=zero,
+            layout=self.name,
+        )
+
+    def unpack(self, weight: PackedWeight) -> PackedWeight:
+        n, k = weight.shape
+        bits = weight.scheme.format.bits
+        tiles_n, tiles_k = weight.codes.shape[:2]
+        codes = torch.zeros(tiles_n, tiles_k, 128, 16, 2, dtype=torch.uint8, device=weight.device)
+        low = 0
+        for width in plane_widths(bits):
+            words = weight.codes[..., 128 * low : 128 * (low + width)].unflatten(-1, (128, width))
+            shifts = width * torch.arange(16 // width, dtype=torch.int32, device=words.device)
+            both = words[..., None, None] >> (shifts[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=words.device))
+            codes |= (both & ((1 << width) - 1)).to(torch.uint8).flatten(3, 4) << low
+            low += width
+        fields = codes.view(tiles_n, tiles_k, 4, 8, 4, 4, 2, 2, 2)  # w h l | v s r | b
+        matrix = fields.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(tiles_n * TILE, tiles_k * TILE)[:n, :k]
+        scale = self._per_block(weight.scale, weight)
+        zero = None if weight.zero_point is None else self._per_block(weight.zero_point, weight)
+        return PackedWeight.from_codes(matrix.contiguous(), scale, zero, weight.scheme)
+
+
+@functools.cache
+def _int4pack_rows() -> Tensor:
+    """Which row of a block of 64 each nibble of a packed column holds: torch's order depends on the CPU, so ask it."""
+    index = torch.arange(64, dtype=torch.int32)
+    rows = torch.zeros(64, dtype=torch.int64)
+    for bit in range(6):
+        probe = ((index >> bit) & 1)[:, None].expand(64, 32).contiguous()
+        column = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1).flatten()[:32]
+        rows |= torch.stack([column & 15, column >> 4], -1).flatten().to(torch.int64) << bit
+    assert torch.equal(rows.sort().values, torch.arange(64)), "torch's int4 packing changed"
+    return rows
+
+
+class Int4PackLayout(Layout):
+    """What `torch.ops.aten._weight_int4pack_mm_for_cpu` takes: blocks of 64 rows, column after column.
+
+    Scales become bfloat16 [K / group, N, 2]: the scale, and what is added so that code 8 stands for it.
+    """
+
+    name = "int4pack"
+    tile = TILE
+    groups = (32, 64, 128, 256)
+
+    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        weight = scheme.weight
+        if not isinstance(weight.format, IntegerFormat) or weight.format.bits != 4:
+            return f"{weight.format.name} is no 4-bit integer"
+        if not weight.granularity.is_group or weight.granularity.columns not in self.groups:
+            return f"{weight.granularity}; torch's kernel takes groups of {', '.join(map(str, self.groups))}"
+        if weight.scale_dtype != "bfloat16":
+            return f"{weight.scale_dtype} scales; torch's kernel takes bfloat16"
+        if shape[1] % weight.granularity.columns:
+            return "a last group that is shorter"
+        if scheme.activation is not None:
+            return "quantized activations; torch's kernel takes bfloat16"
+        return None
+
+    def pack(self, weight: PackedWeight) -> PackedWeight:
+        n = weight.shape[0]
+        codes = F.pad(weight.unpack_codes(), (0, 0, 0, -n % TILE))
+        scale = F.pad(weight.scale, (0, 0, 0, -n % TILE)).t()
+        zero = torch.zeros_like(scale)
+        if weight.zero_point is not None:
+            zero = (8 - F.pad(weight.zero_point, (0, 0, 0, -n % TILE)).t().float()) * scale.float()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        pairs = torch.stack([scale, zero.to(scale.dtype)], -1).contiguous()
+        return replace(weight, codes=packed, scale=pairs, layout=self.name)
+
+    def codes(self, weight: PackedWeight) -> Tensor:
+        """uint8 [N, K]."""
+        n, k = weight.shape
+        columns = weight.codes.view(-1, k, 32)
+        nibbles = torch.stack([columns & 15, columns >> 4], -1).flatten(-2)
+        inverse = _int4pack_rows().argsort()
+        return nibbles[..., inverse].transpose(1, 2).reshape(-1, k)[:n]
+
+    def unpack(self, weight: PackedWeight) -> PackedWeight:
+        scale = weight.scale[..., 0].t()[: weight.shape[0]].contiguous()
+        return PackedWeight.from_codes(self.codes(weight).contiguous(), scale, weight.zero_point, weight.scheme)
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (LogicalLayout(), Rows8Layout(), FragmentLayout(), Int4PackLayout())
+}
+
+
+def choose_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
+    """The layout whose kernel serves a layer best on a kind of device.
+
+    On GPUs 8-bit weights with 8-bit activations are `rows8` and all others `fragment`; on CPUs `int4pack` where torch's
+    kernel takes the scheme, then `rows8`, then `logical`.
+    """
+    if device_type == "cuda":
+        order = ["rows8", "fragment"] if scheme.activation is not None else ["fragment"]
+    else:
+        order = ["int4pack", "rows8"]
+    for name in order:
+        if LAYOUTS[name].objection(scheme, shape) is None:
+            return LAYOUTS[name]
+    return LAYOUTS[LOGICAL]
+
+
+def to_layout(weight: PackedWeight, layout: Layout) -> PackedWeight:
+    """The same weight in another layout."""
+    if weight.layout == layout.name:
+        return weight
+    logical = LAYOUTS[weight.layout].unpack(weight)
+    return layout.pack(logical)
+

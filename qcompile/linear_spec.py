@@ -1,0 +1,92 @@
+"""Everything about a quantized linear that is known when the graph is built, as one hashable value and one string."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qcompile import expr
+from qcompile.errors import ConfigError
+from qcompile.scheme import Scheme, check_keys, parse_scheme, scheme_to_dict
+
+ACTIVATIONS: dict[str, Any] = {
+    "relu": lambda x: expr.maximum(x, 0.0),
+    "gelu": lambda x: x * 0.5 * (expr.erf(x * 0.7071067811865476) + 1.0),
+    "gelu_tanh": lambda x: x * 0.5 * (expr.tanh((x + x * x * x * 0.044715) * 0.7978845608028654) + 1.0),
+    "silu": lambda x: x * expr.sigmoid(x),
+    "tanh": expr.tanh,
+    "sigmoid": expr.sigmoid,
+}
+"""Activation functions of an epilogue, as formulas of `qcompile.expr`."""
+
+OPERAND_STEPS = ("mul", "add")
+"""Epilogue steps that take a tensor of the output's shape: a gating multiply, a residual."""
+
+EPILOGUE_STEPS = ("bias", *ACTIVATIONS, *OPERAND_STEPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """A quantized linear without its tensors.
+
+    Attributes:
+        in_features, out_features: K and N.
+        scheme: weight and activation formats; its group fits K.
+        layout: name of the packed weight's layout.
+        epilogue: steps of `EPILOGUE_STEPS` applied to the product in this order, in float32. "bias" adds the bias;
+            "mul" and "add" each consume the next operand.
+    """
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    layout: str
+    epilogue: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight."""
+        return self.out_features, self.in_features
+
+    @property
+    def operand_count(self) -> int:
+        """How many tensors the epilogue's "mul" and "add" steps consume."""
+        return sum(step in OPERAND_STEPS for step in self.epilogue)
+
+    def with_epilogue(self, *steps: str) -> LinearSpec:
+        """The same linear with more steps at the end."""
+        return replace(self, epilogue=(*self.epilogue, *steps))
+
+    def encode(self) -> str:
+        """The string that stands for this spec in a graph; `decode_spec` is its inverse."""
+        scheme = scheme_to_dict(self.scheme)
+        given = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
+        if self.epilogue:
+            given["epilogue"] = list(self.epilogue)
+        return json.dumps(given, separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_spec(text: str) -> LinearSpec:
+    """The spec that `LinearSpec.encode` wrote.
+
+    Raises:
+        ConfigError: a string that is none.
+    """
+    try:
+        given = json.loads(text)
+    except ValueError:
+        raise ConfigError(f"not a linear spec: {text!r}") from None
+    check_keys("linear spec", given, ("k", "n", "scheme", "layout", "epilogue"))
+    epilogue = tuple(given.get("epilogue", ()))
+    if unknown := set(epilogue) - set(EPILOGUE_STEPS):
+        raise ConfigError(f"unknown epilogue steps {sorted(unknown)}; there are {', '.join(EPILOGUE_STEPS)}")
+    return LinearSpec(
+        in_features=given["k"],
+        out_features=given["n"],
+        scheme=parse_scheme(given["scheme"]).fit("linear spec", (given["n"], given["k"])),
+        layout=given["layout"],
+        epilogue=epilogue,
+    )

@@ -1,0 +1,403 @@
+"""What quantizing a layer means: formats, the blocks that share a scale, and the presets by their field names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qcompile.errors import ConfigError, LayerError
+from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
+
+SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WHOLE = -1
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """The block of a matrix that shares one scale, as (rows, columns); -1 is the whole extent.
+
+    Rows are output features of a weight [N, K], or tokens of an activation [M, K].
+    """
+
+    rows: int
+    columns: int
+
+    @classmethod
+    def tensor(cls) -> Granularity:
+        """One scale for all."""
+        return cls(WHOLE, WHOLE)
+
+    @classmethod
+    def channel(cls) -> Granularity:
+        """A scale a row: per output channel of a weight, per token of an activation."""
+        return cls(1, WHOLE)
+
+    @classmethod
+    def group(cls, size: int) -> Granularity:
+        """A scale for each run of `size` columns of a row."""
+        return cls(1, size)
+
+    @classmethod
+    def block(cls, rows: int, columns: int) -> Granularity:
+        """A scale a tile, as in FP8 checkpoints with 128x128 blocks; edge tiles may be smaller."""
+        return cls(rows, columns)
+
+    @property
+    def is_group(self) -> bool:
+        return self.rows == 1 and self.columns != WHOLE
+
+    def block_of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The block's extent in a matrix of this shape."""
+        rows, columns = shape
+        return (rows if self.rows == WHOLE else self.rows, columns if self.columns == WHOLE else self.columns)
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """How many blocks a matrix of this shape has, in rows and in columns."""
+        block = self.block_of(shape)
+        return tuple(-(-extent // max(size, 1)) for extent, size in zip(shape, block, strict=True))  # type: ignore[return-value]
+
+    def __str__(self) -> str:
+        if self == Granularity.tensor():
+            return "tensor"
+        if self == Granularity.channel():
+            return "channel"
+        return f"group {self.columns}" if self.is_group else f"block {self.rows}x{self.columns}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightScheme:
+    """How a weight [N, K] is stored.
+
+    `weight = (decode(code) - zero_point) * scale`; a symmetric scheme has no zero point.
+
+    Attributes:
+        format: number format of the codes; an asymmetric scheme takes an unsigned one.
+        granularity: which weights share a scale (and a zero point).
+        symmetric: whether there is no zero point.
+        scale_dtype: of the stored scales: "float32", "bfloat16" or "float16".
+        flexible_group: the group comes from a preset, so it may shrink to fit K.
+    """
+
+    format: Format
+    granularity: Granularity
+    symmetric: bool = True
+    scale_dtype: str = "float32"
+    flexible_group: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ConfigError(f"scale_dtype {self.scale_dtype!r} is none of {', '.join(SCALE_DTYPES)}")
+        if not self.symmetric and not (isinstance(self.format, IntegerFormat) and not self.format.signed):
+            raise ConfigError(f"an asymmetric weight takes an unsigned integer format, not {self.format.name}")
+        if self.symmetric and isinstance(self.format, IntegerFormat) and not self.format.signed:
+            raise ConfigError(f"a symmetric weight takes a signed format, not {self.format.name}")
+
+    def fit(self, layer: str, shape: tuple[int, int]) -> WeightScheme:
+        """This scheme with a group that divides the K of a layer of shape (N, K).
+
+        A preset's group becomes the largest power of two that divides K, a scale per channel where that is below 16.
+
+        Raises:
+            LayerError: an explicit group that does not divide K; names the layer and the groups that do.
+        """
+        size = self.granularity.columns
+        inner = shape[1]
+        if not self.granularity.is_group or inner % size == 0:
+            return self
+        divisors = [g for g in (16, 32, 64, 128, 256, 512) if inner % g == 0]
+        if not self.flexible_group:
+            fitting = f"groups that do: {', '.join(map(str, divisors))}" if divisors else 'use "granularity": "channel"'
+            raise LayerError(f"{layer}: group_size {size} does not divide its {inner} input features; {fitting}")
+        fitting_sizes = [g for g in divisors if g <= size]
+        return replace(
+            self, granularity=Granularity.group(fitting_sizes[-1]) if fitting_sizes else Granularity.channel()
+        )
+
+    def __str__(self) -> str:
+        return f"{self.format.name} {self.granularity}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationScheme:
+    """How a layer's input [M, K] is quantized before the product.
+
+    Attributes:
+        format: int8, fp8_e4m3 or fp8_e5m2.
+        granularity: per token (`channel`), per tensor, or per group of columns of a token.
+        dynamic: scales are computed from each input; else one scale per tensor is fixed beforehand.
+        scale: the fixed scale where the configuration states it; otherwise calibration finds it.
+    """
+
+    format: Format
+    granularity: Granularity
+    dynamic: bool = True
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.format.native_dtype is None:
+            names = ", ".join(f.name for f in FORMATS.values() if f.native_dtype is not None)
+            raise ConfigError(f"activations cannot be {self.format.name}; they can be {names}")
+        if not self.dynamic and self.granularity != Granularity.tensor():
+            raise ConfigError("a static activation scale is per tensor")
+        if self.granularity.rows not in (1, WHOLE) or (self.granularity.rows == WHOLE) != (
+            self.granularity == Granularity.tensor()
+        ):
+            raise ConfigError("activations are quantized per tensor, per token, or per group of a token")
+        if self.scale is not None and (self.dynamic or not 0 < self.scale < float("inf")):
+            raise ConfigError("activation scale: a positive number, and only with dynamic: false")
+
+    def __str__(self) -> str:
+        per = {"channel": "token"}.get(str(self.granularity), str(self.granularity))
+        return f"{self.format.name} {'dynamic' if self.dynamic else 'static'} per {per}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A layer's quantization: its weight, its input (None: left as it is), and how the codes are chosen.
+
+    `method` is "rtn", round to nearest.
+    """
+
+    weight: WeightScheme
+    activation: ActivationScheme | None = None
+    method: str = "rtn"
+
+    def __post_init__(self) -> None:
+        if self.method != "rtn":
+            raise ConfigError(f"unknown method {self.method!r}; there is: rtn")
+        if self.activation is not None and self.activation.granularity.is_group:
+            block = self.weight.granularity
+            if block.columns != self.activation.granularity.columns:
+                raise ConfigError(
+                    f"activations per group of {self.activation.granularity.columns} need weights with blocks of as many "
+                    f"columns, not {block}"
+                )
+
+    def fit(self, layer: str, shape: tuple[int, int]) -> Scheme:
+        """See `WeightScheme.fit`."""
+        return replace(self, weight=self.weight.fit(layer, shape))
+
+    def __str__(self) -> str:
+        return f"{self.weight}" + (f", activations {self.activation}" if self.activation else "")
+
+
+def _integer(bits: int, group: int | None, *, symmetric: bool = True) -> WeightScheme:
+    return WeightScheme(
+        format=get_format(f"{'int' if symmetric else 'uint'}{bits}"),
+        granularity=Granularity.channel() if group is None else Granularity.group(group),
+        symmetric=symmetric,
+        scale_dtype="float32" if group is None else "bfloat16",
+        flexible_group=group is not None,
+    )
+
+
+def _fp8(granularity: Granularity) -> WeightScheme:
+    return WeightScheme(format=get_format("fp8_e4m3"), granularity=granularity)
+
+
+def _activation(name: str, granularity: Granularity, *, dynamic: bool = True) -> ActivationScheme:
+    return ActivationScheme(format=get_format(name), granularity=granularity, dynamic=dynamic)
+
+
+_CHANNEL, _TENSOR = Granularity.channel(), Granularity.tensor()
+
+PRESETS: dict[str, Scheme] = {
+    "int2": Scheme(weight=_integer(2, 64)),
+    "int3": Scheme(weight=_integer(3, 128)),
+    "int4": Scheme(weight=_integer(4, 128)),
+    "int4_asym": Scheme(weight=_integer(4, 128, symmetric=False)),
+    "int5": Scheme(weight=_integer(5, 128)),
+    "int6": Scheme(weight=_integer(6, 128)),
+    "int7": Scheme(weight=_integer(7, 128)),
+    "int8": Scheme(weight=_integer(8, None), activation=_activation("int8", _CHANNEL)),
+    "int8_weight_only": Scheme(weight=_integer(8, None)),
+    "fp8": Scheme(weight=_fp8(_CHANNEL), activation=_activation("fp8_e4m3", _CHANNEL)),
+    "fp8_static": Scheme(weight=_fp8(_TENSOR), activation=_activation("fp8_e4m3", _TENSOR, dynamic=False)),
+    "fp8_block": Scheme(
+        weight=_fp8(Granularity.block(128, 128)), activation=_activation("fp8_e4m3", Granularity.group(128))
+    ),
+    "fp8_weight_only": Scheme(weight=_fp8(_CHANNEL)),
+    "int4_fp8": Scheme(weight=_integer(4, 128), activation=_activation("fp8_e4m3", _CHANNEL)),
+    "int4_int8": Scheme(weight=_integer(4, 128), activation=_activation("int8", _CHANNEL)),
+}
+
+ALIASES: dict[str, str] = {
+    "W4A16": "int4",
+    "W4A16_ASYM": "int4_asym",
+    "W8A16": "int8_weight_only",
+    "W8A8": "int8",
+    "INT8": "int8",
+    "FP8": "fp8_static",
+    "FP8_DYNAMIC": "fp8",
+    "FP8_BLOCK": "fp8_block",
+    "W4A8": "int4_int8",
+    "W4AFP8": "int4_fp8",
+}
+
+_WEIGHT_KEYS = ("format", "granularity", "group_size", "block_size", "symmetric", "scale_dtype")
+_ACTIVATION_KEYS = ("format", "granularity", "group_size", "dynamic", "scale")
+_SCHEME_KEYS = ("weight", "activation", "method")
+
+
+def preset(name: str) -> Scheme:
+    """The scheme of a preset's name or alias.
+
+    Raises:
+        ConfigError: unknown; the message lists the nearest names.
+    """
+    found = PRESETS.get(ALIASES.get(name, name))
+    if found is None:
+        names = [*PRESETS, *ALIASES]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(PRESETS)
+        raise ConfigError(f"unknown scheme {name!r}; did you mean {', '.join(near)}?")
+    return found
+
+
+def check_keys(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Refuse keys that are not among `known`, naming the nearest.
+
+    Raises:
+        ConfigError: an unknown key, or something that is no mapping.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{what} must be a mapping, not {type(given).__name__} {given!r}")
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown key {key!r} in {what}; {hint}")
+
+
+def _integer_value(what: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what} must be an integer of at least {least}, not {value!r}")
+    return value
+
+
+def _boolean(what: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{what} must be true or false, not {value!r}")
+    return value
+
+
+def _granularity(what: str, given: Mapping[str, Any], default: Granularity, names: dict[str, Granularity]) -> Granularity:
+    sized = [key for key in ("granularity", "group_size", "block_size") if given.get(key) is not None]
+    if len(sized) > 1:
+        raise ConfigError(f"{what}: give one of {' and '.join(sized)}, not both")
+    if not sized:
+        return default
+    value = given[sized[0]]
+    if sized[0] == "group_size":
+        if value == WHOLE:
+            return Granularity.channel()
+        size = _integer_value(f"{what}: group_size", value, 1)
+        if size < 16 or size & (size - 1):
+            raise ConfigError(f"{what}: group_size must be -1 (per channel) or a power of two from 16 up, not {size}")
+        return Granularity.group(size)
+    if sized[0] == "block_size":
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise ConfigError(f"{what}: block_size must be [rows, columns], not {value!r}")
+        rows, columns = (_integer_value(f"{what}: block_size", v, 1) for v in value)
+        return Granularity.block(rows, columns)
+    if value not in names:
+        raise ConfigError(f"{what}: granularity {value!r} is none of {', '.join(names)}")
+    return names[value]
+
+
+def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
+    check_keys("weight", given, _WEIGHT_KEYS)
+    if "format" not in given:
+        raise ConfigError(f"weight needs a format: one of {', '.join(FORMATS)}")
+    fmt = get_format(given["format"])
+    symmetric = _boolean("weight: symmetric", given.get("symmetric", not fmt.name.startswith("uint")))
+    if isinstance(fmt, IntegerFormat):  # "int4" with symmetric: false is what people write
+        fmt = get_format(f"{'int' if symmetric else 'uint'}{fmt.bits}")
+    granularity = _granularity(
+        "weight",
+        given,
+        Granularity.group(128) if fmt.bits < 8 else Granularity.channel(),
+        {"tensor": Granularity.tensor(), "channel": Granularity.channel()},
+    )
+    flexible = granularity.is_group and not any(k in given for k in ("group_size", "granularity", "block_size"))
+    default_dtype = "bfloat16" if granularity.is_group else "float32"
+    return WeightScheme(
+        format=fmt,
+        granularity=granularity,
+        symmetric=symmetric,
+        scale_dtype=given.get("scale_dtype", default_dtype),
+        flexible_group=flexible,
+    )
+
+
+def _parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
+    check_keys("activation", given, _ACTIVATION_KEYS)
+    if "format" not in given:
+        raise ConfigError("activation needs a format: int8, fp8_e4m3 or fp8_e5m2")
+    dynamic = _boolean("activation: dynamic", given.get("dynamic", True))
+    names = {"tensor": Granularity.tensor(), "token": Granularity.channel()}
+    default = Granularity.channel() if dynamic else Granularity.tensor()
+    scale = given.get("scale")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise ConfigError(f"activation: scale must be a number, not {scale!r}")
+    return ActivationScheme(
+        format=get_format(given["format"]),
+        granularity=_granularity("activation", given, default, names),
+        dynamic=dynamic,
+        scale=None if scale is None else float(scale),
+    )
+
+
+def parse_scheme(given: str | Mapping[str, Any] | Scheme) -> Scheme:
+    """A scheme from a preset's name, or from a dict with `weight`, `activation` and `method`.
+
+    Raises:
+        ConfigError: an unknown name or key, or values that do not go together.
+    """
+    if isinstance(given, Scheme):
+        return given
+    if isinstance(given, str):
+        return preset(given)
+    check_keys("scheme", given, _SCHEME_KEYS)
+    if "weight" not in given:
+        raise ConfigError("scheme needs a weight")
+    activation = given.get("activation")
+    return Scheme(
+        weight=_parse_weight(given["weight"]),
+        activation=None if activation is None else _parse_activation(activation),
+        method=given.get("method", "rtn"),
+    )
+
+
+def _granularity_dict(granularity: Granularity, row_name: str) -> dict[str, Any]:
+    if granularity == Granularity.tensor():
+        return {"granularity": "tensor"}
+    if granularity == Granularity.channel():
+        return {"granularity": row_name}
+    if granularity.is_group:
+        return {"group_size": granularity.columns}
+    return {"block_size": [granularity.rows, granularity.columns]}
+
+
+def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
+    """The inverse of `parse_scheme`: a preset's name where it is one, else a dict of plain values."""
+    for name, known in PRESETS.items():
+        if known == scheme:
+            return name
+    weight = scheme.weight
+    given: dict[str, Any] = {"weight": {"format": weight.format.name, "symmetric": weight.symmetric}}
+    if not weight.flexible_group:
+        given["weight"] |= _granularity_dict(weight.granularity, "channel")
+    given["weight"]["scale_dtype"] = weight.scale_dtype
+    if scheme.activation is not None:
+        activation = scheme.activation
+        given["activation"] = {"format": activation.format.name, "dynamic": activation.dynamic}
+        given["activation"] |= _granularity_dict(activation.granularity, "token")
+        if activation.scale is not None:
+            given["activation"]["scale"] = activation.scale
+    if scheme.method != "rtn":
+        given["method"] = scheme.method
+    return given
