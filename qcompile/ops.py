@@ -2,8 +2,8 @@
 
 `qcompile::linear` is composite: compilers see through it to what differs between devices. Quantizing the activations
 (and on CPUs the epilogue) is plain torch there, so Inductor fuses it with its neighbours; the product itself is one
-operator, `gemm` on GPUs or `gemm_cpu` on CPUs. Kernels are imported at the first call, so importing this module imports
-no Triton.
+operator, `gemm` on GPUs or `gemm_cpu` on CPUs. Kernels, and the operator that wraps Triton's, are imported at the first
+call on a GPU, so importing this module imports no Triton.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ def _linear(
         y = _cpu(rows, x_scale, codes, scale, zero_point, parsed, spec)
         y = apply_epilogue(y, bias, flat, parsed).to(x.dtype)
     elif x.device.type == "cuda":
+        from qcompile.runtime import gpu
+
         # A graph for one M takes the kernel for that M into Inductor's wrapper; one for every M chooses at run time.
-        operator = gemm if isinstance(rows.shape[0], int) else torch.ops.qcompile.gemm_dynamic
+        operator = gpu.gemm_operator() if isinstance(rows.shape[0], int) else torch.ops.qcompile.gemm_dynamic
         y = operator(rows, x_scale, codes, scale, zero_point, bias, flat, spec, x.dtype)
     else:
         raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {x.device.type}")
@@ -90,24 +92,6 @@ def _gemm_cpu(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None
     from qcompile.runtime import cpu
 
     return cpu.gemm(x, codes, scale, zero_point, decode_spec(spec))
-
-
-@torch.library.triton_op("qcompile::gemm", mutates_args={})
-def gemm(
-    x: Tensor,
-    x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    operands: list[Tensor],
-    spec: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x [M, K] times a packed weight, with the epilogue of `spec`, on a GPU: [M, N] in `out_dtype`."""
-    from qcompile.runtime import gpu
-
-    return gpu.gemm(x, x_scale, codes, scale, zero_point, bias, operands, decode_spec(spec), out_dtype)
 
 
 def _gemm_dynamic(
@@ -139,6 +123,3 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: 
 @torch.library.register_fake("qcompile::gemm_dynamic", lib=_library)
 def _(x: Tensor, x_scale, codes, scale, zero_point, bias, operands, spec: str, out_dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=out_dtype)
-
-
-__all__ = ["apply_epilogue", "gemm"]

@@ -1,0 +1,1 @@
+"""Quantized products on GPUs, from generated Triton kernels."""
