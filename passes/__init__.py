@@ -1,0 +1,22 @@
+"""Graph rewrites, in the order in which they run. One literal list; each pass is one file."""
+
+assert __name__ == "qcompile.passes", "import this package as qcompile.passes"
+
+from qcompile.passes.annotate import annotate
+from qcompile.passes.context import Decline, GraphContext, Pass, Rewrite
+from qcompile.passes.fuse_epilogue import fuse_epilogue
+from qcompile.passes.merge_projections import merge_projections
+from qcompile.passes.normalize import normalize
+from qcompile.passes.quantize_linear import quantize_linear
+from qcompile.passes.verify import verify
+
+PASSES: tuple[Pass, ...] = (
+    normalize,
+    annotate,
+    merge_projections,
+    quantize_linear,
+    fuse_epilogue,
+    verify,
+)
+
+__all__ = ["PASSES", "Decline", "GraphContext", "Pass", "Rewrite"]

@@ -1,0 +1,60 @@
+"""linear(x, W, b) -> its layer's name and the scheme that the configuration gives it.
+
+A layer's name is its module's qualified name, relative to what is compiled; a linear that no linear module makes is
+named by its parameter (`proj.weight` is `proj`). Linears whose weight is computed in the graph are declined.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qcompile import compat
+from qcompile.modules import QuantizedLinear
+from qcompile.passes.context import GraphContext, Layer, example
+from qcompile.passes.weights import resolve_weight
+
+_RULE = "annotate"
+
+
+def is_linear_module(kind: type) -> bool:
+    """Whether a module's class is a linear: `nn.Linear`, transformers' `Conv1D`, and what derives from them."""
+    return issubclass(kind, (nn.Linear, QuantizedLinear)) or any(c.__name__ == "Conv1D" for c in kind.__mro__)
+
+
+def _layer_name(node: fx.Node, weight: fx.Node | None) -> str:
+    module = compat.module_of(node)
+    if module is not None and (weight is None or is_linear_module(module[1])):
+        return module[0] or node.name
+    source = compat.source_name(weight) if weight is not None else None
+    return compat.qualified_name(source).removesuffix(".weight") if source else node.name
+
+
+def annotate(context: GraphContext) -> None:
+    """See the module.
+
+    Raises:
+        ConfigError: a rule that decides no layer.
+        LayerError: a group size that does not divide a layer's input features.
+    """
+    if context.config is None:
+        return
+    for node in context.graph.find_nodes(op="call_function", target=F.linear):
+        weight = resolve_weight(context, node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
+        name = _layer_name(node, weight.parts[0] if weight else None)
+        context.names.append(name)
+        scheme = context.config.scheme_for(name)
+        if scheme is None:
+            context.left[name] = "no rule gives it a scheme"
+        elif weight is None:
+            context.left[name] = "its weight is computed in the graph, or is no parameter"
+            context.declined(_RULE, name, context.left[name])
+        else:
+            out_features, in_features = (int(extent) for extent in example(node.args[1]).shape)
+            fitted = scheme.fit(name, (out_features, in_features))
+            note = "" if fitted == scheme else f"{scheme.weight.granularity} does not divide {in_features}"
+            context.layers[node] = Layer(name, fitted, weight, note=note)
+    root = compat.root_module(context.placeholders())
+    modules = [] if root is None else [n for n, m in root.named_modules() if n and is_linear_module(type(m))]
+    if context.names or modules:
+        context.config.check_used([*context.names, *modules])

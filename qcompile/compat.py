@@ -1,0 +1,149 @@
+"""The only place for symbols of torch that are not public. Each says what it relies on; seen in torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_MODULE_STEP = re.compile(r"\._modules\['([^']*)'\]|\._(?:parameters|buffers)\['([^']*)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
+_ROOT = re.compile(r"^([LG])\['([^']+)'\]")
+
+
+def inductor_options() -> list[str]:
+    """Names that Inductor takes in `options`."""
+    import torch._inductor
+
+    return list(torch._inductor.list_options())
+
+
+def inductor_mode(mode: str) -> dict[str, Any]:
+    """The Inductor options that a `mode` of `torch.compile` stands for.
+
+    Raises:
+        ValueError: an unknown mode; the message lists those there are.
+    """
+    import torch._inductor
+
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"unknown mode {mode!r}; there are {', '.join(modes)}")
+    return dict(modes[mode])
+
+
+def compile_with_inductor(
+    graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Hand a graph in Dynamo's form to Inductor."""
+    import torch._inductor
+
+    return torch._inductor.compile(graph, list(inputs), options=options)  # type: ignore[return-value]
+
+
+def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes may be changed: Dynamo goes on reading its own graph after the backend returns.
+
+    Keeps what Inductor and AOTAutograd read beside the graph: the sources of placeholders and of attributes.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(graph_module.graph, copies)
+    graph.output(output)
+    for original, copy in copies.items():
+        if original.op == "placeholder" and hasattr(original, "_dynamo_source"):
+            copy._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    new = fx.GraphModule(graph_module, graph)
+    new.meta = dict(graph_module.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
+        if hasattr(graph_module, name):
+            setattr(new, name, getattr(graph_module, name))
+    return new
+
+
+def add_input(graph: fx.Graph, name: str, tensor: Tensor, after: fx.Node | None) -> fx.Node:
+    """A new placeholder for a tensor whose address stays, as a parameter's does, after all others.
+
+    Args:
+        after: the last placeholder there is; None where there is none.
+    """
+    from torch._guards import TracingContext
+
+    context = TracingContext.get()
+    assert context.fake_mode is not None
+    if after is not None:
+        with graph.inserting_after(after):
+            node = graph.placeholder(name)
+    else:
+        with graph.inserting_before(next(iter(graph.nodes))):
+            node = graph.placeholder(name)
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta["example_value"] = context.fake_mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def fake_mode() -> Any:
+    """The FakeTensorMode of the trace that is going on."""
+    from torch._guards import TracingContext
+
+    return TracingContext.get().fake_mode
+
+
+def source_name(node: fx.Node) -> str | None:
+    """Where Dynamo found a placeholder's value, e.g. `L['self']._modules['up']._parameters['weight']`."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return name() if callable(name) else name  # type: ignore[no-any-return]
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether a placeholder is a parameter or buffer of a module."""
+    name = source_name(node)
+    return name is not None and ("._parameters[" in name or "._buffers[" in name)
+
+
+def qualified_name(source: str) -> str:
+    """A source without its root, in dots: `layers.0.up.weight`."""
+    rest = _ROOT.sub("", source)
+    steps = [next(part for part in match if part is not None and part != "") for match in _MODULE_STEP.findall(rest)]
+    return ".".join(step for step in steps if step not in ("_orig_mod",))
+
+
+def module_of(node: fx.Node) -> tuple[str, type] | None:
+    """Qualified name (relative to the compiled root) and class of the innermost module that a node comes from."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, kind = list(stack.values())[-1]
+    # Sources spell indices of containers as `layers.0` or `layers[0]`, and the root as L['self'].
+    name = _ROOT.sub("", path).lstrip(".").replace("[", ".").replace("]", "").replace("'", "")
+    name = ".".join(part for part in name.split(".") if part not in ("", "_modules", "_orig_mod"))
+    return name, kind
+
+
+def root_module(nodes: Sequence[fx.Node]) -> nn.Module | None:
+    """The module whose code is being compiled, if it is one module whose parameters these placeholders are."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    roots = {match.groups() for n in nodes if is_state(n) and (match := _ROOT.match(source_name(n) or ""))}
+    if len(roots) != 1:
+        return None
+    scope, name = roots.pop()
+    try:
+        frame = InstructionTranslator.current_tx().output.root_tx
+        found = (frame.f_locals if scope == "L" else frame.f_globals).get(name)
+    except AttributeError:  # no trace is going on, or its form changed; rules are then checked against the graph alone
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def reset_compiler() -> None:
+    """Forget everything that torch.compile compiled in this process."""
+    import torch._dynamo
+
+    torch._dynamo.reset()

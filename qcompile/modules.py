@@ -1,0 +1,112 @@
+"""The module that stands where a linear was once its weight is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.layouts import LAYOUTS, choose_layout, to_layout
+from qcompile.linear_spec import LinearSpec
+from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.scheme import Scheme
+
+
+class QuantizedLinear(nn.Module):
+    """`y = x @ weight.T + bias` over a packed weight; an ordinary module with buffers.
+
+    It runs eagerly, compiles with any backend, exports and deep-copies. The buffers `codes`, `scale` and `zero_point`
+    lie as the kernels of their device want them; `state_dict` holds them in the portable layout of `PackedWeight`
+    whatever the device, and moving the module to another kind of device lays them out anew.
+
+    Args:
+        weight: packed [N, K], in any layout.
+        scheme: the layer's scheme, whose group fits K.
+        bias: [N] or None.
+        input_scale: float32 scalar, exactly for static activations.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    input_scale: Tensor | None
+
+    def __init__(
+        self, weight: PackedWeight, scheme: Scheme, bias: Tensor | None = None, input_scale: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("input_scale", input_scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        for name in ("codes", "scale", "zero_point"):
+            self.register_buffer(name, None)
+        self._store(to_layout(weight, choose_layout(scheme, weight.shape, weight.device.type)))
+
+    def _store(self, weight: PackedWeight) -> None:
+        self.codes, self.scale, self.zero_point = weight.codes, weight.scale, weight.zero_point
+        self.layout = weight.layout
+        spec = LinearSpec(
+            in_features=self.in_features, out_features=self.out_features, scheme=self.scheme, layout=weight.layout
+        )
+        self.spec = (spec if self.bias is None else spec.with_epilogue("bias")).encode()
+
+    def packed(self) -> PackedWeight:
+        """The weight as it is stored now."""
+        shape = (self.out_features, self.in_features)
+        return PackedWeight(self.codes, self.scale, self.zero_point, shape, self.scheme.weight, self.layout)
+
+    def logical(self) -> PackedWeight:
+        """The weight in the portable layout."""
+        return to_layout(self.packed(), LAYOUTS[LOGICAL])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.qcompile.linear(  # type: ignore[no-any-return]
+            x, self.codes, self.scale, self.zero_point, self.bias, self.input_scale, [], self.spec
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move to devices; conversions of dtype reach the bias alone, since codes and scales have dtypes of their own."""
+        target = fn(torch.empty(0, dtype=torch.uint8, device=self.codes.device)).device
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
+        if self.input_scale is not None:
+            self.input_scale = self.input_scale.to(target)
+        if target == self.codes.device:
+            return self
+        if target.type == self.codes.device.type or target.type == "meta":
+            self._store(self.packed().to(target))
+        else:
+            moved = self.logical().to(target)
+            self._store(to_layout(moved, choose_layout(self.scheme, moved.shape, target.type)))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        logical = self.logical()
+        for name, tensor in zip(("codes", "scale", "zero_point"), logical.tensors, strict=False):
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        logical = self.logical()
+        names = ("codes", "scale", "zero_point")[: len(logical.tensors)]
+        device = self.codes.device
+        given = {name: state_dict.get(prefix + name) for name in names}
+        if all(isinstance(t, Tensor) for t in given.values()):
+            loaded = PackedWeight(
+                codes=given["codes"].to(device),  # type: ignore[union-attr]
+                scale=given["scale"].to(device),  # type: ignore[union-attr]
+                zero_point=given["zero_point"].to(device) if "zero_point" in given else None,  # type: ignore[union-attr]
+                shape=logical.shape,
+                scheme=logical.scheme,
+            )
+            loaded.check(prefix.rstrip("."))
+            self._store(to_layout(loaded, LAYOUTS[self.layout]))
+            # The parent's loader then finds the tensors it would copy in the layout that they are stored in.
+            state_dict = {**state_dict, **dict(zip((prefix + n for n in names), self.packed().tensors, strict=True))}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"
