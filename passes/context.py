@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -72,6 +74,7 @@ class Layer:
     scheme: Scheme
     weight: WeightRef | None = None
     packed: PackedWeight | None = None
+    input_scale: Tensor | None = None
     note: str = ""
 
 
@@ -82,6 +85,7 @@ class GraphContext:
     Attributes:
         module: the graph being rewritten, in Dynamo's form.
         config: None where the caller gave none: then only what is quantized already is optimized.
+        free_weights: originals are freed afterwards, so that each must be packed alone.
         values: the real value of every placeholder; symbolic sizes included.
         layers: linear nodes that are to be quantized, or are.
         left: names of linears that stay as they are, with the reason.
@@ -91,11 +95,17 @@ class GraphContext:
     module: fx.GraphModule
     config: QuantConfig | None
     values: dict[fx.Node, Any]
+    free_weights: bool = False
     layers: dict[fx.Node, Layer] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     bindings: list[Binding] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+
+    @functools.cached_property
+    def fake_mode(self) -> Any:
+        """The context manager under which operators on example values run."""
+        return compat.fake_mode_of(self.module)
 
     @property
     def graph(self) -> fx.Graph:
@@ -117,12 +127,13 @@ class GraphContext:
         sources: Sequence[fx.Node],
         make: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
     ) -> tuple[fx.Node, ...]:
-        """New graph inputs, as many as `make` returns; see `Binding`."""
+        """New graph inputs, as many as `make` returns, named after a layer and what they are; see `Binding`."""
+        name = "q_" + re.sub(r"\W", "_", name)
         tensors = make(tuple(self.values[s] for s in sources))
         nodes = []
         for position, tensor in enumerate(tensors):
             existing = self.placeholders()
-            node = compat.add_input(self.graph, f"{name}_{position}", tensor, existing[-1] if existing else None)
+            node = compat.add_input(self.graph, f"{name}_{position}", tensor, existing[-1] if existing else None, self.fake_mode)
             self.values[node] = tensor
             nodes.append(node)
         self.bindings.append(Binding(tuple(sources), make, tuple(nodes)))

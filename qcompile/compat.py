@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -63,16 +64,24 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def add_input(graph: fx.Graph, name: str, tensor: Tensor, after: fx.Node | None) -> fx.Node:
+def fake_mode_of(graph_module: fx.GraphModule) -> Any:
+    """The FakeTensorMode in which Dynamo recorded the graph's example values (the one it hands to the compiler differs)."""
+    from torch._guards import TracingContext
+
+    for node in graph_module.graph.nodes:
+        mode = getattr(node.meta.get("example_value"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return TracingContext.get().fake_mode
+
+
+def add_input(graph: fx.Graph, name: str, tensor: Tensor, after: fx.Node | None, fake_mode: Any) -> fx.Node:
     """A new placeholder for a tensor whose address stays, as a parameter's does, after all others.
 
     Args:
         after: the last placeholder there is; None where there is none.
+        fake_mode: see `fake_mode_of`.
     """
-    from torch._guards import TracingContext
-
-    context = TracingContext.get()
-    assert context.fake_mode is not None
     if after is not None:
         with graph.inserting_after(after):
             node = graph.placeholder(name)
@@ -81,15 +90,8 @@ def add_input(graph: fx.Graph, name: str, tensor: Tensor, after: fx.Node | None)
             node = graph.placeholder(name)
     node._dynamo_source = None  # type: ignore[attr-defined]
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node.meta["example_value"] = context.fake_mode.from_tensor(tensor, static_shapes=True)
+    node.meta["example_value"] = fake_mode.from_tensor(tensor, static_shapes=True)
     return node
-
-
-def fake_mode() -> Any:
-    """The FakeTensorMode of the trace that is going on."""
-    from torch._guards import TracingContext
-
-    return TracingContext.get().fake_mode
 
 
 def source_name(node: fx.Node) -> str | None:
@@ -147,3 +149,8 @@ def reset_compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.reset()
+
+
+def without_torch_function() -> AbstractContextManager[None]:
+    """A context in which tensor subclasses are taken as plain tensors."""
+    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[no-any-return]

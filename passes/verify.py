@@ -1,0 +1,55 @@
+"""Nothing changes: the graph is checked.
+
+It is well formed; each of our operators has the arguments that its spec asks for; no linear that has a scheme was left
+behind; and what each node is said to be (shape, dtype) is what its operator makes of its inputs.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from qcompile.errors import QCompileError
+from qcompile.linear_spec import decode_spec
+from qcompile.passes.context import OP, Args, GraphContext, example
+
+
+def _check_operator(context: GraphContext, node: fx.Node, name: str) -> None:
+    spec = decode_spec(node.args[Args.index("spec")])  # type: ignore[arg-type]
+    given = dict(zip(Args, node.args, strict=True))
+    problems = []
+    if len(given["operands"]) != spec.operand_count:  # type: ignore[arg-type]
+        problems.append(f"{spec.operand_count} operands are needed")
+    if ("bias" in spec.epilogue) != (given["bias"] is not None):
+        problems.append("a bias and a bias step go together")
+    if spec.scheme.weight.symmetric != (given["zero_point"] is None):
+        problems.append("a zero point and an asymmetric scheme go together")
+    static = spec.scheme.activation is not None and not spec.scheme.activation.dynamic
+    if static != (given["input_scale"] is not None):
+        problems.append("an input scale and a static scheme go together")
+    result = example(node)
+    operands = [
+        [example(a) for a in given["operands"]] if key == "operands" else example(a) if isinstance(a, fx.Node) else a  # type: ignore[union-attr]
+        for key, a in given.items()
+    ]
+    with context.fake_mode:
+        made = OP(*operands)
+    if isinstance(result, Tensor) and (made.shape != result.shape or made.dtype != result.dtype):
+        problems.append(f"it makes {made.dtype} {tuple(made.shape)}, expected {result.dtype} {tuple(result.shape)}")
+    if problems:
+        raise QCompileError(f"{name}: the rewritten graph is wrong: {'; '.join(problems)}. This is a bug in qcompile")
+
+
+def verify(context: GraphContext) -> None:
+    """See the module.
+
+    Raises:
+        QCompileError: a bug in a pass.
+    """
+    context.graph.lint()
+    for node in context.graph.nodes:
+        if node.target is OP:
+            layer = context.layers.get(node)
+            _check_operator(context, node, layer.name if layer else node.name)
+        elif node.target is F.linear and node in context.layers:
+            raise QCompileError(f"{context.layers[node].name}: has a scheme, but was not quantized. This is a bug in qcompile")

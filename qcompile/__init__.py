@@ -1,0 +1,9 @@
+"""qcompile: a quantizing compiler for PyTorch models. `torch.compile(model, backend="qcompile", options={"config": "int4"})`."""
+
+from qcompile.config import QuantConfig
+from qcompile.decorator import quantized
+from qcompile.quantize import quantize_
+from qcompile.report import explain
+
+__version__ = "0.1.0"
+__all__ = ["QuantConfig", "explain", "quantize_", "quantized"]

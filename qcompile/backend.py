@@ -1,0 +1,113 @@
+"""`torch.compile(model, backend="qcompile", options={"config": ...})`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import qcompile.ops  # noqa: F401  (registers the operators)
+from qcompile import compat
+from qcompile.config import QuantConfig, parse_config
+from qcompile.errors import ConfigError, GradientError
+from qcompile.passes import GraphContext
+from qcompile.pipeline import bind_inputs, rewrite
+from qcompile.released import release
+
+OWN_OPTIONS = ("config", "mode", "free_weights")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(..., options={...})` carries.
+
+    Attributes:
+        config: None quantizes nothing: for models that are quantized already.
+        free_weights: free each original weight once it is packed; reading it afterwards raises.
+        inductor: Inductor's own options, those of `mode` included.
+    """
+
+    config: QuantConfig | None = None
+    free_weights: bool = False
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_options(options: dict[str, Any] | None, mode: str | None) -> Options:
+    """Check and split the options.
+
+    Raises:
+        ConfigError: an option that neither qcompile nor Inductor knows; an unknown mode; a bad configuration.
+    """
+    given = dict(options or {})
+    mode = given.pop("mode", None) or mode
+    try:
+        inductor = compat.inductor_mode(mode) if mode else {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    config = given.pop("config", None)
+    free = given.pop("free_weights", False)
+    if not isinstance(free, bool):
+        raise ConfigError(f"option free_weights must be true or false, not {free!r}")
+    known = compat.inductor_options()
+    for key in given:
+        if key.replace("-", "_") not in known:
+            near = difflib.get_close_matches(key, [*OWN_OPTIONS, *known], n=3, cutoff=0.6)
+            hint = f"did you mean {', '.join(near)}?" if near else f"qcompile's own are {', '.join(OWN_OPTIONS)}"
+            raise ConfigError(f"unknown option {key!r}; {hint} (Inductor's options are accepted too)")
+    return Options(None if config is None else parse_config(config), free, inductor | given)
+
+
+def check_gradients(inputs: Sequence[Any]) -> None:
+    """Refuse a graph through which autograd records: quantized weights have no gradient.
+
+    Raises:
+        GradientError: naming the ways out.
+    """
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        raise GradientError(
+            "qcompile compiles for inference, and autograd is recording: call the compiled model under torch.no_grad() or "
+            "torch.inference_mode(), or call model.requires_grad_(False) first"
+        )
+
+
+def backend(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph: rewrite its linears as the configuration says, and give the rest to Inductor.
+
+    Args:
+        mode: as in `torch.compile`; also accepted in `options`, since `torch.compile` refuses both together.
+        options: `config` (anything `parse_config` takes), `mode`, `free_weights`, and Inductor's options.
+
+    Raises:
+        ConfigError, LayerError: what the configuration asks for cannot be.
+        GradientError: autograd is recording.
+    """
+    parsed = parse_options(options, mode)
+    check_gradients(example_inputs)
+    context = rewrite(graph_module, example_inputs, parsed.config, free_weights=parsed.free_weights)
+    inner: list[Callable[..., Any]] = []
+    inputs, call = bind_inputs(context, lambda *args: inner[0](*args))
+    inner.append(compat.compile_with_inductor(context.module, inputs, parsed.inductor))
+    if parsed.free_weights:
+        _free(context)
+    return call
+
+
+def _free(context: GraphContext) -> None:
+    still_read = set(context.placeholders())
+    for layer in context.layers.values():
+        if layer.weight is None or layer.packed is None or layer.weight.transposed:
+            continue
+        (source,) = layer.weight.parts
+        if source not in still_read and isinstance(context.values[source], torch.nn.Parameter):
+            release(context.values[source], layer.packed, layer.scheme, layer.input_scale)

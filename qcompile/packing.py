@@ -1,0 +1,57 @@
+"""Packed forms of plain parameters, made once and found again by every graph that reads the same parameter."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from qcompile.layouts import Layout, to_layout
+from qcompile.packed import PackedWeight, concatenate
+from qcompile.reference import quantize_weight
+from qcompile.scheme import Scheme
+from qcompile.tensors import version
+
+
+@dataclass
+class _Entry:
+    others: tuple[weakref.ref[Tensor], ...]
+    versions: tuple[tuple[int, int], ...]
+    packed: PackedWeight
+
+
+_store: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first parameter -> {key: _Entry}
+
+
+def packed_weight(
+    parameters: tuple[Tensor, ...], transposed: bool, scheme: Scheme, layout: Layout, layer: str
+) -> PackedWeight:
+    """The packed rows of all parameters, one below another; packed anew only after a parameter changed.
+
+    Args:
+        parameters: floating point [N_i, K], or [K, N] if `transposed` (then one).
+        scheme: fitted to K.
+        layer: named in errors.
+
+    Raises:
+        LayerError: a parameter that cannot be quantized.
+    """
+    entries: dict[Any, _Entry] = _store.setdefault(parameters[0], {})
+    key = (scheme, layout.name, transposed, tuple(id(p) for p in parameters[1:]))
+    versions = tuple(version(p) for p in parameters)
+    found = entries.get(key)
+    if (
+        found is not None
+        and found.versions == versions
+        and all(r() is p for r, p in zip(found.others, parameters[1:], strict=True))
+    ):
+        return found.packed
+    with torch.no_grad():
+        parts = [quantize_weight(p.t() if transposed else p, scheme.weight, layer) for p in parameters]
+        packed = to_layout(parts[0] if len(parts) == 1 else concatenate(parts), layout)
+    entries[key] = _Entry(tuple(weakref.ref(p) for p in parameters[1:]), versions, packed)
+    return packed

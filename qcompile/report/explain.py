@@ -1,0 +1,178 @@
+"""`qcompile.explain`: a dry run of the backend, told layer by layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qcompile import compat
+from qcompile.backend import check_gradients
+from qcompile.config import QuantConfig, parse_config
+from qcompile.layouts import LAYOUTS, to_layout
+from qcompile.linear_spec import LinearSpec, decode_spec
+from qcompile.packed import LOGICAL
+from qcompile.passes import Decline, GraphContext
+from qcompile.passes.context import Args, Layer
+from qcompile.pipeline import rewrite
+from qcompile.reference import dequantize
+from qcompile.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear, or several merged into one.
+
+    Attributes:
+        name: qualified name; merged layers are joined by " + ".
+        shape: (N, K), out and in features.
+        scheme: None if the layer stays as it is.
+        kernel: what runs it.
+        bytes_before, bytes_after: of the weight; None where unknown (a layer that came quantized has no original).
+        sqnr_db: signal to quantization noise of the weight, 10 log10(sum w^2 / sum (w - q)^2).
+        epilogue: steps fused into the kernel.
+        note: why the scheme differs from the rule's, or why the layer was left.
+    """
+
+    name: str
+    shape: tuple[int, int] | None
+    scheme: str | None
+    kernel: str | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    sqnr_db: float | None = None
+    epilogue: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The layers in the order of the graph, and what passes declined to do, with their reasons.
+
+    `print` shows a table; `to_json` gives all of it.
+    """
+
+    layers: tuple[LayerReport, ...]
+    declined: tuple[Decline, ...]
+    graphs: int
+
+    def to_json(self) -> str:
+        """Everything as JSON."""
+        content = {
+            "graphs": self.graphs,
+            "layers": [asdict(layer) for layer in self.layers],
+            "declined": [asdict(decline) for decline in self.declined],
+        }
+        return json.dumps(content, indent=1)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160, no_color=True, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title=f"{len(self.layers)} layers in {self.graphs} graph{'s' if self.graphs != 1 else ''}")
+        for title, justify in (
+            ("layer", "left"), ("N x K", "right"), ("scheme", "left"), ("kernel", "left"), ("KB before", "right"),
+            ("after", "right"), ("SQNR dB", "right"), ("fused", "left"), ("note", "left"),
+        ):  # fmt: skip
+            table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                "" if layer.shape is None else f"{layer.shape[0]} x {layer.shape[1]}",
+                layer.scheme or "as it is",
+                layer.kernel or "",
+                "" if layer.bytes_before is None else f"{layer.bytes_before / 1024:.0f}",
+                "" if layer.bytes_after is None else f"{layer.bytes_after / 1024:.0f}",
+                "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+                ", ".join(layer.epilogue),
+                layer.note,
+            )
+        return table
+
+
+def kernel_name(spec: LinearSpec, device_type: str) -> str:
+    """The kernel that serves a spec on a kind of device, in words."""
+    if device_type == "cuda":
+        from qcompile.runtime import gpu
+
+        return gpu.kernel_name(spec)
+    from qcompile.runtime import cpu
+
+    return cpu.kernel_name(spec)
+
+
+def _sqnr(weights: Sequence[Tensor], transposed: bool, layer: Layer) -> float:
+    assert layer.packed is not None
+    original = torch.cat([w.t() if transposed else w for w in weights]).float()
+    error = original - dequantize(to_layout(layer.packed, LAYOUTS[LOGICAL]))
+    return float(10 * torch.log10(original.square().sum() / error.square().sum()))
+
+
+def _report(context: GraphContext, node: fx.Node, layer: Layer) -> LayerReport:
+    spec = decode_spec(node.args[Args.index("spec")])  # type: ignore[arg-type]
+    codes = context.values[node.args[1]]  # type: ignore[index]
+    before = sqnr = None
+    if layer.weight is not None:
+        originals = [context.values[p] for p in layer.weight.parts]
+        before = sum(w.numel() * w.element_size() for w in originals)
+        sqnr = _sqnr(originals, layer.weight.transposed, layer)
+    return LayerReport(
+        name=layer.name,
+        shape=spec.shape,
+        scheme=str(layer.scheme),
+        kernel=kernel_name(spec, codes.device.type),
+        bytes_before=before,
+        bytes_after=None if layer.packed is None else layer.packed.nbytes,
+        sqnr_db=sqnr,
+        epilogue=spec.epilogue,
+        note=layer.note,
+    )
+
+
+@torch.no_grad()
+def explain(
+    model: nn.Module | Callable[..., Any],
+    *inputs: Any,
+    config: str | Path | Mapping[str, Any] | Scheme | QuantConfig | None = None,
+    **keyword_inputs: Any,
+) -> Explanation:
+    """What `torch.compile(model, backend="qcompile", options={"config": config})` would make of a model, and why.
+
+    Runs the model once on the inputs, unquantized and uncompiled; weights are packed for the report and kept for the
+    compilation that may follow.
+
+    Raises:
+        ConfigError, LayerError: as the backend would.
+    """
+    parsed = None if config is None else parse_config(config)
+    layers: list[LayerReport] = []
+    declined: list[Decline] = []
+    graphs = 0
+
+    def dry_run(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        nonlocal graphs
+        check_gradients(example_inputs)
+        context = rewrite(graph_module, example_inputs, parsed)
+        graphs += 1
+        order = {node: position for position, node in enumerate(context.graph.nodes)}
+        layers.extend(_report(context, n, context.layers[n]) for n in sorted(context.layers, key=order.__getitem__))
+        layers.extend(LayerReport(name, None, None, note=reason) for name, reason in context.left.items())
+        declined.extend(e for e in context.events if isinstance(e, Decline))
+        return graph_module.forward
+
+    compat.reset_compiler()
+    torch.compile(model, backend=dry_run)(*inputs, **keyword_inputs)
+    compat.reset_compiler()
+    return Explanation(tuple(layers), tuple(declined), graphs)
