@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -154,3 +154,14 @@ def reset_compiler() -> None:
 def without_torch_function() -> AbstractContextManager[None]:
     """A context in which tensor subclasses are taken as plain tensors."""
     return torch._C.DisableTorchFunctionSubclass()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def plain_backend_errors() -> Iterator[None]:
+    """Raise what a backend raised, instead of Dynamo's wrapping of it."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        raise error.inner_exception from None

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from qcompile.layouts import Layout, to_layout
 from qcompile.packed import PackedWeight, concatenate
 from qcompile.reference import quantize_weight
+from qcompile.released import ReleasedParameter
 from qcompile.scheme import Scheme
 from qcompile.tensors import version
 
@@ -40,6 +41,8 @@ def packed_weight(
     Raises:
         LayerError: a parameter that cannot be quantized.
     """
+    if isinstance(parameters[0], ReleasedParameter):  # by an earlier compilation; such are packed one by one
+        return parameters[0].qcompile_packed
     entries: dict[Any, _Entry] = _store.setdefault(parameters[0], {})
     key = (scheme, layout.name, transposed, tuple(id(p) for p in parameters[1:]))
     versions = tuple(version(p) for p in parameters)

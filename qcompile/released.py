@@ -25,6 +25,7 @@ _CONTENT_ATTRIBUTES = frozenset(("data", "T", "mT", "H", "mH", "real", "imag"))
 class ReleasedParameter(nn.Parameter):
     """Keeps shape, strides, dtype and device of the parameter that it was, with no storage behind them."""
 
+    qcompile_packed: PackedWeight
     qcompile_codes: Tensor
     qcompile_scale: Tensor
     qcompile_zero_point: Tensor | None
@@ -81,6 +82,7 @@ def release(parameter: nn.Parameter, packed: PackedWeight, scheme: Scheme, input
     parameter.requires_grad_(False)
     parameter.data = hollow
     attributes = {
+        "packed": packed,
         "codes": packed.codes,
         "scale": packed.scale,
         "zero_point": packed.zero_point,

@@ -173,6 +173,7 @@ def explain(
         return graph_module.forward
 
     compat.reset_compiler()
-    torch.compile(model, backend=dry_run)(*inputs, **keyword_inputs)
+    with compat.plain_backend_errors():
+        torch.compile(model, backend=dry_run)(*inputs, **keyword_inputs)
     compat.reset_compiler()
     return Explanation(tuple(layers), tuple(declined), graphs)

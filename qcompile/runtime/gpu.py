@@ -1,1 +1,183 @@
 """Quantized products on GPUs, from generated Triton kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.cost_model import candidates, rank
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, kernel_spec, native_fp8
+from qcompile.errors import DeviceError
+from qcompile.layouts import LAYOUTS
+from qcompile.linear_spec import LinearSpec, decode_spec
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize, dequantize_activation
+from qcompile.runtime import cache
+
+_X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LARGEST_BUCKET = 4096
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """What kernels are generated for: "sm_90" or "gfx942", from the device itself."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def bucket(m: int) -> int:
+    """The largest M that shares M's kernel: powers of two from 16 to 4096, and that for all above."""
+    size = 16
+    while size < min(m, _LARGEST_BUCKET):
+        size *= 2
+    return size
+
+
+@functools.cache
+def choose(spec: LinearSpec, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str) -> KernelSpec:
+    """The kernel for M up to `m`, a `bucket`, by the cost model."""
+    n, k = spec.shape
+    columns = min(spec.scheme.weight.granularity.block_of((n, k))[1], k)
+    tiles = candidates(TEMPLATES[spec.layout], m, n, k, columns)
+    return rank([kernel_spec(spec, x_dtype, out_dtype, target, tile) for tile in tiles], m)[0]
+
+
+def launch(
+    kernel: KernelSpec,
+    function: Any,
+    x: Tensor,
+    x_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Allocate the output [M, N] and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    m, tile = x.shape[0], kernel.tile
+    y = x.new_empty((m, kernel.n), dtype=out_dtype)
+    if m == 0:
+        return y
+    x = x.contiguous()
+    if not native_fp8(kernel.target):
+        x, codes = (t.view(torch.uint8) if t.dtype.is_floating_point and t.element_size() == 1 else t for t in (x, codes))
+    tiles_m, tiles_n = -(-m // tile.m), -(-kernel.n // tile.n)
+    partial = arrived = y
+    if tile.split > 1:
+        partial = x.new_empty(tiles_m * tiles_n * tile.split * tile.m * tile.n, dtype=torch.float32)
+        arrived = x.new_zeros(tiles_m * tiles_n, dtype=torch.int32)
+    flat = [operand.contiguous() for operand in operands] or [y]
+    grid = (tiles_n, tiles_m, tile.split) if kernel.template == "gemm_fragment" else (tiles_m * tiles_n, 1, tile.split)
+    # Pointers that a kernel does not read get some tensor, so that one signature serves all.
+    function[grid](
+        x,
+        scale if x_scale is None else x_scale.contiguous(),
+        codes,
+        scale,
+        codes if zero_point is None else zero_point,
+        scale if bias is None else bias,
+        *flat,
+        y,
+        partial,
+        arrived,
+        m,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def _decoded(
+    x: Tensor,
+    x_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    spec: LinearSpec,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """For layouts without a kernel: the whole weight is decoded, then torch multiplies."""
+    from qcompile.ops import apply_epilogue
+
+    if x_scale is not None:
+        assert spec.scheme.activation is not None
+        x = dequantize_activation(x, x_scale, spec.scheme.activation)
+    packed = PackedWeight(codes, scale, zero_point, spec.shape, spec.scheme.weight, spec.layout)
+    weight = dequantize(LAYOUTS[spec.layout].unpack(packed))
+    return apply_epilogue(torch.mm(x.to(torch.float32), weight.t()), bias, operands, spec).to(out_dtype)
+
+
+def gemm(
+    x: Tensor,
+    x_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    spec: LinearSpec,
+    out_dtype: torch.dtype,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """The product of activations and a packed weight, with the epilogue of `spec`.
+
+    Args:
+        x: [M, K], floating point, or 8-bit codes if `x_scale` is given.
+        x_scale: float32 [M, 1], [M, groups] or [], as `quantize_activation` makes it.
+        codes, scale, zero_point: of the weight, in the layout that `spec` names.
+        bias: [N].
+        operands: of the epilogue's steps, each [M, N].
+        out_dtype: float32, bfloat16 or float16.
+        wrap: `torch.library.wrap_triton` while tracing.
+
+    Returns:
+        [M, N].
+
+    Raises:
+        DeviceError: activations of another type than float32, bfloat16 and float16.
+    """
+    if x_scale is None and x.dtype not in _X_DTYPES:
+        raise DeviceError(f"kernels on GPUs take float32, bfloat16 or float16 activations, not {x.dtype}: cast the model")
+    if out_dtype not in _X_DTYPES:
+        raise DeviceError(f"kernels on GPUs return float32, bfloat16 or float16, not {out_dtype}: cast the model")
+    if spec.layout not in TEMPLATES:
+        return _decoded(x, x_scale, codes, scale, zero_point, bias, operands, spec, out_dtype)
+    kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))
+    function = wrap(cache.load(kernel).kernel)
+    return launch(kernel, function, x, x_scale, codes, scale, zero_point, bias, operands, out_dtype)
+
+
+@functools.cache
+def gemm_operator() -> Any:
+    """`torch.ops.qcompile.gemm`, registered at the first call: compilers see through it to the Triton kernel."""
+
+    @torch.library.triton_op("qcompile::gemm", mutates_args={})
+    def gemm_op(
+        x: Tensor,
+        x_scale: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        operands: list[Tensor],
+        spec: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        wrap = torch.library.wrap_triton
+        return gemm(x, x_scale, codes, scale, zero_point, bias, operands, decode_spec(spec), out_dtype, wrap)
+
+    return torch.ops.qcompile.gemm
+
+
+def kernel_name(spec: LinearSpec) -> str:
+    """What runs a linear on GPUs, for reports."""
+    return TEMPLATES.get(spec.layout, "decode, then torch.mm")
