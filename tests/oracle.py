@@ -1,0 +1,190 @@
+"""What results must be, computed apart from qcompile: value tables, loops and float64, no shifts, no masks."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _integers(bits: int, signed: bool) -> list[float]:
+    """Codes count up from the least value."""
+    count = 2**bits
+    least = -(count // 2) if signed else 0
+    return [float(least + i) for i in range(count)]
+
+
+def _small_float(exponent_bits: int, mantissa_bits: int, specials: str) -> list[float]:
+    """All values in the order of codes: sign, exponent, mantissa, as OFP8 (OCP 8-bit floating point 1.0) defines them.
+
+    Args:
+        specials: "one_nan", where only the last mantissa of the last exponent is special (E4M3); "ieee", where all of
+            the last exponent's are: infinity, then NaN (E5M2); or "none".
+    """
+    exponents, mantissas = 2**exponent_bits, 2**mantissa_bits
+    bias = exponents // 2 - 1
+    values = []
+    for sign in (1.0, -1.0):
+        for exponent in range(exponents):
+            for mantissa in range(mantissas):
+                fraction = mantissa / mantissas
+                last = exponent == exponents - 1
+                if specials == "ieee" and last:
+                    value = math.inf if mantissa == 0 else math.nan
+                elif specials == "one_nan" and last and mantissa == mantissas - 1:
+                    value = math.nan
+                elif exponent == 0:
+                    value = fraction * 2.0 ** (1 - bias)
+                else:
+                    value = (1.0 + fraction) * 2.0 ** (exponent - bias)
+                values.append(sign * value)
+    return values
+
+
+@functools.cache
+def _tables() -> dict[str, list[float]]:
+    tables = {
+        "fp8_e4m3": _small_float(4, 3, "one_nan"),
+        "fp8_e5m2": _small_float(5, 2, "ieee"),
+    }
+    for bits in range(2, 9):
+        tables[f"int{bits}"] = _integers(bits, signed=True)
+        tables[f"uint{bits}"] = _integers(bits, signed=False)
+    return tables
+
+
+def decode_values(format_name: str) -> Tensor:
+    """The value of every code: float64 [2**bits]."""
+    return torch.tensor(_tables()[format_name], dtype=torch.float64)
+
+
+def nearest_code(format_name: str, value: float) -> int:
+    """The code whose value is nearest, saturating; of two equally near ones the even code. Finds it by trying all."""
+    best, best_distance = -1, math.inf
+    finite = [v for v in _tables()[format_name] if math.isfinite(v)]
+    clipped = min(max(value, min(finite)), max(finite))
+    for code, candidate in enumerate(_tables()[format_name]):
+        if not math.isfinite(candidate):
+            continue
+        distance = abs(candidate - clipped)
+        if distance < best_distance or (distance == best_distance and code % 2 == 0 and best % 2 == 1):
+            best, best_distance = code, distance
+    return best
+
+
+def nearest_values(format_name: str, x: Tensor) -> Tensor:
+    """Each finite element of `x` rounded to the nearest value of the format, ties to even codes: float64, x's shape."""
+    table = decode_values(format_name)
+    codes = torch.arange(len(table))[table.isfinite()]
+    values = table[codes]
+    # Of a tie, argmin keeps the first, so list the even codes first.
+    order = torch.argsort(codes % 2, stable=True)
+    values = values[order]
+    flat = x.to(torch.float64).flatten().clamp(values.min(), values.max())
+    rounded = [values[(chunk[:, None] - values).abs().argmin(1)] for chunk in flat.split(4096)]
+    return (torch.cat(rounded) if rounded else flat).reshape(x.shape)
+
+
+def expand(per_block: Tensor, granularity: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """A value per block, [row blocks, column blocks], at every element of `shape`: float64. -1 is the whole extent."""
+    rows, columns = granularity
+    row_index = [0 if rows == -1 else i // rows for i in range(shape[0])]
+    column_index = [0 if columns == -1 else j // columns for j in range(shape[1])]
+    values = per_block.to(torch.float64)
+    return values[torch.tensor(row_index, dtype=torch.long)][:, torch.tensor(column_index, dtype=torch.long)]
+
+
+def dequantize(
+    format_name: str, codes: Tensor, scale: Tensor, zero_point: Tensor | None, granularity: tuple[int, int]
+) -> Tensor:
+    """`(value of code - zero point) * scale` in float64.
+
+    Args:
+        codes: one code an element, uint8 [N, K].
+        scale, zero_point: per block, [row blocks, column blocks]; the zero point in units of codes, or None.
+        granularity: (rows, columns) of a block, -1 for the whole extent.
+    """
+    shape = (codes.shape[0], codes.shape[1])
+    values = decode_values(format_name)[codes.to(torch.long).cpu()]
+    if zero_point is not None:
+        values = values - expand(zero_point.cpu(), granularity, shape)
+    return values * expand(scale.cpu(), granularity, shape)
+
+
+_FUNCTIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def epilogue(
+    product: Tensor, bias: Tensor | None = None, steps: Sequence[str] = (), operands: Sequence[Tensor] = ()
+) -> Tensor:
+    """The steps of `qcompile.linear_spec.EPILOGUE_STEPS` in float64; "mul" and "add" take the next operand."""
+    y = product.to(torch.float64)
+    waiting = [o.to(torch.float64).cpu() for o in operands]
+    for step in steps:
+        if step == "bias":
+            assert bias is not None
+            y = y + bias.to(torch.float64).cpu()
+        elif step == "mul":
+            y = y * waiting.pop(0)
+        elif step == "add":
+            y = y + waiting.pop(0)
+        else:
+            y = _FUNCTIONS[step](y)
+    assert not waiting, "operands left over"
+    return y
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    steps: Sequence[str] | None = None,
+    operands: Sequence[Tensor] = (),
+) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, then the steps: float64 [..., N].
+
+    Args:
+        steps: None means the bias where there is one.
+    """
+    if steps is None:
+        steps = () if bias is None else ("bias",)
+    product = F.linear(x.to(torch.float64).cpu(), weight.to(torch.float64).cpu())
+    return epilogue(product, bias, steps, operands)
+
+
+def quantize_activation(
+    x: Tensor, format_name: str, granularity: tuple[int, int], static_scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Activations [M, K] rounded to a format, in float64.
+
+    Args:
+        granularity: (-1, -1) per tensor, (1, -1) per token, (1, C) per group of C columns of a token.
+        static_scale: instead of max|x| / (half the distance from the least to the greatest value).
+
+    Returns:
+        the value of each code [M, K] and the scale of each element [M, K]; their product is the dequantized input.
+    """
+    values = decode_values(format_name)
+    finite = values[values.isfinite()]
+    reach = (finite.max() - finite.min()).item() / 2
+    x = x.to(torch.float64).cpu()
+    rows, columns = granularity
+    scale = torch.empty_like(x)
+    for i in range(x.shape[0]):
+        for start in range(0, x.shape[1], x.shape[1] if columns == -1 else columns):
+            stop = x.shape[1] if columns == -1 else start + columns
+            part = x if rows == -1 else x[i, start:stop]
+            top = part.abs().max().item()
+            scale[i, start:stop] = static_scale if static_scale is not None else (top / reach or 1.0)
+    return nearest_values(format_name, x / scale), scale

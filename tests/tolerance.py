@@ -1,0 +1,260 @@
+"""Every error bound of the tests, each with its derivation. No other file states a tolerance.
+
+Two budgets, never mixed: *rounding* of a kernel against the float64 oracle of the very numbers it was given
+(`gemm_bound`, `epilogue_bound`), and *quantization*, how far the codes may be from the original (`weight_bound`,
+`activation_bound` element by element; `sqnr_floor` in the mean).
+
+Notation: u is a type's unit roundoff, eta its least positive subnormal. Rounding x to nearest errs by at most
+max(u |x|, eta / 2). `gamma(n) = n u / (1 - n u)` bounds the relative error of n roundings one after another
+(N. J. Higham, Accuracy and Stability of Numerical Algorithms, 2nd edition, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+U32 = 2.0**-24
+ACCUMULATE_UNIT = 2.0**-23
+"""Relative error of an addition in float32 that may truncate, as matrix units do: twice that of rounding to nearest."""
+
+
+def unit(dtype: torch.dtype) -> float:
+    """u: half the distance from 1 to the next number."""
+    return float(torch.finfo(dtype).eps) / 2
+
+
+def eta(dtype: torch.dtype) -> float:
+    """The least positive subnormal."""
+    info = torch.finfo(dtype)
+    return float(info.smallest_normal * info.eps)
+
+
+def gamma(count: int, roundoff: float = ACCUMULATE_UNIT) -> float:
+    """n u / (1 - n u)."""
+    assert count * roundoff < 1
+    return count * roundoff / (1 - count * roundoff)
+
+
+def rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Greatest error of rounding |x| to `dtype`."""
+    return (x.abs() * unit(dtype)).clamp(min=eta(dtype) / 2)
+
+
+def gemm_bound(
+    x: Tensor,
+    weight: Tensor,
+    compute_dtype: torch.dtype,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    block: int | None = None,
+    accumulate_unit: float = ACCUMULATE_UNIT,
+) -> Tensor:
+    """Greatest error of a kernel's `x @ weight.T` against the float64 product of the same x and weight: float64 [M, N].
+
+    With x' = x + dx and w' = w + dw the inputs as multiplied, and S = sum_k |x'| |w'|:
+
+        |error| <= sum_k (|dx| |w'| + |x| |dw|) + gamma(d) S, then output rounding u_out |y| + eta_out / 2
+
+    * dx: the actual rounding of x to `compute_dtype`; 0 where it is exact.
+    * dw: dequantizing in float32 takes at most 3 roundings (subtract, multiply, and one for a second association of the
+      scale), then one to `compute_dtype`: |dw| <= u_c |w| + gamma32(3) |w| + eta_c / 2. A kernel that multiplies codes
+      exactly and applies the scale to partial sums makes 2 roundings more a term, counted in d.
+    * d: additions on the longest way from a product to the sum. K in any order; with summation in blocks of b,
+      b + ceil(K / b). 3 more for the product (not exact in float32 when the inputs are float32) and the scales.
+
+    Args:
+        x, weight: [M, K], [N, K]; the weight as the oracle dequantized it.
+        compute_dtype: of the operands of the multiplication.
+        block: terms that are summed before their sum is added to the rest, if the kernel does that.
+        accumulate_unit: relative error of one addition. 2**-13 for Hopper's FP8 matrix unit, which keeps 14 bits.
+    """
+    x, weight = x.to(torch.float64).cpu().flatten(0, -2), weight.to(torch.float64).cpu()
+    rounded_x = x.to(compute_dtype).to(torch.float64)
+    dx = (rounded_x - x).abs()
+    dw = weight.abs() * (unit(compute_dtype) + gamma(3, U32)) + eta(compute_dtype) / 2
+    w_magnitude = weight.abs() + dw
+    inner = x.shape[1]
+    depth = 3 + (inner if block is None else block + math.ceil(inner / block))
+    total = dx @ w_magnitude.T + x.abs() @ dw.T
+    total += gamma(depth, accumulate_unit) * (rounded_x.abs() @ w_magnitude.T)
+    y = (x @ weight.T).abs()
+    total += inner * 2.0**-52 * (x.abs() @ weight.abs().T)  # the oracle's own rounding
+    return total + unit(out_dtype) * (y + total) + eta(out_dtype) / 2
+
+
+SLOPE = {"relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1, "tanh": 1.0, "sigmoid": 0.25}
+"""Greatest |derivative|: gelu 1.12890 at sqrt(2), gelu_tanh 1.12898, silu 1.09984 at 2.39936."""
+
+FUNCTION_ERROR = 16 * U32
+"""Absolute error of erf, tanh or sigmoid in float32, all of range 1: 4 u for the function in the libraries at hand
+(2 ulp on CUDA), up to 4 u when tanh is made of a sigmoid, and 8 u for the argument: its relative error of 6 u at most,
+times max |z f'(z)| < 1.
+"""
+
+
+def epilogue_bound(
+    product: Tensor,
+    bound: Tensor,
+    bias: Tensor | None = None,
+    steps: Sequence[str] = (),
+    operands: Sequence[Tensor] = (),
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`bound`, the error of `product`, through the steps in float32 and rounding to `out_dtype`: float64 [M, N].
+
+    * adding t: the error stays, plus rounding u32 (|y + t| + error);
+    * multiplying by t: the error times |t|, plus rounding u32 |y t|;
+    * a function f: the error times max |f'|, plus evaluation: FUNCTION_ERROR for tanh and sigmoid, FUNCTION_ERROR |y|
+      for gelu and silu (y times a function of range 1), nothing for relu.
+
+    Args:
+        product: float64 [M, N], exact.
+        bound: its greatest error, `gemm_bound` with `out_dtype` float32.
+    """
+    y, error = product.to(torch.float64).cpu(), bound.clone()
+    waiting = [o.to(torch.float64).cpu().reshape(y.shape) for o in operands]
+    functions = {
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+        "silu": torch.nn.functional.silu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+    }
+    for step in steps:
+        if step in ("bias", "add"):
+            y = y + (bias.to(torch.float64).cpu() if step == "bias" and bias is not None else waiting.pop(0))
+            error = error + U32 * (y.abs() + error)
+        elif step == "mul":
+            operand = waiting.pop(0)
+            y, error = y * operand, error * operand.abs()
+            error = error + U32 * (y.abs() + error) + eta(torch.float32) / 2
+        else:
+            evaluation = FUNCTION_ERROR * (torch.ones_like(y) if step in ("tanh", "sigmoid") else y.abs() + error)
+            error = SLOPE[step] * error + (0 if step == "relu" else evaluation)
+            y = functions[step](y)
+    return error + rounding(y.abs() + error, out_dtype)
+
+
+def float_bound(reference: Tensor, reassociations: int, dtype: torch.dtype, magnitude: Tensor | None = None) -> Tensor:
+    """Greatest difference of two evaluations in `dtype` of one expression of nonnegative `magnitude`, float64.
+
+    Two sums of n terms in different orders differ by at most 2 gamma(n) sum |terms|.
+
+    Args:
+        reference: the result, and its magnitude unless that is given.
+        reassociations: n.
+        magnitude: the sum of the absolute terms.
+    """
+    size = (reference if magnitude is None else magnitude).to(torch.float64).abs()
+    return 2 * gamma(reassociations, unit(dtype)) * size + eta(dtype)
+
+
+def scale_bound(spread: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """How far a stored scale may be from the exact one: its division in float32, then its rounding; float64."""
+    exact = spread.to(torch.float64)
+    return gamma(2, U32) * exact + rounding(exact, scale_dtype)
+
+
+def weight_bound(values: Tensor, weight: Tensor, scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Greatest distance of a weight to its nearest code, element by element: float64 of weight's shape.
+
+    Within the range of the format half the gap between the values around it. The greatest element of a block is at the
+    format's reach R (half of greatest minus least) times the exact scale, so it may lie outside by half a step
+    (integers, whose least and greatest value differ in magnitude by one step), and by what the scale lost in rounding,
+    R times `scale_bound`. The division by the scale and the product in float32 add 2 u32 of what is divided, at most
+    2 R steps.
+
+    Args:
+        values: the format's values, float64 (`oracle.decode_values`).
+        weight: the original.
+        scale: the stored scale of each element, of weight's shape; not 0.
+    """
+    finite = values[values.isfinite()].unique()
+    reach = (finite.max() - finite.min()).item() / 2
+    scale = scale.to(torch.float64)
+    position = weight.to(torch.float64) / scale
+    above = torch.searchsorted(finite, position.contiguous()).clamp(1, len(finite) - 1)
+    gap = finite[above] - finite[above - 1]
+    outside = reach * scale_bound(scale, scale_dtype)
+    return scale * (gap / 2 + 2 * reach * gamma(4, U32)) + 2 * outside
+
+
+def activation_bound(values: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """Greatest distance of an activation to its nearest code with a dynamic float32 scale; see `weight_bound`."""
+    return weight_bound(values, x, scale, torch.float32)
+
+
+def sqnr(original: Tensor, quantized: Tensor) -> float:
+    """Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - q)^2)."""
+    original, quantized = original.to(torch.float64).cpu(), quantized.to(torch.float64).cpu()
+    noise = (original - quantized).square().sum().item()
+    return math.inf if noise == 0 else 10 * math.log10(original.square().sum().item() / noise)
+
+
+def crest_squared(count: int) -> float:
+    """Bound on E[max_i x_i^2] of `count` standard normal numbers: 2 ln n + 2.
+
+    P(x^2 > t) <= exp(-t / 2), so E[max] <= t0 + integral from t0 of n exp(-t / 2), least at t0 = 2 ln n.
+    """
+    return 2 * math.log(count) + 2
+
+
+def uniform_sqnr_floor(bits: int, block: int) -> float:
+    """Least SQNR in dB of Gaussian weights in `bits`-bit integers with a scale for each `block` of them.
+
+    The step is D = max|x| / ((2^b - 1) / 2), its noise D^2 / 12 (B. Widrow, 1956: for Gaussians it holds within a
+    percent up to D = 2 sigma), and E[max^2] <= crest_squared(block), so with c^2 the crest factor's square
+
+        SQNR >= 10 log10(3 (2^b - 1)^2 / c^2) = about 6.02 b + 4.77 - 10 log10(c^2)
+
+    less 0.3 dB for scales in 16 bits and for what is clipped at the range's end. An asymmetric range, greatest minus
+    least, is at most twice the greatest magnitude, so the floor holds for it too, less its zero point's rounding, which
+    is among the 0.3 dB.
+    """
+    return 10 * math.log10(3 * (2**bits - 1) ** 2 / crest_squared(block)) - 0.3
+
+
+def float_sqnr_floor(mantissa_bits: int) -> float:
+    """Least SQNR in dB of numbers in a floating format with m mantissa bits, its subnormals aside.
+
+    In [2^e, 2^(e+1)) the step is 2^(e-m), the noise 4^(e-m) / 12, and a square at least 4^e: SQNR >= 10.79 + 6.02 m dB,
+    less 0.3 dB for 16-bit scales and subnormals.
+    """
+    return 10 * math.log10(12 * 4.0**mantissa_bits) - 0.3
+
+
+_MANTISSAS = {"fp8_e4m3": 3, "fp8_e5m2": 2}
+
+
+def sqnr_floor(format_name: str, block: int) -> float:
+    """Least SQNR in dB of Gaussian weights, rounded to nearest, with a scale for each `block` weights."""
+    if format_name in _MANTISSAS:
+        return float_sqnr_floor(_MANTISSAS[format_name])
+    bits = int(format_name.removeprefix("u").removeprefix("int"))
+    return uniform_sqnr_floor(bits, block)
+
+
+def product_sqnr_floor(weight_floor: float, activation_floor: float = math.inf) -> float:
+    """Least SQNR in dB of `x @ w.T`: independent noises of mean zero, whose powers add; less 0.5 dB for chance."""
+    return -10 * math.log10(10 ** (-weight_floor / 10) + 10 ** (-activation_floor / 10)) - 0.5
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """Every element within its bound; the message names the worst one."""
+    actual, expected = actual.detach().to(torch.float64).cpu(), expected.to(torch.float64).cpu()
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    bound = bound.reshape(expected.shape)
+    excess = (actual - expected).abs() - bound
+    excess = torch.where(actual == expected, torch.full_like(excess, -1.0), excess)
+    if excess.numel() and not bool((excess <= 0).all()):
+        flat = int(excess.nan_to_num(math.inf).argmax())
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), expected.shape))
+        raise AssertionError(
+            f"at {where}: {actual[where].item()!r}, expected {expected[where].item()!r} "
+            f"within {bound[where].item():.3g}; {int((~(excess <= 0)).sum())} of {excess.numel()} outside"
+        )
