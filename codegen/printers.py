@@ -1,0 +1,78 @@
+"""Formulas of `qcompile.expr` as Triton source: one table of operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from qcompile.expr import Expr
+
+_DTYPES = {"f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16", "i32": "tl.int32"}
+
+_TRITON: dict[str, Callable[..., str]] = {
+    "add": "({} + {})".format,
+    "sub": "({} - {})".format,
+    "mul": "({} * {})".format,
+    "and": "({} & {})".format,
+    "or": "({} | {})".format,
+    "shl": "({} << {})".format,
+    "shr": "({} >> {})".format,
+    "eq": "({} == {})".format,
+    "where": "tl.where({}, {}, {})".format,
+    "exp": "tl.exp({})".format,
+    "erf": "tl.math.erf({})".format,
+    "sigmoid": "tl.sigmoid({})".format,
+    "tanh": "tanh({})".format,
+    "maximum": "maximum({}, {})".format,
+}
+
+HELPERS = {
+    "tanh": '''@triton.jit
+def tanh(x):
+    """By the series near 0, where the formula cancels; exp never overflows. Relative error below 2e-6."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    decay = tl.exp(-2.0 * tl.abs(x))
+    ratio = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.125, series, tl.where(x < 0, -ratio, ratio))
+''',
+    "maximum": '''@triton.jit
+def maximum(x, least):
+    """NaN stays NaN."""
+    return tl.where(x < least, least, x)
+''',
+}
+"""Source of the functions that printed formulas call, by operation."""
+
+
+def _constant(value: str | int | float | None) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a constant of a formula is a number, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value) if value >= 0 else f"({value!r})"
+
+
+def to_triton(formula: Expr) -> str:
+    """One Triton expression; shared parts are printed as often as they occur, and compilers merge them again.
+
+    Raises:
+        KeyError: an operation that the table lacks.
+    """
+    if formula.op == "var":
+        return str(formula.literal)
+    if formula.op == "const":
+        return _constant(formula.literal)
+    operands = [to_triton(arg) for arg in formula.args]
+    if formula.op in ("cast", "bitcast"):
+        dtype = _DTYPES[str(formula.literal)]
+        return f"{operands[0]}.to({dtype}{', bitcast=True' if formula.op == 'bitcast' else ''})"
+    return _TRITON[formula.op](*operands)
+
+
+def operations(formula: Expr) -> set[str]:
+    """The names of all operations in a formula."""
+    found = {formula.op}
+    for arg in formula.args:
+        found |= operations(arg)
+    return found

@@ -1,0 +1,150 @@
+"""Everything that decides a kernel's source, as one hashable value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+
+from qcompile.linear_spec import LinearSpec
+from qcompile.scheme import WHOLE, Granularity
+
+TEMPLATES = {"fragment": "gemm_fragment", "rows8": "gemm_rows8"}
+"""The template that multiplies weights of a layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How the work is cut: a program computes `n` x `m` outputs over a `split`-th of K, `k` columns at a time."""
+
+    m: int
+    n: int
+    k: int
+    split: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSpec:
+    """A kernel for one linear, one kind of device and a range of M.
+
+    Attributes:
+        template: name of a module in `codegen/templates`.
+        n, k: out and in features.
+        weight: name of the weights' format.
+        symmetric: whether there are no zero points.
+        rows, columns: the block of weights that shares a scale, in elements.
+        activation: name of the activations' format, or None if they are floating point.
+        activation_scale: "tensor", "token" or "group" (of `columns`); "" if there is none.
+        x_dtype, out_dtype: torch's names of the input's and output's types.
+        epilogue: see `LinearSpec`.
+        target: "sm_90" and the like for NVIDIA, "gfx942" and the like for AMD.
+        tile: see `Tile`.
+    """
+
+    template: str
+    n: int
+    k: int
+    weight: str
+    symmetric: bool
+    rows: int
+    columns: int
+    activation: str | None
+    activation_scale: str
+    x_dtype: str
+    out_dtype: str
+    epilogue: tuple[str, ...]
+    target: str
+    tile: Tile
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row of weights."""
+        return -(-self.k // self.columns)
+
+    @property
+    def operand_count(self) -> int:
+        """Tensors that the epilogue takes beside the bias."""
+        return sum(step in ("mul", "add") for step in self.epilogue)
+
+    @property
+    def compute(self) -> str:
+        """The type in which the tensor cores multiply: "int8", "fp8", "bfloat16", "float16" or "float32".
+
+        8-bit types multiply as they are in `gemm_rows8` where both sides are of one kind and the target can; otherwise
+        8-bit values become bfloat16, which holds each exactly. float32 activations stay float32 (`precision`).
+        """
+        if self.activation is None:
+            return self.x_dtype
+        if self.template == "gemm_rows8":
+            kinds = {name[:3] for name in (self.weight, self.activation)}
+            if kinds == {"int"}:
+                return "int8"
+            if kinds == {"fp8"} and native_fp8(self.target):
+                return "fp8"
+        return "bfloat16"
+
+    @property
+    def precision(self) -> str:
+        """`input_precision` of float32 products: three TF32 products on NVIDIA (error below 2**-20 of each), else exact."""
+        return "tf32x3" if self.target.startswith("sm_") else "ieee"
+
+    def describe(self) -> dict[str, object]:
+        """Plain values, from which `from_description` makes the spec again."""
+        return dataclasses.asdict(self)
+
+    def encode(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.describe())
+
+
+def decode_kernel_spec(text: str) -> KernelSpec:
+    """The inverse of `KernelSpec.encode`."""
+    given = json.loads(text)
+    return KernelSpec(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})
+
+
+def native_fp8(target: str) -> bool:
+    """Whether a target converts and multiplies OCP fp8: NVIDIA from sm_89, AMD gfx950 and gfx12."""
+    return int(target[3:]) >= 89 if target.startswith("sm_") else target.startswith(("gfx950", "gfx12"))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str, tile: Tile) -> KernelSpec:
+    """The kernel for a linear.
+
+    Args:
+        x_dtype: of the activations as the kernel receives them: 8-bit if the scheme quantizes them.
+
+    Raises:
+        KeyError: a layout that no template takes.
+    """
+    weight, activation = spec.scheme.weight, spec.scheme.activation
+    rows, columns = weight.granularity.block_of(spec.shape)
+    per = ""
+    if activation is not None:
+        per = "group" if activation.granularity.is_group else "token"
+        if activation.granularity == Granularity.tensor() or activation.granularity.rows == WHOLE:
+            per = "tensor"
+    return KernelSpec(
+        template=TEMPLATES[spec.layout],
+        n=spec.out_features,
+        k=spec.in_features,
+        weight=weight.format.name,
+        symmetric=weight.symmetric,
+        rows=min(rows, spec.out_features),
+        columns=min(columns, spec.in_features),
+        activation=None if activation is None else activation.format.name,
+        activation_scale=per,
+        x_dtype=dtype_name(x_dtype),
+        out_dtype=dtype_name(out_dtype),
+        epilogue=spec.epilogue,
+        target=target,
+        tile=tile,
+    )

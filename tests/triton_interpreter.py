@@ -1,0 +1,200 @@
+"""Running kernels on CPU tensors with Triton's interpreter, faithfully: `interpret(kernel)[grid](...)`.
+
+The interpreter computes bfloat16 on its raw bits (silently wrong), rounds float32 to bfloat16 and fp8 wrongly, reads any
+address, and is chosen for a whole process when Triton is imported. `install` mends all of this once:
+
+- bfloat16 and fp8 are decoded to float32, computed there, and rounded to nearest even (fp8 saturates);
+- a load, store or atomic outside every argument's memory raises IndexError;
+- the same kernel objects can be interpreted and compiled in one process, with TRITON_INTERPRET unset.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+_FP8 = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
+_BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
+_COMPARE = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
+Handle = interpreter.TensorHandle
+
+
+def _is_raw(dtype: Any) -> bool:
+    """Whether the interpreter holds a type as its bits."""
+    return dtype.name == "bf16" or dtype.name in _FP8
+
+
+def _decode(data: Any, dtype: Any) -> Any:
+    if dtype.name == "bf16":
+        return (np.ascontiguousarray(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if dtype.name in _FP8:
+        bits = torch.from_numpy(np.ascontiguousarray(data).view(np.uint8).copy())
+        return bits.view(_FP8[dtype.name]).float().numpy()
+    return data
+
+
+def _encode(values: Any, dtype: Any) -> Any:
+    values = torch.from_numpy(np.array(values, dtype=np.float32))
+    if dtype.name == "bf16":
+        return values.to(torch.bfloat16).view(torch.uint16).numpy()
+    limit = torch.finfo(_FP8[dtype.name]).max
+    return values.clamp(-limit, limit).to(_FP8[dtype.name]).view(torch.uint8).numpy()
+
+
+def _as_float(handle: Any) -> Any:
+    dtype = handle.dtype.scalar
+    return Handle(_decode(handle.data, dtype), tl.float32) if _is_raw(dtype) else handle
+
+
+def _install_arithmetic(builder: Any) -> None:
+    binary, unary, ternary, cast = builder.binary_op, builder.unary_op, builder.ternary_op, builder.cast_impl
+
+    def binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
+        dtype = left.dtype.scalar
+        if not _is_raw(dtype) or op in _BITWISE:
+            return binary(self, left, right, op)
+        result = op(_as_float(left).data, _as_float(right).data)
+        return Handle(result, tl.int1) if op in _COMPARE else Handle(_encode(result, dtype), dtype)
+
+    def unary_op(self: Any, x: Any, op: Any) -> Any:
+        dtype = x.dtype.scalar
+        return Handle(_encode(op(_as_float(x).data), dtype), dtype) if _is_raw(dtype) else unary(self, x, op)
+
+    def ternary_op(self: Any, a: Any, b: Any, c: Any, op: Any) -> Any:
+        dtype = c.dtype.scalar
+        if not _is_raw(dtype) or op is np.where:
+            return ternary(self, a, b, c, op)
+        return Handle(_encode(op(_as_float(a).data, _as_float(b).data, _as_float(c).data), dtype), dtype)
+
+    def cast_impl(self: Any, source: Any, target_type: Any) -> Any:
+        target = target_type.scalar
+        if not _is_raw(source.dtype.scalar) and not _is_raw(target):
+            return cast(self, source, target_type)
+        values = _as_float(source).data
+        if _is_raw(target):
+            return Handle(_encode(values, target), target)
+        return Handle(values.astype(interpreter._get_np_dtype(target)), target)
+
+    def dot(self: Any, a: Any, b: Any, c: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        exact = np.float64 if c.data.dtype == np.int32 else np.float32
+        product = _as_float(a).data.astype(exact) @ _as_float(b).data.astype(exact)
+        return Handle((product + c.data.astype(exact)).astype(c.data.dtype), c.dtype.scalar)
+
+    builder.binary_op, builder.unary_op, builder.ternary_op = binary_op, unary_op, ternary_op
+    builder.cast_impl, builder.create_dot = cast_impl, dot
+    builder.create_fp_to_fp = lambda self, source, target, rounding: cast_impl(self, source, target)
+    builder.get_bf16 = lambda self, value: Handle(_encode([value], tl.bfloat16), tl.bfloat16)
+
+
+def _install_bounds(builder: Any) -> None:
+    memory: list[tuple[int, int]] = []
+    copy_arguments = interpreter.GridExecutor._init_args_hst
+
+    def init_args(self: Any, args: Any, kwargs: Any) -> Any:
+        copied_args, copied_kwargs = copy_arguments(self, args, kwargs)
+        memory.clear()
+        for value in [*copied_args, *copied_kwargs.values()]:
+            value = getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                memory.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        return copied_args, copied_kwargs
+
+    def check(pointers: Any, mask: Any, what: str) -> None:
+        addresses = pointers.data
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(getattr(mask, "data", mask), addresses.shape).astype(bool)]
+        addresses = np.asarray(addresses).reshape(-1).astype(np.uint64)
+        size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        inside = np.zeros(addresses.shape, bool)
+        for start, end in memory:
+            inside |= (addresses >= np.uint64(start)) & (addresses + size <= np.uint64(end))
+        if not inside.all():
+            raise IndexError(f"{what}: {int((~inside).sum())} of {addresses.size} addresses are outside every argument")
+
+    load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        check(pointers, mask, "load")
+        return load(self, pointers, mask, *rest, **named)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        check(pointers, mask, "store")
+        return store(self, pointers, value, mask, *rest, **named)
+
+    def atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask, "atomic")
+        return atomic(self, op, pointers, value, mask, *rest)
+
+    interpreter.GridExecutor._init_args_hst = init_args
+    builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw = masked_load, masked_store, atomic_rmw
+
+
+class _Scope:
+    """A patched `triton.language`, restored by the launch that patched it and by no call inside."""
+
+    active = False
+
+    def __init__(self, scope: Any) -> None:
+        self.scope = scope
+
+    def restore(self) -> None:
+        if self.scope is not None:
+            self.scope.restore()
+            _Scope.active = False
+
+
+class _Globals:
+    __globals__ = {"tl": tl, "core": tl.core}
+
+
+def _install_dual() -> None:
+    patch = interpreter._patch_lang
+
+    def patch_once(function: Any) -> _Scope:
+        if _Scope.active:
+            return _Scope(None)
+        _Scope.active = True
+        return _Scope(patch(_Globals))
+
+    def call_interpreted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
+
+    functions: dict[Any, Any] = {}
+
+    def call_jit(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        if self.fn not in functions:
+            functions[self.fn] = interpreter.InterpretedFunction(self.fn)
+        return functions[self.fn](*args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.InterpretedFunction.__call__ = call_interpreted
+    JITFunction.__call__ = call_jit
+
+
+_installed = False
+
+
+def install() -> None:
+    """Mend the interpreter; once a process."""
+    global _installed
+    if not _installed:
+        _installed = True
+        _install_arithmetic(interpreter.InterpreterBuilder)
+        _install_bounds(interpreter.InterpreterBuilder)
+        _install_dual()
+
+
+def interpret(kernel: JITFunction) -> Any:
+    """The kernel as something to launch over a grid, which takes CPU tensors."""
+    install()
+    return interpreter.InterpretedFunction(kernel.fn)
