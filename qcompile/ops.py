@@ -117,7 +117,8 @@ _library.impl("gemm_dynamic", _gemm_dynamic, "CUDA")
 
 @torch.library.register_fake("qcompile::gemm_cpu", lib=_library)
 def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
-    return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=torch.float32)
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=dtype)
 
 
 @torch.library.register_fake("qcompile::gemm_dynamic", lib=_library)

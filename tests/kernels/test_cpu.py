@@ -1,0 +1,208 @@
+"""Products on CPUs against the float64 oracle of their own codes, and bit for bit where no rounding can happen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile import ops  # noqa: F401  (registers the operators)
+from qcompile.layouts import choose_layout, to_layout
+from qcompile.linear_spec import LinearSpec
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize_activation, quantize_activation, quantize_weight
+from qcompile.runtime import cpu
+from qcompile.scheme import PRESETS, Scheme, parse_scheme
+from tests import oracle, tolerance
+
+SHAPE = (96, 256)
+STATIC_SCALE = 0.05
+
+
+def _combinations() -> dict[str, Scheme]:
+    """Every preset; every weight format at several granularities, with and without zero points and activations."""
+    found = dict(PRESETS)
+    weights: list[dict[str, object]] = []
+    for bits in range(2, 9):
+        for symmetric in (True, False):
+            sizes: list[dict[str, object]] = [{"group_size": 16}, {"group_size": 32}, {"group_size": -1}]
+            weights += [{"format": f"int{bits}", "symmetric": symmetric, **size} for size in sizes]
+    for name in ("fp8_e4m3", "fp8_e5m2", "int8"):
+        weights += [{"format": name, "granularity": "tensor"}, {"format": name, "block_size": [64, 48]}]
+        weights += [{"format": name, "group_size": 32}]
+    activations: list[dict[str, object] | None] = [
+        None,
+        {"format": "int8"},
+        {"format": "int8", "granularity": "tensor"},
+        {"format": "int8", "dynamic": False},
+        {"format": "fp8_e4m3"},
+        {"format": "fp8_e5m2", "granularity": "tensor"},
+    ]
+    for index, weight in enumerate(weights):
+        eight = weight["format"] in ("int8", "fp8_e4m3", "fp8_e5m2")
+        for activation in activations if eight else (None, activations[1 + index % 5]):
+            key = ",".join(str(v) for v in [*weight.values(), *(activation or {}).values()])
+            found[key] = parse_scheme({"weight": weight, "activation": activation})
+        if weight.get("group_size") == 32:
+            grouped = {"format": "int8", "group_size": 32}
+            found[f"{weight['format']},{weight.get('symmetric')},grouped"] = parse_scheme(
+                {"weight": weight, "activation": grouped}
+            )
+    return found
+
+
+SCHEMES = _combinations()
+
+
+class Quantized:
+    """A packed weight in the layout for CPUs, its operator, and its oracle."""
+
+    def __init__(self, scheme: Scheme, weight: Tensor) -> None:
+        shape = (weight.shape[0], weight.shape[1])
+        self.scheme = scheme.fit("layer", shape)
+        self.logical = quantize_weight(weight, self.scheme.weight)
+        self.layout = choose_layout(self.scheme, shape, "cpu")
+        self.packed: PackedWeight = to_layout(self.logical, self.layout)
+        self.spec = LinearSpec(in_features=shape[1], out_features=shape[0], scheme=self.scheme, layout=self.layout.name)
+        activation = self.scheme.activation
+        static = activation is not None and not activation.dynamic
+        self.input_scale = torch.tensor(STATIC_SCALE) if static else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        p = self.packed
+        return torch.ops.qcompile.linear(
+            x, p.codes, p.scale, p.zero_point, None, self.input_scale, [], self.spec.encode()
+        )
+
+    def weight(self) -> Tensor:
+        granularity = self.scheme.weight.granularity
+        codes, scale, zero = self.logical.unpack_codes(), self.logical.scale, self.logical.zero_point
+        block = (granularity.rows, granularity.columns)
+        return oracle.dequantize(self.scheme.weight.format.name, codes, scale, zero, block)
+
+    def check(self, x: Tensor, y: Tensor) -> None:
+        activation, given = self.scheme.activation, x
+        if activation is not None:
+            given = dequantize_activation(*quantize_activation(x, activation, self.input_scale), activation)
+        weight = self.weight()
+        exact = oracle.linear(given, weight)
+        # A product in bfloat16 (all but float32 decoding, for the looser of which this holds too) is rounded to it, then
+        # to the output's dtype.
+        product = tolerance.gemm_bound(given, weight, torch.bfloat16, torch.bfloat16)
+        if self.scheme.activation is not None and not self.scheme.activation.granularity.is_group:
+            # The codes are exact in bfloat16; their products with the scale, as `given` holds them, are not.
+            x_codes, x_scale = quantize_activation(x, self.scheme.activation, self.input_scale)
+            scale = x_scale.double()
+            product = tolerance.gemm_bound(x_codes.double(), weight, torch.bfloat16, torch.bfloat16) * scale
+            product = product + tolerance.rounding(exact.abs() + product, torch.float32)
+            exact = oracle.linear(x_codes.double() * scale, weight)
+        assert y.dtype == x.dtype
+        tolerance.assert_within(y, exact, tolerance.epilogue_bound(exact, product, out_dtype=x.dtype))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_within_the_bound(name: str) -> None:
+    layer = Quantized(SCHEMES[name], torch.randn(SHAPE))
+    for m in (0, 1, 3, 40, 130):
+        x = torch.randn(m, SHAPE[1], dtype=torch.bfloat16)
+        if m == 0 and layer.scheme.activation is not None and str(layer.scheme.activation.granularity) == "tensor":
+            if layer.scheme.activation.dynamic:
+                continue  # no elements, so no scale
+        y = layer(x)
+        assert y.shape == (m, SHAPE[0])
+        if m:
+            layer.check(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", PRESETS)
+def test_other_dtypes_of_activations(name: str, dtype: torch.dtype) -> None:
+    layer = Quantized(PRESETS[name], torch.randn(SHAPE))
+    for m in (3, 130):
+        x = torch.randn(m, SHAPE[1], dtype=dtype)
+        layer.check(x, layer(x))
+
+
+@pytest.mark.parametrize("m", [130])
+def test_float32_is_decoded_to_float32(m: int) -> None:
+    layer = Quantized(PRESETS["int3"], torch.randn(SHAPE))
+    x, weight = torch.randn(m, SHAPE[1]), layer.weight()
+    bound = tolerance.gemm_bound(x, weight, torch.float32)
+    tolerance.assert_within(layer(x), oracle.linear(x, weight), bound)
+
+
+@pytest.mark.parametrize("rows", [1, 256], ids=["few", "many"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_identity_reads_the_weight_bit_for_bit(name: str, rows: int) -> None:
+    """With one 1 a row of x nothing is summed, and scales that are powers of two round nothing: y is the weight."""
+    scheme = SCHEMES[name]
+    if scheme.activation is not None:
+        return  # dynamic scales of max / 127.5 are no powers of two; `integer_products` covers what is exact
+    layer = Quantized(scheme, torch.randn(SHAPE))
+    power = torch.exp2(torch.randint(-3, 3, layer.logical.scale.shape).float()).to(layer.logical.scale.dtype)
+    layer.logical = PackedWeight(layer.logical.codes, power, layer.logical.zero_point, SHAPE, layer.logical.scheme)
+    layer.packed = to_layout(layer.logical, layer.layout)
+    x = torch.eye(SHAPE[1], dtype=torch.bfloat16)
+    y = torch.cat([layer(part) for part in x.split(rows)])
+    assert torch.equal(y.double(), layer.weight().T)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_integer_products_are_exact(m: int) -> None:
+    layer = Quantized(PRESETS["int8"], torch.randn(SHAPE))
+    x = torch.randint(-128, 128, (m, SHAPE[1]), dtype=torch.int8)
+    ones = torch.ones(SHAPE[0], 1)
+    y = cpu.product(x, torch.ones(m, 1), layer.packed.codes, ones, None, layer.spec, layer.spec.encode())
+    assert torch.equal(y.double(), oracle.linear(x.double(), layer.packed.codes.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("format_name", ["fp8_e4m3", "fp8_e5m2"])
+def test_every_float8_code(format_name: str, dtype: torch.dtype) -> None:
+    scheme = parse_scheme({"weight": {"format": format_name}}).weight
+    values = oracle.decode_values(format_name)
+    codes = torch.arange(256, dtype=torch.uint8)[values.isfinite()]
+    out = torch.empty(1, len(codes), dtype=dtype)
+    cpu._decoder(scheme.format, "rows8")(codes.view(scheme.format.native_dtype)[None], out)
+    assert torch.equal(out[0].double(), values[values.isfinite()])
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (1, 64), (130, 576), (2100, 1024)])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int3", "int8_weight_only", "fp8", "fp8_block", "int4_int8"])
+def test_shapes_that_fill_no_tile_and_those_of_many_chunks(name: str, shape: tuple[int, int]) -> None:
+    layer = Quantized(PRESETS[name], torch.randn(shape))
+    for m in (2, 64):
+        x = torch.randn(m, shape[1], dtype=torch.bfloat16)
+        layer.check(x, layer(x))
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    for name in ("int4", "int8_weight_only", "int8", "fp8"):
+        layer = Quantized(PRESETS[name], torch.randn(SHAPE))
+        x = torch.randn(SHAPE[1], 5, dtype=torch.bfloat16).t()
+        assert torch.equal(layer(x), layer(x.contiguous())), name
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8", "int8_weight_only", "fp8", "fp8_block"])
+def test_compiled(name: str, fresh_dynamo: None) -> None:
+    layer = Quantized(PRESETS[name], torch.randn(SHAPE))
+    compiled: Callable[[Tensor], Tensor] = torch.compile(lambda x: torch.relu(layer(x)), dynamic=True)
+    for m in (3, 40, 130):
+        x = torch.randn(m, SHAPE[1], dtype=torch.bfloat16)
+        activation = layer.scheme.activation
+        if activation is None:
+            assert torch.equal(compiled(x), torch.relu(layer(x)))
+        else:  # a fused quantization may round a tie the other way
+            assert tolerance.sqnr(torch.relu(layer(x)), compiled(x)) > tolerance.sqnr_floor("int8", SHAPE[1])
+
+
+def test_names_say_which_kernel() -> None:
+    def name(preset: str) -> str:
+        return cpu.kernel_name(Quantized(PRESETS[preset], torch.randn(SHAPE)).spec)
+
+    assert name("int4").startswith("aten int4pack (bf16), decode + mm above M = ")
+    assert name("int8_weight_only").startswith("aten int8pack (bf16)")
+    assert name("int8") == "aten int8 x int8 (int32)"
+    assert name("fp8") == name("int3") == name("int4_int8") == "decode + mm"
