@@ -40,7 +40,7 @@ def annotate(context: GraphContext) -> None:
     if context.config is None:
         return
     for node in context.graph.find_nodes(op="call_function", target=F.linear):
-        weight = resolve_weight(context, node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
+        weight = resolve_weight(context, node.args[1])
         name = _layer_name(node, weight.parts[0] if weight else None)
         context.names.append(name)
         scheme = context.config.scheme_for(name)
@@ -52,7 +52,9 @@ def annotate(context: GraphContext) -> None:
         else:
             out_features, in_features = (int(extent) for extent in example(node.args[1]).shape)
             fitted = scheme.fit(name, (out_features, in_features))
-            note = "" if fitted == scheme else f"{scheme.weight.granularity} does not divide {in_features}"
+            note = ""
+            if fitted != scheme:
+                note = f"{scheme.weight.granularity} does not divide {in_features}, so {fitted.weight.granularity}"
             context.layers[node] = Layer(name, fitted, weight, note=note)
     root = compat.root_module(context.placeholders())
     modules = [] if root is None else [n for n, m in root.named_modules() if n and is_linear_module(type(m))]

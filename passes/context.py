@@ -89,6 +89,7 @@ class GraphContext:
         values: the real value of every placeholder; symbolic sizes included.
         layers: linear nodes that are to be quantized, or are.
         left: names of linears that stay as they are, with the reason.
+        packed_inputs: graph inputs of a packed weight, by weight and scheme.
         events: what was rewritten and declined, in order.
     """
 
@@ -99,6 +100,7 @@ class GraphContext:
     layers: dict[fx.Node, Layer] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
+    packed_inputs: dict[Any, tuple[fx.Node, ...]] = field(default_factory=dict)
     bindings: list[Binding] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
@@ -128,12 +130,14 @@ class GraphContext:
         make: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
     ) -> tuple[fx.Node, ...]:
         """New graph inputs, as many as `make` returns, named after a layer and what they are; see `Binding`."""
-        name = "q_" + re.sub(r"\W", "_", name)
+        name = f"q{len(self.bindings)}_" + re.sub(r"\W", "_", name)
         tensors = make(tuple(self.values[s] for s in sources))
         nodes = []
         for position, tensor in enumerate(tensors):
             existing = self.placeholders()
-            node = compat.add_input(self.graph, f"{name}_{position}", tensor, existing[-1] if existing else None, self.fake_mode)
+            node = compat.add_input(
+                self.graph, f"{name}_{position}", tensor, existing[-1] if existing else None, self.fake_mode
+            )
             self.values[node] = tensor
             nodes.append(node)
         self.bindings.append(Binding(tuple(sources), make, tuple(nodes)))

@@ -28,7 +28,7 @@ _RULE = "merge_projections"
 def _bias(node: fx.Node) -> Any:
     if node.target is OP:
         return node.args[Args.index("bias")]
-    return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    return node.args[2] if len(node.args) > 2 else None
 
 
 def _reason_apart(context: GraphContext, nodes: list[fx.Node]) -> str | None:
@@ -39,7 +39,9 @@ def _reason_apart(context: GraphContext, nodes: list[fx.Node]) -> str | None:
         return "schemes differ: " + "; ".join(f"{layer.name} {layer.scheme}" for layer in layers)
     if len({_bias(n) is None for n in nodes}) > 1:
         return "some have a bias and some have none"
-    if len({n.target for n in nodes}) > 1 or any(layer.weight is not None and layer.weight.transposed for layer in layers):
+    if len({n.target for n in nodes}) > 1 or any(
+        layer.weight is not None and layer.weight.transposed for layer in layers
+    ):
         return "their weights are stored in different ways"
     if len({w for layer in layers if layer.weight for w in layer.weight.parts}) < sum(
         len(layer.weight.parts) for layer in layers if layer.weight
@@ -104,31 +106,35 @@ def _merge_packed(context: GraphContext, nodes: list[fx.Node], bias: fx.Node | N
     return context.graph.call_function(OP, (*arguments, bias, nodes[0].args[5], [], spec.encode()))
 
 
+def _concatenation(context: GraphContext, nodes: list[Any]) -> fx.Node:
+    new = context.graph.call_function(torch.cat, (nodes,))
+    with context.fake_mode:
+        new.meta["example_value"] = torch.cat([example(n) for n in nodes])
+    return new
+
+
 def _merge(context: GraphContext, nodes: list[fx.Node]) -> None:
     graph, layers = context.graph, [context.layers.pop(n) for n in nodes]
     label = " + ".join(layer.name for layer in layers)
     sizes = [int(example(n).shape[-1]) for n in nodes]
-    with context.fake_mode:
-        with graph.inserting_before(nodes[0]):
-            bias = None
-            if _bias(nodes[0]) is not None:
-                bias = graph.call_function(torch.cat, ([_bias(n) for n in nodes],))
-                bias.meta["example_value"] = torch.cat([example(_bias(n)) for n in nodes])
-            if nodes[0].target is OP:
-                merged = _merge_packed(context, nodes, bias, layers[0].name + "_merged")
-                ref = None
-            else:
-                weight = graph.call_function(torch.cat, ([n.args[1] for n in nodes],))
-                weight.meta["example_value"] = torch.cat([example(n.args[1]) for n in nodes])
-                merged = graph.call_function(F.linear, (nodes[0].args[0], weight, bias))
-                ref = WeightRef(tuple(p for layer in layers if layer.weight for p in layer.weight.parts))
+    bias = None
+    with graph.inserting_before(nodes[0]):
+        if _bias(nodes[0]) is not None:
+            bias = _concatenation(context, [_bias(n) for n in nodes])
+        if nodes[0].target is OP:
+            merged = _merge_packed(context, nodes, bias, layers[0].name + "_merged")
+            ref = None
+        else:
+            weight = _concatenation(context, [n.args[1] for n in nodes])
+            merged = graph.call_function(F.linear, (nodes[0].args[0], weight, bias))
+            ref = WeightRef(tuple(p for layer in layers if layer.weight for p in layer.weight.parts))
+        parts = graph.call_method("split", (merged, sizes, -1))
+        with context.fake_mode:
             merged.meta = {**nodes[0].meta, "example_value": torch.cat([example(n) for n in nodes], -1)}
-            parts = graph.call_method("split", (merged, sizes, -1))
             parts.meta["example_value"] = example(merged).split(sizes, -1)
         for position, node in enumerate(nodes):
-            with graph.inserting_before(nodes[0]):
-                part = graph.call_function(operator.getitem, (parts, position))
-                part.meta = {**node.meta, "example_value": parts.meta["example_value"][position]}
+            part = graph.call_function(operator.getitem, (parts, position))
+            part.meta = {**node.meta, "example_value": parts.meta["example_value"][position]}
             node.replace_all_uses_with(part)
     for node in nodes:
         graph.erase_node(node)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.errors import LayerError
-from qcompile.layouts import choose_layout
+from qcompile.layouts import Layout, choose_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.packing import packed_weight
 from qcompile.passes.context import OP, GraphContext, Layer, example, replace
@@ -30,6 +30,25 @@ def _input_scale(layer: Layer, device: torch.device) -> Tensor:
     return torch.tensor(layer.scheme.activation.scale, dtype=torch.float32, device=device)
 
 
+def _packed_inputs(context: GraphContext, layer: Layer, layout: Layout) -> tuple[fx.Node, ...]:
+    """Graph inputs codes, scale and zero point; a layer that is called twice, and tied layers of one scheme, share them."""
+    ref, scheme = layer.weight, layer.scheme
+    assert ref is not None
+
+    def make(parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        layer.packed = packed_weight(parameters, ref.transposed, scheme, layout, layer.name)
+        return layer.packed.tensors
+
+    key = (ref, scheme)
+    if key not in context.packed_inputs:
+        context.packed_inputs[key] = context.bind(f"{layer.name}_packed", ref.parts, make)
+    else:
+        layer.packed = packed_weight(
+            tuple(context.values[p] for p in ref.parts), ref.transposed, scheme, layout, layer.name
+        )
+    return context.packed_inputs[key]
+
+
 def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
     graph = context.graph
     assert layer.weight is not None
@@ -39,16 +58,12 @@ def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
     out_features, in_features = (int(extent) for extent in example(matrix).shape)
     layout = choose_layout(scheme, (out_features, in_features), value.device.type)
 
-    def make(parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        layer.packed = packed_weight(parameters, ref.transposed, scheme, layout, layer.name)
-        return layer.packed.tensors
-
-    codes, scale, *zero_point = context.bind(f"{layer.name}_packed", ref.parts, make)
+    codes, scale, *zero_point = _packed_inputs(context, layer, layout)
     input_scale: tuple[fx.Node, ...] = ()
     if scheme.activation is not None and not scheme.activation.dynamic:
         constant = layer.input_scale = _input_scale(layer, value.device)
         input_scale = context.bind(f"{layer.name}_input_scale", (), lambda _: (constant,))
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    bias = node.args[2] if len(node.args) > 2 else None
     spec = LinearSpec(in_features=in_features, out_features=out_features, scheme=scheme, layout=layout.name)
     if bias is not None:
         spec = spec.with_epilogue("bias")
@@ -57,7 +72,14 @@ def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
         if example(x).dtype != example(node).dtype:
             x = graph.call_method("to", (x, example(node).dtype))
             x.meta["example_value"] = example(node.args[0]).to(example(node).dtype)
-        arguments = (x, codes, scale, zero_point[0] if zero_point else None, bias, input_scale[0] if input_scale else None)
+        arguments = (
+            x,
+            codes,
+            scale,
+            zero_point[0] if zero_point else None,
+            bias,
+            input_scale[0] if input_scale else None,
+        )
         new = graph.call_function(OP, (*arguments, [], spec.encode()))
     replace(graph, node, new)
     erase_unused(graph, matrix)

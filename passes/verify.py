@@ -27,15 +27,12 @@ def _check_operator(context: GraphContext, node: fx.Node, name: str) -> None:
     static = spec.scheme.activation is not None and not spec.scheme.activation.dynamic
     if static != (given["input_scale"] is not None):
         problems.append("an input scale and a static scheme go together")
-    result = example(node)
-    operands = [
-        [example(a) for a in given["operands"]] if key == "operands" else example(a) if isinstance(a, fx.Node) else a  # type: ignore[union-attr]
-        for key, a in given.items()
-    ]
-    with context.fake_mode:
-        made = OP(*operands)
-    if isinstance(result, Tensor) and (made.shape != result.shape or made.dtype != result.dtype):
-        problems.append(f"it makes {made.dtype} {tuple(made.shape)}, expected {result.dtype} {tuple(result.shape)}")
+    if not problems:
+        arguments = fx.node.map_arg(node.args, example)
+        with context.fake_mode:
+            made, result = OP(*arguments), example(node)
+        if isinstance(result, Tensor) and (made.shape != result.shape or made.dtype != result.dtype):
+            problems.append(f"it makes {made.dtype} {tuple(made.shape)}, expected {result.dtype} {tuple(result.shape)}")
     if problems:
         raise QCompileError(f"{name}: the rewritten graph is wrong: {'; '.join(problems)}. This is a bug in qcompile")
 
@@ -52,4 +49,6 @@ def verify(context: GraphContext) -> None:
             layer = context.layers.get(node)
             _check_operator(context, node, layer.name if layer else node.name)
         elif node.target is F.linear and node in context.layers:
-            raise QCompileError(f"{context.layers[node].name}: has a scheme, but was not quantized. This is a bug in qcompile")
+            raise QCompileError(
+                f"{context.layers[node].name}: has a scheme, but was not quantized. This is a bug in qcompile"
+            )

@@ -55,10 +55,16 @@ def transpose_of(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return new
 
 
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("t", "transpose", "swapaxes", "swapdims", "view", "reshape")
+    return node.op == "call_function" and (node.target in (torch.cat, getattr, torch.t, torch.transpose))
+
+
 def erase_unused(graph: fx.Graph, *nodes: object) -> None:
-    """Erase weight expressions (transposes, concatenations; never inputs) that nothing reads any more."""
+    """Erase pure expressions (views, transposes, concatenations; never inputs) that nothing reads any more."""
     for node in nodes:
-        if isinstance(node, fx.Node) and node.op != "placeholder" and not node.users:
+        if isinstance(node, fx.Node) and not node.users and _is_pure(node):
             inputs = node.all_input_nodes
             graph.erase_node(node)
             erase_unused(graph, *inputs)

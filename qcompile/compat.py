@@ -35,9 +35,7 @@ def inductor_mode(mode: str) -> dict[str, Any]:
     return dict(modes[mode])
 
 
-def compile_with_inductor(
-    graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]
-) -> Callable[..., Any]:
+def compile_with_inductor(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     """Hand a graph in Dynamo's form to Inductor."""
     import torch._inductor
 

@@ -124,7 +124,9 @@ def _nearest(glob: str, names: list[str]) -> list[str]:
     plain = glob.replace("*", "")
     by_tail = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
     tails = difflib.get_close_matches(plain.rsplit(".", 1)[-1], by_tail, n=3, cutoff=0.5)
-    return list(dict.fromkeys([*(by_tail[t] for t in tails), *difflib.get_close_matches(plain, names, n=3, cutoff=0.3)]))[:3]
+    return list(
+        dict.fromkeys([*(by_tail[t] for t in tails), *difflib.get_close_matches(plain, names, n=3, cutoff=0.3)])
+    )[:3]
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -138,7 +140,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{path} holds no configuration: expected a mapping with rules, found {type(loaded).__name__}")
+        raise ConfigError(
+            f"{path} holds no configuration: expected a mapping with rules, found {type(loaded).__name__}"
+        )
     return loaded
 
 
@@ -160,4 +164,6 @@ def parse_config(given: str | Path | Mapping[str, Any] | Scheme | QuantConfig) -
         return QuantConfig.from_dict(given)
     if isinstance(given, (str, Mapping, Scheme)):
         return QuantConfig((Rule(layers="*", scheme=parse_scheme(given)),))
-    raise ConfigError(f"a configuration is a preset's name, a dict, a file or a QuantConfig, not {type(given).__name__}")
+    raise ConfigError(
+        f"a configuration is a preset's name, a dict, a file or a QuantConfig, not {type(given).__name__}"
+    )

@@ -162,7 +162,9 @@ class FragmentLayout(Layout):
         for width in plane_widths(bits):
             words = weight.codes[..., 128 * low : 128 * (low + width)].unflatten(-1, (128, width))
             shifts = width * torch.arange(16 // width, dtype=torch.int32, device=words.device)
-            both = words[..., None, None] >> (shifts[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=words.device))
+            both = words[..., None, None] >> (
+                shifts[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=words.device)
+            )
             codes |= (both & ((1 << width) - 1)).to(torch.uint8).flatten(3, 4) << low
             low += width
         fields = codes.view(tiles_n, tiles_k, 4, 8, 4, 4, 2, 2, 2)  # w h l | v s r | b
@@ -260,4 +262,3 @@ def to_layout(weight: PackedWeight, layout: Layout) -> PackedWeight:
         return weight
     logical = LAYOUTS[weight.layout].unpack(weight)
     return layout.pack(logical)
-

@@ -9,6 +9,7 @@ from typing import Any
 
 from qcompile import expr
 from qcompile.errors import ConfigError
+from qcompile.fingerprint import fingerprint
 from qcompile.scheme import Scheme, check_keys, parse_scheme, scheme_to_dict
 
 ACTIVATIONS: dict[str, Any] = {
@@ -60,11 +61,16 @@ class LinearSpec:
         return replace(self, epilogue=(*self.epilogue, *steps))
 
     def encode(self) -> str:
-        """The string that stands for this spec in a graph; `decode_spec` is its inverse."""
+        """The string that stands for this spec in a graph; `decode_spec` is its inverse.
+
+        It carries the package's fingerprint: torch caches compiled graphs on disk by what they call, and an operator that
+        is traced through is known to those caches by its arguments alone.
+        """
         scheme = scheme_to_dict(self.scheme)
         given = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
         if self.epilogue:
             given["epilogue"] = list(self.epilogue)
+        given["code"] = fingerprint()
         return json.dumps(given, separators=(",", ":"))
 
 
@@ -79,7 +85,7 @@ def decode_spec(text: str) -> LinearSpec:
         given = json.loads(text)
     except ValueError:
         raise ConfigError(f"not a linear spec: {text!r}") from None
-    check_keys("linear spec", given, ("k", "n", "scheme", "layout", "epilogue"))
+    check_keys("linear spec", given, ("k", "n", "scheme", "layout", "epilogue", "code"))
     epilogue = tuple(given.get("epilogue", ()))
     if unknown := set(epilogue) - set(EPILOGUE_STEPS):
         raise ConfigError(f"unknown epilogue steps {sorted(unknown)}; there are {', '.join(EPILOGUE_STEPS)}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
 
 
@@ -26,6 +27,7 @@ class QuantizedLinear(nn.Module):
         scheme: the layer's scheme, whose group fits K.
         bias: [N] or None.
         input_scale: float32 scalar, exactly for static activations.
+        dtype: of the original weight, and of `weight`.
     """
 
     codes: Tensor
@@ -34,10 +36,16 @@ class QuantizedLinear(nn.Module):
     input_scale: Tensor | None
 
     def __init__(
-        self, weight: PackedWeight, scheme: Scheme, bias: Tensor | None = None, input_scale: Tensor | None = None
+        self,
+        weight: PackedWeight,
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.scheme = scheme
+        self.dtype = dtype
         self.out_features, self.in_features = weight.shape
         self.register_buffer("input_scale", input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -62,14 +70,23 @@ class QuantizedLinear(nn.Module):
         """The weight in the portable layout."""
         return to_layout(self.packed(), LAYOUTS[LOGICAL])
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] that the codes stand for, decoded anew at each reading.
+
+        For code that looks at a linear's weight, or multiplies with it itself; `forward` does not decode it so.
+        """
+        return dequantize(self.logical()).to(self.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.qcompile.linear(  # type: ignore[no-any-return]
+        return torch.ops.qcompile.linear.default(  # type: ignore[no-any-return]
             x, self.codes, self.scale, self.zero_point, self.bias, self.input_scale, [], self.spec
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Move to devices; conversions of dtype reach the bias alone, since codes and scales have dtypes of their own."""
         target = fn(torch.empty(0, dtype=torch.uint8, device=self.codes.device)).device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
         if self.input_scale is not None:

@@ -80,7 +80,13 @@ def _linear(
 
 
 def _cpu(
-    x: Tensor, x_scale: Tensor | None, codes: Tensor, scale: Tensor, zero_point: Tensor | None, parsed: LinearSpec, spec: str
+    x: Tensor,
+    x_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    parsed: LinearSpec,
+    spec: str,
 ) -> Tensor:
     """The product on a CPU, before the epilogue: [M, N] in float32 or the activations' dtype."""
     from qcompile.runtime import cpu

@@ -96,9 +96,7 @@ class PackedWeight:
             expected["zero_point"] = (self.zero_point, torch.uint8, blocks)
         for name, (tensor, dtype, shape) in expected.items():
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise LayerError(
-                    f"{layer}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}"
-                )
+                raise LayerError(f"{layer}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             if tensor.device != self.codes.device:
                 raise LayerError(f"{layer}: {name} is on {tensor.device}, codes on {self.codes.device}")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from qcompile import compat
@@ -21,7 +22,11 @@ from qcompile.tensors import version
 
 def _recognize(context: GraphContext) -> None:
     """Note the linears that are quantized already (of `QuantizedLinear` modules)."""
-    for node in context.graph.find_nodes(op="call_function", target=OP):
+    for node in context.graph.nodes:
+        if node.target is torch.ops.qcompile.linear:
+            node.target = OP
+        if node.target is not OP:
+            continue
         spec = decode_spec(node.args[Args.index("spec")])
         module = compat.module_of(node)
         parts = [context.values.get(node.args[i]) if node.args[i] is not None else None for i in (1, 2, 3)]

@@ -95,7 +95,7 @@ def _quantized(name: str, module: nn.Module, scheme: Scheme, input_scale: Tensor
     assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
     with torch.no_grad():
         packed = quantize_weight(weight.t() if _is_conv1d(module) else weight, scheme.weight, name)
-        return QuantizedLinear(packed, scheme, bias, input_scale)
+        return QuantizedLinear(packed, scheme, bias, input_scale, weight.dtype)
 
 
 def _static_scales(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile.bitpack import pack_bits
 from qcompile.errors import LayerError
 from qcompile.packed import PackedWeight
 from qcompile.scheme import SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
@@ -43,16 +44,40 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
         LayerError: a weight that is no matrix, or holds NaN or infinity, or whose scale overflows its dtype.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise LayerError(f"{layer}: a weight to quantize is a floating-point matrix, not {weight.dtype} {tuple(weight.shape)}")
+        raise LayerError(
+            f"{layer}: a weight to quantize is a floating-point matrix, not {weight.dtype} {tuple(weight.shape)}"
+        )
     if weight.numel() == 0:
         raise LayerError(f"{layer}: the weight is empty, {tuple(weight.shape)}")
-    w = weight.detach().to(torch.float32)
+    block_rows = scheme.granularity.block_of((weight.shape[0], weight.shape[1]))[0]
+    step = max(1, _CHUNK // (weight.shape[1] * block_rows)) * block_rows
+    chunks = [_quantize_rows(rows, scheme, layer) for rows in weight.detach().split(step)]
+    codes, scales, zero_points = zip(*chunks, strict=True)
+    packed = PackedWeight(
+        codes=torch.cat(codes),
+        scale=torch.cat(scales),
+        zero_point=None if scheme.symmetric else torch.cat(zero_points),
+        shape=(weight.shape[0], weight.shape[1]),
+        scheme=scheme,
+    )
+    packed.check(layer)
+    return packed
+
+
+_CHUNK = 1 << 22
+"""Weights that are quantized at a time, so that the float32 copies of a large layer stay small."""
+
+
+def _quantize_rows(weight: Tensor, scheme: WeightScheme, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Packed codes, scale and zero point of some rows, a multiple of a block's."""
+    w = weight.to(torch.float32)
     if not torch.isfinite(w).all():
-        raise LayerError(f"{layer}: the weight holds NaN or infinity, so it has no scale; keep the layer with scheme null")
+        raise LayerError(
+            f"{layer}: the weight holds NaN or infinity, so it has no scale; keep the layer with scheme null"
+        )
     shape = (w.shape[0], w.shape[1])
     granularity, scale_dtype = scheme.granularity, SCALE_DTYPES[scheme.scale_dtype]
     blocks = _blocks(w, granularity.block_of(shape))
-    zero_point = None
     if scheme.symmetric:
         spread = blocks.abs().amax((1, 3)) / scheme.format.absmax
     else:
@@ -62,13 +87,12 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
     if torch.isinf(scale).any():
         raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    del blocks
-    codes_scale = expand_blocks(scale.float(), granularity, shape)
-    scaled = w / codes_scale
+    scaled = w / expand_blocks(scale.float(), granularity, shape)
+    zero_point = None
     if not scheme.symmetric:
         zero_point = scheme.format.encode(-lowest / scale.float())
         scaled += expand_blocks(zero_point.float(), granularity, shape)
-    return PackedWeight.from_codes(scheme.format.encode(scaled), scale, zero_point, scheme, layer)
+    return pack_bits(scheme.format.encode(scaled), scheme.format.bits), scale, zero_point
 
 
 def dequantize(packed: PackedWeight) -> Tensor:
@@ -81,7 +105,9 @@ def dequantize(packed: PackedWeight) -> Tensor:
     return values * expand_blocks(packed.scale.float(), scheme.granularity, shape)
 
 
-def quantize_activation(x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_activation(
+    x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize activations [..., K] to the format's own 8-bit dtype.
 
     Made of plain torch operators only, so that a compiler fuses it with what produced `x`. With dynamic scales, a token

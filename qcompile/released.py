@@ -40,7 +40,7 @@ class ReleasedParameter(nn.Parameter):
             x, weight, bias = (*args, *[None] * (3 - len(args)))[:3]
             bias = kwargs.get("bias", bias)
             spec = weight.qcompile_spec_bias if bias is not None else weight.qcompile_spec
-            return torch.ops.qcompile.linear(
+            return torch.ops.qcompile.linear.default(
                 x,
                 weight.qcompile_codes,
                 weight.qcompile_scale,

@@ -284,7 +284,9 @@ def _boolean(what: str, value: object) -> bool:
     return value
 
 
-def _granularity(what: str, given: Mapping[str, Any], default: Granularity, names: dict[str, Granularity]) -> Granularity:
+def _granularity(
+    what: str, given: Mapping[str, Any], default: Granularity, names: dict[str, Granularity]
+) -> Granularity:
     sized = [key for key in ("granularity", "group_size", "block_size") if given.get(key) is not None]
     if len(sized) > 1:
         raise ConfigError(f"{what}: give one of {' and '.join(sized)}, not both")

@@ -51,4 +51,3 @@ class FloatFormat(Format):
 
 register(FloatFormat("fp8_e4m3", 8, exponent=4, mantissa=3, dtype=torch.float8_e4m3fn))
 register(FloatFormat("fp8_e5m2", 8, exponent=5, mantissa=2, dtype=torch.float8_e5m2))
-
