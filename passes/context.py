@@ -115,7 +115,7 @@ class GraphContext:
 
     def placeholders(self) -> list[fx.Node]:
         """The graph's inputs in order."""
-        return self.graph.find_nodes(op="placeholder")  # type: ignore[no-any-return]
+        return self.graph.find_nodes(op="placeholder")
 
     def rewrote(self, rule: str, layer: str, what: str) -> None:
         self.events.append(Rewrite(rule, layer, what))
@@ -153,7 +153,7 @@ def example(node: Any) -> Any:
 
 
 def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    """Put `new` where `old` was and erase it. Nodes that this makes dead are erased by whoever knows that they are pure.
+    """Put `new` where `old` was and erase it. Nodes that this makes dead are erased by who knows that they are pure.
 
     (`Graph.eliminate_dead_code` is never used: on Dynamo's graphs it removes in-place methods.)
     """

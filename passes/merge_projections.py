@@ -69,7 +69,7 @@ def _reason_packed_apart(context: GraphContext, nodes: list[fx.Node]) -> str | N
     sources = [n.args[i] for n in nodes for i in (1, 2, 3) if n.args[i] is not None]
     if not all(isinstance(s, fx.Node) and s.op == "placeholder" for s in sources) or len(set(sources)) < len(sources):
         return "their weights are shared or computed in the graph"
-    scales = [n.args[Args.index("input_scale")] for n in nodes]
+    scales: list[Any] = [n.args[Args.index("input_scale")] for n in nodes]
     if scales[0] is not None and any(not torch.equal(context.values[s], context.values[scales[0]]) for s in scales):
         return "static input scales differ"
     return None
@@ -89,14 +89,14 @@ def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
     with torch.no_grad():
         merged = torch.cat(tensors)
         for t, view in zip(tensors, merged.split([t.shape[0] for t in tensors]), strict=True):
-            t.set_(view)  # type: ignore[call-overload]
+            t.set_(view)
     return merged
 
 
 def _merge_packed(context: GraphContext, nodes: list[fx.Node], bias: fx.Node | None, name: str) -> fx.Node:
     arguments: list[Any] = [nodes[0].args[0]]
     for index in (1, 2, 3):
-        sources = [n.args[index] for n in nodes]
+        sources: list[Any] = [n.args[index] for n in nodes]
         if sources[0] is None:
             arguments.append(None)
             continue

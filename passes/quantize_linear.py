@@ -24,14 +24,14 @@ def _input_scale(layer: Layer, device: torch.device) -> Tensor:
     assert layer.scheme.activation is not None
     if layer.scheme.activation.scale is None:
         raise LayerError(
-            f"{layer.name}: its activations have a static scale, which the configuration does not state; calibrate with "
+            f"{layer.name}: its activations have a static scale, which the configuration leaves open; calibrate with "
             'qcompile.quantize_(model, config, calibration=batches), give "scale", or choose dynamic activations'
         )
     return torch.tensor(layer.scheme.activation.scale, dtype=torch.float32, device=device)
 
 
 def _packed_inputs(context: GraphContext, layer: Layer, layout: Layout) -> tuple[fx.Node, ...]:
-    """Graph inputs codes, scale and zero point; a layer that is called twice, and tied layers of one scheme, share them."""
+    """Graph inputs codes, scale and zero point; tied layers of one scheme share them, and all calls of a layer."""
     ref, scheme = layer.weight, layer.scheme
     assert ref is not None
 

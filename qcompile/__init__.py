@@ -1,4 +1,4 @@
-"""qcompile: a quantizing compiler for PyTorch models. `torch.compile(model, backend="qcompile", options={"config": "int4"})`."""
+"""A quantizing compiler for PyTorch: `torch.compile(model, backend="qcompile", options={"config": "int4"})`."""
 
 from qcompile.config import QuantConfig
 from qcompile.decorator import quantized

@@ -69,7 +69,7 @@ def check_gradients(inputs: Sequence[Any]) -> None:
     """
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise GradientError(
-            "qcompile compiles for inference, and autograd is recording: call the compiled model under torch.no_grad() or "
+            "qcompile compiles for inference, and autograd is recording: call the model under torch.no_grad() or "
             "torch.inference_mode(), or call model.requires_grad_(False) first"
         )
 

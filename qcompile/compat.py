@@ -39,7 +39,7 @@ def compile_with_inductor(graph: fx.GraphModule, inputs: Sequence[Any], options:
     """Hand a graph in Dynamo's form to Inductor."""
     import torch._inductor
 
-    return torch._inductor.compile(graph, list(inputs), options=options)  # type: ignore[return-value]
+    return torch._inductor.compile(graph, list(inputs), options=options)
 
 
 def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -53,7 +53,7 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph.output(output)
     for original, copy in copies.items():
         if original.op == "placeholder" and hasattr(original, "_dynamo_source"):
-            copy._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            copy._dynamo_source = original._dynamo_source
     new = fx.GraphModule(graph_module, graph)
     new.meta = dict(graph_module.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
@@ -63,7 +63,7 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def fake_mode_of(graph_module: fx.GraphModule) -> Any:
-    """The FakeTensorMode in which Dynamo recorded the graph's example values (the one it hands to the compiler differs)."""
+    """The FakeTensorMode in which Dynamo recorded the graph's example values (not the one of the compiler)."""
     from torch._guards import TracingContext
 
     for node in graph_module.graph.nodes:
@@ -86,7 +86,7 @@ def add_input(graph: fx.Graph, name: str, tensor: Tensor, after: fx.Node | None,
     else:
         with graph.inserting_before(next(iter(graph.nodes))):
             node = graph.placeholder(name)
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta["example_value"] = fake_mode.from_tensor(tensor, static_shapes=True)
     return node
@@ -98,7 +98,7 @@ def source_name(node: fx.Node) -> str | None:
     if source is None:
         return None
     name = source.name
-    return name() if callable(name) else name  # type: ignore[no-any-return]
+    return name() if callable(name) else name
 
 
 def is_state(node: fx.Node) -> bool:
@@ -151,7 +151,7 @@ def reset_compiler() -> None:
 
 def without_torch_function() -> AbstractContextManager[None]:
     """A context in which tensor subclasses are taken as plain tensors."""
-    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[no-any-return]
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 @contextmanager

@@ -74,9 +74,9 @@ class QuantConfig:
                     f"rule {rule.layers!r} decides no layer: all that it matches ({matched[0]}, ...) "
                     f"are taken by the earlier rule {earlier.layers!r}; move it up or remove it"
                 )
+            near = ", ".join(_nearest(rule.layers, names)) or "(there are none)"
             raise ConfigError(
-                f"rule {rule.layers!r} matches no layer; nearest: {', '.join(_nearest(rule.layers, names)) or '(there are none)'}"
-                ' (a rule with "optional": true may match none)'
+                f'rule {rule.layers!r} matches no layer; nearest: {near} (a rule with "optional": true may match none)'
             )
 
     def to_dict(self) -> dict[str, Any]:

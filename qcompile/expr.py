@@ -95,7 +95,7 @@ def where(condition: Value, a: Value | float, b: Value | float) -> Value:
     """`a` where the condition holds, else `b`."""
     if isinstance(condition, Expr):
         return _node("where", condition, a, b)  # type: ignore[arg-type]
-    return torch.where(condition, a, b)  # type: ignore[arg-type,no-any-return]
+    return torch.where(condition, a, b)  # type: ignore[arg-type]
 
 
 def eq(x: Value, other: int) -> Value:

@@ -63,11 +63,11 @@ class LinearSpec:
     def encode(self) -> str:
         """The string that stands for this spec in a graph; `decode_spec` is its inverse.
 
-        It carries the package's fingerprint: torch caches compiled graphs on disk by what they call, and an operator that
-        is traced through is known to those caches by its arguments alone.
+        It carries the package's fingerprint: torch caches compiled graphs on disk by what they call, and knows an
+        operator that is traced through by its arguments alone.
         """
         scheme = scheme_to_dict(self.scheme)
-        given = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
+        given: dict[str, Any] = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
         if self.epilogue:
             given["epilogue"] = list(self.epilogue)
         given["code"] = fingerprint()

@@ -79,12 +79,12 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.logical()).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.qcompile.linear.default(  # type: ignore[no-any-return]
+        return torch.ops.qcompile.linear.default(
             x, self.codes, self.scale, self.zero_point, self.bias, self.input_scale, [], self.spec
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Move to devices; conversions of dtype reach the bias alone, since codes and scales have dtypes of their own."""
+        """Move to devices; conversions of dtype reach the bias alone: codes and scales have dtypes of their own."""
         target = fn(torch.empty(0, dtype=torch.uint8, device=self.codes.device)).device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         if self.bias is not None:

@@ -128,5 +128,15 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: 
 
 
 @torch.library.register_fake("qcompile::gemm_dynamic", lib=_library)
-def _(x: Tensor, x_scale, codes, scale, zero_point, bias, operands, spec: str, out_dtype: torch.dtype) -> Tensor:  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    x_scale: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    spec: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
     return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=out_dtype)

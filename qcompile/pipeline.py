@@ -15,8 +15,9 @@ from qcompile.config import QuantConfig
 from qcompile.flags import flags
 from qcompile.linear_spec import decode_spec
 from qcompile.packed import PackedWeight
-from qcompile.passes import PASSES, GraphContext, verify
+from qcompile.passes import PASSES, GraphContext
 from qcompile.passes.context import OP, Args, Layer
+from qcompile.passes.verify import verify
 from qcompile.tensors import version
 
 
@@ -107,9 +108,9 @@ class _Bound:
 
     def __call__(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         tensors = tuple(args[i] for i in self.sources)
-        if self.last is not None and all(a is b for a, b in zip(tensors, self.last, strict=True)):
-            if [version(t) for t in tensors] == self.versions:
-                return self.made
+        same = self.last is not None and all(a is b for a, b in zip(tensors, self.last, strict=True))
+        if same and [version(t) for t in tensors] == self.versions:
+            return self.made
         self.made = self.make(tensors)
         self.last, self.versions = tensors, [version(t) for t in tensors]
         return self.made

@@ -92,7 +92,8 @@ def quantize_(
 
 def _quantized(name: str, module: nn.Module, scheme: Scheme, input_scale: Tensor | None) -> QuantizedLinear:
     weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    assert isinstance(weight, Tensor)
+    assert bias is None or isinstance(bias, Tensor)
     with torch.no_grad():
         packed = quantize_weight(weight.t() if _is_conv1d(module) else weight, scheme.weight, name)
         return QuantizedLinear(packed, scheme, bias, input_scale, weight.dtype)

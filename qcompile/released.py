@@ -15,9 +15,34 @@ from qcompile.packed import PackedWeight
 from qcompile.scheme import Scheme
 
 _METADATA = frozenset(
-    "size dim stride is_floating_point is_complex numel nelement element_size untyped_storage requires_grad_ _is_view "
-    "storage_offset is_contiguous is_inference is_conj is_neg has_names ndimension get_device data_ptr __hash__ __len__ "
-    "_has_symbolic_sizes_strides _is_zerotensor is_pinned is_shared".split()
+    [
+        "size",
+        "dim",
+        "stride",
+        "is_floating_point",
+        "is_complex",
+        "numel",
+        "nelement",
+        "element_size",
+        "untyped_storage",
+        "requires_grad_",
+        "_is_view",
+        "storage_offset",
+        "is_contiguous",
+        "is_inference",
+        "is_conj",
+        "is_neg",
+        "has_names",
+        "ndimension",
+        "get_device",
+        "data_ptr",
+        "__hash__",
+        "__len__",
+        "_has_symbolic_sizes_strides",
+        "_is_zerotensor",
+        "is_pinned",
+        "is_shared",
+    ]
 )
 _CONTENT_ATTRIBUTES = frozenset(("data", "T", "mT", "H", "mH", "real", "imag"))
 
@@ -60,8 +85,8 @@ class ReleasedParameter(nn.Parameter):
             with compat.without_torch_function():
                 return func(*args, **kwargs)
         raise WeightReleasedError(
-            f"{name}: this weight was packed by qcompile and its original freed, as options={{'free_weights': True}} asked; "
-            "leave that option out to keep the originals, or use qcompile.quantize_, whose modules have a state_dict"
+            f"{name}: this weight was packed by qcompile and its original freed, as options={{'free_weights': True}} "
+            "asked; leave that option out to keep the originals, or use qcompile.quantize_, whose modules have a state_dict"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -173,8 +173,8 @@ class Scheme:
             block = self.weight.granularity
             if block.columns != self.activation.granularity.columns:
                 raise ConfigError(
-                    f"activations per group of {self.activation.granularity.columns} need weights with blocks of as many "
-                    f"columns, not {block}"
+                    f"activations per group of {self.activation.granularity.columns} need weights with blocks of as "
+                    f"many columns, not {block}"
                 )
 
     def fit(self, layer: str, shape: tuple[int, int]) -> Scheme:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,13 +36,13 @@ class FloatFormat(Format):
 
         The moved bits of a subnormal are a float32 subnormal, so the product is exact for those too.
         """
-        magnitude = (code & 0x7F) << (23 - self.mantissa)
-        sign = (code & 0x80) << 24
+        magnitude: Any = (code & 0x7F) << (23 - self.mantissa)
+        sign: Any = (code & 0x80) << 24
         bias = 127 - (2 ** (self.exponent - 1) - 1)
         value = bitcast(sign | magnitude, "f32") * float(2.0**bias)
         if self.dtype == torch.float8_e4m3fn:
             return where(eq(code & 0x7F, 0x7F), float("nan"), value)
-        special = bitcast(sign | ((code & 0x7F) << (23 - self.mantissa)) | 0x7F800000, "f32")  # infinity or NaN
+        special = bitcast(sign | magnitude | 0x7F800000, "f32")  # infinity or NaN
         return where(eq(code & 0x7C, 0x7C), special, value)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def compiled(model, config=None, **options):
 
 
 FLOORS = {"int8": 30.0, "int4": 12.0, "int4_asym": 12.0, "fp8": 20.0, "int3": 6.0}
-"""Least SQNR in dB of a small model's output: of its weights' (`tolerance.sqnr_floor`) less 6 dB for two layers deep."""
+"""Least SQNR in dB of a small model's output: its weights' (`tolerance.sqnr_floor`) less 6 dB for two layers deep."""
 
 
 @pytest.mark.parametrize("preset", ["int8", "int4", "int4_asym", "fp8", "int3"])
@@ -314,5 +314,7 @@ def test_dump_writes_every_graph(monkeypatch, tmp_path):
     with override(dump=tmp_path), torch.no_grad():
         compiled(MLP(), "int8")(torch.randn(2, 64))
     names = sorted(p.name for p in (tmp_path / "graph_000").iterdir())
-    assert names[0] == "00_captured.py" and "04_quantize_linear.py" in names and "report.json" in names
+    assert names[0] == "00_captured.py"
+    assert "04_quantize_linear.py" in names
+    assert "report.json" in names
     assert "qcompile.linear" in (tmp_path / "graph_000" / "04_quantize_linear.py").read_text()
