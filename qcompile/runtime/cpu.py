@@ -128,8 +128,8 @@ def gemm(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spe
             return _int4pack_mm(x.to(torch.bfloat16), codes, scale, zero_point, spec).to(out_dtype)
         return _int4pack_decode_mm(x.to(out_dtype), codes, scale, zero_point, spec)
     if m <= INT8PACK_ROWS and _int8pack(spec):
-        one = _ones(n)
-        return torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), codes, one).to(out_dtype)
+        few: Tensor = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), codes, _ones(n))
+        return few.to(out_dtype)
     return _decode_mm(x.to(out_dtype), codes, scale, zero_point, spec)
 
 
@@ -140,7 +140,7 @@ def _ones(count: int) -> Tensor:
 
 def _int4pack_mm(x: Tensor, codes: Tensor, pairs: Tensor, zero_point: Tensor | None, spec: LinearSpec) -> Tensor:
     n, group = spec.out_features, spec.scheme.weight.granularity.columns
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, group, pairs)[:, :n]
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, group, pairs)[:, :n]
     if zero_point is None:
         return y.contiguous()
     # The kernel's bfloat16 zeros are rounded; add what that lost, so that a code at its zero point stands for 0.

@@ -88,8 +88,7 @@ class Quantized:
             given = dequantize_activation(*quantize_activation(x, activation, self.input_scale), activation)
         weight = self.weight()
         exact = oracle.linear(given, weight)
-        # A product in bfloat16 (all but float32 decoding, for the looser of which this holds too) is rounded to it, then
-        # to the output's dtype.
+        # A product in bfloat16 is rounded to it, then to the output's dtype; one in float32 errs less.
         product = tolerance.gemm_bound(given, weight, torch.bfloat16, torch.bfloat16)
         if self.scheme.activation is not None and not self.scheme.activation.granularity.is_group:
             # The codes are exact in bfloat16; their products with the scale, as `given` holds them, are not.
@@ -107,9 +106,9 @@ def test_every_scheme_within_the_bound(name: str) -> None:
     layer = Quantized(SCHEMES[name], torch.randn(SHAPE))
     for m in (0, 1, 3, 40, 130):
         x = torch.randn(m, SHAPE[1], dtype=torch.bfloat16)
-        if m == 0 and layer.scheme.activation is not None and str(layer.scheme.activation.granularity) == "tensor":
-            if layer.scheme.activation.dynamic:
-                continue  # no elements, so no scale
+        activation = layer.scheme.activation
+        if m == 0 and activation is not None and activation.dynamic and str(activation.granularity) == "tensor":
+            continue  # no elements, so no scale
         y = layer(x)
         assert y.shape == (m, SHAPE[0])
         if m:
@@ -147,6 +146,16 @@ def test_the_identity_reads_the_weight_bit_for_bit(name: str, rows: int) -> None
     x = torch.eye(SHAPE[1], dtype=torch.bfloat16)
     y = torch.cat([layer(part) for part in x.split(rows)])
     assert torch.equal(y.double(), layer.weight().T)
+
+
+@pytest.mark.parametrize("rows", [1, 256], ids=["few", "many"])
+def test_a_code_at_its_zero_point_is_zero(rows: int) -> None:
+    """aten's kernel holds the zero rounded to bfloat16, which alone would leave a small number."""
+    layer = Quantized(PRESETS["int4_asym"], torch.randn(SHAPE))
+    y = torch.cat([layer(part) for part in torch.eye(SHAPE[1], dtype=torch.bfloat16).split(rows)])
+    zeros = layer.weight().T == 0
+    assert zeros.any()
+    assert not y[zeros].any()
 
 
 @pytest.mark.parametrize("m", [1, 3, 40])
