@@ -82,7 +82,8 @@ def _quantize_rows(weight: Tensor, scheme: WeightScheme, layer: str) -> tuple[Te
         spread = blocks.abs().amax((1, 3)) / scheme.format.absmax
     else:
         lowest = blocks.amin((1, 3)).clamp(max=0)
-        spread = (blocks.amax((1, 3)).clamp(min=0) - lowest) / (2**scheme.format.bits - 1)
+        steps = 2**scheme.format.bits - 1
+        spread = blocks.amax((1, 3)).clamp(min=0) / steps - lowest / steps  # the difference first could overflow
     scale = spread.to(scale_dtype)
     if torch.isinf(scale).any():
         raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")

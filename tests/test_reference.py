@@ -1,0 +1,217 @@
+"""Quantizing weights and activations, against the float64 oracle and the bounds of `tolerance`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.errors import LayerError
+from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.reference import dequantize, dequantize_activation, quantize_activation, quantize_weight
+from qcompile.scheme import PRESETS, SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
+from tests import oracle
+from tests.strategies import matrices, weight_schemes
+from tests.tolerance import activation_bound, assert_within, rounding, sqnr, sqnr_floor, weight_bound
+
+NATIVE = [name for name, fmt in FORMATS.items() if fmt.native_dtype is not None]
+ACTIVATION_GRANULARITIES = [Granularity.tensor(), Granularity.channel(), Granularity.group(16)]
+
+
+def scheme_of(name: str, granularity: Granularity, scale_dtype: str = "float32") -> WeightScheme:
+    symmetric = not name.startswith("uint")
+    return WeightScheme(format=FORMATS[name], granularity=granularity, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def pair(granularity: Granularity) -> tuple[int, int]:
+    return granularity.rows, granularity.columns
+
+
+@given(weight=matrices(), scheme=weight_schemes())
+def test_dequantized_weight_is_the_oracle_s_and_near_the_original(weight, scheme):
+    packed = quantize_weight(weight, scheme)
+    packed.check()
+    exact = oracle.dequantize(
+        scheme.format.name, packed.unpack_codes(), packed.scale, packed.zero_point, pair(scheme.granularity)
+    )
+    actual = dequantize(packed)
+    assert actual.dtype == torch.float32
+    # Code minus zero point is exact, so there is one rounding.
+    assert_within(actual, exact, rounding(exact, torch.float32))
+    scale = oracle.expand(packed.scale, pair(scheme.granularity), packed.shape)
+    values = oracle.decode_values(scheme.format.name)
+    assert_within(exact, weight, weight_bound(values, weight, scale, SCALE_DTYPES[scheme.scale_dtype]))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_representable_weights_survive_bit_for_bit(name):
+    """With a power of two as the scale nothing rounds, so every finite value comes back."""
+    values = oracle.decode_values(name).float()
+    values = values[values.isfinite()]
+    reach = FORMATS[name].absmax
+    if isinstance(FORMATS[name], IntegerFormat):
+        # The greatest magnitude must be the reach, half a step more than the greatest value.
+        sentinel = torch.tensor([-reach if FORMATS[name].signed else values.max().item()])
+        values = values[1:-1] if FORMATS[name].signed else values
+        values = torch.cat([values, sentinel])
+    weight = values[None] * 0.25
+    packed = quantize_weight(weight, scheme_of(name, Granularity.channel()))
+    assert packed.scale.item() == 0.25
+    exact = weight if not FORMATS[name].name.startswith("int") else weight[:, :-1]
+    assert torch.equal(dequantize(packed)[:, : exact.shape[1]], exact)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group", [32, 128])
+def test_gaussian_weights_reach_the_format_s_sqnr(name, group):
+    weight = torch.randn(64, 1024)
+    for scale_dtype in SCALE_DTYPES:
+        packed = quantize_weight(weight, scheme_of(name, Granularity.group(group), scale_dtype))
+        assert sqnr(weight, dequantize(packed)) >= sqnr_floor(name, group)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zero_blocks_stay_zero(name):
+    weight = torch.randn(4, 64)
+    weight[1] = 0
+    weight[2, 16:32] = 0
+    packed = quantize_weight(weight, scheme_of(name, Granularity.group(16)))
+    restored = dequantize(packed)
+    assert (restored[1] == 0).all()
+    assert (restored[2, 16:32] == 0).all()
+    assert (packed.scale[1] == 1).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_outlier_hurts_its_own_block_only(name):
+    weight = torch.randn(2, 64)
+    scheme = scheme_of(name, Granularity.group(32))
+    calm = dequantize(quantize_weight(weight, scheme))
+    weight[0, 3] = 1e6
+    assert torch.equal(dequantize(quantize_weight(weight, scheme))[:, 32:], calm[:, 32:])
+    assert torch.equal(dequantize(quantize_weight(weight, scheme))[1], calm[1])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_one_sided_weights_use_the_asymmetric_range(sign):
+    weight = sign * (torch.rand(4, 64) + 3)
+    restored = dequantize(quantize_weight(weight, scheme_of("uint8", Granularity.channel())))
+    zero_points = quantize_weight(weight, scheme_of("uint8", Granularity.channel())).zero_point
+    assert (zero_points == (0 if sign > 0 else 255)).all()
+    scale = quantize_weight(weight, scheme_of("uint8", Granularity.channel())).scale.expand(4, 64)
+    assert_within(restored, weight, weight_bound(oracle.decode_values("uint8"), weight, scale, torch.float32))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(bad):
+    weight = torch.randn(4, 32)
+    weight[3, 31] = bad
+    with pytest.raises(LayerError, match=r"model\.layers\.0\.fc: the weight holds NaN or infinity"):
+        quantize_weight(weight, PRESETS["int8"].weight, "model.layers.0.fc")
+
+
+def test_other_refusals_name_the_layer():
+    scheme = PRESETS["int8"].weight
+    with pytest.raises(LayerError, match=r"fc: .* floating-point matrix, not torch.int8 \(4, 4\)"):
+        quantize_weight(torch.zeros(4, 4, dtype=torch.int8), scheme, "fc")
+    with pytest.raises(LayerError, match="fc: .* floating-point matrix"):
+        quantize_weight(torch.zeros(4), scheme, "fc")
+    with pytest.raises(LayerError, match=r"fc: the weight is empty, \(0, 4\)"):
+        quantize_weight(torch.zeros(0, 4), scheme, "fc")
+
+
+def test_a_scale_that_overflows_is_refused():
+    weight = torch.full((1, 32), 1e6)
+    with pytest.raises(LayerError, match="fc: a scale overflows float16; choose another scale_dtype"):
+        quantize_weight(weight, scheme_of("int4", Granularity.channel(), "float16"), "fc")
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "fp8_e4m3"])
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-12, 3e38])
+def test_extreme_magnitudes_stay_finite(name, size):
+    """A scale that underflows is taken as 1, and the block is 0: no division by zero."""
+    weight = torch.linspace(-1, 1, 32)[None] * size
+    for scale_dtype in ("float32", "bfloat16"):
+        restored = dequantize(quantize_weight(weight, scheme_of(name, Granularity.channel(), scale_dtype)))
+        assert restored.isfinite().all()
+
+
+@pytest.mark.parametrize("granularity", ACTIVATION_GRANULARITIES, ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+@given(x=matrices(columns=st.integers(1, 50)))
+def test_activations_are_within_half_a_step(name, granularity, x):
+    scheme = ActivationScheme(format=FORMATS[name], granularity=granularity)
+    codes, scale = quantize_activation(x, scheme)
+    assert codes.dtype == FORMATS[name].native_dtype
+    assert codes.shape == x.shape
+    assert scale.dtype == torch.float32
+    _, exact_scale = oracle.quantize_activation(x, name, pair(granularity))
+    restored = dequantize_activation(codes, scale, scheme)
+    assert restored.dtype == torch.float32
+    representable = exact_scale > torch.finfo(torch.float32).smallest_normal
+    bound = activation_bound(oracle.decode_values(name), x, exact_scale)
+    bound = torch.where(representable, bound, x.double().abs() + torch.finfo(torch.float32).smallest_normal)
+    assert_within(restored, x, bound)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_activations_with_an_exact_scale_match_the_oracle_bit_for_bit(name):
+    reach = FORMATS[name].absmax
+    x = (torch.rand(8, 48) * 2 - 1) * reach / 4
+    x[:, ::16] = reach / 4
+    for granularity in ACTIVATION_GRANULARITIES:
+        scheme = ActivationScheme(format=FORMATS[name], granularity=granularity)
+        codes, scale = quantize_activation(x, scheme)
+        values, exact_scale = oracle.quantize_activation(x, name, pair(granularity))
+        assert (scale == 0.25).all()
+        assert (exact_scale == 0.25).all()
+        assert torch.equal(codes.double(), values)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_scale_shapes(name):
+    x = torch.randn(2, 3, 40)
+    shapes = {"tensor": (), "channel": (2, 3, 1), "group 16": (2, 3, 3)}
+    for granularity in ACTIVATION_GRANULARITIES:
+        _, scale = quantize_activation(x, ActivationScheme(format=FORMATS[name], granularity=granularity))
+        assert scale.shape == shapes[str(granularity)]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(name, bad):
+    x = torch.randn(3, 32)
+    scheme = ActivationScheme(format=FORMATS[name], granularity=Granularity.channel())
+    calm = dequantize_activation(*quantize_activation(x, scheme), scheme)
+    x[1, 5] = bad
+    codes, scale = quantize_activation(x, scheme)
+    restored = dequantize_activation(codes, scale, scheme)
+    assert not scale[1].isfinite().any()
+    assert not (restored[1] @ torch.randn(32)).isfinite()
+    assert torch.equal(restored[[0, 2]], calm[[0, 2]])
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_static_scales_saturate(name):
+    scheme = ActivationScheme(format=FORMATS[name], granularity=Granularity.tensor(), dynamic=False)
+    x = torch.tensor([[math.inf, -math.inf, 1e30, -1e30, 0.5, 0.0]])
+    codes, scale = quantize_activation(x, scheme, torch.tensor(0.5))
+    values = oracle.decode_values(name)
+    finite = values[values.isfinite()]
+    top, bottom = finite.max().item(), finite.min().item()
+    assert codes.double().tolist() == [[top, bottom, top, bottom, 1.0, 0.0]]
+    assert scale.shape == ()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_zero_and_empty_activations(name):
+    for granularity in (Granularity.channel(), Granularity.group(16)):
+        scheme = ActivationScheme(format=FORMATS[name], granularity=granularity)
+        codes, scale = quantize_activation(torch.zeros(2, 16), scheme)
+        assert (codes.float() == 0).all()
+        assert (scale == 1).all()
+        codes, _ = quantize_activation(torch.zeros(0, 16), scheme)
+        assert codes.shape == (0, 16)
