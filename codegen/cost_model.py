@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -109,31 +109,28 @@ def shared_bytes(spec: KernelSpec) -> int:
     return tile.stages * (x + weight) + 4 * tile.m * tile.n
 
 
-def block_sizes(m: int) -> tuple[int, ...]:
-    """Extents of a tile in M that are worth trying: what covers M, at most 128."""
-    cover = next((size for size in (16, 32, 64, 128) if size >= m), 128)
-    return (cover,) if cover < 128 else (64, 128)
-
-
-def candidates(template: str, m: int, n: int, k: int, columns: int) -> list[Tile]:
-    """Tiles that the template can run for M up to `m`."""
-    tiles = []
-    for block_m in block_sizes(m):
+def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
+    """`like` with each tile that its template can run, without spilling registers, for M up to `m`."""
+    largest = 32 if like.compute == "float32" else 128
+    cover = next((size for size in (16, 32, 64, 128) if size >= min(m, largest)), 128)
+    fragment = like.template == "gemm_fragment"
+    # 8-bit values that become bfloat16 take twice the registers.
+    deepest = 64 if not fragment and like.compute == "bfloat16" else 128
+    found = []
+    for block_m in (64, 128) if cover == 128 else (cover,):
         for block_n in (64, 128):
-            if template == "gemm_fragment":
-                depths = (128, 256) if block_m <= 32 else (64, 128)
-                depths = tuple(d for d in depths if d <= max(64, k))  or (64,)
+            if fragment:
+                depths = [d for d in ((128, 256) if block_m <= 32 else (64, 128)) if d <= like.k] or [64]
+                warps = 4 * (block_n // 64)  # a warp group takes 64 rows
             else:
-                depth = 32
-                while depth < min(columns, 128):
-                    depth *= 2
-                depths = (depth,)
+                depths = [next(d for d in (32, 64, 128) if d >= min(like.columns, deepest))]
+                warps = 4 if block_m <= 64 else 8
             for block_k in depths:
                 for split in (1, 2, 4, 8):
-                    if split == 1 or (split * block_k * 2 <= k and block_m <= 64):
-                        warps = 4 * (block_n // 64) if template == "gemm_fragment" else 4 if block_m <= 64 else 8
-                        tiles.append(Tile(m=block_m, n=block_n, k=block_k, split=split, warps=warps, stages=3))
-    return tiles
+                    if split == 1 or (2 * split * block_k <= like.k and block_m <= 64):
+                        tile = Tile(m=block_m, n=block_n, k=block_k, split=split, warps=warps, stages=3)
+                        found.append(replace(like, tile=tile))
+    return found
 
 
 def rank(specs: list[KernelSpec], m: int, keep: int = 5) -> list[KernelSpec]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.cost_model import candidates, rank
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, kernel_spec, native_fp8
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
@@ -42,10 +42,8 @@ def bucket(m: int) -> int:
 @functools.cache
 def choose(spec: LinearSpec, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str) -> KernelSpec:
     """The kernel for M up to `m`, a `bucket`, by the cost model."""
-    n, k = spec.shape
-    columns = min(spec.scheme.weight.granularity.block_of((n, k))[1], k)
-    tiles = candidates(TEMPLATES[spec.layout], m, n, k, columns)
-    return rank([kernel_spec(spec, x_dtype, out_dtype, target, tile) for tile in tiles], m)[0]
+    like = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
+    return rank(candidates(like, m), m)[0]
 
 
 def launch(

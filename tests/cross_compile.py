@@ -1,0 +1,146 @@
+"""Compiling kernels for GPUs that are not there: registers, shared memory, spills and machine code of each.
+
+As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
+{"registers", "shared", "spills", "seconds", "mma"} or {"error"}. Triton can hang on targets it does not serve, so `measure` runs
+it as a process with a time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from qcompile.codegen.spec import KernelSpec, decode_kernel_spec, native_fp8
+
+_POINTERS = {
+    "bfloat16": "*bf16",
+    "float16": "*fp16",
+    "float32": "*fp32",
+    "int8": "*i8",
+    "float8_e4m3fn": "*fp8e4nv",
+    "float8_e5m2": "*fp8e5",
+}
+
+
+def _pointer(dtype: str, target: str) -> str:
+    return "*u8" if dtype.startswith("float8") and not native_fp8(target) else _POINTERS[dtype]
+
+
+def signature(spec: KernelSpec, names: list[str], scale_dtype: str) -> dict[str, str]:
+    """Types of a kernel's arguments as `gpu.launch` passes them; the bias is float32 and operands are of the output's type."""
+    if spec.template == "gemm_fragment":
+        codes = "*i32"
+    else:
+        native = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+        codes = _pointer(native[spec.weight], spec.target)
+    out = _POINTERS[spec.out_dtype]
+    types = {
+        "x": _pointer(spec.x_dtype, spec.target),
+        "x_scale": "*fp32",
+        "codes": codes,
+        "scale": _POINTERS[scale_dtype],
+        "zero_point": codes if spec.symmetric else "*u8",
+        "bias": "*fp32",
+        "y": out,
+        "partial": out if spec.tile.split == 1 else "*fp32",
+        "arrived": out if spec.tile.split == 1 else "*i32",
+        "M": "i32",
+    }
+    return {name: types.get(name, out) for name in names}
+
+
+def compile_spec(spec: KernelSpec, scale_dtype: str) -> dict[str, Any]:
+    """Compile in this process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qcompile.runtime import cache
+
+    kernel = cache.load(spec).kernel
+    types = signature(spec, kernel.arg_names, scale_dtype)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
+    source = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
+    nvidia = spec.target.startswith("sm_")
+    target = GPUTarget("cuda", int(spec.target[3:]), 32) if nvidia else GPUTarget("hip", spec.target, 64)
+    start = time.perf_counter()
+    options = {"num_warps": spec.tile.warps, "num_stages": spec.tile.stages}
+    compiled = triton.compile(source, target=target, options=options)
+    found: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2), "shared": compiled.metadata.shared}
+    return found | (_nvidia(compiled.asm) if nvidia else _amd(compiled.asm["amdgcn"]))
+
+
+def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([tools / "cuobjdump", "-sass", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    mma = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*", assembly["ptx"])
+    return {
+        "registers": int(found[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "flush": len(re.findall(r"(?:mul|fma|add|sub)(?:\.rn)?\.ftz", assembly["ptx"])),
+        "mma": max(set(mma), key=mma.count) if mma else "",
+    }
+
+
+def _amd(code: str) -> dict[str, Any]:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        assert found is not None, name
+        return int(found[1])
+
+    mma = re.findall(r"v_(?:mfma|wmma)_\w+", code)
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "mma": max(set(mma), key=mma.count) if mma else "",
+    }
+
+
+def measure(specs: list[KernelSpec], scale_dtype: str, limit: float = 240) -> list[dict[str, Any]]:
+    """Compile in another process.
+
+    Raises:
+        subprocess.TimeoutExpired: after `limit` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TRITON_CACHE_DIR": folder, "QCOMPILE_CACHE_DIR": folder}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.cross_compile", scale_dtype],
+            input="\n".join(spec.encode() for spec in specs),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+        )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def main() -> None:
+    for line in sys.stdin:
+        try:
+            result = compile_spec(decode_kernel_spec(line), sys.argv[1])
+        except Exception as error:  # a compiler's error of any kind is the result
+            result = {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

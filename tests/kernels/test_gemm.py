@@ -1,0 +1,140 @@
+"""Generated kernels in Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.codegen.spec import Tile
+from qcompile.flags import override
+from qcompile.formats import FORMATS, IntegerFormat, get_format
+from qcompile.linear_spec import EPILOGUE_STEPS
+from qcompile.runtime import cache
+from qcompile.scheme import SCALE_DTYPES, ActivationScheme, Granularity, Scheme, WeightScheme, preset
+from tests.kernels.problems import problem
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+NATIVE = [name for name, fmt in FORMATS.items() if fmt.native_dtype is not None]
+SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder: Path = tmp_path_factory.mktemp("cache")
+    with override(cache_dir=folder):
+        yield folder
+    cache.load.cache_clear()
+
+
+def weight_scheme(format_name: str, granularity: Granularity, scale_dtype: str = "float32") -> WeightScheme:
+    fmt = get_format(format_name)
+    symmetric = not (isinstance(fmt, IntegerFormat) and not fmt.signed)
+    return WeightScheme(format=fmt, granularity=granularity, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_fragment_identity_returns_the_weights(format_name: str, dtype: torch.dtype) -> None:
+    scheme = Scheme(weight=weight_scheme(format_name, Granularity.channel()))
+    given_ = problem(scheme, "fragment", 64, 72, 64, dtype, identity=True)
+    assert torch.equal(given_.interpret("sm_90", SMALL).double(), given_.weight.T)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_fragment_identity_with_scales_on_the_weights(format_name: str) -> None:
+    scheme = Scheme(weight=weight_scheme(format_name, Granularity.group(16)))
+    given_ = problem(scheme, "fragment", 128, 64, 128, identity=True)
+    assert torch.equal(given_.interpret("sm_90", SMALL).double(), given_.weight.T)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("activation", [None, *NATIVE])
+@pytest.mark.parametrize("format_name", NATIVE)
+def test_rows8_identity_returns_the_weights(format_name: str, activation: str | None, target: str) -> None:
+    quantized = None
+    if activation is not None:
+        quantized = ActivationScheme(format=get_format(activation), granularity=Granularity.tensor(), dynamic=False)
+    scheme = Scheme(weight=weight_scheme(format_name, Granularity.tensor()), activation=quantized)
+    given_ = problem(scheme, "rows8", 64, 72, 64, identity=True)
+    assert torch.equal(given_.interpret(target, SMALL).double(), given_.weight.T)
+
+
+@st.composite
+def schemes(draw: st.DrawFn, formats: list[str], columns: list[int], always_quantized: bool) -> Scheme:
+    """Any scheme that a template takes."""
+    size = draw(st.sampled_from([-1, *columns]))
+    rows = draw(st.sampled_from([-1, 1, 1, 1, 3, 128]))
+    weight = weight_scheme(
+        draw(st.sampled_from(formats)), Granularity(rows, size), draw(st.sampled_from(sorted(SCALE_DTYPES)))
+    )
+    if not always_quantized and draw(st.booleans()):
+        return Scheme(weight=weight)
+    fmt = get_format(draw(st.sampled_from(NATIVE)))
+    dynamic = draw(st.booleans())
+    options = [Granularity.tensor()]
+    if dynamic:
+        options += [Granularity.channel()] + ([Granularity.group(size)] if size > 0 else [])
+    activation = ActivationScheme(format=fmt, granularity=draw(st.sampled_from(options)), dynamic=dynamic)
+    return Scheme(weight=weight, activation=activation)
+
+
+tiles = st.builds(
+    Tile,
+    m=st.sampled_from([16, 32]),
+    n=st.sampled_from([64, 128]),
+    k=st.sampled_from([64, 128]),
+    split=st.sampled_from([1, 1, 2, 3]),
+    warps=st.just(4),
+    stages=st.just(2),
+)
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 300))
+epilogues = st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda steps: steps.count("bias") <= 1)
+targets = st.sampled_from(["sm_80", "sm_90", "gfx942"])
+
+
+@given(schemes(list(FORMATS), [16, 32, 48, 64, 128, 192], False), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
+def test_fragment(
+    scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
+) -> None:
+    given_ = problem(scheme, "fragment", *shape, dtype, seed=seed)
+    given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
+
+
+@given(schemes(NATIVE, [16, 20, 64, 100, 128], False), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
+def test_rows8(
+    scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
+) -> None:
+    given_ = problem(scheme, "rows8", *shape, dtype, seed=seed)
+    given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
+
+
+@given(st.sampled_from(["fragment", "rows8"]), epilogues, st.sampled_from(FLOATS), tiles, st.integers(0, 9))
+def test_epilogue(layout: str, steps: list[str], dtype: torch.dtype, tile: Tile, seed: int) -> None:
+    scheme = preset("int8" if layout == "rows8" else "int4_asym")
+    given_ = problem(scheme.fit("layer", (70, 64)), layout, 5, 70, 64, dtype, steps, seed=seed)
+    given_.check(given_.interpret("sm_90", tile), torch.bfloat16 if scheme.activation else dtype)
+
+
+@pytest.mark.parametrize("layout", ["fragment", "rows8"])
+def test_no_rows(layout: str) -> None:
+    given_ = problem(preset("int8"), layout, 0, 70, 64) if layout == "rows8" else problem(preset("int8_weight_only"), layout, 0, 70, 64)
+    assert given_.interpret("sm_90", SMALL).shape == (0, 70)
+
+
+@pytest.mark.parametrize("layout", ["fragment", "rows8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_token_spoils_no_other(layout: str, bad: float) -> None:
+    given_ = problem(preset("int8" if layout == "rows8" else "int4"), layout, 3, 64, 128)
+    whole = given_.interpret("sm_90", SMALL)
+    if given_.x_scale is None:
+        given_.x[1, 5] = bad
+    else:
+        given_.x_scale[1] = bad
+    y = given_.interpret("sm_90", SMALL)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], whole[[0, 2]])
