@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -138,6 +139,8 @@ def show(result: Result, console: Console) -> None:
     for row in result.rows:
         console.print(f"\n[bold cyan]{escape(row.scheme)}[/]: {escape(row.text.strip())}", highlight=False)
     table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
         title=f"{result.model} on {result.device}, {result.threads} threads, torch {result.torch_version}",
         caption=f"Weights of the whole model, embeddings included. Prefill: {result.prefill_tokens} tokens, not "
         f"compiled. Decode: one token a call, compiled, after a prompt; {result.decode_tokens} tokens. Perplexity, "
@@ -146,9 +149,15 @@ def show(result: Result, console: Console) -> None:
     )
     table.add_column("scheme")
     for title in (
-        "weights MB", "prefill tok/s", "decode tok/s", "perplexity", "KL nats", "same token", "compile s"
-    ):  # fmt: skip
-        table.add_column(title, justify="right")
+        "weights\nMB",
+        "prefill\ntok/s",
+        "decode\ntok/s",
+        "perplexity",
+        "KL\nnats",
+        "same\ntoken",
+        "compile\ns",
+    ):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(
             row.scheme,

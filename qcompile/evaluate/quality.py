@@ -40,7 +40,7 @@ def windows(ids: Tensor, length: int) -> Iterator[tuple[Tensor, int]]:
     total = ids.numel()
     length = min(length, total)
     done = 0
-    while done < total - 1:
+    while done < total:
         start = min(done, total - length)
         yield ids[start : start + length][None], max(done - start, 1)
         done = start + length
