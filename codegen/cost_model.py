@@ -120,7 +120,8 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
     for block_m in (64, 128) if cover == 128 else (cover,):
         for block_n in (64, 128):
             if fragment:
-                depths = [d for d in ((128, 256) if block_m <= 32 else (64, 128)) if d <= like.k] or [64]
+                deep = (64,) if like.compute == "float32" else (128, 256) if block_m <= 32 else (64, 128)
+                depths = [d for d in deep if d <= like.k] or [64]
                 warps = 4 * (block_n // 64)  # a warp group takes 64 rows
             else:
                 depths = [next(d for d in (32, 64, 128) if d >= min(like.columns, deepest))]

@@ -49,8 +49,8 @@ def signature(spec: KernelSpec, names: list[str], scale_dtype: str) -> dict[str,
         "zero_point": codes if spec.symmetric else "*u8",
         "bias": "*fp32",
         "y": out,
-        "partial": out if spec.tile.split == 1 else "*fp32",
-        "arrived": out if spec.tile.split == 1 else "*i32",
+        "partial": _POINTERS[scale_dtype] if spec.tile.split == 1 else "*fp32",
+        "arrived": _POINTERS[scale_dtype] if spec.tile.split == 1 else "*i32",
         "M": "i32",
     }
     return {name: types.get(name, out) for name in names}

@@ -67,13 +67,14 @@ def launch(
     if not native_fp8(kernel.target):
         x, codes = (t.view(torch.uint8) if t.dtype.is_floating_point and t.element_size() == 1 else t for t in (x, codes))
     tiles_m, tiles_n = -(-m // tile.m), -(-kernel.n // tile.n)
-    partial = arrived = y
+    partial = arrived = scale
     if tile.split > 1:
         partial = x.new_empty(tiles_m * tiles_n * tile.split * tile.m * tile.n, dtype=torch.float32)
         arrived = x.new_zeros(tiles_m * tiles_n, dtype=torch.int32)
-    flat = [operand.contiguous() for operand in operands] or [y]
+    flat = [operand.contiguous() for operand in operands] or [scale]
     grid = (tiles_n, tiles_m, tile.split) if kernel.template == "gemm_fragment" else (tiles_m * tiles_n, 1, tile.split)
-    # Pointers that a kernel does not read get some tensor, so that one signature serves all.
+    # Pointers that a kernel does not use get some input, so that one signature serves all. Never an output: compilers
+    # that clone what a kernel writes would give each of its names a copy of its own.
     function[grid](
         x,
         scale if x_scale is None else x_scale.contiguous(),

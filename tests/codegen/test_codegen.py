@@ -1,0 +1,214 @@
+"""Printing, specs, rendering, the cost model and the cache of generated kernels."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.codegen.cost_model import candidates, device_of, rank, seconds, shared_bytes
+from qcompile.codegen.printers import HELPERS, operations, to_triton
+from qcompile.codegen.render import decode_formula, pair_decoder, render
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec
+from qcompile.expr import DTYPES, Expr, var
+from qcompile.flags import override
+from qcompile.formats import FORMATS
+from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec
+from qcompile.runtime import cache, gpu
+from qcompile.scheme import PRESETS, preset
+from tests import oracle, tolerance
+from tests.cross_compile import measure
+from tests.triton_interpreter import interpret
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+COUNT = 1024
+
+
+def function_of(source: str, folder: Path, **names: object) -> object:
+    """The Triton function `run(x, y, n)` of a source, loaded from a file."""
+    path = folder / "generated.py"
+    path.write_text(source)
+    namespace: dict[str, object] = {"triton": triton, "tl": tl, **names}
+    linecache.checkcache(str(path))
+    exec(compile(source, str(path), "exec"), namespace)
+    return namespace["run"]
+
+
+RUN = """
+@triton.jit
+def run(x, y, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    value = tl.load(x + i)
+    tl.store(y + i, {})
+"""
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name: str, tmp_path: Path) -> None:
+    formula = ACTIVATIONS[name](var("value"))
+    helpers = "\n\n".join(HELPERS[op] for op in HELPERS if op in operations(formula))
+    run = function_of(helpers + RUN.format(to_triton(formula)), tmp_path)
+    x = torch.cat([torch.linspace(-12, 12, COUNT - 8), torch.tensor([0.0, -0.0, 1e-6, -1e-6, 1e4, -1e4, 88.8, -88.8])])
+    y = torch.empty(COUNT)
+    interpret(run)[(1,)](x, y, COUNT)  # type: ignore[arg-type]
+    bound = tolerance.epilogue_bound(x.double()[None], torch.zeros(1, COUNT, dtype=torch.float64), None, (name,))
+    tolerance.assert_within(y[None], oracle.epilogue(x.double()[None], steps=(name,)), bound)
+
+
+def test_activations_keep_nan(tmp_path: Path) -> None:
+    for name, function in ACTIVATIONS.items():
+        formula = function(var("value"))
+        helpers = "\n\n".join(HELPERS[op] for op in HELPERS if op in operations(formula))
+        y = torch.zeros(4)
+        interpret(function_of(helpers + RUN.format(to_triton(formula)), tmp_path))[(1,)](torch.full((4,), torch.nan), y, 4)  # type: ignore[arg-type]
+        assert y.isnan().all(), name
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_decode_every_code(format_name: str, tmp_path: Path) -> None:
+    fmt = FORMATS[format_name]
+    run = function_of(decode_formula(fmt) + RUN.format("decode(value)"), tmp_path)
+    codes = torch.arange(2**fmt.bits, dtype=torch.int32)
+    y = torch.empty(len(codes))
+    interpret(run)[(1,)](codes, y, len(codes))  # type: ignore[arg-type]
+    assert torch.equal(y.double().nan_to_num(nan=-1e9), oracle.decode_values(format_name).nan_to_num(nan=-1e9))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_pair_decoder_equals_decode(format_name: str, dtype: str, tmp_path: Path) -> None:
+    fmt = FORMATS[format_name]
+    run = function_of(
+        f"COMPUTE = tl.constexpr(tl.{dtype})\n"
+        + pair_decoder(fmt, dtype)
+        + RUN.format("decode_pair(value)[0].to(tl.float32)")
+        + "    tl.store(y + COUNT + i, decode_pair(value)[1].to(tl.float32))\n",
+        tmp_path,
+    )
+    codes = torch.arange(2**fmt.bits, dtype=torch.int32)
+    y = torch.empty(2, len(codes))
+    interpret(run)[(1,)](codes | codes.flip(0) << 16, y, len(codes))  # type: ignore[arg-type]
+    expected = oracle.decode_values(format_name)
+    for half, values in zip(y.double(), (expected, expected.flip(0)), strict=True):
+        assert torch.equal(half.nan_to_num(nan=-1e9), values.nan_to_num(nan=-1e9))
+
+
+def test_unknown_operation_is_refused() -> None:
+    with pytest.raises(KeyError):
+        to_triton(Expr("sqrt", (var("x"),)))
+
+
+def test_every_cast_is_printed() -> None:
+    assert all(to_triton(Expr("cast", (var("x"),), name)).startswith("x.to(tl.") for name in DTYPES)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> tuple[LinearSpec, KernelSpec]:
+    n, k = draw(st.integers(1, 40000)), draw(st.integers(1, 40000))
+    scheme = preset(draw(st.sampled_from(sorted(PRESETS)))).fit("layer", (n, k))
+    layout = "rows8" if scheme.activation is not None and scheme.weight.format.native_dtype is not None else "fragment"
+    steps = tuple(draw(st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4)))
+    linear = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=steps)
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    x_dtype = dtype if scheme.activation is None else scheme.activation.format.native_dtype
+    assert x_dtype is not None
+    tile = Tile(m=16, n=64, k=64, split=1, warps=4, stages=3)
+    return linear, kernel_spec(linear, x_dtype, dtype, draw(st.sampled_from(TARGETS)), tile)
+
+
+@given(specs())
+def test_spec_round_trip_and_source(both: tuple[LinearSpec, KernelSpec]) -> None:
+    spec = both[1]
+    assert decode_kernel_spec(spec.encode()) == spec
+    source = render(spec)
+    assert source == render(decode_kernel_spec(spec.encode()))
+    ast.parse(source)
+    assert decode_kernel_spec(source.splitlines()[4].removeprefix("# ")) == spec
+
+
+@given(specs(), st.sampled_from([1, 16, 17, 64, 100, 4096]))
+def test_chosen_tile_fits_the_device(both: tuple[LinearSpec, KernelSpec], m: int) -> None:
+    like = both[1]
+    ranked = rank(candidates(like, m), m)
+    assert ranked and all(shared_bytes(k) <= device_of(k.target).shared for k in ranked)
+    times = [seconds(k, m) for k in ranked]
+    assert times == sorted(times) and times[0] > 0
+
+
+def test_small_m_is_split_and_large_m_is_not() -> None:
+    spec = LinearSpec(in_features=4096, out_features=4096, scheme=preset("int4"), layout="fragment")
+    assert gpu.choose(spec, 16, torch.bfloat16, torch.bfloat16, "sm_90").tile.split > 1
+    assert gpu.choose(spec, 4096, torch.bfloat16, torch.bfloat16, "sm_90").tile.split == 1
+
+
+@given(st.integers(1, 100000))
+def test_bucket_covers(m: int) -> None:
+    assert gpu.bucket(m) >= min(m, 4096) and gpu.bucket(m) in [2**i for i in range(4, 13)]
+
+
+def test_templates_exist_for_layouts() -> None:
+    assert set(TEMPLATES.values()) == {"gemm_fragment", "gemm_rows8"}
+
+
+def test_cache_rewrites_a_corrupt_entry(tmp_path: Path) -> None:
+    with override(cache_dir=tmp_path / "cache", dump=tmp_path / "dump"):
+        path = cache.store("x = 1\n")
+        assert path.parent.name == cache.digest("x = 1\n") and path.read_text() == "x = 1\n"
+        path.write_text("x = 2\n")
+        assert cache.store("x = 1\n").read_text() == "x = 1\n"
+        assert [p.name for p in path.parent.iterdir()] == ["kernel.py"]
+        assert (tmp_path / "dump" / "kernels" / f"{path.parent.name}.py").read_text() == "x = 1\n"
+
+
+def test_cache_with_two_processes(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_store_and_read, args=(tmp_path,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+def _store_and_read(folder: Path) -> None:
+    source = "y = 1\n" * 1000
+    with override(cache_dir=folder):
+        for i in range(100):
+            path = cache.store(source)
+            try:
+                assert path.read_text() == source, "a reader saw half a file"
+            except FileNotFoundError:  # the other process removed it
+                continue
+            if i % 10 == 0:
+                path.unlink(missing_ok=True)
+
+
+SHIPPED = [("int4", "fragment"), ("int4_asym", "fragment"), ("int3", "fragment"), ("fp8_weight_only", "fragment"),
+           ("int4_fp8", "fragment"), ("int8", "rows8"), ("fp8", "rows8"), ("fp8_block", "rows8")]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
+    kernels: list[KernelSpec] = []
+    for name, layout in SHIPPED:
+        scheme = preset(name).fit("layer", (4096, 4096))
+        spec = LinearSpec(in_features=4096, out_features=4096, scheme=scheme, layout=layout, epilogue=("bias", "silu", "mul"))
+        x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
+        assert x_dtype is not None
+        kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target) for m in (16, 4096)]
+    for kernel, found in zip(kernels, measure(kernels, "bfloat16"), strict=True):
+        print(target, kernel.weight, kernel.activation, kernel.tile, found)
+        assert "error" not in found, found
+        assert found["spills"] == 0, (kernel, found)
+        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["registers"] <= (512 if target.startswith("gfx") else 255)
+        assert found["mma"], f"no matrix instruction in {kernel}"
+        assert not found.get("flush"), "subnormals would be flushed, which decoding fp8 relies on"

@@ -1,0 +1,85 @@
+"""Generated kernels on a GPU, against float64, and bit for bit the same at every launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qcompile.codegen.cost_model import candidates
+from qcompile.codegen.spec import KernelSpec, Tile
+from qcompile.formats import FORMATS
+from qcompile.runtime import cache, gpu
+from qcompile.scheme import PRESETS, Granularity, Scheme, parse_scheme, preset
+from tests import tolerance
+from tests.kernels.problems import Problem, problem
+from tests.kernels.test_gemm import weight_scheme
+
+pytestmark = pytest.mark.gpu
+
+LAUNCHES = 50
+
+
+def run(given: Problem, kernel: KernelSpec) -> torch.Tensor:
+    """The kernel's result, after launching it many times and comparing bits."""
+    arguments = given.arguments("cuda")
+    function = cache.load(kernel).kernel
+    first = gpu.launch(kernel, function, *arguments, given.out_dtype)
+    for _ in range(LAUNCHES):
+        again = gpu.launch(kernel, function, *arguments, given.out_dtype)
+        assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)), "launches differ"
+    return first.cpu()
+
+
+def unit_of(kernel: KernelSpec) -> float:
+    """Relative error of an addition: Hopper's fp8 units keep 14 bits within a block."""
+    return 2.0**-13 if kernel.compute == "fp8" else tolerance.ACCUMULATE_UNIT
+
+
+def layout_of(scheme: Scheme) -> str:
+    return "rows8" if scheme.activation is not None and scheme.weight.format.native_dtype is not None else "fragment"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_identity_returns_the_weights(format_name: str, dtype: torch.dtype) -> None:
+    scheme = Scheme(weight=weight_scheme(format_name, Granularity.channel()))
+    given = problem(scheme, "fragment", 64, 72, 64, dtype, identity=True)
+    tile = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
+    y = run(given, given.kernel(gpu.target_of(torch.device("cuda", 0)), tile))
+    assert torch.equal(y.double(), given.weight.T)
+
+
+@pytest.mark.parametrize("m", [1, 16, 33, 64, 200])
+@pytest.mark.parametrize("shape", [(256, 512), (200, 448), (1024, 4096)], ids=str)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_candidate(name: str, shape: tuple[int, int], m: int) -> None:
+    scheme = preset(name).fit("layer", shape)
+    steps = ("bias", "silu", "mul", "add") if m == 33 else ()
+    given = problem(scheme, layout_of(scheme), m, *shape, epilogue=steps)
+    like = given.kernel(gpu.target_of(torch.device("cuda", 0)), Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
+    for kernel in candidates(like, gpu.bucket(m)):
+        given.check(run(given, kernel), torch.bfloat16, unit_of(kernel))
+
+
+@pytest.mark.parametrize("columns", [16, 32, 48, 64, 192])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_groups(columns: int, dtype: torch.dtype) -> None:
+    scheme = Scheme(weight=weight_scheme("uint4", Granularity.group(columns), "bfloat16"))
+    given = problem(scheme, "fragment", 20, 200, 576, dtype)
+    kernel = gpu.choose(given.spec, 32, dtype, dtype, gpu.target_of(torch.device("cuda", 0)))
+    given.check(run(given, kernel), dtype)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8"])
+def test_compiled_operator_equals_eager(name: str) -> None:
+    scheme = parse_scheme(name).fit("layer", (256, 512))
+    given = problem(scheme, layout_of(scheme), 8, 256, 512, epilogue=("bias", "gelu"))
+    x, x_scale, codes, scale, zero, bias, operands = given.arguments("cuda")
+    encoded = given.spec.encode()
+
+    def call(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tensor:
+        return gpu.gemm_operator()(x, x_scale, codes, scale, zero, bias, operands, encoded, torch.bfloat16)
+
+    gpu.gemm_operator()
+    expected = call(x, x_scale)
+    assert torch.equal(torch.compile(call, fullgraph=True)(x, x_scale), expected)
