@@ -5,7 +5,9 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import struct
 from pathlib import Path
@@ -89,24 +91,18 @@ def load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[nn.
         import transformers
     except ImportError:
         raise CheckpointError(f'reading {path} needs transformers: `pip install "qcompile[demo]"`') from None
-    logging = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=dtype,
-            quantization_config=transformers.GgufConfig(dequantize=True),
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        # transformers draws its own progress bars here, which would break the caller's.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=dtype,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError, OSError) as error:
         raise CheckpointError(f"transformers cannot read {path}: {error}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
     if rule == "smollm":
         _split_digits(tokenizer)
     return model.eval().requires_grad_(False).to(device), tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -14,7 +14,7 @@ class Steps:
     """A known number of named steps; `next` begins one and thereby ends the one before."""
 
     def __init__(self, total: int) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(file=sys.stderr)
         self.bar = Progress(
             SpinnerColumn(),
             BarColumn(bar_width=24),
@@ -46,7 +46,6 @@ class Steps:
 
 
 def quiet_imports() -> None:
-    """Keep what other packages log and draw while they are imported from breaking the progress bar."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    """Keep what other packages log while they are imported from breaking the progress bar."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
