@@ -16,7 +16,7 @@ from qcompile.linear_spec import ACTIVATIONS
 _DTYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
 
 _MAGIC = {"bfloat16": (0x43004300, 128, 7), "float16": (0x64006400, 1024, 8)}
-"""For a type: a number, twice in one word, whose low bits are a code's weight in units of 1; the number; how many bits."""
+"""For a type: the bits, twice in a word, of a number whose lowest bits count units; the number; how many bits do."""
 
 _PAIR = """@triton.jit
 def decode_pair(pair):
@@ -90,7 +90,8 @@ def _epilogue(spec: KernelSpec) -> str:
             lines.append("value = value + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)")
         elif step in ("mul", "add"):
             sign = "*" if step == "mul" else "+"
-            lines.append(f"value = value {sign} tl.load(operand_{operand} + offsets, mask=mask, other=0.0).to(tl.float32)")
+            loaded = f"tl.load(operand_{operand} + offsets, mask=mask, other=0.0)"
+            lines.append(f"value = value {sign} {loaded}.to(tl.float32)")
             operand += 1
         else:
             formula = _formula(ACTIVATIONS[step](var("value")))
@@ -102,9 +103,11 @@ def _epilogue(spec: KernelSpec) -> str:
 
 
 def _constants(values: dict[str, object]) -> str:
-    return "".join(
-        f"{name} = tl.constexpr({value if str(value).startswith('tl.') else json.dumps(value) if isinstance(value, str) else value})\n" for name, value in values.items()
-    )
+    lines = []
+    for name, value in values.items():
+        literal = str(value) if str(value).startswith("tl.") or not isinstance(value, str) else json.dumps(value)
+        lines.append(f"{name} = tl.constexpr({literal})\n")
+    return "".join(lines)
 
 
 def _fragment(spec: KernelSpec) -> dict[str, str]:

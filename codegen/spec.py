@@ -89,7 +89,7 @@ class KernelSpec:
 
     @property
     def precision(self) -> str:
-        """`input_precision` of float32 products: three TF32 products on NVIDIA (error below 2**-20 of each), else exact."""
+        """How float32 multiplies: by three TF32 products on NVIDIA (each errs by less than 2**-20), else exactly."""
         return "tf32x3" if self.target.startswith("sm_") else "ieee"
 
     def describe(self) -> dict[str, object]:

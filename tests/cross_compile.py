@@ -1,8 +1,8 @@
 """Compiling kernels for GPUs that are not there: registers, shared memory, spills and machine code of each.
 
 As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
-{"registers", "shared", "spills", "seconds", "mma"} or {"error"}. Triton can hang on targets it does not serve, so `measure` runs
-it as a process with a time limit.
+{"registers", "shared", "spills", "seconds", "mma"} or {"error"}. Triton can hang on targets it does not serve, so
+`measure` runs it as a process with a time limit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _pointer(dtype: str, target: str) -> str:
 
 
 def signature(spec: KernelSpec, names: list[str], scale_dtype: str) -> dict[str, str]:
-    """Types of a kernel's arguments as `gpu.launch` passes them; the bias is float32 and operands are of the output's type."""
+    """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of the output's type."""
     if spec.template == "gemm_fragment":
         codes = "*i32"
     else:

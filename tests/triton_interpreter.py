@@ -1,7 +1,7 @@
 """Running kernels on CPU tensors with Triton's interpreter, faithfully: `interpret(kernel)[grid](...)`.
 
-The interpreter computes bfloat16 on its raw bits (silently wrong), rounds float32 to bfloat16 and fp8 wrongly, reads any
-address, and is chosen for a whole process when Triton is imported. `install` mends all of this once:
+The interpreter computes bfloat16 on its raw bits (silently wrong), rounds float32 to bfloat16 and fp8 wrongly, reads
+any address, and is chosen for a whole process when Triton is imported. `install` mends all of this once:
 
 - bfloat16 and fp8 are decoded to float32, computed there, and rounded to nearest even (fp8 saturates);
 - a load, store or atomic outside every argument's memory raises IndexError;
@@ -10,7 +10,7 @@ address, and is chosen for a whole process when Triton is imported. `install` me
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -132,7 +132,8 @@ def _install_bounds(builder: Any) -> None:
         return atomic(self, op, pointers, value, mask, *rest)
 
     interpreter.GridExecutor._init_args_hst = init_args
-    builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw = masked_load, masked_store, atomic_rmw
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    builder.create_atomic_rmw = atomic_rmw
 
 
 class _Scope:
@@ -150,7 +151,7 @@ class _Scope:
 
 
 class _Globals:
-    __globals__ = {"tl": tl, "core": tl.core}
+    __globals__: ClassVar[dict[str, Any]] = {"tl": tl, "core": tl.core}
 
 
 def _install_dual() -> None:

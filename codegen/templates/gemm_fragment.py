@@ -4,9 +4,9 @@ The weight is the first operand of the product, y^T = weight x^T: its codes go f
 there, and enter the tensor cores from registers. Programs that share an output tile (SPLIT) each sum a part of K; the
 last to arrive adds the parts in their order, so results do not depend on timing.
 
-`accumulator = tl.dot(weight, x, accumulator)` and `accumulator += tl.dot(weight, x)` must not occur in the loop: with the
-first operand in registers, Triton 3.6 overwrites operands of products in flight. Every product is multiplied by a factor
-that is unknown at compile time before it is added.
+`accumulator = tl.dot(weight, x, accumulator)` and `accumulator += tl.dot(weight, x)` must not occur in the loop: with
+the first operand in registers, Triton 3.6 overwrites operands of products in flight. Every product is multiplied by a
+factor that is unknown at compile time before it is added.
 """
 
 # mypy: ignore-errors
@@ -68,7 +68,7 @@ def epilogue(value, bias, operand_0, n, offsets, mask):
 
 @triton.jit
 def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
-    """Bits LOW to LOW + WIDTH of the codes, from bit 0 of each half: int32 [K tiles, N tiles, 128 threads, 16 pairs]."""
+    """Bits LOW to LOW + WIDTH of codes, in the low bits of both halves: int32 [K tiles, N tiles, 128 threads, 16]."""
     KT: tl.constexpr = CHUNK // 64
     NT: tl.constexpr = BLOCK_N // 64
     index = tl.arange(0, KT * NT * 128 * WIDTH)
@@ -171,8 +171,10 @@ def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, ar
                 group = (first_k + 16 * tl.arange(0, CHUNK // 16)) // COLUMNS
                 blocks = tl.reshape(weight, (BLOCK_N, CHUNK // 16, 16)).to(tl.float32)
                 if not SYMMETRIC:
-                    blocks -= load_rows(zero_point, n[:, None], row_mask[:, None], group[None, :]).to(tl.float32)[:, :, None]
-                blocks *= load_rows(scale, n[:, None], row_mask[:, None], group[None, :]).to(tl.float32)[:, :, None]
+                    zeros = load_rows(zero_point, n[:, None], row_mask[:, None], group[None, :])
+                    blocks -= zeros.to(tl.float32)[:, :, None]
+                scales = load_rows(scale, n[:, None], row_mask[:, None], group[None, :])
+                blocks *= scales.to(tl.float32)[:, :, None]
                 weight = tl.reshape(blocks, (BLOCK_N, CHUNK)).to(COMPUTE)
                 if X_SCALE == "group":
                     group_x = tl.minimum(group, GROUPS - 1)

@@ -1,8 +1,8 @@
-"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) for 8-bit weights in rows: int8 or fp8, usually with activations alike.
+"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) for 8-bit weights in rows, int8 or fp8, and activations alike.
 
-Scaled products: a weight's scale per tensor, channel or block, an activation's per tensor, token or group. int8 products
-without blocks are summed in int32, exactly. All others are added in float32 after each BLOCK_K columns, times their
-scales; that is also what keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
+Scaled products: a weight's scale per tensor, channel or block, an activation's per tensor, token or group. int8
+products without blocks are summed in int32, exactly. All others are added in float32 after each BLOCK_K columns, times
+their scales; that is also what keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
 
 Programs that share an output tile (SPLIT) each sum a part of K; the last to arrive adds the parts in their order.
 """
@@ -104,10 +104,7 @@ def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, ar
     scale_rows = scale + (first_n + n) // ROWS * GROUPS
     x_scale_rows = x_scale + (first_m + m) * GROUPS
     one = (M > 0).to(tl.float32)
-    if INTEGER:
-        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    else:
-        accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
     for step in tl.range(0, STEPS):
         i = split * STEPS + step
         if GROUPS == 1:

@@ -63,7 +63,7 @@ def load(spec: KernelSpec) -> ModuleType:
     path = store(source)
     name = f"qcompile_kernel_{digest(source)}"
     found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
+    assert found is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     exec(compile(source, str(path), "exec"), module.__dict__)  # the text that was verified, whatever the file holds now

@@ -65,7 +65,7 @@ def launch(
         return y
     x = x.contiguous()
     if not native_fp8(kernel.target):
-        x, codes = (t.view(torch.uint8) if t.dtype.is_floating_point and t.element_size() == 1 else t for t in (x, codes))
+        x, codes = (t.view(torch.uint8) if t.element_size() == 1 and t.is_floating_point() else t for t in (x, codes))
     tiles_m, tiles_n = -(-m // tile.m), -(-kernel.n // tile.n)
     partial = arrived = scale
     if tile.split > 1:
@@ -145,9 +145,9 @@ def gemm(
         DeviceError: activations of another type than float32, bfloat16 and float16.
     """
     if x_scale is None and x.dtype not in _X_DTYPES:
-        raise DeviceError(f"kernels on GPUs take float32, bfloat16 or float16 activations, not {x.dtype}: cast the model")
+        raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 activations, not {x.dtype}: cast the model")
     if out_dtype not in _X_DTYPES:
-        raise DeviceError(f"kernels on GPUs return float32, bfloat16 or float16, not {out_dtype}: cast the model")
+        raise DeviceError(f"GPU kernels return float32, bfloat16 or float16, not {out_dtype}: cast the model")
     if spec.layout not in TEMPLATES:
         return _decoded(x, x_scale, codes, scale, zero_point, bias, operands, spec, out_dtype)
     kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))

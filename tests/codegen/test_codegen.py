@@ -6,6 +6,7 @@ import ast
 import linecache
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COUNT = 1024
 
 
-def function_of(source: str, folder: Path, **names: object) -> object:
+def function_of(source: str, folder: Path, **names: object) -> Any:
     """The Triton function `run(x, y, n)` of a source, loaded from a file."""
     path = folder / "generated.py"
     path.write_text(source)
@@ -58,7 +59,7 @@ def test_activation(name: str, tmp_path: Path) -> None:
     run = function_of(helpers + RUN.format(to_triton(formula)), tmp_path)
     x = torch.cat([torch.linspace(-12, 12, COUNT - 8), torch.tensor([0.0, -0.0, 1e-6, -1e-6, 1e4, -1e4, 88.8, -88.8])])
     y = torch.empty(COUNT)
-    interpret(run)[(1,)](x, y, COUNT)  # type: ignore[arg-type]
+    interpret(run)[(1,)](x, y, COUNT)
     bound = tolerance.epilogue_bound(x.double()[None], torch.zeros(1, COUNT, dtype=torch.float64), None, (name,))
     tolerance.assert_within(y[None], oracle.epilogue(x.double()[None], steps=(name,)), bound)
 
@@ -68,7 +69,8 @@ def test_activations_keep_nan(tmp_path: Path) -> None:
         formula = function(var("value"))
         helpers = "\n\n".join(HELPERS[op] for op in HELPERS if op in operations(formula))
         y = torch.zeros(4)
-        interpret(function_of(helpers + RUN.format(to_triton(formula)), tmp_path))[(1,)](torch.full((4,), torch.nan), y, 4)  # type: ignore[arg-type]
+        run = function_of(helpers + RUN.format(to_triton(formula)), tmp_path)
+        interpret(run)[(1,)](torch.full((4,), torch.nan), y, 4)
         assert y.isnan().all(), name
 
 
@@ -78,7 +80,7 @@ def test_decode_every_code(format_name: str, tmp_path: Path) -> None:
     run = function_of(decode_formula(fmt) + RUN.format("decode(value)"), tmp_path)
     codes = torch.arange(2**fmt.bits, dtype=torch.int32)
     y = torch.empty(len(codes))
-    interpret(run)[(1,)](codes, y, len(codes))  # type: ignore[arg-type]
+    interpret(run)[(1,)](codes, y, len(codes))
     assert torch.equal(y.double().nan_to_num(nan=-1e9), oracle.decode_values(format_name).nan_to_num(nan=-1e9))
 
 
@@ -95,7 +97,7 @@ def test_pair_decoder_equals_decode(format_name: str, dtype: str, tmp_path: Path
     )
     codes = torch.arange(2**fmt.bits, dtype=torch.int32)
     y = torch.empty(2, len(codes))
-    interpret(run)[(1,)](codes | codes.flip(0) << 16, y, len(codes))  # type: ignore[arg-type]
+    interpret(run)[(1,)](codes | codes.flip(0) << 16, y, len(codes))
     expected = oracle.decode_values(format_name)
     for half, values in zip(y.double(), (expected, expected.flip(0)), strict=True):
         assert torch.equal(half.nan_to_num(nan=-1e9), values.nan_to_num(nan=-1e9))
@@ -138,9 +140,11 @@ def test_spec_round_trip_and_source(both: tuple[LinearSpec, KernelSpec]) -> None
 def test_chosen_tile_fits_the_device(both: tuple[LinearSpec, KernelSpec], m: int) -> None:
     like = both[1]
     ranked = rank(candidates(like, m), m)
-    assert ranked and all(shared_bytes(k) <= device_of(k.target).shared for k in ranked)
+    assert ranked
+    assert all(shared_bytes(k) <= device_of(k.target).shared for k in ranked)
     times = [seconds(k, m) for k in ranked]
-    assert times == sorted(times) and times[0] > 0
+    assert times == sorted(times)
+    assert times[0] > 0
 
 
 def test_small_m_is_split_and_large_m_is_not() -> None:
@@ -151,7 +155,8 @@ def test_small_m_is_split_and_large_m_is_not() -> None:
 
 @given(st.integers(1, 100000))
 def test_bucket_covers(m: int) -> None:
-    assert gpu.bucket(m) >= min(m, 4096) and gpu.bucket(m) in [2**i for i in range(4, 13)]
+    assert gpu.bucket(m) >= min(m, 4096)
+    assert gpu.bucket(m) in [2**i for i in range(4, 13)]
 
 
 def test_templates_exist_for_layouts() -> None:
@@ -161,7 +166,8 @@ def test_templates_exist_for_layouts() -> None:
 def test_cache_rewrites_a_corrupt_entry(tmp_path: Path) -> None:
     with override(cache_dir=tmp_path / "cache", dump=tmp_path / "dump"):
         path = cache.store("x = 1\n")
-        assert path.parent.name == cache.digest("x = 1\n") and path.read_text() == "x = 1\n"
+        assert path.parent.name == cache.digest("x = 1\n")
+        assert path.read_text() == "x = 1\n"
         path.write_text("x = 2\n")
         assert cache.store("x = 1\n").read_text() == "x = 1\n"
         assert [p.name for p in path.parent.iterdir()] == ["kernel.py"]
@@ -200,7 +206,8 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     kernels: list[KernelSpec] = []
     for name, layout in SHIPPED:
         scheme = preset(name).fit("layer", (4096, 4096))
-        spec = LinearSpec(in_features=4096, out_features=4096, scheme=scheme, layout=layout, epilogue=("bias", "silu", "mul"))
+        spec = LinearSpec(in_features=4096, out_features=4096, scheme=scheme, layout=layout)
+        spec = spec.with_epilogue("bias", "silu", "mul")
         x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
         assert x_dtype is not None
         kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target) for m in (16, 4096)]

@@ -76,10 +76,11 @@ def test_compiled_operator_equals_eager(name: str) -> None:
     given = problem(scheme, layout_of(scheme), 8, 256, 512, epilogue=("bias", "gelu"))
     x, x_scale, codes, scale, zero, bias, operands = given.arguments("cuda")
     encoded = given.spec.encode()
+    operator = gpu.gemm_operator()
 
     def call(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tensor:
-        return gpu.gemm_operator()(x, x_scale, codes, scale, zero, bias, operands, encoded, torch.bfloat16)
+        y: torch.Tensor = operator(x, x_scale, codes, scale, zero, bias, operands, encoded, torch.bfloat16)
+        return y
 
-    gpu.gemm_operator()
     expected = call(x, x_scale)
     assert torch.equal(torch.compile(call, fullgraph=True)(x, x_scale), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from qcompile.runtime import cache, gpu
 from qcompile.scheme import SCALE_DTYPES, Scheme
 from tests import oracle, tolerance
 from tests.triton_interpreter import interpret
+
+Arguments: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Problem:
         kernel = self.kernel(target, tile)
         return gpu.launch(kernel, interpret(cache.load(kernel).kernel), *self.arguments(), self.out_dtype)
 
-    def arguments(self, device: str = "cpu") -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+    def arguments(self, device: str = "cpu") -> Arguments:
         """x, its scale, codes, scale, zero point, bias and operands."""
         packed = self.packed.to(device)
 
@@ -49,7 +52,8 @@ class Problem:
             return None if value is None else value.to(device)
 
         operands = [operand.to(device) for operand in self.operands]
-        return self.x.to(device), move(self.x_scale), packed.codes, packed.scale, packed.zero_point, move(self.bias), operands
+        x, x_scale, bias = self.x.to(device), move(self.x_scale), move(self.bias)
+        return x, x_scale, packed.codes, packed.scale, packed.zero_point, bias, operands
 
     def check(self, y: Tensor, compute: torch.dtype, accumulate_unit: float = tolerance.ACCUMULATE_UNIT) -> None:
         """Every element within the derived bound of the float64 result."""

@@ -20,6 +20,7 @@ from tests.kernels.problems import problem
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE = [name for name, fmt in FORMATS.items() if fmt.native_dtype is not None]
+COLUMNS = [16, 32, 48, 64, 128, 192]
 SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
 
 
@@ -65,14 +66,14 @@ def test_rows8_identity_returns_the_weights(format_name: str, activation: str | 
 
 
 @st.composite
-def schemes(draw: st.DrawFn, formats: list[str], columns: list[int], always_quantized: bool) -> Scheme:
+def schemes(draw: st.DrawFn, formats: list[str], columns: list[int]) -> Scheme:
     """Any scheme that a template takes."""
     size = draw(st.sampled_from([-1, *columns]))
     rows = draw(st.sampled_from([-1, 1, 1, 1, 3, 128]))
     weight = weight_scheme(
         draw(st.sampled_from(formats)), Granularity(rows, size), draw(st.sampled_from(sorted(SCALE_DTYPES)))
     )
-    if not always_quantized and draw(st.booleans()):
+    if draw(st.booleans()):
         return Scheme(weight=weight)
     fmt = get_format(draw(st.sampled_from(NATIVE)))
     dynamic = draw(st.booleans())
@@ -97,7 +98,7 @@ epilogues = st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda 
 targets = st.sampled_from(["sm_80", "sm_90", "gfx942"])
 
 
-@given(schemes(list(FORMATS), [16, 32, 48, 64, 128, 192], False), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
+@given(schemes(list(FORMATS), COLUMNS), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
 def test_fragment(
     scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
 ) -> None:
@@ -105,7 +106,7 @@ def test_fragment(
     given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
 
 
-@given(schemes(NATIVE, [16, 20, 64, 100, 128], False), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
+@given(schemes(NATIVE, [16, 20, 64, 100, 128]), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
 def test_rows8(
     scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
 ) -> None:
@@ -122,7 +123,7 @@ def test_epilogue(layout: str, steps: list[str], dtype: torch.dtype, tile: Tile,
 
 @pytest.mark.parametrize("layout", ["fragment", "rows8"])
 def test_no_rows(layout: str) -> None:
-    given_ = problem(preset("int8"), layout, 0, 70, 64) if layout == "rows8" else problem(preset("int8_weight_only"), layout, 0, 70, 64)
+    given_ = problem(preset("int8" if layout == "rows8" else "int8_weight_only"), layout, 0, 70, 64)
     assert given_.interpret("sm_90", SMALL).shape == (0, 70)
 
 

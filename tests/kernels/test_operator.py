@@ -1,0 +1,70 @@
+"""What compilers see of `qcompile::gemm` when the device is a GPU: one Triton kernel that writes its output only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+
+from qcompile.flags import override
+from qcompile.runtime import gpu
+from qcompile.scheme import preset
+from tests.kernels.problems import problem
+
+
+class CompileOnlyDriver:
+    """Enough of a driver for Triton to lower kernels on a machine without a GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def sm_90(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(gpu, "target_of", lambda device: "sm_90")
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(CompileOnlyDriver())
+    with override(cache_dir=tmp_path):
+        yield
+    triton.runtime.driver._active = before
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "k", "written"),
+    [
+        ("int4", "fragment", 256, {"y"}),
+        ("int4", "fragment", 4096, {"y", "partial", "arrived"}),
+        ("int8", "rows8", 128, {"y"}),
+    ],
+)
+def test_traced_kernel_writes_only_its_output(sm_90: None, name: str, layout: str, k: int, written: set[str]) -> None:
+    given = problem(preset(name).fit("layer", (128, k)), layout, 4, 128, k, epilogue=("bias", "silu", "mul"))
+    operator = gpu.gemm_operator()
+    x, x_scale, codes, scale, _, bias, operands = given.arguments()
+    encoded = given.spec.encode()
+    with FakeTensorMode():
+        real = (x, x_scale, codes, scale, bias, *operands)
+        fake = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in real]
+
+        def call(x: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, operand: Tensor) -> Tensor:
+            result: Tensor = operator(x, x_scale, codes, scale, None, bias, [operand], encoded, torch.bfloat16)
+            return result
+
+        graph = make_fx(dispatch_functionalize(call), tracing_mode="fake")(*fake).graph
+    kernels = [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    assert len(kernels) == 1
+    assert set(kernels[0].kwargs["tensors_to_clone"]) == written
+    arguments = kernels[0].kwargs["kwargs"]
+    outputs = [arguments[key] for key in written]
+    assert len(set(outputs)) == len(written)
+    assert not set(outputs) & {value for key, value in arguments.items() if key not in written}
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    assert output.args[0].args[1] == "y"
