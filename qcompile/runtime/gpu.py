@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -152,7 +153,10 @@ def gemm(
         return _decoded(x, x_scale, codes, scale, zero_point, bias, operands, spec, out_dtype)
     kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))
     function = wrap(cache.load(kernel).kernel)
-    return launch(kernel, function, x, x_scale, codes, scale, zero_point, bias, operands, out_dtype)
+    # Triton launches on the current device.
+    guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+    with guard:
+        return launch(kernel, function, x, x_scale, codes, scale, zero_point, bias, operands, out_dtype)
 
 
 @functools.cache

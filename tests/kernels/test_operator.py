@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 from torch import Tensor
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
+from qcompile.codegen.spec import Tile
+from qcompile.errors import DeviceError
 from qcompile.flags import override
-from qcompile.runtime import gpu
+from qcompile.runtime import cache, gpu
 from qcompile.scheme import preset
 from tests.kernels.problems import problem
+from tests.triton_interpreter import interpret
 
 
 class CompileOnlyDriver:
@@ -68,3 +73,34 @@ def test_traced_kernel_writes_only_its_output(sm_90: None, name: str, layout: st
     assert not set(outputs) & {value for key, value in arguments.items() if key not in written}
     (output,) = [node for node in graph.nodes if node.op == "output"]
     assert output.args[0].args[1] == "y"
+
+
+def test_source_that_compilers_copy_is_whole(tmp_path: Path) -> None:
+    """Inductor copies a kernel, its functions and its constants into a file of its own."""
+    given = problem(
+        preset("int3").fit("layer", (128, 256)), "fragment", 4, 128, 256, epilogue=("bias", "gelu_tanh", "mul")
+    )
+    kernel = given.kernel("sm_90", Tile(m=16, n=64, k=64, split=2, warps=4, stages=2))
+    with override(cache_dir=tmp_path):
+        text = user_defined_triton_kernel_transitive_closure_source_code(cache.load(kernel).kernel)
+        expected = given.interpret("sm_90", kernel.tile)
+    path = tmp_path / "copied.py"
+    path.write_text("import triton\nimport triton.language as tl\n" + text)
+    namespace: dict[str, Any] = {}
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    y = gpu.launch(kernel, interpret(triton.jit(namespace["kernel"])), *given.arguments(), given.out_dtype)
+    assert torch.equal(y, expected)
+
+
+def test_layout_without_a_kernel_is_decoded() -> None:
+    given = problem(preset("int4_asym").fit("layer", (70, 64)), "logical", 5, 70, 64, epilogue=("bias", "silu", "mul"))
+    given.check(gpu.gemm(*given.arguments(), given.spec, given.out_dtype), torch.float32)
+
+
+def test_unsupported_dtypes_are_refused() -> None:
+    given = problem(preset("int4").fit("layer", (70, 64)), "fragment", 5, 70, 64)
+    x, *rest = given.arguments()
+    with pytest.raises(DeviceError, match="float64"):
+        gpu.gemm(x.double(), *rest, given.spec, torch.bfloat16)
+    with pytest.raises(DeviceError, match="float64"):
+        gpu.gemm(x, *rest, given.spec, torch.float64)
