@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, shown
 from qcompile.scheme import Scheme, check_keys, parse_scheme, scheme_to_dict
 
 _RULE_KEYS = ("layers", "scheme", "optional")
@@ -98,8 +98,8 @@ class QuantConfig:
         """
         check_keys("config", given, _CONFIG_KEYS)
         ignore, listed = given.get("ignore", []), given.get("rules")
-        if not isinstance(ignore, (list, tuple)) or not all(isinstance(glob, str) for glob in ignore):
-            raise ConfigError(f"config: ignore must be a list of globs, not {ignore!r}")
+        if not isinstance(ignore, (list, tuple)) or not all(isinstance(glob, str) and glob for glob in ignore):
+            raise ConfigError(f"config: ignore must be a list of globs, not {shown(ignore)}")
         if not isinstance(listed, (list, tuple)) or not listed:
             raise ConfigError('config needs rules, a list such as [{"layers": "*", "scheme": "int4"}]')
         rules = [Rule(layers=glob, scheme=None) for glob in ignore]
@@ -110,7 +110,7 @@ class QuantConfig:
                 raise ConfigError(f"{what} needs layers (a glob on module names) and a scheme (null keeps the layers)")
             optional = entry.get("optional", False)
             if not isinstance(optional, bool):
-                raise ConfigError(f"{what}: optional must be true or false, not {optional!r}")
+                raise ConfigError(f"{what}: optional must be true or false, not {shown(optional)}")
             try:
                 scheme = None if entry["scheme"] is None else parse_scheme(entry["scheme"])
             except ConfigError as error:
@@ -137,8 +137,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    # PyYAML lets LookupError, AttributeError and TypeError out on malformed tagged scalars such as `!!int ""`.
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
     if not isinstance(loaded, Mapping):
         raise ConfigError(
             f"{path} holds no configuration: expected a mapping with rules, found {type(loaded).__name__}"

@@ -1,5 +1,7 @@
 """Exceptions: one class per kind of user mistake, each message naming the place and the way out."""
 
+import reprlib
+
 
 class QCompileError(Exception):
     """Base of every error that qcompile raises on purpose."""
@@ -27,3 +29,17 @@ class WeightReleasedError(QCompileError, RuntimeError):
 
 class CheckpointError(QCompileError, ValueError):
     """A model file that is missing, damaged or of an unknown kind."""
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+_BRIEF = _Brief()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 80, 80
+
+
+def shown(value: object) -> str:
+    """A user's value for a message: its repr, cut short where it is long, deep or repeats itself."""
+    return _BRIEF.repr(value)

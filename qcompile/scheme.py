@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from qcompile.errors import ConfigError, LayerError
+from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
 
 SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -89,8 +90,8 @@ class WeightScheme:
     flexible_group: bool = False
 
     def __post_init__(self) -> None:
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ConfigError(f"scale_dtype {self.scale_dtype!r} is none of {', '.join(SCALE_DTYPES)}")
+        if self.scale_dtype not in tuple(SCALE_DTYPES):
+            raise ConfigError(f"scale_dtype {shown(self.scale_dtype)} is none of {', '.join(SCALE_DTYPES)}")
         if not self.symmetric and not (isinstance(self.format, IntegerFormat) and not self.format.signed):
             raise ConfigError(f"an asymmetric weight takes an unsigned integer format, not {self.format.name}")
         if self.symmetric and isinstance(self.format, IntegerFormat) and not self.format.signed:
@@ -113,9 +114,8 @@ class WeightScheme:
             fitting = f"groups that do: {', '.join(map(str, divisors))}" if divisors else 'use "granularity": "channel"'
             raise LayerError(f"{layer}: group_size {size} does not divide its {inner} input features; {fitting}")
         fitting_sizes = [g for g in divisors if g <= size]
-        return replace(
-            self, granularity=Granularity.group(fitting_sizes[-1]) if fitting_sizes else Granularity.channel()
-        )
+        granularity = Granularity.group(fitting_sizes[-1]) if fitting_sizes else Granularity.channel()
+        return replace(self, granularity=granularity, flexible_group=False)
 
     def __str__(self) -> str:
         return f"{self.format.name} {self.granularity}"
@@ -147,8 +147,9 @@ class ActivationScheme:
             self.granularity == Granularity.tensor()
         ):
             raise ConfigError("activations are quantized per tensor, per token, or per group of a token")
-        if self.scale is not None and (self.dynamic or not 0 < self.scale < float("inf")):
-            raise ConfigError("activation scale: a positive number, and only with dynamic: false")
+        limits = torch.finfo(torch.float32)
+        if self.scale is not None and (self.dynamic or not limits.smallest_normal <= self.scale <= limits.max):
+            raise ConfigError("activation scale: a positive float32 number, and only with dynamic: false")
 
     def __str__(self) -> str:
         per = {"channel": "token"}.get(str(self.granularity), str(self.granularity))
@@ -168,7 +169,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.method != "rtn":
-            raise ConfigError(f"unknown method {self.method!r}; there is: rtn")
+            raise ConfigError(f"unknown method {shown(self.method)}; there is: rtn")
         if self.activation is not None and self.activation.granularity.is_group:
             block = self.weight.granularity
             if block.columns != self.activation.granularity.columns:
@@ -253,7 +254,7 @@ def preset(name: str) -> Scheme:
     if found is None:
         names = [*PRESETS, *ALIASES]
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(PRESETS)
-        raise ConfigError(f"unknown scheme {name!r}; did you mean {', '.join(near)}?")
+        raise ConfigError(f"unknown scheme {shown(name)}; did you mean {', '.join(near)}?")
     return found
 
 
@@ -264,23 +265,23 @@ def check_keys(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> N
         ConfigError: an unknown key, or something that is no mapping.
     """
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{what} must be a mapping, not {type(given).__name__} {given!r}")
+        raise ConfigError(f"{what} must be a mapping, not {type(given).__name__} {shown(given)}")
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4) if isinstance(key, str) else []
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"unknown key {key!r} in {what}; {hint}")
+            raise ConfigError(f"unknown key {shown(key)} in {what}; {hint}")
 
 
-def _integer_value(what: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{what} must be an integer of at least {least}, not {value!r}")
+def _size(what: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ConfigError(f"{what} must be an integer from 1 to 2**31 - 1, not {shown(value)}")
     return value
 
 
 def _boolean(what: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"{what} must be true or false, not {value!r}")
+        raise ConfigError(f"{what} must be true or false, not {shown(value)}")
     return value
 
 
@@ -296,18 +297,24 @@ def _granularity(
     if sized[0] == "group_size":
         if value == WHOLE:
             return Granularity.channel()
-        size = _integer_value(f"{what}: group_size", value, 1)
+        size = _size(f"{what}: group_size", value)
         if size < 16 or size & (size - 1):
             raise ConfigError(f"{what}: group_size must be -1 (per channel) or a power of two from 16 up, not {size}")
         return Granularity.group(size)
     if sized[0] == "block_size":
         if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise ConfigError(f"{what}: block_size must be [rows, columns], not {value!r}")
-        rows, columns = (_integer_value(f"{what}: block_size", v, 1) for v in value)
+            raise ConfigError(f"{what}: block_size must be [rows, columns], not {shown(value)}")
+        rows, columns = (_size(f"{what}: block_size", v) for v in value)
+        if rows == 1:
+            raise ConfigError(f"{what}: block_size of one row is a group; write group_size {columns}")
         return Granularity.block(rows, columns)
-    if value not in names:
-        raise ConfigError(f"{what}: granularity {value!r} is none of {', '.join(names)}")
+    if value not in tuple(names):
+        raise ConfigError(f"{what}: granularity {shown(value)} is none of {', '.join(names)}")
     return names[value]
+
+
+def _default_granularity(fmt: Format) -> Granularity:
+    return Granularity.group(128) if fmt.bits < 8 else Granularity.channel()
 
 
 def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
@@ -318,20 +325,16 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
     symmetric = _boolean("weight: symmetric", given.get("symmetric", not fmt.name.startswith("uint")))
     if isinstance(fmt, IntegerFormat):  # "int4" with symmetric: false is what people write
         fmt = get_format(f"{'int' if symmetric else 'uint'}{fmt.bits}")
-    granularity = _granularity(
-        "weight",
-        given,
-        Granularity.group(128) if fmt.bits < 8 else Granularity.channel(),
-        {"tensor": Granularity.tensor(), "channel": Granularity.channel()},
-    )
-    flexible = granularity.is_group and not any(k in given for k in ("group_size", "granularity", "block_size"))
+    names = {"tensor": Granularity.tensor(), "channel": Granularity.channel()}
+    granularity = _granularity("weight", given, _default_granularity(fmt), names)
+    sized = any(given.get(key) is not None for key in ("group_size", "granularity", "block_size"))
     default_dtype = "bfloat16" if granularity.is_group else "float32"
     return WeightScheme(
         format=fmt,
         granularity=granularity,
         symmetric=symmetric,
         scale_dtype=given.get("scale_dtype", default_dtype),
-        flexible_group=flexible,
+        flexible_group=granularity.is_group and not sized,
     )
 
 
@@ -343,8 +346,10 @@ def _parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
     names = {"tensor": Granularity.tensor(), "token": Granularity.channel()}
     default = Granularity.channel() if dynamic else Granularity.tensor()
     scale = given.get("scale")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise ConfigError(f"activation: scale must be a number, not {scale!r}")
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or abs(scale) > sys.float_info.max
+    ):
+        raise ConfigError(f"activation: scale must be a finite number, not {shown(scale)}")
     return ActivationScheme(
         format=get_format(given["format"]),
         granularity=_granularity("activation", given, default, names),
@@ -391,7 +396,7 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
             return name
     weight = scheme.weight
     given: dict[str, Any] = {"weight": {"format": weight.format.name, "symmetric": weight.symmetric}}
-    if not weight.flexible_group:
+    if not (weight.flexible_group and weight.granularity == _default_granularity(weight.format)):
         given["weight"] |= _granularity_dict(weight.granularity, "channel")
     given["weight"]["scale_dtype"] = weight.scale_dtype
     if scheme.activation is not None:

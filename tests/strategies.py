@@ -14,13 +14,14 @@ from qcompile.scheme import PRESETS, SCALE_DTYPES, ActivationScheme, Granularity
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDES = ("contiguous", "transposed", "stepped", "offset")
+_ROWS, _COLUMNS = st.integers(1, 40), st.integers(1, 80)
 
 
 @st.composite
 def matrices(
     draw: st.DrawFn,
-    rows: st.SearchStrategy[int] = st.integers(1, 40),
-    columns: st.SearchStrategy[int] = st.integers(1, 80),
+    rows: st.SearchStrategy[int] = _ROWS,
+    columns: st.SearchStrategy[int] = _COLUMNS,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     *,
     nonfinite: bool = False,

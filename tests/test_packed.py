@@ -65,7 +65,7 @@ def test_check_names_the_layer_and_the_fault(changes, message):
 def test_check_of_zero_points():
     with pytest.raises(LayerError, match="zero point"):
         replace(make("uint4"), zero_point=None).check()
-    with pytest.raises(LayerError, match="zero_point is torch.int32"):
+    with pytest.raises(LayerError, match=r"zero_point is torch\.int32"):
         replace(make("uint4"), zero_point=torch.zeros(6, 2, dtype=torch.int32)).check()
 
 
@@ -76,7 +76,9 @@ def test_nbytes_counts_every_tensor():
 
 
 @pytest.mark.parametrize(
-    "granularity", [Granularity.tensor(), Granularity.channel(), Granularity.group(16), Granularity.block(3, 16)], ids=str
+    "granularity",
+    [Granularity.tensor(), Granularity.channel(), Granularity.group(16), Granularity.block(3, 16)],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ["int3", "uint4", "fp8_e4m3"])
 def test_concatenation_is_exact(name, granularity):

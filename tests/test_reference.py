@@ -117,7 +117,7 @@ def test_other_refusals_name_the_layer():
     scheme = PRESETS["int8"].weight
     with pytest.raises(LayerError, match=r"fc: .* floating-point matrix, not torch.int8 \(4, 4\)"):
         quantize_weight(torch.zeros(4, 4, dtype=torch.int8), scheme, "fc")
-    with pytest.raises(LayerError, match="fc: .* floating-point matrix"):
+    with pytest.raises(LayerError, match=r"fc: .* floating-point matrix"):
         quantize_weight(torch.zeros(4), scheme, "fc")
     with pytest.raises(LayerError, match=r"fc: the weight is empty, \(0, 4\)"):
         quantize_weight(torch.zeros(0, 4), scheme, "fc")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, shown
 from qcompile.expr import Value
 
 
@@ -73,7 +73,8 @@ def get_format(name: str) -> Format:
     Raises:
         ConfigError: unknown name; the message lists the nearest ones.
     """
-    if name not in FORMATS:
-        near = difflib.get_close_matches(str(name), FORMATS, n=3, cutoff=0.4) or sorted(FORMATS)
-        raise ConfigError(f"unknown number format {name!r}; did you mean {', '.join(near)}?")
+    if not isinstance(name, str) or name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.4) if isinstance(name, str) else []
+        near = near or sorted(FORMATS)
+        raise ConfigError(f"unknown number format {shown(name)}; did you mean {', '.join(near)}?")
     return FORMATS[name]

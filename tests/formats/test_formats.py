@@ -66,7 +66,9 @@ def test_encode_takes_the_nearest_and_of_ties_the_even(fmt):
     values = oracle.decode_values(fmt.name)
     steps = values[values.isfinite()].unique()
     middles = (steps[1:] + steps[:-1]) / 2
-    probes = torch.cat([middles, middles.float().nextafter(steps[1:].float()), middles.float().nextafter(steps[:-1].float())])
+    probes = torch.cat(
+        [middles, middles.float().nextafter(steps[1:].float()), middles.float().nextafter(steps[:-1].float())]
+    )
     probes = probes.float()
     expected = [values[oracle.nearest_code(fmt.name, p)].item() for p in probes.tolist()]
     decoded = fmt.decode(fmt.encode(probes).int())
