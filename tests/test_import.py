@@ -1,0 +1,34 @@
+"""What `import qcompile` costs, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PROGRAM = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import qcompile
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before), "file": qcompile.__file__}))
+"""
+HEAVY = {"triton", "transformers", "torchao", "gguf", "sympy", "yaml", "rich", "typer"}
+"""Packages that are imported where they are used."""
+
+
+def test_import_is_light():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert Path(seen["file"]).parent == ROOT / "qcompile"
+    assert {name.split(".")[0] for name in seen["new"]} & HEAVY == set()
+    assert "qcompile.runtime.gpu" not in seen["new"]
+    assert not [name for name in seen["new"] if name.startswith(("torch._inductor", "torch._dynamo"))]
+    assert seen["seconds"] < 2
+    assert done.stderr == ""
