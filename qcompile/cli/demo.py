@@ -16,7 +16,9 @@ from rich.table import Table
 
 import qcompile
 from qcompile.cli.steps import Steps
+from qcompile.config import QuantConfig, Rule, parse_config
 from qcompile.evaluate import Decoder, LanguageModel, compare, prefill_rate, sample_text, weight_bytes
+from qcompile.scheme import ALIASES, PRESETS
 
 STEPS_PER_SCHEME = 4
 WINDOW = 256
@@ -68,7 +70,7 @@ def run(
 
     Args:
         schemes: "unquantized", or anything that a configuration can be.
-        tokens: to decode after the prompt.
+        tokens: to decode after the prompt, at most.
         steps: told of `STEPS_PER_SCHEME` steps a scheme.
     """
     text_ids = language_model.encode(sample_text()).to(device)
@@ -91,6 +93,18 @@ def run(
     )
 
 
+def config_of(scheme: str) -> QuantConfig:
+    """What a row's name stands for.
+
+    A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it decides the next token.
+    """
+    config = parse_config(scheme)
+    layer = config.rules[0].scheme
+    if scheme not in (*PRESETS, *ALIASES) or layer is None or layer.weight.format.bits >= 8:
+        return config
+    return QuantConfig((Rule(layers="lm_head", scheme=PRESETS["int8_weight_only"]), *config.rules))
+
+
 def _row(
     language_model: LanguageModel,
     scheme: str,
@@ -104,7 +118,7 @@ def _row(
     quantized = scheme != "unquantized"
     steps.next(f"{scheme}: quantizing" if quantized else f"{scheme}: preparing")
     start = time.perf_counter()
-    model = qcompile.quantize_(copy.deepcopy(original), scheme, progress=False) if quantized else original
+    model = qcompile.quantize_(copy.deepcopy(original), config_of(scheme), progress=False) if quantized else original
     quantize_seconds = time.perf_counter() - start
 
     steps.next(f"{scheme}: reading a text of {text.numel()} tokens")
@@ -142,8 +156,9 @@ def show(result: Result, console: Console) -> None:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         title=f"{result.model} on {result.device}, {result.threads} threads, torch {result.torch_version}",
-        caption=f"Weights of the whole model, embeddings included. Prefill: {result.prefill_tokens} tokens, not "
-        f"compiled. Decode: one token a call, compiled, after a prompt; {result.decode_tokens} tokens. Perplexity, "
+        caption=f"Weights of the whole model, embeddings included; below 8 bits the output head has 8. "
+        f"Prefill: {result.prefill_tokens} tokens, not "
+        f"compiled. Decode: one token a call, compiled, after a prompt; at most {result.decode_tokens} tokens. Perplexity, "
         f"KL(unquantized || scheme) and agreement of the likeliest token: {result.text_tokens} tokens of the essay in "
         f"the package, in windows of {result.window}.",
     )
