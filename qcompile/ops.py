@@ -91,6 +91,10 @@ def _cpu(
     """The product on a CPU, before the epilogue: [M, N] in float32 or the activations' dtype."""
     from qcompile.runtime import cpu
 
+    if parsed.layout == "fragment":
+        raise DeviceError(
+            "weights in layout fragment are for GPUs; move the module with .to('cpu'), which lays them out anew"
+        )
     return cpu.product(x, x_scale, codes, scale, zero_point, parsed, spec)
 
 

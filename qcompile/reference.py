@@ -133,7 +133,10 @@ def quantize_activation(
         scale = static_scale.to(torch.float32).reshape(())
     else:
         per_tensor = scheme.granularity == Granularity.tensor()
-        top = values.abs().amax() if per_tensor else values.abs().amax(-1, keepdim=True)
+        if per_tensor:
+            top = values.abs().amax() if values.numel() != 0 else values.new_zeros(())
+        else:
+            top = values.abs().amax(-1, keepdim=True)
         scale = top / fmt.absmax
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     scaled = values / scale

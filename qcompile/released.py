@@ -86,7 +86,7 @@ class ReleasedParameter(nn.Parameter):
                 return func(*args, **kwargs)
         raise WeightReleasedError(
             f"{name}: this weight was packed by qcompile and its original freed, as options={{'free_weights': True}} "
-            "asked; leave that option out to keep the originals, or use qcompile.quantize_, whose modules have a state_dict"
+            "asked; leave that option out to keep the originals, or use qcompile.quantize_, which keeps a state_dict"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -1,0 +1,132 @@
+"""`torch.ops.qcompile.linear` as an operator: schema, fakes, shapes, epilogues, gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import qcompile.ops  # noqa: F401
+from qcompile.errors import DeviceError, GradientError
+from qcompile.layouts import LAYOUTS, choose_layout
+from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec, decode_spec
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize, quantize_weight
+from qcompile.scheme import PRESETS
+from tests import oracle, tolerance
+
+N, K = 48, 96
+
+
+def made(preset: str, epilogue: tuple[str, ...] = (), layout: str | None = None) -> tuple[PackedWeight, str]:
+    scheme = PRESETS[preset].fit("test", (N, K))
+    chosen = LAYOUTS[layout] if layout else choose_layout(scheme, (N, K), "cpu")
+    packed = chosen.pack(quantize_weight(torch.randn(N, K) / 8, scheme.weight))
+    spec = LinearSpec(in_features=K, out_features=N, scheme=scheme, layout=chosen.name, epilogue=epilogue)
+    return packed, spec.encode()
+
+
+def arguments(preset: str, x: torch.Tensor, epilogue: tuple[str, ...] = (), operands: tuple[torch.Tensor, ...] = ()):
+    packed, spec = made(preset, epilogue)
+    bias = torch.randn(N) if "bias" in epilogue else None
+    static = PRESETS[preset].activation is not None and not PRESETS[preset].activation.dynamic
+    scale = torch.tensor(0.02) if static else None
+    return (x, packed.codes, packed.scale, packed.zero_point, bias, scale, list(operands), spec)
+
+
+# torch's comparison in `test_schema` multiplies float8 tensors, for which it has no kernel.
+@pytest.mark.parametrize("preset", [p for p in PRESETS if "fp8" not in p])
+def test_opcheck(preset):
+    x, gate = torch.randn(3, K), torch.randn(3, N)
+    torch.library.opcheck(torch.ops.qcompile.linear.default, arguments(preset, x, ("bias", "silu", "mul"), (gate,)))
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if "fp8" in p])
+def test_opcheck_of_float8(preset):
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.qcompile.linear.default, arguments(preset, torch.randn(3, K)), test_utils=checks)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(K,), (2, K), (2, 3, K), (2, 1, 3, K), (0, K), (2, 0, K)])
+def test_every_rank_and_empty_batches(preset, shape):
+    out = torch.ops.qcompile.linear(*arguments(preset, torch.randn(shape)))
+    assert out.shape == (*shape[:-1], N)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("preset", ["int6", "int8", "int4"])
+def test_strided_input_gives_the_same(preset):
+    x = torch.randn(K, 10).t()[::2]
+    given = arguments(preset, x)
+    assert torch.equal(torch.ops.qcompile.linear(*given), torch.ops.qcompile.linear(x.contiguous(), *given[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", ["int4", "int6", "int8", "fp8"])
+def test_output_has_the_input_dtype(preset, dtype):
+    assert torch.ops.qcompile.linear(*arguments(preset, torch.randn(2, K, dtype=dtype), ("bias",))).dtype == dtype
+
+
+STEPS = [(), ("bias",), *((name,) for name in ACTIVATIONS), *itertools.permutations(("bias", "silu", "mul", "add"), 3)]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids="-".join)
+def test_epilogue_against_the_oracle(steps):
+    """int6 with float32 activations decodes and multiplies in float32 (runtime/cpu.py), so the bound is float32's."""
+    x = torch.randn(20, K)
+    operands = tuple(torch.randn(20, N) for step in steps if step in ("mul", "add"))
+    packed, spec = made("int6", steps)
+    bias = torch.randn(N) if "bias" in steps else None
+    out = torch.ops.qcompile.linear(x, packed.codes, packed.scale, None, bias, None, list(operands), spec)
+    weight = oracle.dequantize(
+        "int6", packed.unpack_codes(), packed.scale, None, (1, packed.scheme.granularity.columns)
+    )
+    product = oracle.linear(x, weight)
+    bound = tolerance.gemm_bound(x, weight, torch.float32)
+    bound = tolerance.epilogue_bound(product, bound, bias, steps, operands)
+    tolerance.assert_within(out, oracle.epilogue(product, bias, steps, operands), bound)
+
+
+def test_identity_returns_the_decoded_weight():
+    packed, spec = made("int6")
+    out = torch.ops.qcompile.linear(torch.eye(K), packed.codes, packed.scale, None, None, None, [], spec)
+    assert torch.equal(out.t(), dequantize(packed))
+
+
+def test_a_row_that_is_not_finite_spoils_only_itself():
+    x = torch.randn(4, K)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    out = torch.ops.qcompile.linear(*arguments("int8", x))
+    assert torch.isfinite(out[[0, 3]]).all()
+    assert not torch.isfinite(out[1]).any()
+    assert not torch.isfinite(out[2]).any()
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8"])
+def test_gradients_are_refused(preset):
+    x = torch.randn(2, K, requires_grad=True)
+    with pytest.raises(GradientError, match=r"torch\.no_grad"):
+        torch.ops.qcompile.linear(*arguments(preset, x))
+    with torch.no_grad():
+        torch.ops.qcompile.linear(*arguments(preset, x))
+
+
+def test_a_device_without_kernels_is_refused():
+    packed, spec = made("int8")
+    given = [t.to("meta") for t in (torch.randn(2, K), packed.codes, packed.scale)]
+    with pytest.raises(DeviceError, match="not for meta"):
+        torch.ops.qcompile.linear(*given, None, None, None, [], spec)
+
+
+def test_a_layout_of_gpus_is_refused_on_cpus():
+    packed, spec = made("int4", layout="fragment")
+    with pytest.raises(DeviceError, match="fragment"):
+        torch.ops.qcompile.linear(torch.randn(2, K), packed.codes, packed.scale, None, None, None, [], spec)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_spec_round_trip(preset):
+    _, text = made(preset, EPILOGUE_STEPS)
+    assert decode_spec(text).encode() == text
