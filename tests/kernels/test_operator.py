@@ -99,8 +99,8 @@ def test_layout_without_a_kernel_is_decoded() -> None:
 
 def test_unsupported_dtypes_are_refused() -> None:
     given = problem(preset("int4").fit("layer", (70, 64)), "fragment", 5, 70, 64)
-    x, *rest = given.arguments()
+    arguments = given.arguments()
     with pytest.raises(DeviceError, match="float64"):
-        gpu.gemm(x.double(), *rest, given.spec, torch.bfloat16)
+        gpu.gemm(arguments[0].double(), *arguments[1:], given.spec, torch.bfloat16)
     with pytest.raises(DeviceError, match="float64"):
-        gpu.gemm(x, *rest, given.spec, torch.float64)
+        gpu.gemm(*arguments, given.spec, torch.float64)
