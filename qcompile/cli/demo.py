@@ -96,7 +96,7 @@ def run(
 def config_of(scheme: str) -> QuantConfig:
     """What a row's name stands for.
 
-    A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it decides the next token.
+    A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it chooses the token.
     """
     config = parse_config(scheme)
     layer = config.rules[0].scheme
@@ -155,14 +155,14 @@ def show(result: Result, console: Console) -> None:
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
         title=f"{result.model} on {result.device}, {result.threads} threads, torch {result.torch_version}",
-        caption=f"Weights of the whole model, embeddings included; below 8 bits the output head has 8. "
-        f"Prefill: {result.prefill_tokens} tokens, not "
-        f"compiled. Decode: one token a call, compiled, after a prompt; at most {result.decode_tokens} tokens. Perplexity, "
-        f"KL(unquantized || scheme) and agreement of the likeliest token: {result.text_tokens} tokens of the essay in "
-        f"the package, in windows of {result.window}.",
+        caption="Weights of the whole model, embeddings included; below 8 bits the output head has 8. "
+        f"Prefill: {result.prefill_tokens} tokens, not compiled. Decode: one token a call, compiled, after a prompt; "
+        f"at most {result.decode_tokens} tokens. Perplexity, KL(unquantized || scheme) and agreement of the likeliest "
+        f"token: {result.text_tokens} tokens of the essay in the package, in windows of {result.window}.",
     )
-    table.add_column("scheme")
+    table.add_column("scheme", min_width=len("unquantized"))
     for title in (
         "weights\nMB",
         "prefill\ntok/s",
