@@ -123,6 +123,14 @@ def test_round_trip_of_fitted_schemes(scheme, k):
     assert again == fitted == fitted.fit("layer", (64, k))
 
 
+def test_a_flexible_group_that_no_dict_means_is_written_out():
+    activation = ActivationScheme(format=get_format("int8"), granularity=Granularity.channel())
+    scheme = Scheme(weight=PRESETS["int2"].weight, activation=activation)
+    again = parse_scheme(scheme_to_dict(scheme))
+    assert again.weight.granularity == Granularity.group(64)
+    assert again.activation == activation
+
+
 @pytest.mark.parametrize(
     ("text", "near"),
     [("int44", "int4"), ("w4a16", "W4A16"), ("fp8_dynamic", "fp8_static"), ("FP8-BLOCK", "FP8_BLOCK"), ("", "int2")],
