@@ -87,7 +87,7 @@ def _quantize_rows(weight: Tensor, scheme: WeightScheme, layer: str) -> tuple[Te
     scale = spread.to(scale_dtype)
     if torch.isinf(scale).any():
         raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = scale.masked_fill(scale == 0, 1.0)
     scaled = w / expand_blocks(scale.float(), granularity, shape)
     zero_point = None
     if not scheme.symmetric:
@@ -138,7 +138,7 @@ def quantize_activation(
         else:
             top = values.abs().amax(-1, keepdim=True)
         scale = top / fmt.absmax
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        scale = scale.masked_fill(scale == 0, 1.0)
     scaled = values / scale
     if dtype == torch.int8:
         codes = scaled.round().clamp(-128, 127).to(torch.int8)

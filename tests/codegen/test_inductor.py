@@ -1,0 +1,37 @@
+"""What Inductor makes of a quantized linear on a GPU, seen in the code that it generates for one that is not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def calls(preset: str, kind: str) -> list[str]:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.fake_gpu", preset, kind],
+        capture_output=True, text=True, cwd=root, env=environment, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().split("\n")
+
+
+@pytest.mark.parametrize("preset", ["int4", "int8", "fp8"])
+def test_one_length_inlines_the_kernel_and_quantization_joins_the_norm(preset):
+    norm, product = calls(preset, "static")
+    assert norm.startswith("triton_")
+    assert "rsqrt" in norm
+    assert ("amax" in norm) == (preset != "int4")
+    assert product.startswith("kernel_")
+
+
+def test_any_length_takes_one_graph_that_chooses_at_run_time():
+    norm, product = calls("fp8", "dynamic")
+    assert "rsqrt" in norm
+    assert "amax" in norm
+    assert "torch.ops.qcompile.gemm_dynamic" in product

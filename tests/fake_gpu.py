@@ -1,0 +1,137 @@
+"""Make Inductor generate code for a GPU that is not there: an sm_90 device of fake tensors. Nothing is launched.
+
+It replaces functions of torch for good, so it runs in a process of its own: `python -m tests.fake_gpu PRESET static`
+(or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, and prints the calls of the generated wrapper.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch._inductor.config as inductor_config
+from torch._dynamo import device_interface
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class Properties:
+    """Of an H100, as far as Inductor asks."""
+
+    name, major, minor, warp_size, gcnArchName = "fake sm_90", 9, 0, 32, ""
+    total_memory, multi_processor_count, L2_cache_size = 80 << 30, 132, 50 << 20
+    max_threads_per_multi_processor, max_threads_per_block, regs_per_multiprocessor = 2048, 1024, 65536
+    shared_memory_per_block, shared_memory_per_block_optin, shared_memory_per_multiprocessor = 49152, 232448, 233472
+
+
+class Interface(device_interface.CudaInterface):
+    class Worker(device_interface.CudaInterface.Worker):
+        get_device_properties = staticmethod(lambda device=None: Properties)
+        current_device = staticmethod(lambda: 0)
+        set_device = staticmethod(lambda device: None)
+
+    current_device = staticmethod(lambda: 0)
+    device_count = staticmethod(lambda: 1)
+    is_available = staticmethod(lambda: True)
+    set_device = staticmethod(lambda device: None)
+    get_compute_capability = staticmethod(lambda device=None: 90)
+    is_bf16_supported = staticmethod(lambda including_emulation=False: True)
+    is_dtype_supported = staticmethod(lambda dtype, including_emulation=False: True)
+    get_device_properties = staticmethod(lambda device=None: Properties)
+    synchronize = staticmethod(lambda device=None: None)
+    get_raw_stream = staticmethod(lambda index: 0)
+    is_triton_capable = staticmethod(lambda device=None: True)
+    raise_if_triton_unavailable = staticmethod(lambda device=None: None)
+    exchange_device = staticmethod(lambda device: 0)
+    maybe_exchange_device = staticmethod(lambda device: 0)
+
+
+class Driver:
+    """Triton's view of the device."""
+
+    def __init__(self) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+        self.get_current_device = lambda *_: 0
+        self.get_current_stream = lambda *_: 0
+        self.get_active_torch_device = lambda: torch.device("cuda:0")
+        self.get_device_interface = lambda: torch.cuda
+        self.get_device_capability = lambda *_: (9, 0)
+        self.set_current_device = lambda *_: None
+
+
+class Generated(Exception):
+    """Carries the wrapper's source out of Inductor."""
+
+
+def install() -> None:
+    import torch._inductor.fx_passes.joint_graph as joint_graph
+    import torch._inductor.fx_passes.post_grad as post_grad
+    import torch.utils._triton as torch_triton
+    import triton
+    from torch._inductor.graph import GraphLowering
+
+    device_interface.init_device_reg()
+    for name in ("cuda", "cuda:0"):
+        device_interface.register_interface_for_device(name, Interface)
+    torch.cuda.get_device_properties = lambda device=None: Properties
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.device_count = lambda: 1
+    torch_triton.has_triton = torch_triton.has_triton_package = lambda: True
+    triton.runtime.driver.set_active(Driver())
+    # Both would run small tensors on the device.
+    joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None
+    inductor_config.joint_graph_constant_folding = False
+    inductor_config.force_disable_caches = True
+    inductor_config.compile_threads = 1
+
+    def stop(self: GraphLowering) -> None:
+        raise Generated(self.codegen()[0].value)
+
+    GraphLowering.compile_to_module = GraphLowering._compile_to_module = stop
+
+
+def wrapper_source(preset: str, dynamic: bool) -> str:
+    """Inductor's Python wrapper for `linear(rms_norm(x)).silu() * gate` with weights of a preset."""
+    import qcompile.ops  # noqa: F401
+    from qcompile.layouts import choose_layout
+    from qcompile.linear_spec import LinearSpec
+    from qcompile.reference import quantize_weight
+    from qcompile.scheme import PRESETS
+
+    n, k = 256, 512
+    scheme = PRESETS[preset].fit("linear", (n, k))
+    layout = choose_layout(scheme, (n, k), "cuda")
+    packed = layout.pack(quantize_weight(torch.randn(n, k), scheme.weight))
+    spec = LinearSpec(
+        in_features=k, out_features=n, scheme=scheme, layout=layout.name, epilogue=("silu", "mul")
+    ).encode()
+
+    def run(x: torch.Tensor, gate: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        normed = torch.nn.functional.rms_norm(x, (k,))
+        return torch.ops.qcompile.linear(normed, codes, scale, None, None, None, [gate], spec)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x, gate = (torch.empty(7, width, device="cuda", dtype=torch.bfloat16) for width in (k, n))
+        codes, scale = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in packed.tensors)
+        if dynamic:
+            for tensor in (x, gate):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        try:
+            torch.compile(run, fullgraph=True)(x, gate, codes, scale)
+        except Exception as error:
+            found: BaseException | None = error
+            while found is not None and not isinstance(found, Generated):
+                found = getattr(found, "inner_exception", None) or found.__cause__ or found.__context__
+            if found is None:
+                raise
+            return str(found)
+    raise AssertionError("Inductor generated nothing")
+
+
+if __name__ == "__main__":
+    install()
+    source = wrapper_source(sys.argv[1], sys.argv[2] == "dynamic")
+    lines = [line.strip() for line in source.split("\n") if not line.strip().startswith("#")]
+    print("\n".join(line for line in lines if ".run(" in line or "= torch.ops.qcompile" in line))
