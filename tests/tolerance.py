@@ -239,6 +239,16 @@ def sqnr_floor(format_name: str, block: int) -> float:
     return uniform_sqnr_floor(bits, block)
 
 
+def rewrite_sqnr_floor(depth: int, inner: int) -> float:
+    """Least SQNR in dB between two float32 evaluations of a program of `depth` operators with sums of `inner` terms.
+
+    An operator errs relative to its result by at most gamma32(inner) in norm, on each side, so by 2 gamma32(inner)
+    between the two; to first order the relative errors of `depth` operators in a row add up. Cancellation of whole
+    values (a - a) would break this and does not arise from random weights.
+    """
+    return -20 * math.log10(depth * 2 * gamma(inner, U32))
+
+
 def product_sqnr_floor(weight_floor: float, activation_floor: float = math.inf) -> float:
     """Least SQNR in dB of `x @ w.T`: independent noises of mean zero, whose powers add; less 0.5 dB for chance."""
     return -10 * math.log10(10 ** (-weight_floor / 10) + 10 ** (-activation_floor / 10)) - 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qcompile
+from qcompile import compat
 from qcompile.errors import ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
 from qcompile.scheme import PRESETS
@@ -139,3 +141,40 @@ def test_peak_memory_is_the_result_and_one_layer(scheme, tmp_path):
     above, freed, layer = map(int, result.stdout.split())
     assert above < 6 * layer
     assert freed > 12 * layer // 2
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("scheme", ["int8_weight_only", "fp8", "int4"])
+def test_saves_copies_and_converts_after_projections_were_merged(scheme, monkeypatch, tmp_path):
+    x = torch.randn(3, 64)
+    model = qcompile.quantize_(nn.Sequential(MLP()), scheme)
+    monkeypatch.setattr(compat, "compile_with_inductor", lambda graph, inputs, options: graph.forward)
+    with torch.no_grad():
+        before = model(x)
+        assert tolerance.sqnr(before, compiled(model)(x)) > 40.0
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        other = qcompile.quantize_(nn.Sequential(MLP()), scheme)
+        other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+        for same in (model, other, copy.deepcopy(model)):
+            assert torch.equal(same(x), before)
+        assert tolerance.sqnr(before, copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16())) > 25.0
+
+
+def test_explanation_as_text_and_json():
+    model = nn.Sequential()
+    model.up, model.act, model.down = nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32)
+    rules = [{"layers": "down", "scheme": None}, {"layers": "*", "scheme": "int4"}]
+    explanation = qcompile.explain(model, torch.randn(2, 96), config={"rules": rules})
+    told = json.loads(explanation.to_json())
+    up, down = told["layers"]
+    assert (up["name"], up["shape"], up["epilogue"]) == ("up", [64, 96], ["bias", "relu"])
+    assert up["bytes_before"] == 64 * 96 * 4
+    assert up["bytes_after"] == 64 * 96 // 2 + 64 * 3 * 2 * 2  # torch's layout holds a scale and a zero a group
+    assert up["sqnr_db"] > tolerance.sqnr_floor("int4", 32)
+    assert up["note"] == "group 128 does not divide 96, so group 32"
+    assert down["scheme"] is None
+    assert down["note"] == "no rule gives it a scheme"
+    text = str(explanation)
+    assert all(part in text for part in ("up", "64 x 96", "int4 group 32", "no rule gives it a scheme"))
+    with pytest.raises(ConfigError, match="did you mean int4"):
+        qcompile.explain(model, torch.randn(2, 96), config="int44")
