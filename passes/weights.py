@@ -15,7 +15,7 @@ def _transposed_input(node: fx.Node) -> fx.Node | None:
     if not isinstance(first, fx.Node):
         return None
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name in ("t", "numpy_T") and len(node.args) == 1:
+    if name in ("t", "numpy_T", "mT") and len(node.args) == 1:  # newer Dynamos spell `.mT` as an operator
         return first
     if node.op == "call_function" and node.target is getattr and len(node.args) >= 2 and node.args[1] in ("T", "mT"):
         return first

@@ -78,7 +78,7 @@ def install() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.current_device = lambda: 0
     torch.cuda.device_count = lambda: 1
-    torch_triton.has_triton = torch_triton.has_triton_package = lambda: True
+    torch_triton.has_triton = torch_triton.has_triton_package = lambda *_, **__: True
     triton.runtime.driver.set_active(Driver())
     # Both would run small tensors on the device.
     joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None

@@ -150,7 +150,7 @@ def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, ar
     token = first_m + m < M
     x += first_m.to(tl.int64) * K
     x_scale_rows = x_scale + (first_m + m) * GROUPS
-    one = (M > 0).to(tl.float32)
+    one = (scale.to(tl.int64) != 0).to(tl.float32)  # M may be a constant: Inductor makes one of it where it is 1
     if GROUPS == 1:
         factor = load_rows(scale, n, row_mask, 0).to(tl.float32)[:, None]
         if X_SCALE == "group":

@@ -103,7 +103,7 @@ def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, ar
     codes += first_n.to(tl.int64) * K + n[None, :] * K
     scale_rows = scale + (first_n + n) // ROWS * GROUPS
     x_scale_rows = x_scale + (first_m + m) * GROUPS
-    one = (M > 0).to(tl.float32)
+    one = (scale.to(tl.int64) != 0).to(tl.float32)  # M may be a constant: Inductor makes one of it where it is 1
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
     for step in tl.range(0, STEPS):
         i = split * STEPS + step
