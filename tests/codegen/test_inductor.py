@@ -25,13 +25,13 @@ def calls(preset: str, kind: str) -> list[str]:
 def test_one_length_inlines_the_kernel_and_quantization_joins_the_norm(preset):
     norm, product = calls(preset, "static")
     assert norm.startswith("triton_")
-    assert "rsqrt" in norm
+    assert "rsqrt" in norm or "rms_norm" in norm
     assert ("amax" in norm) == (preset != "int4")
     assert product.startswith("kernel_")
 
 
 def test_any_length_takes_one_graph_that_chooses_at_run_time():
     norm, product = calls("fp8", "dynamic")
-    assert "rsqrt" in norm
+    assert "rsqrt" in norm or "rms_norm" in norm
     assert "amax" in norm
     assert "torch.ops.qcompile.gemm_dynamic" in product
