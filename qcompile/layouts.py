@@ -175,7 +175,7 @@ class FragmentLayout(Layout):
 
 
 @functools.cache
-def _int4pack_rows() -> Tensor:
+def int4pack_rows() -> Tensor:
     """Which row of a block of 64 each nibble of a packed column holds: torch's order depends on the CPU, so ask it."""
     index = torch.arange(64, dtype=torch.int32)
     rows = torch.zeros(64, dtype=torch.int64)
@@ -227,7 +227,7 @@ class Int4PackLayout(Layout):
         n, k = weight.shape
         columns = weight.codes.view(-1, k, 32)
         nibbles = torch.stack([columns & 15, columns >> 4], -1).flatten(-2)
-        inverse = _int4pack_rows().argsort()
+        inverse = int4pack_rows().argsort()
         return nibbles[..., inverse].transpose(1, 2).reshape(-1, k)[:n]
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:

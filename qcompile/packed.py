@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompile.bitpack import pack_bits, packed_width, unpack_bits
 from qcompile.errors import LayerError
-from qcompile.scheme import SCALE_DTYPES, WeightScheme
+from qcompile.scheme import SCALE_DTYPES, Granularity, WeightScheme
 
 LOGICAL = "logical"
 
@@ -106,8 +106,6 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
 
     A per-tensor scale becomes one scale a row.
     """
-    from qcompile.scheme import Granularity
-
     first = weights[0]
     assert all(w.layout == LOGICAL and w.scheme == first.scheme and w.shape[1] == first.shape[1] for w in weights)
     scheme = first.scheme

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qcompile.bitpack import unpack_bits
 from qcompile.formats import FloatFormat, Format, IntegerFormat
-from qcompile.layouts import TILE, _int4pack_rows
+from qcompile.layouts import TILE, int4pack_rows
 from qcompile.linear_spec import LinearSpec
 from qcompile.reference import dequantize_activation
 
@@ -153,7 +153,7 @@ def _int4pack_decode_mm(x: Tensor, codes: Tensor, pairs: Tensor, zero_point: Ten
     """Decode in the packed order of rows, which differs within each 64; then sort the columns of the product."""
     n, k = spec.shape
     group, m = spec.scheme.weight.granularity.columns, x.shape[0]
-    order = _int4pack_rows()
+    order = int4pack_rows()
     from_packed = torch.cat([order[0::2], order[1::2]])  # low nibbles, then high ones
     blocks = codes.shape[0] // TILE
     packed = codes.view(blocks, k, 32)

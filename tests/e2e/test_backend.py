@@ -131,10 +131,6 @@ def test_mistakes_in_options(options, message):
         backend.parse_options(options, None)
 
 
-def sizes(module, name):
-    return torch.compile(module, backend=name, fullgraph=True)
-
-
 def test_new_lengths_recompile_no_more_than_without_qcompile(monkeypatch):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -38,7 +38,7 @@ def sqnr_of(model, x, captured):
         return tolerance.sqnr(model(x), captured.output)
 
 
-def assert_close_to_float(model, x, captured, preset="int8"):
+def assert_close_to_float(model, x, captured):
     """Quantized against unquantized: the weight's noise alone, halved for what follows it (see `sqnr_floor`)."""
     floor = tolerance.product_sqnr_floor(tolerance.sqnr_floor("int8", WIDTH))
     assert sqnr_of(model, x, captured) > floor - 6, "the rewritten graph computes something else"
