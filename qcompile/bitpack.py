@@ -26,10 +26,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
             packed |= fields[..., i] << (bits * i)
         return packed
     # Any width: 8 codes fill `bits` bytes.
-    padded = torch.nn.functional.pad(codes, (0, -count % 8)).unflatten(-1, (-1, 8)).to(torch.int64)
-    word = (padded << (bits * torch.arange(8, device=codes.device))).sum(-1, keepdim=True)
-    packed = (word >> (8 * torch.arange(bits, device=codes.device))) & 0xFF
-    return packed.to(torch.uint8).flatten(-2)[..., : packed_width(count, bits)].contiguous()
+    fields = torch.nn.functional.pad(codes, (0, -count % 8)).unflatten(-1, (-1, 8))
+    packed = torch.zeros(*fields.shape[:-1], bits, dtype=torch.uint8, device=codes.device)
+    for i in range(8):
+        byte, shift = divmod(i * bits, 8)
+        packed[..., byte] |= fields[..., i] << shift
+        if shift + bits > 8:
+            packed[..., byte + 1] |= fields[..., i] >> (8 - shift)
+    return packed.flatten(-2)[..., : packed_width(count, bits)].contiguous()
 
 
 @functools.lru_cache(maxsize=64)
