@@ -125,7 +125,9 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
                 warps = 4 * (block_n // 64)  # a warp group takes 64 rows
             else:
                 depths = [next(d for d in (32, 64, 128) if d >= min(like.columns, deepest))]
-                warps = 4 if block_m <= 64 else 8
+                # Sums of blocks have a second accumulator beside the total.
+                crowded = like.groups > 1 and block_m * block_n >= 64 * 128
+                warps = 8 if block_m > 64 or crowded else 4
             for block_k in depths:
                 for split in (1, 2, 4, 8):
                     if split == 1 or (2 * split * block_k <= like.k and block_m <= 64):

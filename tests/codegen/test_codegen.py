@@ -219,3 +219,14 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         assert found["registers"] <= (512 if target.startswith("gfx") else 255)
         assert found["mma"], f"no matrix instruction in {kernel}"
         assert not found.get("flush"), "subnormals would be flushed, which decoding fp8 relies on"
+
+
+def test_no_candidate_for_blocks_spills() -> None:
+    scheme = preset("fp8_block").fit("layer", (1024, 4096))
+    spec = LinearSpec(in_features=4096, out_features=1024, scheme=scheme, layout="rows8")
+    spec = spec.with_epilogue("bias", "silu", "mul", "add")
+    small = Tile(m=16, n=64, k=64, split=1, warps=4, stages=3)
+    like = kernel_spec(spec, torch.float8_e4m3fn, torch.bfloat16, "sm_90", small)
+    kernels = [kernel for kernel in candidates(like, 128) if kernel.tile.split in (1, 8)]
+    found = measure(kernels, "float32")
+    assert [result["spills"] for result in found] == [0] * len(kernels), list(zip(kernels, found, strict=True))
