@@ -67,13 +67,12 @@ def _candidates(n: int, k: int) -> dict[tuple[str, str], Callable[[Tensor], Tens
         layout = choose_layout(scheme, (n, k), "cpu")
         packed = to_layout(quantize_weight(weight, scheme.weight), layout)
         spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout.name)
-        turns = itertools.cycle(_copies((packed.codes, packed.scale, packed.zero_point)))
+        turns = itertools.cycle(_copies(packed.tensors))
 
         def call(
             x: Tensor, turns: itertools.cycle[tuple[Tensor | None, ...]] = turns, spec: str = spec.encode()
         ) -> Tensor:
-            codes, scale, zero = next(turns)
-            return torch.ops.qcompile.linear(x, codes, scale, zero, None, None, [], spec)
+            return torch.ops.qcompile.linear(x, list(next(turns)), None, None, None, [], spec)
 
         found[kernel_name(spec), name] = call
     return found

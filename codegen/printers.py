@@ -24,6 +24,7 @@ _TRITON: dict[str, Callable[..., str]] = {
     "sigmoid": "tl.sigmoid({})".format,
     "tanh": "tanh({})".format,
     "maximum": "maximum({}, {})".format,
+    "lookup": lambda *operands: f"lookup({', '.join(operands)})",
 }
 
 HELPERS = {
@@ -40,6 +41,18 @@ def tanh(x):
 def maximum(x, least):
     """NaN stays NaN."""
     return tl.where(x < least, least, x)
+''',
+    "lookup": '''@triton.jit
+def lookup(code, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15):
+    """The value of a 4-bit code, by halving the table bit by bit."""
+    odd = (code & 1) != 0
+    second = (code & 2) != 0
+    low = tl.where(second, tl.where(odd, v3, v2), tl.where(odd, v1, v0))
+    low_high = tl.where(second, tl.where(odd, v7, v6), tl.where(odd, v5, v4))
+    high = tl.where(second, tl.where(odd, v11, v10), tl.where(odd, v9, v8))
+    high_high = tl.where(second, tl.where(odd, v15, v14), tl.where(odd, v13, v12))
+    third = (code & 4) != 0
+    return tl.where((code & 8) != 0, tl.where(third, high_high, high), tl.where(third, low_high, low))
 ''',
 }
 """Source of the functions that printed formulas call, by operation."""

@@ -50,9 +50,16 @@ def _function(name: str, body: str) -> str:
     return f"@triton.jit\ndef {name}\n    return {body}\n"
 
 
+def _helpers(*formulas: Expr) -> str:
+    """The functions that printed formulas call."""
+    needed = set().union(*map(operations, formulas)) if formulas else set()
+    return "".join(HELPERS[name] + "\n\n" for name in HELPERS if name in needed)
+
+
 def decode_formula(fmt: Format) -> str:
     """A Triton function `decode`: int32 codes to float32 values."""
-    return _function("decode(code):", to_triton(_formula(fmt.decode(var("code")))))
+    formula = _formula(fmt.decode(var("code")))
+    return _helpers(formula) + _function("decode(code):", to_triton(formula))
 
 
 def pair_decoder(fmt: Format, dtype: str) -> str:
@@ -82,7 +89,7 @@ def _convert(name: str, source: str | None, spec: KernelSpec) -> str:
 
 def _epilogue(spec: KernelSpec) -> str:
     """The functions of an epilogue's formulas, and `epilogue`, which works in float32."""
-    needed: set[str] = set()
+    formulas = []
     lines = []
     operand = 0
     for step in spec.epilogue:
@@ -95,11 +102,10 @@ def _epilogue(spec: KernelSpec) -> str:
             operand += 1
         else:
             formula = _formula(ACTIVATIONS[step](var("value")))
-            needed |= operations(formula)
+            formulas.append(formula)
             lines.append(f"value = {to_triton(formula)}")
-    helpers = "".join(HELPERS[name] + "\n\n" for name in HELPERS if name in needed)
     body = "".join(f"    {line}\n" for line in [*lines, "return value"])
-    return f"{helpers}@triton.jit\ndef epilogue(value, bias, operand_0, n, offsets, mask):\n{body}\n\n"
+    return f"{_helpers(*formulas)}@triton.jit\ndef epilogue(value, bias, operand_0, n, offsets, mask):\n{body}\n\n"
 
 
 def _constants(values: dict[str, object]) -> str:

@@ -19,7 +19,7 @@ from qcompile.scheme import Scheme
 OP = torch.ops.qcompile.linear.default
 """The operator that linears become; its arguments in order are named by `Args`."""
 
-Args = ("x", "codes", "scale", "zero_point", "bias", "input_scale", "operands", "spec")
+Args = ("x", "weight", "bias", "input_scale", "pre_quant_scale", "operands", "spec")
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,26 @@ def _reason_packed_apart(context: GraphContext, nodes: list[fx.Node]) -> str | N
         return f"output features are no multiple of {layout.tile}"
     if specs[0].scheme.weight.granularity.rows == WHOLE:
         return "each has one scale for its whole weight"
-    sources = [n.args[i] for n in nodes for i in (1, 2, 3) if n.args[i] is not None]
+    sources = [part for n in nodes for part in _weight(n)]
     if not all(isinstance(s, fx.Node) and s.op == "placeholder" for s in sources) or len(set(sources)) < len(sources):
         return "their weights are shared or computed in the graph"
-    scales: list[Any] = [n.args[Args.index("input_scale")] for n in nodes]
-    if scales[0] is not None and any(not torch.equal(context.values[s], context.values[scales[0]]) for s in scales):
-        return "static input scales differ"
+    for what in ("input_scale", "pre_quant_scale"):
+        given: list[Any] = [n.args[Args.index(what)] for n in nodes]
+        if (given[0] is None) != (given[-1] is None) or (given[0] is not None and not _equal(context, given)):
+            return f"{what}s differ"
+    if specs[0].scheme.weight.act_order and not _equal(context, [_weight(n)[-1] for n in nodes]):
+        return "their columns are in different orders"
     return None
+
+
+def _weight(node: fx.Node) -> list[fx.Node]:
+    """The packed weight's tensors, in the order of its scheme's `fields`."""
+    return node.args[Args.index("weight")]  # type: ignore[return-value]
+
+
+def _equal(context: GraphContext, nodes: list[fx.Node]) -> bool:
+    first = context.values[nodes[0]]
+    return all(torch.equal(context.values[n], first) for n in nodes)
 
 
 def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -94,16 +107,16 @@ def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _merge_packed(context: GraphContext, nodes: list[fx.Node], bias: fx.Node | None, name: str) -> fx.Node:
-    arguments: list[Any] = [nodes[0].args[0]]
-    for index in (1, 2, 3):
-        sources: list[Any] = [n.args[index] for n in nodes]
-        if sources[0] is None:
-            arguments.append(None)
-            continue
-        arguments += context.bind(f"{name}_{Args[index]}", sources, lambda tensors: (adjoin(tensors),))
     specs = [decode_spec(n.args[-1]) for n in nodes]  # type: ignore[arg-type]
     spec: LinearSpec = changed(specs[0], out_features=sum(s.out_features for s in specs))
-    return context.graph.call_function(OP, (*arguments, bias, nodes[0].args[5], [], spec.encode()))
+    weight: list[fx.Node] = []
+    for field, sources in zip(spec.scheme.weight.fields, zip(*map(_weight, nodes), strict=True), strict=True):
+        if field == "perm":
+            weight.append(sources[0])
+        else:
+            weight += context.bind(f"{name}_{field}", sources, lambda tensors: (adjoin(tensors),))
+    given = dict(zip(Args, nodes[0].args, strict=True)) | {"weight": weight, "bias": bias, "spec": spec.encode()}
+    return context.graph.call_function(OP, tuple(given.values()))
 
 
 def _concatenation(context: GraphContext, nodes: list[Any]) -> fx.Node:

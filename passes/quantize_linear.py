@@ -1,4 +1,4 @@
-"""linear(x, W, b) -> qcompile.linear(x, codes, scale, zero_point, b, input_scale, [], spec)
+"""linear(x, W, b) -> qcompile.linear(x, [codes, scale, ...], b, input_scale, None, [], spec)
 
 for every linear that `annotate` gave a scheme. Codes and scales become inputs of the graph, made from the parameter
 that Dynamo passes at each call (Dynamo does not guard a parameter's identity, so a weight is never baked in) and kept
@@ -31,7 +31,7 @@ def _input_scale(layer: Layer, device: torch.device) -> Tensor:
 
 
 def _packed_inputs(context: GraphContext, layer: Layer, layout: Layout) -> tuple[fx.Node, ...]:
-    """Graph inputs codes, scale and zero point; tied layers of one scheme share them, and all calls of a layer."""
+    """Graph inputs for the packed weight's tensors; tied layers of one scheme share them, and all calls of a layer."""
     ref, scheme = layer.weight, layer.scheme
     assert ref is not None
 
@@ -58,7 +58,7 @@ def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
     out_features, in_features = (int(extent) for extent in example(matrix).shape)
     layout = choose_layout(scheme, (out_features, in_features), value.device.type)
 
-    codes, scale, *zero_point = _packed_inputs(context, layer, layout)
+    weight = _packed_inputs(context, layer, layout)
     input_scale: tuple[fx.Node, ...] = ()
     if scheme.activation is not None and not scheme.activation.dynamic:
         constant = layer.input_scale = _input_scale(layer, value.device)
@@ -72,15 +72,8 @@ def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
         if example(x).dtype != example(node).dtype:
             x = graph.call_method("to", (x, example(node).dtype))
             x.meta["example_value"] = example(node.args[0]).to(example(node).dtype)
-        arguments = (
-            x,
-            codes,
-            scale,
-            zero_point[0] if zero_point else None,
-            bias,
-            input_scale[0] if input_scale else None,
-        )
-        new = graph.call_function(OP, (*arguments, [], spec.encode()))
+        static = input_scale[0] if input_scale else None
+        new = graph.call_function(OP, (x, list(weight), bias, static, None, [], spec.encode()))
     replace(graph, node, new)
     erase_unused(graph, matrix)
     context.layers[new] = context.layers.pop(node)

@@ -22,8 +22,8 @@ def _check_operator(context: GraphContext, node: fx.Node, name: str) -> None:
         problems.append(f"{spec.operand_count} operands are needed")
     if ("bias" in spec.epilogue) != (given["bias"] is not None):
         problems.append("a bias and a bias step go together")
-    if spec.scheme.weight.symmetric != (given["zero_point"] is None):
-        problems.append("a zero point and an asymmetric scheme go together")
+    if len(given["weight"]) != len(spec.scheme.weight.fields):  # type: ignore[arg-type]
+        problems.append(f"the weight's tensors are {', '.join(spec.scheme.weight.fields)}")
     static = spec.scheme.activation is not None and not spec.scheme.activation.dynamic
     if static != (given["input_scale"] is not None):
         problems.append("an input scale and a static scheme go together")

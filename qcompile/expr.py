@@ -98,6 +98,13 @@ def where(condition: Value, a: Value | float, b: Value | float) -> Value:
     return torch.where(condition, a, b)  # type: ignore[arg-type]
 
 
+def lookup(x: Value, values: tuple[float, ...]) -> Value:
+    """`values[x]` as float32, for int32 x in their range; their number is a power of two."""
+    if isinstance(x, Expr):
+        return Expr("lookup", (x, *(Expr("const", literal=v) for v in values)))
+    return torch.tensor(values, dtype=torch.float32, device=x.device)[x]
+
+
 def eq(x: Value, other: int) -> Value:
     """Elementwise equality with an integer."""
     return _node("eq", x, other) if isinstance(x, Expr) else x == other

@@ -8,7 +8,7 @@
 | `int4pack` | torch's int4 kernel for CPUs                 | uint8 [N, K / 2], an order that depends on the CPU       |
 
 N and K are padded to the tile where a layout has one. The first dimension of every tensor of `rows8` and `fragment`
-runs over output features, so that layers sharing an input are merged by concatenating there.
+but `perm` runs over output features, so that layers sharing an input are merged by concatenating there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile.bitpack import pack_bits
 from qcompile.formats import IntegerFormat
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.scheme import WHOLE, Scheme
@@ -102,7 +103,7 @@ class FragmentLayout(Layout):
     plane is in word j // (16 / p) at bit 16 b + p (j % (16 / p)). So a pair b = 0, 1 sits in the halves of a word, and
     one mask extracts both. The planes of a tile follow each other: 128 p words each.
 
-    Scales and zero points become [N / 64, groups, 64].
+    All that is per block becomes [N / 64, groups, 64], and what is above it [N / 64, super groups, 64].
     """
 
     name = "fragment"
@@ -115,17 +116,21 @@ class FragmentLayout(Layout):
             return f"blocks of {columns} columns; the kernel takes multiples of 16"
         return None
 
-    def _per_row(self, values: Tensor, weight: PackedWeight, fill: float) -> Tensor:
-        """[row blocks, groups] to [N / 64, groups, 64]."""
+    def _per_row(self, name: str, values: Tensor, weight: PackedWeight) -> Tensor:
+        """[row blocks, groups] to [N / 64, groups, 64]; codes and perm as they are."""
+        if name in ("codes", "perm"):
+            return values
         n, k = weight.shape
-        rows = weight.scheme.granularity.block_of((n, k))[0]
-        per_row = values.repeat_interleave(rows, 0)[:n]
-        padded = F.pad(per_row, (0, 0, 0, -n % TILE), value=fill)
-        return padded.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+        rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
+        raw = values.view(torch.uint8) if values.element_size() == 1 else values
+        padded = F.pad(raw.repeat_interleave(rows, 0)[:n], (0, 0, 0, -n % TILE))
+        return padded.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous().view(values.dtype)
 
-    def _per_block(self, values: Tensor, weight: PackedWeight) -> Tensor:
+    def _per_block(self, name: str, values: Tensor, weight: PackedWeight) -> Tensor:
+        if name in ("codes", "perm"):
+            return values
         n, k = weight.shape
-        rows = weight.scheme.granularity.block_of((n, k))[0]
+        rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
         return values.transpose(1, 2).flatten(0, 1)[:n:rows].contiguous()
 
     def pack(self, weight: PackedWeight) -> PackedWeight:
@@ -144,14 +149,8 @@ class FragmentLayout(Layout):
                 words |= plane[..., slot, 0].int() << (width * slot) | plane[..., slot, 1].int() << (16 + width * slot)
             planes.append(words.flatten(2))
             low += width
-        zero = None if weight.zero_point is None else self._per_row(weight.zero_point, weight, 0)
-        return replace(
-            weight,
-            codes=torch.cat(planes, -1),
-            scale=self._per_row(weight.scale, weight, 0),
-            zero_point=zero,
-            layout=self.name,
-        )
+        arranged = weight.map(lambda name, values: self._per_row(name, values, weight))
+        return replace(arranged, codes=torch.cat(planes, -1), layout=self.name)
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
@@ -169,9 +168,8 @@ class FragmentLayout(Layout):
             low += width
         fields = codes.view(tiles_n, tiles_k, 4, 8, 4, 4, 2, 2, 2)  # w h l | v s r | b
         matrix = fields.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(tiles_n * TILE, tiles_k * TILE)[:n, :k]
-        scale = self._per_block(weight.scale, weight)
-        zero = None if weight.zero_point is None else self._per_block(weight.zero_point, weight)
-        return PackedWeight.from_codes(matrix.contiguous(), scale, zero, weight.scheme)
+        arranged = weight.map(lambda name, values: self._per_block(name, values, weight))
+        return replace(arranged, codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
 
 
 @functools.cache
@@ -203,7 +201,9 @@ class Int4PackLayout(Layout):
             return f"{weight.format.name} is no 4-bit integer"
         if not weight.granularity.is_group or weight.granularity.columns not in self.groups:
             return f"{weight.granularity}; torch's kernel takes groups of {', '.join(map(str, self.groups))}"
-        if weight.scale_dtype != "bfloat16":
+        if weight.offset:
+            return "offsets; torch's kernel takes integer zero points"
+        if weight.scale_dtype != "bfloat16" or weight.super_scale is not None:
             return f"{weight.scale_dtype} scales; torch's kernel takes bfloat16"
         if shape[1] % weight.granularity.columns:
             return "a last group that is shorter"
@@ -232,7 +232,8 @@ class Int4PackLayout(Layout):
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         scale = weight.scale[..., 0].t()[: weight.shape[0]].contiguous()
-        return PackedWeight.from_codes(self.codes(weight).contiguous(), scale, weight.zero_point, weight.scheme)
+        codes = pack_bits(self.codes(weight).contiguous(), weight.scheme.format.bits)
+        return replace(weight, codes=codes, scale=scale, layout=LOGICAL)
 
 
 LAYOUTS: dict[str, Layout] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from typing import Any
 from qcompile import expr
 from qcompile.errors import ConfigError
 from qcompile.fingerprint import fingerprint
-from qcompile.scheme import Scheme, check_keys, parse_scheme, scheme_to_dict
+from qcompile.formats import Format, get_format
+from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme, check_keys
 
 ACTIVATIONS: dict[str, Any] = {
     "relu": lambda x: expr.maximum(x, 0.0),
@@ -66,12 +68,37 @@ class LinearSpec:
         It carries the package's fingerprint: torch caches compiled graphs on disk by what they call, and knows an
         operator that is traced through by its arguments alone.
         """
-        scheme = scheme_to_dict(self.scheme)
+        scheme = _plain(self.scheme)
         given: dict[str, Any] = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
         if self.epilogue:
             given["epilogue"] = list(self.epilogue)
         given["code"] = fingerprint()
         return json.dumps(given, separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts of what differs from their defaults, formats as their names."""
+    if isinstance(value, Format):
+        return value.name
+    if not dataclasses.is_dataclass(value):
+        return value
+    items = ((f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value))
+    return {name: _plain(item) for name, item, default in items if item != default}
+
+
+def _scheme(given: dict[str, Any]) -> Scheme:
+    weight, activation = dict(given["weight"]), given.get("activation")
+    if "super_scale" in weight:
+        weight["super_scale"] = SuperScale(**weight["super_scale"])
+    return Scheme(
+        weight=WeightScheme(**_formats(weight)),
+        activation=None if activation is None else ActivationScheme(**_formats(activation)),
+        method=given.get("method", "rtn"),
+    )
+
+
+def _formats(given: dict[str, Any]) -> dict[str, Any]:
+    return {**given, "format": get_format(given["format"]), "granularity": Granularity(**given["granularity"])}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,7 +119,7 @@ def decode_spec(text: str) -> LinearSpec:
     return LinearSpec(
         in_features=given["k"],
         out_features=given["n"],
-        scheme=parse_scheme(given["scheme"]).fit("linear spec", (given["n"], given["k"])),
+        scheme=_scheme(given["scheme"]),
         layout=given["layout"],
         epilogue=epilogue,
     )

@@ -18,8 +18,8 @@ from qcompile.scheme import Scheme
 class QuantizedLinear(nn.Module):
     """`y = x @ weight.T + bias` over a packed weight; an ordinary module with buffers.
 
-    It runs eagerly, compiles with any backend, exports and deep-copies. The buffers `codes`, `scale` and `zero_point`
-    lie as the kernels of their device want them; `state_dict` holds them in the portable layout of `PackedWeight`
+    It runs eagerly, compiles with any backend, exports and deep-copies. The packed weight's tensors are buffers, laid
+    out as the kernels of their device want them; `state_dict` holds them in the portable layout of `PackedWeight`
     whatever the device, and moving the module to another kind of device lays them out anew.
 
     Args:
@@ -28,12 +28,12 @@ class QuantizedLinear(nn.Module):
         bias: [N] or None.
         input_scale: float32 scalar, exactly for static activations.
         dtype: of the original weight, and of `weight`.
+        pre_quant_scale: [K], by which the input is multiplied before all else (AWQ's scales that were not folded).
     """
 
     codes: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
     input_scale: Tensor | None
+    pre_quant_scale: Tensor | None
 
     def __init__(
         self,
@@ -42,19 +42,22 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = None,
         input_scale: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        pre_quant_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.dtype = dtype
         self.out_features, self.in_features = weight.shape
         self.register_buffer("input_scale", input_scale)
+        self.register_buffer("pre_quant_scale", pre_quant_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        for name in ("codes", "scale", "zero_point"):
+        for name in scheme.weight.fields:
             self.register_buffer(name, None)
         self._store(to_layout(weight, choose_layout(scheme, weight.shape, weight.device.type)))
 
     def _store(self, weight: PackedWeight) -> None:
-        self.codes, self.scale, self.zero_point = weight.codes, weight.scale, weight.zero_point
+        for name, tensor in zip(self.scheme.weight.fields, weight.tensors, strict=True):
+            setattr(self, name, tensor)
         self.layout = weight.layout
         spec = LinearSpec(
             in_features=self.in_features, out_features=self.out_features, scheme=self.scheme, layout=weight.layout
@@ -64,7 +67,10 @@ class QuantizedLinear(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight as it is stored now."""
         shape = (self.out_features, self.in_features)
-        return PackedWeight(self.codes, self.scale, self.zero_point, shape, self.scheme.weight, self.layout)
+        return PackedWeight.from_tensors(self._tensors(), shape, self.scheme.weight, self.layout)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.get_buffer(name) for name in self.scheme.weight.fields]
 
     def logical(self) -> PackedWeight:
         """The weight in the portable layout."""
@@ -80,7 +86,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.qcompile.linear.default(
-            x, self.codes, self.scale, self.zero_point, self.bias, self.input_scale, [], self.spec
+            x, self._tensors(), self.bias, self.input_scale, self.pre_quant_scale, [], self.spec
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -89,8 +95,9 @@ class QuantizedLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
-        if self.input_scale is not None:
-            self.input_scale = self.input_scale.to(target)
+        for name in ("input_scale", "pre_quant_scale"):
+            if (given := getattr(self, name)) is not None:
+                setattr(self, name, given.to(target))
         if target == self.codes.device:
             return self
         if target.type == self.codes.device.type or target.type == "meta":
@@ -103,22 +110,17 @@ class QuantizedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         logical = self.logical()
-        for name, tensor in zip(("codes", "scale", "zero_point"), logical.tensors, strict=False):
+        for name, tensor in zip(self.scheme.weight.fields, logical.tensors, strict=True):
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         logical = self.logical()
-        names = ("codes", "scale", "zero_point")[: len(logical.tensors)]
+        names = self.scheme.weight.fields
         device = self.codes.device
         given = {name: state_dict.get(prefix + name) for name in names}
         if all(isinstance(t, Tensor) for t in given.values()):
-            loaded = PackedWeight(
-                codes=given["codes"].to(device),  # type: ignore[union-attr]
-                scale=given["scale"].to(device),  # type: ignore[union-attr]
-                zero_point=given["zero_point"].to(device) if "zero_point" in given else None,  # type: ignore[union-attr]
-                shape=logical.shape,
-                scheme=logical.scheme,
-            )
+            tensors = [tensor.to(device) for tensor in given.values() if tensor is not None]
+            loaded = PackedWeight.from_tensors(tensors, logical.shape, logical.scheme)
             loaded.check(prefix.rstrip("."))
             self._store(to_layout(loaded, LAYOUTS[self.layout]))
             # The parent's loader then finds the tensors it would copy in the layout that they are stored in.

@@ -8,6 +8,8 @@ call on a GPU, so importing this module imports no Triton.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,13 @@ from qcompile.reference import quantize_activation
 
 _library = torch.library.Library("qcompile", "DEF")
 _library.define(
-    "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, Tensor? input_scale, "
+    "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? input_scale, Tensor? pre_quant_scale, "
     "Tensor[] operands, str spec) -> Tensor"
 )
-_library.define("gemm_cpu(Tensor x, Tensor codes, Tensor scale, Tensor? zero_point, str spec) -> Tensor")
+_library.define("gemm_cpu(Tensor x, Tensor[] weight, str spec) -> Tensor")
 _library.define(
-    "gemm_dynamic(Tensor x, Tensor? x_scale, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? bias, "
-    "Tensor[] operands, str spec, ScalarType out_dtype) -> Tensor"
+    "gemm_dynamic(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
+    "ScalarType out_dtype) -> Tensor"
 )
 
 
@@ -46,11 +48,10 @@ def apply_epilogue(product: Tensor, bias: Tensor | None, operands: list[Tensor],
 
 def _linear(
     x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    weight: list[Tensor],
     bias: Tensor | None,
     input_scale: Tensor | None,
+    pre_quant_scale: Tensor | None,
     operands: list[Tensor],
     spec: str,
 ) -> Tensor:
@@ -62,54 +63,58 @@ def _linear(
         )
     rows = x.reshape(-1, parsed.in_features)
     flat = [o.reshape(-1, parsed.out_features) for o in operands]
+    if pre_quant_scale is not None:
+        rows = rows * pre_quant_scale.to(rows.dtype)
+    if parsed.scheme.weight.act_order:
+        rows = rows.index_select(1, weight[parsed.scheme.weight.fields.index("perm")])
+    activation = parsed.scheme.activation
+    if activation is not None and activation.outlier_threshold is not None:
+        # Outlying columns go through the same codes unquantized; their product comes to the other's before all else.
+        outlying = (rows.abs() >= activation.outlier_threshold).any(0)
+        unquantized = replace(parsed, scheme=replace(parsed.scheme, activation=None), epilogue=())
+        outliers = _product(rows.masked_fill(~outlying, 0), weight, None, None, [], unquantized, x.dtype)
+        rows, flat = rows.masked_fill(outlying, 0), [outliers, *flat]
+        parsed = replace(parsed, epilogue=("add", *parsed.epilogue))
+    return _product(rows, weight, bias, input_scale, flat, parsed, x.dtype).reshape(*x.shape[:-1], parsed.out_features)
+
+
+def _product(
+    rows: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    operands: list[Tensor],
+    parsed: LinearSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The epilogue of the product of [M, K], which is quantized first if the scheme says so: [M, N]."""
     x_scale = None
     if parsed.scheme.activation is not None:
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
-    if x.device.type == "cpu":
-        y = _cpu(rows, x_scale, codes, scale, zero_point, parsed, spec)
-        y = apply_epilogue(y, bias, flat, parsed).to(x.dtype)
-    elif x.device.type == "cuda":
+    if rows.device.type == "cpu":
+        from qcompile.runtime import cpu
+
+        return apply_epilogue(cpu.product(rows, x_scale, weight, parsed), bias, operands, parsed).to(dtype)
+    if rows.device.type == "cuda":
         from qcompile.runtime import gpu
 
         # A graph for one M takes the kernel for that M into Inductor's wrapper; one for every M chooses at run time.
         operator = gpu.gemm_operator() if isinstance(rows.shape[0], int) else torch.ops.qcompile.gemm_dynamic
-        y = operator(rows, x_scale, codes, scale, zero_point, bias, flat, spec, x.dtype)
-    else:
-        raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {x.device.type}")
-    return y.reshape(*x.shape[:-1], parsed.out_features)
+        y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
+        return y
+    raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
 
 
-def _cpu(
-    x: Tensor,
-    x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    parsed: LinearSpec,
-    spec: str,
-) -> Tensor:
-    """The product on a CPU, before the epilogue: [M, N] in float32 or the activations' dtype."""
+def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     from qcompile.runtime import cpu
 
-    if parsed.layout == "fragment":
-        raise DeviceError(
-            "weights in layout fragment are for GPUs; move the module with .to('cpu'), which lays them out anew"
-        )
-    return cpu.product(x, x_scale, codes, scale, zero_point, parsed, spec)
-
-
-def _gemm_cpu(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
-    from qcompile.runtime import cpu
-
-    return cpu.gemm(x, codes, scale, zero_point, decode_spec(spec))
+    return cpu.gemm(x, weight, decode_spec(spec))
 
 
 def _gemm_dynamic(
     x: Tensor,
     x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    weight: list[Tensor],
     bias: Tensor | None,
     operands: list[Tensor],
     spec: str,
@@ -117,7 +122,7 @@ def _gemm_dynamic(
 ) -> Tensor:
     from qcompile.runtime import gpu
 
-    return gpu.gemm(x, x_scale, codes, scale, zero_point, bias, operands, decode_spec(spec), out_dtype)
+    return gpu.gemm(x, x_scale, weight, bias, operands, decode_spec(spec), out_dtype)
 
 
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
@@ -126,7 +131,7 @@ _library.impl("gemm_dynamic", _gemm_dynamic, "CUDA")
 
 
 @torch.library.register_fake("qcompile::gemm_cpu", lib=_library)
-def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
+def _(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=dtype)
 
@@ -135,9 +140,7 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: 
 def _(
     x: Tensor,
     x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    weight: list[Tensor],
     bias: Tensor | None,
     operands: list[Tensor],
     spec: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,36 +15,54 @@ from qcompile.scheme import SCALE_DTYPES, Granularity, WeightScheme
 LOGICAL = "logical"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PackedWeight:
     """A weight [N, K] (out features, in features) as codes and scales.
 
-    With `R x C` blocks sharing a scale (`scheme.granularity`) and `b` bits a code:
+    With `R x C` blocks sharing a scale (`scheme.granularity`), rows of `D` columns sharing a super scale and `b` bits a
+    code, for k' = n // R, k // C and k" = n, k // D:
 
-        weight[n, k] = (decode(code[n, k]) - zero_point[n // R, k // C]) * scale[n // R, k // C]
+        weight[n, k] = (decode(code[n, k]) - zero_point[k']) * S    or    decode(code[n, k]) * S + O
+        S = scale[k'] * super_scale[k"]                                   O = offset[k'] * super_offset[k"]
 
-    in float32, where a missing zero point is 0.
+    in float32, in this order, where what the scheme does not have is left out. With `act_order`, column j of all that
+    belongs to the input feature perm[j].
 
-    Attributes:
-        codes: in the `logical` layout uint8 [N, ceil(K * b / 8)], the bit stream of `bitpack`.
-        scale: in the `logical` layout `scheme.scale_dtype` [ceil(N / R), ceil(K / C)].
-        zero_point: uint8, of the scale's shape, in units of codes; only for asymmetric schemes.
+    Attributes, in the `logical` layout:
+        codes: uint8 [N, ceil(K * b / 8)], the bit stream of `bitpack`.
+        scale: `scheme.scale_dtype` [ceil(N / R), ceil(K / C)].
+        zero_point: uint8, of the scale's shape, in units of codes.
+        offset: of the scale's dtype and shape.
+        super_scale, super_offset: `scheme.super_scale.dtype` [N, ceil(K / D)].
+        perm: int32 [K], a permutation.
         shape: (N, K).
-        scheme: formats and granularity.
+        scheme: formats and granularity; its `fields` says which tensors there are.
         layout: `"logical"`, or the name of a kernel's layout (`qcompile.layouts`), which then states the shapes.
     """
 
     codes: Tensor
     scale: Tensor
-    zero_point: Tensor | None
     shape: tuple[int, int]
     scheme: WeightScheme
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+    super_scale: Tensor | None = None
+    super_offset: Tensor | None = None
+    perm: Tensor | None = None
     layout: str = LOGICAL
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Sequence[Tensor], shape: tuple[int, int], scheme: WeightScheme, layout: str = LOGICAL
+    ) -> PackedWeight:
+        """The inverse of `tensors`."""
+        named = dict(zip(scheme.fields, tensors, strict=True))
+        return cls(**named, shape=shape, scheme=scheme, layout=layout)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The stored tensors, in the order codes, scale, zero point."""
-        return (self.codes, self.scale) if self.zero_point is None else (self.codes, self.scale, self.zero_point)
+        """The stored tensors, in the order of `scheme.fields`."""
+        return tuple(getattr(self, name) for name in self.scheme.fields)
 
     @property
     def nbytes(self) -> int:
@@ -54,14 +73,28 @@ class PackedWeight:
     def device(self) -> torch.device:
         return self.codes.device
 
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> PackedWeight:
+        """The weight whose tensors are `function(name, tensor)`."""
+        changed = {name: function(name, tensor) for name, tensor in zip(self.scheme.fields, self.tensors, strict=True)}
+        return replace(self, **changed)
+
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on another device."""
-        zero = None if self.zero_point is None else self.zero_point.to(device)
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero_point=zero)
+        return self.map(lambda _, tensor: tensor.to(device))
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: WeightScheme, layer: str = "weight"
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        scheme: WeightScheme,
+        layer: str = "weight",
+        *,
+        offset: Tensor | None = None,
+        super_scale: Tensor | None = None,
+        super_offset: Tensor | None = None,
+        perm: Tensor | None = None,
     ) -> PackedWeight:
         """From one code a byte, uint8 [N, K].
 
@@ -69,7 +102,17 @@ class PackedWeight:
             LayerError: if `check` finds fault.
         """
         rows, columns = codes.shape
-        packed = cls(pack_bits(codes, scheme.format.bits), scale, zero_point, (rows, columns), scheme)
+        packed = cls(
+            codes=pack_bits(codes, scheme.format.bits),
+            scale=scale,
+            zero_point=zero_point,
+            offset=offset,
+            super_scale=super_scale,
+            super_offset=super_offset,
+            perm=perm,
+            shape=(rows, columns),
+            scheme=scheme,
+        )
         packed.check(layer)
         return packed
 
@@ -84,17 +127,25 @@ class PackedWeight:
         Raises:
             LayerError: naming the layer and what is wrong.
         """
-        n, k = self.shape
-        blocks = self.scheme.granularity.scale_shape(self.shape)
-        expected = {
-            "codes": (self.codes, torch.uint8, (n, packed_width(k, self.scheme.format.bits))),
-            "scale": (self.scale, SCALE_DTYPES[self.scheme.scale_dtype], blocks),
+        scheme, (n, k) = self.scheme, self.shape
+        blocks = scheme.granularity.scale_shape(self.shape)
+        scale_dtype = SCALE_DTYPES[scheme.scale_dtype]
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (torch.uint8, (n, packed_width(k, scheme.format.bits))),
+            "scale": (scale_dtype, blocks),
+            "zero_point": (torch.uint8, blocks),
+            "offset": (scale_dtype, blocks),
+            "perm": (torch.int32, (k,)),
         }
-        if (self.zero_point is None) != self.scheme.symmetric:
-            raise LayerError(f"{layer}: an asymmetric scheme, and only that, has a zero point")
-        if self.zero_point is not None:
-            expected["zero_point"] = (self.zero_point, torch.uint8, blocks)
-        for name, (tensor, dtype, shape) in expected.items():
+        if scheme.super_scale is not None:
+            above = SCALE_DTYPES[scheme.super_scale.dtype], (n, scheme.super_scale.count(k))
+            expected |= {"super_scale": above, "super_offset": above}
+        for name in ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset", "perm"):
+            if (getattr(self, name) is not None) != (name in scheme.fields):
+                has = "lacks" if name in scheme.fields else "has"
+                raise LayerError(f"{layer}: the weight {has} {name}, but its scheme has {', '.join(scheme.fields)}")
+        for name, tensor in zip(scheme.fields, self.tensors, strict=True):
+            dtype, shape = expected[name]
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise LayerError(f"{layer}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             if tensor.device != self.codes.device:
@@ -105,23 +156,30 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
     """The weight whose rows are those of all given ones, exactly; they share K, the scheme and the logical layout.
 
     A per-tensor scale becomes one scale a row.
+
+    Raises:
+        ValueError: blocks that would span two weights, or permutations that differ.
     """
     first = weights[0]
     assert all(w.layout == LOGICAL and w.scheme == first.scheme and w.shape[1] == first.shape[1] for w in weights)
     scheme = first.scheme
-    scales = [w.scale for w in weights]
-    zeros = [w.zero_point for w in weights if w.zero_point is not None]
     block_rows = scheme.granularity.rows
-    if block_rows != 1 and not all(w.shape[0] % block_rows == 0 for w in weights[:-1]):
+    per_tensor = scheme.granularity == Granularity.tensor()
+    if block_rows != 1 and not per_tensor and not all(w.shape[0] % block_rows == 0 for w in weights[:-1]):
         raise ValueError("blocks that span two weights cannot be concatenated")
-    if scheme.granularity == Granularity.tensor():
+    if first.perm is not None and not all(w.perm is not None and torch.equal(w.perm, first.perm) for w in weights):
+        raise ValueError("weights of different act_order cannot be concatenated")
+
+    def joined(name: str, _: Tensor) -> Tensor:
+        if name == "perm":
+            assert first.perm is not None
+            return first.perm
+        parts: list[Tensor] = [getattr(w, name) for w in weights]
+        if per_tensor and name in ("scale", "zero_point", "offset"):
+            parts = [part.expand(w.shape[0], 1) for part, w in zip(parts, weights, strict=True)]
+        return torch.cat(parts)
+
+    if per_tensor:
         scheme = replace(scheme, granularity=Granularity.channel())
-        scales = [s.expand(w.shape[0], 1) for s, w in zip(scales, weights, strict=True)]
-        zeros = [z.expand(w.shape[0], 1) for z, w in zip(zeros, weights, strict=False)]
-    return PackedWeight(
-        codes=torch.cat([w.codes for w in weights]),
-        scale=torch.cat(scales),
-        zero_point=torch.cat(zeros) if zeros else None,
-        shape=(sum(w.shape[0] for w in weights), first.shape[1]),
-        scheme=scheme,
-    )
+    merged = first.map(joined)
+    return replace(merged, shape=(sum(w.shape[0] for w in weights), first.shape[1]), scheme=scheme)

@@ -30,10 +30,10 @@ def _recognize(context: GraphContext) -> None:
             continue
         spec = decode_spec(node.args[Args.index("spec")])
         module = compat.module_of(node)
-        parts = [context.values.get(node.args[i]) if node.args[i] is not None else None for i in (1, 2, 3)]
+        parts = [context.values.get(part) for part in node.args[Args.index("weight")]]
         packed = None
-        if isinstance(parts[0], Tensor) and isinstance(parts[1], Tensor):
-            packed = PackedWeight(parts[0], parts[1], parts[2], spec.shape, spec.scheme.weight, spec.layout)
+        if all(isinstance(part, Tensor) for part in parts):
+            packed = PackedWeight.from_tensors(parts, spec.shape, spec.scheme.weight, spec.layout)
         layer = Layer(module[0] if module else node.name, spec.scheme, packed=packed)
         context.layers[node] = layer
         context.names.append(layer.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from qcompile.bitpack import pack_bits
 from qcompile.errors import LayerError
 from qcompile.packed import PackedWeight
-from qcompile.scheme import SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
+from qcompile.scheme import SCALE_DTYPES, WHOLE, ActivationScheme, Granularity, WeightScheme
 
 
 def _blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
@@ -31,9 +33,13 @@ def expand_blocks(per_block: Tensor, granularity: Granularity, shape: tuple[int,
 def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight") -> PackedWeight:
     """Round a weight to the nearest codes.
 
-    Symmetric: scale = max|w| / `format.absmax` of each block. Asymmetric: the range between the least and the greatest
-    weight, both taken to include 0, is spread over all codes, and the zero point is the code of 0. Codes are chosen for
-    the scale as it is stored, after its rounding to `scale_dtype`. A block of zeros gets scale 1.
+    Symmetric: scale = max|w| / `format.absmax` of each block; a power of two where scales are E8M0, by the rule of the
+    OCP microscaling specification (version 1.0, section 6.3: the exponent of max|w| less that of the format's largest
+    number, so that the largest weights may saturate). Asymmetric: the range between the least and the greatest weight,
+    both taken to include 0, is spread over all codes, and the zero point is the code of 0; with offsets, the range is
+    that of the weights and the offset is the least. A super scale maps the largest scale of the tensor to the largest
+    that `scale_dtype` holds. Codes are chosen for the scale as it is stored, after its rounding to `scale_dtype`. A
+    block of zeros gets scale 1, or 0 if no code of the format is 0.
 
     Args:
         weight: floating point [N, K].
@@ -51,15 +57,11 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
         raise LayerError(f"{layer}: the weight is empty, {tuple(weight.shape)}")
     block_rows = scheme.granularity.block_of((weight.shape[0], weight.shape[1]))[0]
     step = max(1, _CHUNK // (weight.shape[1] * block_rows)) * block_rows
-    chunks = [_quantize_rows(rows, scheme, layer) for rows in weight.detach().split(step)]
-    codes, scales, zero_points = zip(*chunks, strict=True)
-    packed = PackedWeight(
-        codes=torch.cat(codes),
-        scale=torch.cat(scales),
-        zero_point=None if scheme.symmetric else torch.cat(zero_points),
-        shape=(weight.shape[0], weight.shape[1]),
-        scheme=scheme,
-    )
+    rows = weight.detach().split(step)
+    above = _super_scale(rows, scheme, layer)
+    chunks = [_quantize_rows(part, scheme, above, layer) for part in rows]
+    tensors = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    packed = PackedWeight.from_tensors(tensors, (weight.shape[0], weight.shape[1]), scheme)
     packed.check(layer)
     return packed
 
@@ -68,8 +70,19 @@ _CHUNK = 1 << 22
 """Weights that are quantized at a time, so that the float32 copies of a large layer stay small."""
 
 
-def _quantize_rows(weight: Tensor, scheme: WeightScheme, layer: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Packed codes, scale and zero point of some rows, a multiple of a block's."""
+def _super_scale(rows: tuple[Tensor, ...], scheme: WeightScheme, layer: str) -> Tensor | None:
+    """One number for the whole weight, float32 []."""
+    if scheme.super_scale is None:
+        return None
+    if scheme.scale_dtype != "float8_e4m3fn" or not scheme.symmetric or scheme.super_scale.columns != WHOLE:
+        raise LayerError(f"{layer}: {scheme.scale_dtype} scales of scales are read from checkpoints, not chosen here")
+    top = torch.stack([part.abs().amax() for part in rows]).amax().to(torch.float32)
+    scale = top / (scheme.format.absmax * torch.finfo(torch.float8_e4m3fn).max)
+    return scale.masked_fill(scale == 0, 1.0)
+
+
+def _quantize_rows(weight: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str) -> tuple[Tensor, ...]:
+    """The tensors of some packed rows, a multiple of a block's."""
     w = weight.to(torch.float32)
     if not torch.isfinite(w).all():
         raise LayerError(
@@ -78,22 +91,50 @@ def _quantize_rows(weight: Tensor, scheme: WeightScheme, layer: str) -> tuple[Te
     shape = (w.shape[0], w.shape[1])
     granularity, scale_dtype = scheme.granularity, SCALE_DTYPES[scheme.scale_dtype]
     blocks = _blocks(w, granularity.block_of(shape))
+    steps = 2**scheme.format.bits - 1
+    offset = None
     if scheme.symmetric:
         spread = blocks.abs().amax((1, 3)) / scheme.format.absmax
+    elif scheme.offset:
+        offset = blocks.amin((1, 3)).to(scale_dtype)
+        spread = (blocks.amax((1, 3)) - offset.float()).clamp(min=0) / steps
     else:
         lowest = blocks.amin((1, 3)).clamp(max=0)
-        steps = 2**scheme.format.bits - 1
         spread = blocks.amax((1, 3)).clamp(min=0) / steps - lowest / steps  # the difference first could overflow
-    scale = spread.to(scale_dtype)
-    if torch.isinf(scale).any():
-        raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")
-    scale = scale.masked_fill(scale == 0, 1.0)
-    scaled = w / expand_blocks(scale.float(), granularity, shape)
-    zero_point = None
-    if not scheme.symmetric:
-        zero_point = scheme.format.encode(-lowest / scale.float())
+    scale = _stored(spread if above is None else spread / above, scheme, layer)
+    step = scale.float() if above is None else scale.float() * above
+    scaled = w / expand_blocks(step, granularity, shape)
+    tensors = [scale]
+    if offset is not None:
+        scaled = (w - expand_blocks(offset.float(), granularity, shape)) / expand_blocks(step, granularity, shape)
+        tensors.append(offset)
+    elif not scheme.symmetric:
+        zero_point = scheme.format.encode(-lowest / step)
         scaled += expand_blocks(zero_point.float(), granularity, shape)
-    return pack_bits(scheme.format.encode(scaled), scheme.format.bits), scale, zero_point
+        tensors.append(zero_point)
+    if above is not None:
+        assert scheme.super_scale is not None
+        tensors.append(above.to(SCALE_DTYPES[scheme.super_scale.dtype]).expand(shape[0], 1))
+    return pack_bits(scheme.format.encode(scaled), scheme.format.bits), *tensors
+
+
+def _stored(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:
+    """Scales as they are stored, none of them zero."""
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    if dtype == torch.float8_e8m0fnu:
+        return power_of_two(spread * scheme.format.absmax, scheme.format.absmax)
+    scale = spread.to(dtype)
+    if not torch.isfinite(scale.float()).all():
+        raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")
+    holds_zero = float(scheme.format.decode(scheme.format.encode(torch.zeros(1)).int())) == 0  # IQ4's codebook does not
+    return torch.where(scale.float() == 0, float(holds_zero), scale.float()).to(dtype)
+
+
+def power_of_two(top: Tensor, largest: float) -> Tensor:
+    """E8M0 scales, float8_e8m0fnu, for blocks whose greatest magnitudes are `top` (see `quantize_weight`)."""
+    exponent = torch.frexp(top).exponent - math.frexp(largest)[1]
+    exponent = torch.where(top == 0, 0, exponent).clamp(-127, 127)
+    return (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def dequantize(packed: PackedWeight) -> Tensor:
@@ -103,7 +144,21 @@ def dequantize(packed: PackedWeight) -> Tensor:
     assert isinstance(values, Tensor)
     if packed.zero_point is not None:
         values = values - expand_blocks(packed.zero_point.float(), scheme.granularity, shape)
-    return values * expand_blocks(packed.scale.float(), scheme.granularity, shape)
+    values = values * _every_element(packed.scale, packed.super_scale, packed)
+    if packed.offset is not None:
+        values = values + _every_element(packed.offset, packed.super_offset, packed)
+    if packed.perm is not None:
+        values = torch.empty_like(values).index_copy_(1, packed.perm.long(), values)
+    return values
+
+
+def _every_element(per_block: Tensor, above: Tensor | None, packed: PackedWeight) -> Tensor:
+    """Scales (or offsets) times what is above them, float32 of the weight's shape."""
+    expanded = expand_blocks(per_block.float(), packed.scheme.granularity, packed.shape)
+    if above is None:
+        return expanded
+    assert packed.scheme.super_scale is not None
+    return expanded * expand_blocks(above.float(), Granularity(1, packed.scheme.super_scale.columns), packed.shape)
 
 
 def quantize_activation(
@@ -137,8 +192,12 @@ def quantize_activation(
             top = values.abs().amax() if values.numel() != 0 else values.new_zeros(())
         else:
             top = values.abs().amax(-1, keepdim=True)
-        scale = top / fmt.absmax
-        scale = scale.masked_fill(scale == 0, 1.0)
+        if scheme.scale_dtype == "float8_e8m0fnu":
+            finite = top.isfinite()
+            scale = power_of_two(top.where(finite, 0.0), fmt.absmax).to(torch.float32).where(finite, top)
+        else:
+            scale = top / fmt.absmax
+            scale = scale.masked_fill(scale == 0, 1.0)
     scaled = values / scale
     if dtype == torch.int8:
         codes = scaled.round().clamp(-128, 127).to(torch.int8)

@@ -51,9 +51,7 @@ class ReleasedParameter(nn.Parameter):
     """Keeps shape, strides, dtype and device of the parameter that it was, with no storage behind them."""
 
     qcompile_packed: PackedWeight
-    qcompile_codes: Tensor
-    qcompile_scale: Tensor
-    qcompile_zero_point: Tensor | None
+    qcompile_tensors: list[Tensor]
     qcompile_input_scale: Tensor | None
     qcompile_spec: str
     qcompile_spec_bias: str
@@ -67,11 +65,10 @@ class ReleasedParameter(nn.Parameter):
             spec = weight.qcompile_spec_bias if bias is not None else weight.qcompile_spec
             return torch.ops.qcompile.linear.default(
                 x,
-                weight.qcompile_codes,
-                weight.qcompile_scale,
-                weight.qcompile_zero_point,
+                weight.qcompile_tensors,
                 bias,
                 weight.qcompile_input_scale,
+                None,
                 [],
                 spec,
             )
@@ -108,9 +105,7 @@ def release(parameter: nn.Parameter, packed: PackedWeight, scheme: Scheme, input
     parameter.data = hollow
     attributes = {
         "packed": packed,
-        "codes": packed.codes,
-        "scale": packed.scale,
-        "zero_point": packed.zero_point,
+        "tensors": list(packed.tensors),
         "input_scale": input_scale,
         "spec": spec.encode(),
         "spec_bias": spec.with_epilogue("bias").encode(),

@@ -13,7 +13,13 @@ import torch
 from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
 
-SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT_SCALES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALE_DTYPES = FLOAT_SCALES | {
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+}
 WHOLE = -1
 
 
@@ -70,32 +76,79 @@ class Granularity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightScheme:
-    """How a weight [N, K] is stored.
-
-    `weight = (decode(code) - zero_point) * scale`; a symmetric scheme has no zero point.
+class SuperScale:
+    """Scales of scales: NVFP4's global scale, the scales of a K-quant's super-blocks.
 
     Attributes:
-        format: number format of the codes; an asymmetric scheme takes an unsigned one.
-        granularity: which weights share a scale (and a zero point).
-        symmetric: whether there is no zero point.
-        scale_dtype: of the stored scales: "float32", "bfloat16" or "float16".
+        columns: of a row of the weight that share one; -1 is the whole row.
+        dtype: "float32", "bfloat16" or "float16".
+    """
+
+    columns: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in tuple(FLOAT_SCALES):
+            raise ConfigError(f"super_scale dtype {shown(self.dtype)} is none of {', '.join(FLOAT_SCALES)}")
+
+    def count(self, columns: int) -> int:
+        """How many a row of so many columns has."""
+        return 1 if self.columns == WHOLE else -(-columns // self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightScheme:
+    """How a weight [N, K] is stored; `PackedWeight` has the equations.
+
+    Attributes:
+        format: number format of the codes; zero points go with an unsigned integer one.
+        granularity: which weights share a scale (and a zero point or offset).
+        symmetric: whether there is neither zero point nor offset.
+        offset: an asymmetric scheme adds an offset after the scale (GGUF calls it min) instead of subtracting an
+            integer zero point before it.
+        scale_dtype: of the stored scales and offsets, one of `SCALE_DTYPES`; integer ones need a `super_scale`.
+        super_scale: what multiplies scales, and offsets likewise.
+        act_order: the columns of the codes are sorted by group, as GPTQ with `desc_act` leaves them.
         flexible_group: the group comes from a preset, so it may shrink to fit K.
     """
 
     format: Format
     granularity: Granularity
     symmetric: bool = True
+    offset: bool = False
     scale_dtype: str = "float32"
+    super_scale: SuperScale | None = None
+    act_order: bool = False
     flexible_group: bool = False
 
     def __post_init__(self) -> None:
         if self.scale_dtype not in tuple(SCALE_DTYPES):
             raise ConfigError(f"scale_dtype {shown(self.scale_dtype)} is none of {', '.join(SCALE_DTYPES)}")
-        if not self.symmetric and not (isinstance(self.format, IntegerFormat) and not self.format.signed):
+        unsigned = isinstance(self.format, IntegerFormat) and not self.format.signed
+        if self.offset and self.symmetric:
+            raise ConfigError("a symmetric weight has no offset")
+        if not self.symmetric and not self.offset and not unsigned:
             raise ConfigError(f"an asymmetric weight takes an unsigned integer format, not {self.format.name}")
-        if self.symmetric and isinstance(self.format, IntegerFormat) and not self.format.signed:
+        if self.symmetric and unsigned:
             raise ConfigError(f"a symmetric weight takes a signed format, not {self.format.name}")
+        if self.scale_dtype in ("uint8", "int8") and self.super_scale is None:
+            raise ConfigError(f"scales of dtype {self.scale_dtype} need a super_scale")
+        if self.super_scale is not None and self.granularity.rows != 1:
+            raise ConfigError(f"a super_scale goes with scales per channel or group, not per {self.granularity}")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The tensors that a packed weight of this scheme has, in the order of `PackedWeight.tensors`."""
+        present = {
+            "codes": True,
+            "scale": True,
+            "zero_point": not self.symmetric and not self.offset,
+            "offset": self.offset,
+            "super_scale": self.super_scale is not None,
+            "super_offset": self.offset and self.super_scale is not None,
+            "perm": self.act_order,
+        }
+        return tuple(name for name, there in present.items() if there)
 
     def fit(self, layer: str, shape: tuple[int, int]) -> WeightScheme:
         """This scheme with a group that divides the K of a layer of shape (N, K).
@@ -130,14 +183,25 @@ class ActivationScheme:
         granularity: per token (`channel`), per tensor, or per group of columns of a token.
         dynamic: scales are computed from each input; else one scale per tensor is fixed beforehand.
         scale: the fixed scale where the configuration states it; otherwise calibration finds it.
+        scale_dtype: "float32", or "float8_e8m0fnu" for dynamic scales that are powers of two, as MX has them.
+        outlier_threshold: columns in which any token reaches this magnitude are multiplied unquantized (LLM.int8,
+            Dettmers et al. 2022, arXiv:2208.07339); None quantizes all.
     """
 
     format: Format
     granularity: Granularity
     dynamic: bool = True
     scale: float | None = None
+    scale_dtype: str = "float32"
+    outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        if self.scale_dtype not in ("float32", "float8_e8m0fnu") or (
+            not self.dynamic and self.scale_dtype != "float32"
+        ):
+            raise ConfigError(f"activation scale_dtype {shown(self.scale_dtype)} is neither float32 nor float8_e8m0fnu")
+        if self.outlier_threshold is not None and not 0 < self.outlier_threshold < float("inf"):
+            raise ConfigError(f"outlier_threshold must be a positive number, not {shown(self.outlier_threshold)}")
         if self.format.native_dtype is None:
             names = ", ".join(f.name for f in FORMATS.values() if f.native_dtype is not None)
             raise ConfigError(f"activations cannot be {self.format.name}; they can be {names}")
@@ -160,7 +224,7 @@ class ActivationScheme:
 class Scheme:
     """A layer's quantization: its weight, its input (None: left as it is), and how the codes are chosen.
 
-    `method` is "rtn", round to nearest.
+    `method` is "rtn", round to nearest, or "checkpoint", where they come from a file.
     """
 
     weight: WeightScheme
@@ -168,7 +232,7 @@ class Scheme:
     method: str = "rtn"
 
     def __post_init__(self) -> None:
-        if self.method != "rtn":
+        if self.method not in ("rtn", "checkpoint"):
             raise ConfigError(f"unknown method {shown(self.method)}; there is: rtn")
         if self.activation is not None and self.activation.granularity.is_group:
             block = self.weight.granularity
@@ -180,7 +244,10 @@ class Scheme:
 
     def fit(self, layer: str, shape: tuple[int, int]) -> Scheme:
         """See `WeightScheme.fit`."""
-        return replace(self, weight=self.weight.fit(layer, shape))
+        weight, activation = self.weight.fit(layer, shape), self.activation
+        if activation is not None and activation.granularity == self.weight.granularity:
+            activation = replace(activation, granularity=weight.granularity)
+        return replace(self, weight=weight, activation=activation)
 
     def __str__(self) -> str:
         return f"{self.weight}" + (f", activations {self.activation}" if self.activation else "")
@@ -193,6 +260,27 @@ def _integer(bits: int, group: int | None, *, symmetric: bool = True) -> WeightS
         symmetric=symmetric,
         scale_dtype="float32" if group is None else "bfloat16",
         flexible_group=group is not None,
+    )
+
+
+def _mx(name: str) -> WeightScheme:
+    return WeightScheme(
+        format=get_format(name), granularity=Granularity.group(32), scale_dtype="float8_e8m0fnu", flexible_group=True
+    )
+
+
+def _bnb(name: str) -> WeightScheme:
+    return WeightScheme(format=get_format(name), granularity=Granularity.group(64), flexible_group=True)
+
+
+def _gguf(name: str, *, offset: bool = False) -> WeightScheme:
+    return WeightScheme(
+        format=get_format(name),
+        granularity=Granularity.group(32),
+        symmetric=not offset,
+        offset=offset,
+        scale_dtype="float16",
+        flexible_group=True,
     )
 
 
@@ -223,6 +311,30 @@ PRESETS: dict[str, Scheme] = {
     ),
     "fp8_weight_only": Scheme(weight=_fp8(_CHANNEL)),
     "int4_fp8": Scheme(weight=_integer(4, 128), activation=_activation("fp8_e4m3", _CHANNEL)),
+    "nf4": Scheme(weight=_bnb("nf4")),
+    "fp4": Scheme(weight=_bnb("fp4")),
+    "mxfp4": Scheme(weight=_mx("fp4_e2m1")),
+    "mxfp8": Scheme(
+        weight=_mx("fp8_e4m3"),
+        activation=ActivationScheme(
+            format=get_format("fp8_e4m3"), granularity=Granularity.group(32), scale_dtype="float8_e8m0fnu"
+        ),
+    ),
+    "nvfp4": Scheme(
+        weight=WeightScheme(
+            format=get_format("fp4_e2m1"),
+            granularity=Granularity.group(16),
+            scale_dtype="float8_e4m3fn",
+            super_scale=SuperScale(columns=WHOLE, dtype="float32"),
+            flexible_group=True,
+        )
+    ),
+    "q4_0": Scheme(weight=_gguf("int4")),
+    "q4_1": Scheme(weight=_gguf("uint4", offset=True)),
+    "q5_0": Scheme(weight=_gguf("int5")),
+    "q5_1": Scheme(weight=_gguf("uint5", offset=True)),
+    "q8_0": Scheme(weight=_gguf("int8")),
+    "iq4_nl": Scheme(weight=_gguf("iq4_nl")),
     "int4_int8": Scheme(weight=_integer(4, 128), activation=_activation("int8", _CHANNEL)),
 }
 
@@ -239,8 +351,26 @@ ALIASES: dict[str, str] = {
     "W4AFP8": "int4_fp8",
 }
 
-_WEIGHT_KEYS = ("format", "granularity", "group_size", "block_size", "symmetric", "scale_dtype")
-_ACTIVATION_KEYS = ("format", "granularity", "group_size", "dynamic", "scale")
+_WEIGHT_KEYS = (
+    "format",
+    "granularity",
+    "group_size",
+    "block_size",
+    "symmetric",
+    "offset",
+    "scale_dtype",
+    "super_scale",
+    "act_order",
+)
+_ACTIVATION_KEYS = (
+    "format",
+    "granularity",
+    "group_size",
+    "dynamic",
+    "scale",
+    "scale_dtype",
+    "outlier_threshold",
+)
 _SCHEME_KEYS = ("weight", "activation", "method")
 
 
@@ -322,8 +452,9 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
     if "format" not in given:
         raise ConfigError(f"weight needs a format: one of {', '.join(FORMATS)}")
     fmt = get_format(given["format"])
-    symmetric = _boolean("weight: symmetric", given.get("symmetric", not fmt.name.startswith("uint")))
-    if isinstance(fmt, IntegerFormat):  # "int4" with symmetric: false is what people write
+    offset = _boolean("weight: offset", given.get("offset", False))
+    symmetric = _boolean("weight: symmetric", given.get("symmetric", not fmt.name.startswith("uint") and not offset))
+    if isinstance(fmt, IntegerFormat) and not offset:  # "int4" with symmetric: false is what people write
         fmt = get_format(f"{'int' if symmetric else 'uint'}{fmt.bits}")
     names = {"tensor": Granularity.tensor(), "channel": Granularity.channel()}
     granularity = _granularity("weight", given, _default_granularity(fmt), names)
@@ -333,9 +464,30 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
         format=fmt,
         granularity=granularity,
         symmetric=symmetric,
+        offset=offset,
         scale_dtype=given.get("scale_dtype", default_dtype),
+        super_scale=_parse_super_scale(given.get("super_scale")),
+        act_order=_boolean("weight: act_order", given.get("act_order", False)),
         flexible_group=granularity.is_group and not sized,
     )
+
+
+def _parse_super_scale(given: Mapping[str, Any] | None) -> SuperScale | None:
+    if given is None:
+        return None
+    check_keys("super_scale", given, ("group_size", "dtype"))
+    columns = given.get("group_size", WHOLE)
+    if columns != WHOLE:
+        columns = _size("super_scale: group_size", columns)
+    return SuperScale(columns=columns, dtype=given.get("dtype", "float32"))
+
+
+def _positive(what: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+        raise ConfigError(f"{what} must be a finite number, not {shown(value)}")
+    return float(value)
 
 
 def _parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
@@ -345,16 +497,13 @@ def _parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
     dynamic = _boolean("activation: dynamic", given.get("dynamic", True))
     names = {"tensor": Granularity.tensor(), "token": Granularity.channel()}
     default = Granularity.channel() if dynamic else Granularity.tensor()
-    scale = given.get("scale")
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, (int, float)) or abs(scale) > sys.float_info.max
-    ):
-        raise ConfigError(f"activation: scale must be a finite number, not {shown(scale)}")
     return ActivationScheme(
         format=get_format(given["format"]),
         granularity=_granularity("activation", given, default, names),
         dynamic=dynamic,
-        scale=None if scale is None else float(scale),
+        scale=_positive("activation: scale", given.get("scale")),
+        scale_dtype=given.get("scale_dtype", "float32"),
+        outlier_threshold=_positive("activation: outlier_threshold", given.get("outlier_threshold")),
     )
 
 
@@ -399,12 +548,22 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
     if not (weight.flexible_group and weight.granularity == _default_granularity(weight.format)):
         given["weight"] |= _granularity_dict(weight.granularity, "channel")
     given["weight"]["scale_dtype"] = weight.scale_dtype
+    if weight.offset:
+        given["weight"]["offset"] = True
+    if weight.super_scale is not None:
+        given["weight"]["super_scale"] = {"group_size": weight.super_scale.columns, "dtype": weight.super_scale.dtype}
+    if weight.act_order:
+        given["weight"]["act_order"] = True
     if scheme.activation is not None:
         activation = scheme.activation
         given["activation"] = {"format": activation.format.name, "dynamic": activation.dynamic}
         given["activation"] |= _granularity_dict(activation.granularity, "token")
         if activation.scale is not None:
             given["activation"]["scale"] = activation.scale
+        if activation.scale_dtype != "float32":
+            given["activation"]["scale_dtype"] = activation.scale_dtype
+        if activation.outlier_threshold is not None:
+            given["activation"]["outlier_threshold"] = activation.outlier_threshold
     if scheme.method != "rtn":
         given["method"] = scheme.method
     return given

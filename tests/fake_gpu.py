@@ -108,18 +108,18 @@ def wrapper_source(preset: str, dynamic: bool) -> str:
         in_features=k, out_features=n, scheme=scheme, layout=layout.name, epilogue=("silu", "mul")
     ).encode()
 
-    def run(x: torch.Tensor, gate: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def run(x: torch.Tensor, gate: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
         normed = torch.nn.functional.rms_norm(x, (k,))
-        return torch.ops.qcompile.linear(normed, codes, scale, None, None, None, [gate], spec)
+        return torch.ops.qcompile.linear(normed, list(weight), None, None, None, [gate], spec)
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x, gate = (torch.empty(7, width, device="cuda", dtype=torch.bfloat16) for width in (k, n))
-        codes, scale = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in packed.tensors)
+        weight = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in packed.tensors)
         if dynamic:
             for tensor in (x, gate):
                 torch._dynamo.mark_dynamic(tensor, 0)
         try:
-            torch.compile(run, fullgraph=True)(x, gate, codes, scale)
+            torch.compile(run, fullgraph=True)(x, gate, *weight)
         except Exception as error:
             found: BaseException | None = error
             while found is not None and not isinstance(found, Generated):

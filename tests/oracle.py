@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile.packed import PackedWeight
+
 
 def _integers(bits: int, signed: bool) -> list[float]:
     """Codes count up from the least value."""
@@ -51,6 +53,22 @@ def _tables() -> dict[str, list[float]]:
         "fp8_e4m3": _small_float(4, 3, "one_nan"),
         "fp8_e5m2": _small_float(5, 2, "ieee"),
     }
+    for name, exponent, mantissa in (("fp4_e2m1", 2, 1), ("fp6_e2m3", 2, 3), ("fp6_e3m2", 3, 2)):
+        tables[name] = _small_float(exponent, mantissa, "none")
+    # The tables as QLoRA's paper, bitsandbytes' documentation and ggml's headers print them.
+    positive = "0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224 0.44070982933044434"
+    negative = "0.6961928009986877 0.5250730514526367 0.39491748809814453 0.28444138169288635 0.18477343022823334"
+    tables["nf4"] = [
+        -1.0,
+        *(-float(v) for v in negative.split()),
+        -0.09105003625154495,
+        0.0,
+        *(float(v) for v in positive.split()),
+        *(0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+    twelfths = [torch.tensor(v / 12, dtype=torch.float32).item() for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
+    tables["fp4"] = twelfths + [-v for v in twelfths]
+    tables["iq4_nl"] = [-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
     for bits in range(2, 9):
         tables[f"int{bits}"] = _integers(bits, signed=True)
         tables[f"uint{bits}"] = _integers(bits, signed=False)
@@ -98,21 +116,32 @@ def expand(per_block: Tensor, granularity: tuple[int, int], shape: tuple[int, in
     return values[torch.tensor(row_index, dtype=torch.long)][:, torch.tensor(column_index, dtype=torch.long)]
 
 
-def dequantize(
-    format_name: str, codes: Tensor, scale: Tensor, zero_point: Tensor | None, granularity: tuple[int, int]
-) -> Tensor:
-    """`(value of code - zero point) * scale` in float64.
+def dequantize(packed: PackedWeight) -> Tensor:
+    """`(value of code - zero point) * scale`, or `value of code * scale + offset`, in float64: [N, K].
 
     Args:
-        codes: one code an element, uint8 [N, K].
-        scale, zero_point: per block, [row blocks, column blocks]; the zero point in units of codes, or None.
-        granularity: (rows, columns) of a block, -1 for the whole extent.
+        packed: in the logical layout. Its tensors alone are read, and its codes unpacked, by code of qcompile.
     """
-    shape = (codes.shape[0], codes.shape[1])
-    values = decode_values(format_name)[codes.to(torch.long).cpu()]
-    if zero_point is not None:
-        values = values - expand(zero_point.cpu(), granularity, shape)
-    return values * expand(scale.cpu(), granularity, shape)
+    scheme, shape = packed.scheme, packed.shape
+    block = (scheme.granularity.rows, scheme.granularity.columns)
+    above = (1, -1 if scheme.super_scale is None else scheme.super_scale.columns)
+
+    def everywhere(per_block: Tensor, per_super_block: Tensor | None) -> Tensor:
+        values = expand(per_block.cpu(), block, shape)
+        return values if per_super_block is None else values * expand(per_super_block.cpu(), above, shape)
+
+    values = decode_values(scheme.format.name)[packed.unpack_codes().to(torch.long).cpu()]
+    if packed.zero_point is not None:
+        values = values - expand(packed.zero_point.cpu(), block, shape)
+    values = values * everywhere(packed.scale, packed.super_scale)
+    if packed.offset is not None:
+        values = values + everywhere(packed.offset, packed.super_offset)
+    if packed.perm is None:
+        return values
+    restored = torch.empty_like(values)
+    for column, feature in enumerate(packed.perm.tolist()):
+        restored[:, feature] = values[:, column]
+    return restored
 
 
 _FUNCTIONS = {

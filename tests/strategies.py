@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompile.config import QuantConfig, Rule
 from qcompile.formats import FORMATS, IntegerFormat
-from qcompile.scheme import PRESETS, SCALE_DTYPES, ActivationScheme, Granularity, Scheme, WeightScheme
+from qcompile.scheme import PRESETS, FLOAT_SCALES, ActivationScheme, Granularity, Scheme, WeightScheme
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDES = ("contiguous", "transposed", "stepped", "offset")
@@ -80,7 +80,7 @@ def weight_schemes(draw: st.DrawFn) -> WeightScheme:
         )
     )
     symmetric = not (isinstance(fmt, IntegerFormat) and not fmt.signed)
-    scale_dtype = draw(st.sampled_from(sorted(SCALE_DTYPES)))
+    scale_dtype = draw(st.sampled_from(sorted(FLOAT_SCALES)))
     return WeightScheme(format=fmt, granularity=granularity, symmetric=symmetric, scale_dtype=scale_dtype)
 
 

@@ -32,17 +32,20 @@ def arguments(preset: str, x: torch.Tensor, epilogue: tuple[str, ...] = (), oper
     bias = torch.randn(N) if "bias" in epilogue else None
     static = PRESETS[preset].activation is not None and not PRESETS[preset].activation.dynamic
     scale = torch.tensor(0.02) if static else None
-    return (x, packed.codes, packed.scale, packed.zero_point, bias, scale, list(operands), spec)
+    return (x, list(packed.tensors), bias, scale, None, list(operands), spec)
+
+
+FLOAT8 = [p for p in PRESETS if "fp8" in p or p in ("mxfp4", "mxfp8", "nvfp4")]
 
 
 # torch's comparison in `test_schema` multiplies float8 tensors, for which it has no kernel.
-@pytest.mark.parametrize("preset", [p for p in PRESETS if "fp8" not in p])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in FLOAT8])
 def test_opcheck(preset):
     x, gate = torch.randn(3, K), torch.randn(3, N)
     torch.library.opcheck(torch.ops.qcompile.linear.default, arguments(preset, x, ("bias", "silu", "mul"), (gate,)))
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if "fp8" in p])
+@pytest.mark.parametrize("preset", FLOAT8)
 def test_opcheck_of_float8(preset):
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.qcompile.linear.default, arguments(preset, torch.randn(3, K)), test_utils=checks)
@@ -79,10 +82,8 @@ def test_epilogue_against_the_oracle(steps):
     operands = tuple(torch.randn(20, N) for step in steps if step in ("mul", "add"))
     packed, spec = made("int6", steps)
     bias = torch.randn(N) if "bias" in steps else None
-    out = torch.ops.qcompile.linear(x, packed.codes, packed.scale, None, bias, None, list(operands), spec)
-    weight = oracle.dequantize(
-        "int6", packed.unpack_codes(), packed.scale, None, (1, packed.scheme.granularity.columns)
-    )
+    out = torch.ops.qcompile.linear(x, list(packed.tensors), bias, None, None, list(operands), spec)
+    weight = oracle.dequantize(packed)
     product = oracle.linear(x, weight)
     bound = tolerance.gemm_bound(x, weight, torch.float32)
     bound = tolerance.epilogue_bound(product, bound, bias, steps, operands)
@@ -91,7 +92,7 @@ def test_epilogue_against_the_oracle(steps):
 
 def test_identity_returns_the_decoded_weight():
     packed, spec = made("int6")
-    out = torch.ops.qcompile.linear(torch.eye(K), packed.codes, packed.scale, None, None, None, [], spec)
+    out = torch.ops.qcompile.linear(torch.eye(K), list(packed.tensors), None, None, None, [], spec)
     assert torch.equal(out.t(), dequantize(packed))
 
 
@@ -115,15 +116,15 @@ def test_gradients_are_refused(preset):
 
 def test_a_device_without_kernels_is_refused():
     packed, spec = made("int8")
-    given = [t.to("meta") for t in (torch.randn(2, K), packed.codes, packed.scale)]
+    x, *weight = [t.to("meta") for t in (torch.randn(2, K), *packed.tensors)]
     with pytest.raises(DeviceError, match="not for meta"):
-        torch.ops.qcompile.linear(*given, None, None, None, [], spec)
+        torch.ops.qcompile.linear(x, weight, None, None, None, [], spec)
 
 
 def test_a_layout_of_gpus_is_refused_on_cpus():
     packed, spec = made("int4", layout="fragment")
     with pytest.raises(DeviceError, match="fragment"):
-        torch.ops.qcompile.linear(torch.randn(2, K), packed.codes, packed.scale, None, None, None, [], spec)
+        torch.ops.qcompile.linear(torch.randn(2, K), list(packed.tensors), None, None, None, [], spec)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

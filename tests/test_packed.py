@@ -53,7 +53,7 @@ def make(name: str = "int4", granularity: Granularity | None = None, shape: tupl
         ({"scale": torch.ones(6, 3)}, r"expected torch.float32 \(6, 2\)"),
         ({"codes": torch.zeros(6, 17, dtype=torch.uint8)}, r"codes is torch.uint8 \(6, 17\)"),
         ({"codes": torch.zeros(6, 16, dtype=torch.int8)}, "codes is torch.int8"),
-        ({"zero_point": torch.zeros(6, 2, dtype=torch.uint8)}, "zero point"),
+        ({"zero_point": torch.zeros(6, 2, dtype=torch.uint8)}, "has zero_point"),
         ({"scale": torch.ones(6, 2, device="meta")}, "scale is on meta"),
     ],
 )
@@ -63,7 +63,7 @@ def test_check_names_the_layer_and_the_fault(changes, message):
 
 
 def test_check_of_zero_points():
-    with pytest.raises(LayerError, match="zero point"):
+    with pytest.raises(LayerError, match="lacks zero_point"):
         replace(make("uint4"), zero_point=None).check()
     with pytest.raises(LayerError, match=r"zero_point is torch\.int32"):
         replace(make("uint4"), zero_point=torch.zeros(6, 2, dtype=torch.int32)).check()

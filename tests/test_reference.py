@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompile.bitpack import pack_bits
 from qcompile.errors import LayerError
 from qcompile.formats import FORMATS, IntegerFormat
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation, quantize_weight
-from qcompile.scheme import PRESETS, SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
+from qcompile.scheme import FLOAT_SCALES, PRESETS, SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
 from tests import oracle
 from tests.strategies import matrices, weight_schemes
 from tests.tolerance import activation_bound, assert_within, rounding, sqnr, sqnr_floor, weight_bound
@@ -34,12 +36,10 @@ def pair(granularity: Granularity) -> tuple[int, int]:
 def test_dequantized_weight_is_the_oracle_s_and_near_the_original(weight, scheme):
     packed = quantize_weight(weight, scheme)
     packed.check()
-    exact = oracle.dequantize(
-        scheme.format.name, packed.unpack_codes(), packed.scale, packed.zero_point, pair(scheme.granularity)
-    )
+    exact = oracle.dequantize(packed)
     actual = dequantize(packed)
     assert actual.dtype == torch.float32
-    # Code minus zero point is exact, so there is one rounding.
+    # Code minus zero point is exact, and one rounding follows.
     assert_within(actual, exact, rounding(exact, torch.float32))
     scale = oracle.expand(packed.scale, pair(scheme.granularity), packed.shape)
     values = oracle.decode_values(scheme.format.name)
@@ -68,7 +68,7 @@ def test_representable_weights_survive_bit_for_bit(name):
 @pytest.mark.parametrize("group", [32, 128])
 def test_gaussian_weights_reach_the_format_s_sqnr(name, group):
     weight = torch.randn(64, 1024)
-    for scale_dtype in SCALE_DTYPES:
+    for scale_dtype in FLOAT_SCALES:
         packed = quantize_weight(weight, scheme_of(name, Granularity.group(group), scale_dtype))
         assert sqnr(weight, dequantize(packed)) >= sqnr_floor(name, group)
 
@@ -82,7 +82,7 @@ def test_zero_blocks_stay_zero(name):
     restored = dequantize(packed)
     assert (restored[1] == 0).all()
     assert (restored[2, 16:32] == 0).all()
-    assert (packed.scale[1] == 1).all()
+    assert (packed.scale[1] == float(name != "iq4_nl")).all()  # whose codebook holds no 0
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -215,3 +215,28 @@ def test_zero_and_empty_activations(name):
         assert (scale == 1).all()
         codes, _ = quantize_activation(torch.zeros(0, 16), scheme)
         assert codes.shape == (0, 16)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_take_the_nearest_value_under_their_scales(name):
+    """Whatever the scales are, no other code comes nearer to a weight by more than float32 rounds."""
+    weight = torch.randn(8, 256)
+    weight[3] = 0
+    packed = quantize_weight(weight, PRESETS[name].weight)
+    packed.check()
+    exact = oracle.dequantize(packed)
+    steps = oracle.dequantize(replace_codes(packed, 1)) - oracle.dequantize(replace_codes(packed, 0))
+    values = oracle.decode_values(packed.scheme.format.name)
+    step = steps / (values[1] - values[0])
+    origin = oracle.dequantize(replace_codes(packed, 0)) - values[0] * step
+    values = values[values.isfinite()]
+    reachable = origin[..., None] + step[..., None] * values
+    nearest = (reachable - weight[..., None]).abs().amin(-1)
+    slack = rounding(reachable.abs().amax(-1), torch.float32) * 4
+    assert ((exact - weight).abs() <= nearest + slack).all()
+    assert (exact[3] == 0).all()
+
+
+def replace_codes(packed, code):
+    codes = torch.full(packed.shape, code, dtype=torch.uint8)
+    return replace(packed, codes=pack_bits(codes, packed.scheme.format.bits))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.errors import ConfigError, LayerError, QCompileError
-from qcompile.formats import FORMATS, IntegerFormat, get_format
+from qcompile.formats import FORMATS, get_format
 from qcompile.scheme import (
     ALIASES,
     PRESETS,
@@ -191,7 +191,7 @@ def test_a_block_of_one_row_is_a_group():
         parse_scheme({"weight": {"format": "int4", "block_size": [1, 20]}})
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp32", "", None, 32, ["float32"], {}])
+@pytest.mark.parametrize("dtype", ["int16", "fp32", "", None, 32, ["float32"], {}])
 def test_bad_scale_dtypes(dtype):
     with pytest.raises(ConfigError, match="scale_dtype .* is none of " + ", ".join(SCALE_DTYPES)):
         parse_scheme({"weight": GROUP | {"scale_dtype": dtype}})
@@ -312,10 +312,13 @@ def test_groups_of_presets_shrink_to_fit(k, granularity):
 @pytest.mark.parametrize("k", [1, 48, 576, 1000])
 def test_every_preset_fits_or_says_why(name, k):
     scheme = PRESETS[name].fit("model.fc", (8, k))
-    assert scheme.activation == PRESETS[name].activation
-    block = scheme.weight.granularity
+    block, given = scheme.weight.granularity, PRESETS[name]
     assert not block.is_group or k % block.columns == 0
-    assert isinstance(scheme.weight.format, IntegerFormat) or block == PRESETS[name].weight.granularity
+    assert given.weight.granularity.is_group or block == given.weight.granularity
+    if given.activation is not None and given.activation.granularity == given.weight.granularity:
+        assert scheme.activation == replace(given.activation, granularity=block)
+    else:
+        assert scheme.activation == given.activation
 
 
 def test_explicit_groups_must_divide():

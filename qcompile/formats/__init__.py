@@ -3,5 +3,6 @@
 from qcompile.formats.base import FORMATS, Format, get_format
 from qcompile.formats.floating import FloatFormat
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.table import TableFormat
 
-__all__ = ["FORMATS", "FloatFormat", "Format", "IntegerFormat", "get_format"]
+__all__ = ["FORMATS", "FloatFormat", "Format", "IntegerFormat", "TableFormat", "get_format"]

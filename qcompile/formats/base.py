@@ -21,7 +21,7 @@ class Format(ABC):
         bits: width of a code; codes are 0 .. 2**bits - 1.
 
     Invariants, tested for every registered format over every code:
-        `decode` of a code is exact in float32 and in `exact_dtype`;
+        `decode` of a code is exact in float32;
         `encode(decode(c))` decodes to the same number for every code whose value is finite.
     """
 
@@ -32,11 +32,6 @@ class Format(ABC):
     @abstractmethod
     def absmax(self) -> float:
         """The magnitude that a block's largest element is scaled to when it is quantized symmetrically."""
-
-    @property
-    @abstractmethod
-    def exact_dtype(self) -> torch.dtype:
-        """The narrowest of bfloat16 and float16 that holds every value exactly (bfloat16 where both do)."""
 
     @property
     @abstractmethod

@@ -27,10 +27,6 @@ class IntegerFormat(Format):
         return (2**self.bits - 1) / 2
 
     @property
-    def exact_dtype(self) -> torch.dtype:
-        return torch.bfloat16
-
-    @property
     def native_dtype(self) -> torch.dtype | None:
         return torch.int8 if self.bits == 8 and self.signed else None
 

@@ -122,7 +122,7 @@ def _sqnr(weights: Sequence[Tensor], transposed: bool, layer: Layer) -> float:
 
 def _report(context: GraphContext, node: fx.Node, layer: Layer) -> LayerReport:
     spec = decode_spec(node.args[Args.index("spec")])  # type: ignore[arg-type]
-    codes = context.values[node.args[1]]  # type: ignore[index]
+    codes = context.values[node.args[Args.index("weight")][0]]  # type: ignore[index]
     before = sqnr = None
     if layer.weight is not None:
         originals = [context.values[p] for p in layer.weight.parts]

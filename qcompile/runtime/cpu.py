@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from qcompile.bitpack import unpack_bits
+from qcompile.errors import DeviceError
 from qcompile.formats import FloatFormat, Format, IntegerFormat
 from qcompile.layouts import TILE, int4pack_rows
 from qcompile.linear_spec import LinearSpec
+from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize_activation
 
 INT4PACK_ROWS = 48
@@ -44,8 +46,10 @@ _INT32_SAFE_COLUMNS = (2**31 - 1) // 128**2
 
 
 def _scale_follows(spec: LinearSpec) -> bool:
-    """Whether no two columns differ in scale, so that it multiplies the product."""
-    return spec.scheme.weight.granularity.scale_shape(spec.shape)[1] == 1
+    """Whether all columns share a scale and nothing else, so that it multiplies the product."""
+    weight = spec.scheme.weight
+    plain = not weight.offset and weight.super_scale is None
+    return plain and weight.granularity.scale_shape(spec.shape)[1] == 1
 
 
 def _integer_product(spec: LinearSpec) -> bool:
@@ -80,57 +84,57 @@ def kernel_name(spec: LinearSpec) -> str:
     return "decode + mm"
 
 
-def product(
-    x: Tensor,
-    x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    parsed: LinearSpec,
-    spec: str,
-) -> Tensor:
+def product(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], parsed: LinearSpec) -> Tensor:
     """x [M, K] (8-bit codes if `x_scale` is given) times the packed weight: float32 [M, N], or x's bfloat16.
 
     Plain ATen but for `qcompile::gemm_cpu`, so a compiler fuses the scales with the epilogue.
+
+    Raises:
+        DeviceError: a weight laid out for GPUs.
     """
+    if parsed.layout == "fragment":
+        raise DeviceError(
+            "weights in layout fragment are for GPUs; move the module with .to('cpu'), which lays them out anew"
+        )
     if _integer_product(parsed):
-        y = torch._int_mm(x, codes.t()).to(torch.float32)
+        y = torch._int_mm(x, weight[0].t()).to(torch.float32)
     else:
         if x_scale is not None:
             assert parsed.scheme.activation is not None
             if parsed.scheme.activation.granularity.is_group:
                 x, x_scale = dequantize_activation(x, x_scale, parsed.scheme.activation), None
             x = x.to(torch.bfloat16)
-        y = torch.ops.qcompile.gemm_cpu(x, codes, scale, zero_point, spec)
+        y = torch.ops.qcompile.gemm_cpu(x, weight, parsed.encode())
     if x_scale is not None:
         y = y.to(torch.float32) * x_scale
     if parsed.layout != "int4pack" and _scale_follows(parsed):
         rows = parsed.scheme.weight.granularity.block_of(parsed.shape)[0]
-        per_row = scale.reshape(-1).to(torch.float32)
+        per_row = weight[1].reshape(-1).to(torch.float32)
         if per_row.shape[0] not in (1, parsed.out_features):
             per_row = per_row.repeat_interleave(rows)[: parsed.out_features]
         y = y.to(torch.float32) * per_row
     return y
 
 
-def gemm(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec) -> Tensor:
+def gemm(x: Tensor, weight: list[Tensor], spec: LinearSpec) -> Tensor:
     """x [M, K] in floating point times the packed weight, without a scale that follows (see `product`).
 
     Returns:
         [M, N] in bfloat16 if x is, else in float32.
     """
     m, n = x.shape[0], spec.out_features
+    packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
     out_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if m == 0:
         return x.new_empty((0, n), dtype=out_dtype)
     if spec.layout == "int4pack":
         if m <= INT4PACK_ROWS:
-            return _int4pack_mm(x.to(torch.bfloat16), codes, scale, zero_point, spec).to(out_dtype)
-        return _int4pack_decode_mm(x.to(out_dtype), codes, scale, zero_point, spec)
+            return _int4pack_mm(x.to(torch.bfloat16), packed, spec).to(out_dtype)
+        return _int4pack_decode_mm(x.to(out_dtype), packed, spec)
     if m <= INT8PACK_ROWS and _int8pack(spec):
-        few: Tensor = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), codes, _ones(n))
+        few: Tensor = torch.ops.aten._weight_int8pack_mm(x.to(torch.bfloat16).contiguous(), packed.codes, _ones(n))
         return few.to(out_dtype)
-    return _decode_mm(x.to(out_dtype), codes, scale, zero_point, spec)
+    return _decode_mm(x.to(out_dtype), packed, spec)
 
 
 @functools.lru_cache(maxsize=64)
@@ -138,8 +142,9 @@ def _ones(count: int) -> Tensor:
     return torch.ones(count, dtype=torch.bfloat16)
 
 
-def _int4pack_mm(x: Tensor, codes: Tensor, pairs: Tensor, zero_point: Tensor | None, spec: LinearSpec) -> Tensor:
+def _int4pack_mm(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     n, group = spec.out_features, spec.scheme.weight.granularity.columns
+    codes, pairs, zero_point = packed.codes, packed.scale, packed.zero_point
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), codes, group, pairs)[:, :n]
     if zero_point is None:
         return y.contiguous()
@@ -149,14 +154,15 @@ def _int4pack_mm(x: Tensor, codes: Tensor, pairs: Tensor, zero_point: Tensor | N
     return torch.addmm(y.to(torch.float32), x.unflatten(1, (-1, group)).sum(-1, dtype=torch.float32), lost)
 
 
-def _int4pack_decode_mm(x: Tensor, codes: Tensor, pairs: Tensor, zero_point: Tensor | None, spec: LinearSpec) -> Tensor:
+def _int4pack_decode_mm(x: Tensor, weight: PackedWeight, spec: LinearSpec) -> Tensor:
     """Decode in the packed order of rows, which differs within each 64; then sort the columns of the product."""
     n, k = spec.shape
+    codes, pairs, zero_point = weight.codes, weight.scale, weight.zero_point
     group, m = spec.scheme.weight.granularity.columns, x.shape[0]
     order = int4pack_rows()
     from_packed = torch.cat([order[0::2], order[1::2]])  # low nibbles, then high ones
     blocks = codes.shape[0] // TILE
-    packed = codes.view(blocks, k, 32)
+    columns = codes.view(blocks, k, 32)
     scale = pairs[..., 0].unflatten(1, (blocks, TILE))[:, None, :, from_packed].to(x.dtype)
     offset: Tensor | None = None
     if zero_point is not None:
@@ -167,20 +173,20 @@ def _int4pack_decode_mm(x: Tensor, codes: Tensor, pairs: Tensor, zero_point: Ten
     y = torch.empty(m, blocks, TILE, dtype=x.dtype)
     inverse = from_packed.argsort()
     for first in range(0, blocks, step):
-        part = packed[first : first + step].transpose(0, 1)
+        part = columns[first : first + step].transpose(0, 1)
         count = part.shape[1]
-        weight = buffer[: k * count * TILE].view(k, count, TILE)
-        weight[..., :32] = part & 15
-        weight[..., 32:] = part >> 4
-        grouped = weight.unflatten(0, (-1, group))
+        decoded = buffer[: k * count * TILE].view(k, count, TILE)
+        decoded[..., :32] = part & 15
+        decoded[..., 32:] = part >> 4
+        grouped = decoded.unflatten(0, (-1, group))
         grouped.sub_(8 if offset is None else offset[:, :, first : first + count])
         grouped.mul_(scale[:, :, first : first + count])
-        sorted_columns = torch.mm(x, weight.view(k, -1)).view(m, count, TILE)[..., inverse]
+        sorted_columns = torch.mm(x, decoded.view(k, -1)).view(m, count, TILE)[..., inverse]
         y[:, first : first + count] = sorted_columns
     return y.view(m, -1)[:, :n].contiguous()
 
 
-def _decode_mm(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: LinearSpec) -> Tensor:
+def _decode_mm(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     n, k = spec.shape
     block_rows, columns = spec.scheme.weight.granularity.block_of(spec.shape)
     decode = _decoder(spec.scheme.weight.format, spec.layout)
@@ -188,16 +194,31 @@ def _decode_mm(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | Non
     buffer = torch.empty(step, k, dtype=x.dtype)
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
     for first in range(0, n, step):
-        part = codes[first : first + step]
+        part = packed.codes[first : first + step]
         weight = buffer[: part.shape[0]]
         decode(part, weight)
         rows = torch.arange(first, first + part.shape[0]) // block_rows
-        if zero_point is not None:
-            _each_block(weight, zero_point[rows], columns, Tensor.sub_)
+        if packed.zero_point is not None:
+            _each_block(weight, packed.zero_point[rows], columns, Tensor.sub_)
         if not _scale_follows(spec):
-            _each_block(weight, scale[rows], columns, Tensor.mul_)
+            _each_block(weight, _of_rows(packed.scale, packed.super_scale, rows, packed), columns, Tensor.mul_)
+        if packed.offset is not None:
+            _each_block(weight, _of_rows(packed.offset, packed.super_offset, rows, packed), columns, Tensor.add_)
         torch.mm(x, weight.t(), out=y[:, first : first + part.shape[0]])
     return y
+
+
+def _of_rows(per_block: Tensor, above: Tensor | None, rows: Tensor, packed: PackedWeight) -> Tensor:
+    """Scales (or offsets) of some rows of blocks, times what is above them: float32 [rows, column blocks]."""
+    if per_block.element_size() == 1:
+        values = per_block.view(torch.uint8)[rows].view(per_block.dtype).to(torch.float32)
+    else:
+        values = per_block[rows].to(torch.float32)
+    if above is None:
+        return values
+    assert packed.scheme.super_scale is not None
+    blocks = values.shape[1] if above.shape[1] == 1 else packed.scheme.super_scale.columns // packed.scheme.granularity.columns
+    return values * above[rows].to(torch.float32).repeat_interleave(blocks, 1)[:, : values.shape[1]]
 
 
 def _each_block(weight: Tensor, values: Tensor, columns: int, apply: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 from qcompile.codegen.cost_model import candidates, rank
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8
 from qcompile.errors import DeviceError
+from qcompile.formats import TableFormat
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache
+from qcompile.scheme import FLOAT_SCALES
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_BUCKET = 4096
@@ -52,9 +55,7 @@ def launch(
     function: Any,
     x: Tensor,
     x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    weight: PackedWeight,
     bias: Tensor | None,
     operands: list[Tensor],
     out_dtype: torch.dtype,
@@ -64,7 +65,7 @@ def launch(
     y = x.new_empty((m, kernel.n), dtype=out_dtype)
     if m == 0:
         return y
-    x = x.contiguous()
+    x, codes, scale, zero_point = x.contiguous(), weight.codes, weight.scale, weight.zero_point
     if not native_fp8(kernel.target):
         x, codes = (t.view(torch.uint8) if t.element_size() == 1 and t.is_floating_point() else t for t in (x, codes))
     tiles_m, tiles_n = -(-m // tile.m), -(-kernel.n // tile.n)
@@ -94,12 +95,16 @@ def launch(
     return y
 
 
+def _has_kernel(spec: LinearSpec) -> bool:
+    weight = spec.scheme.weight
+    plain = not weight.offset and weight.super_scale is None and weight.scale_dtype in FLOAT_SCALES
+    return spec.layout in TEMPLATES and plain and not isinstance(weight.format, TableFormat)
+
+
 def _decoded(
     x: Tensor,
     x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    weight: PackedWeight,
     bias: Tensor | None,
     operands: list[Tensor],
     spec: LinearSpec,
@@ -111,17 +116,14 @@ def _decoded(
     if x_scale is not None:
         assert spec.scheme.activation is not None
         x = dequantize_activation(x, x_scale, spec.scheme.activation)
-    packed = PackedWeight(codes, scale, zero_point, spec.shape, spec.scheme.weight, spec.layout)
-    weight = dequantize(LAYOUTS[spec.layout].unpack(packed))
-    return apply_epilogue(torch.mm(x.to(torch.float32), weight.t()), bias, operands, spec).to(out_dtype)
+    decoded = dequantize(replace(LAYOUTS[spec.layout].unpack(weight), perm=None))
+    return apply_epilogue(torch.mm(x.to(torch.float32), decoded.t()), bias, operands, spec).to(out_dtype)
 
 
 def gemm(
     x: Tensor,
     x_scale: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
+    weight: list[Tensor],
     bias: Tensor | None,
     operands: list[Tensor],
     spec: LinearSpec,
@@ -133,7 +135,7 @@ def gemm(
     Args:
         x: [M, K], floating point, or 8-bit codes if `x_scale` is given.
         x_scale: float32 [M, 1], [M, groups] or [], as `quantize_activation` makes it.
-        codes, scale, zero_point: of the weight, in the layout that `spec` names.
+        weight: the packed weight's tensors, in the layout that `spec` names; x has its columns in their order.
         bias: [N].
         operands: of the epilogue's steps, each [M, N].
         out_dtype: float32, bfloat16 or float16.
@@ -149,14 +151,15 @@ def gemm(
         raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 activations, not {x.dtype}: cast the model")
     if out_dtype not in _X_DTYPES:
         raise DeviceError(f"GPU kernels return float32, bfloat16 or float16, not {out_dtype}: cast the model")
-    if spec.layout not in TEMPLATES:
-        return _decoded(x, x_scale, codes, scale, zero_point, bias, operands, spec, out_dtype)
+    packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
+    if not _has_kernel(spec):
+        return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
     kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))
     function = wrap(cache.load(kernel).kernel)
     # Triton launches on the current device.
     guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, x, x_scale, codes, scale, zero_point, bias, operands, out_dtype)
+        return launch(kernel, function, x, x_scale, packed, bias, operands, out_dtype)
 
 
 @functools.cache
@@ -167,20 +170,18 @@ def gemm_operator() -> Any:
     def gemm_op(
         x: Tensor,
         x_scale: Tensor | None,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
+        weight: list[Tensor],
         bias: Tensor | None,
         operands: list[Tensor],
         spec: str,
         out_dtype: torch.dtype,
     ) -> Tensor:
         wrap = torch.library.wrap_triton
-        return gemm(x, x_scale, codes, scale, zero_point, bias, operands, decode_spec(spec), out_dtype, wrap)
+        return gemm(x, x_scale, weight, bias, operands, decode_spec(spec), out_dtype, wrap)
 
     return torch.ops.qcompile.gemm
 
 
 def kernel_name(spec: LinearSpec) -> str:
     """What runs a linear on GPUs, for reports."""
-    return TEMPLATES.get(spec.layout, "decode, then torch.mm")
+    return TEMPLATES[spec.layout] if _has_kernel(spec) else "decode, then torch.mm"

@@ -74,12 +74,12 @@ def test_groups(columns: int, dtype: torch.dtype) -> None:
 def test_compiled_operator_equals_eager(name: str) -> None:
     scheme = parse_scheme(name).fit("layer", (256, 512))
     given = problem(scheme, layout_of(scheme), 8, 256, 512, epilogue=("bias", "gelu"))
-    x, x_scale, codes, scale, zero, bias, operands = given.arguments("cuda")
+    x, x_scale, weight, bias, operands = given.arguments("cuda")
     encoded = given.spec.encode()
     operator = gpu.gemm_operator()
 
     def call(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tensor:
-        y: torch.Tensor = operator(x, x_scale, codes, scale, zero, bias, operands, encoded, torch.bfloat16)
+        y: torch.Tensor = operator(x, x_scale, list(weight.tensors), bias, operands, encoded, torch.bfloat16)
         return y
 
     expected = call(x, x_scale)

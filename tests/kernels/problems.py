@@ -19,7 +19,7 @@ from qcompile.scheme import SCALE_DTYPES, Scheme
 from tests import oracle, tolerance
 from tests.triton_interpreter import interpret
 
-Arguments: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, list[Tensor]]
+Arguments: TypeAlias = tuple[Tensor, Tensor | None, PackedWeight, Tensor | None, list[Tensor]]
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Problem:
         return gpu.launch(kernel, interpret(cache.load(kernel).kernel), *self.arguments(), self.out_dtype)
 
     def arguments(self, device: str = "cpu") -> Arguments:
-        """x, its scale, codes, scale, zero point, bias and operands."""
+        """x, its scale, the weight, bias and operands."""
         packed = self.packed.to(device)
 
         def move(value: Tensor | None) -> Tensor | None:
@@ -53,7 +53,7 @@ class Problem:
 
         operands = [operand.to(device) for operand in self.operands]
         x, x_scale, bias = self.x.to(device), move(self.x_scale), move(self.bias)
-        return x, x_scale, packed.codes, packed.scale, packed.zero_point, bias, operands
+        return x, x_scale, packed, bias, operands
 
     def check(self, y: Tensor, compute: torch.dtype, accumulate_unit: float = tolerance.ACCUMULATE_UNIT) -> None:
         """Every element within the derived bound of the float64 result."""
@@ -104,7 +104,6 @@ def problem(
         x, x_scale = quantize_activation(x, scheme.activation, static)
         inputs = dequantize_activation(x.double(), x_scale.double(), scheme.activation).double()
     spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=tuple(epilogue))
-    granularity = (weight.granularity.rows, weight.granularity.columns)
     return Problem(
         spec=spec,
         x=x,
@@ -114,5 +113,5 @@ def problem(
         operands=[torch.randn(m, n).to(dtype) for _ in range(spec.operand_count)],
         out_dtype=torch.float32 if identity else dtype,
         inputs=inputs,
-        weight=oracle.dequantize(weight.format.name, codes, scale, zero, granularity),
+        weight=oracle.dequantize(packed),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,16 +72,11 @@ class Quantized:
         self.input_scale = torch.tensor(STATIC_SCALE) if static else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        p = self.packed
-        return torch.ops.qcompile.linear(
-            x, p.codes, p.scale, p.zero_point, None, self.input_scale, [], self.spec.encode()
-        )
+        weight = list(self.packed.tensors)
+        return torch.ops.qcompile.linear(x, weight, None, self.input_scale, None, [], self.spec.encode())
 
     def weight(self) -> Tensor:
-        granularity = self.scheme.weight.granularity
-        codes, scale, zero = self.logical.unpack_codes(), self.logical.scale, self.logical.zero_point
-        block = (granularity.rows, granularity.columns)
-        return oracle.dequantize(self.scheme.weight.format.name, codes, scale, zero, block)
+        return oracle.dequantize(self.logical)
 
     def check(self, x: Tensor, y: Tensor) -> None:
         activation, given = self.scheme.activation, x
@@ -141,7 +137,7 @@ def test_the_identity_reads_the_weight_bit_for_bit(name: str, rows: int) -> None
         return  # dynamic scales of max / 127.5 are no powers of two; `integer_products` covers what is exact
     layer = Quantized(scheme, torch.randn(SHAPE))
     power = torch.exp2(torch.randint(-3, 3, layer.logical.scale.shape).float()).to(layer.logical.scale.dtype)
-    layer.logical = PackedWeight(layer.logical.codes, power, layer.logical.zero_point, SHAPE, layer.logical.scheme)
+    layer.logical = replace(layer.logical, scale=power)
     layer.packed = to_layout(layer.logical, layer.layout)
     x = torch.eye(SHAPE[1], dtype=torch.bfloat16)
     y = torch.cat([layer(part) for part in x.split(rows)])

@@ -53,14 +53,14 @@ def sm_90(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 def test_traced_kernel_writes_only_its_output(sm_90: None, name: str, layout: str, k: int, written: set[str]) -> None:
     given = problem(preset(name).fit("layer", (128, k)), layout, 4, 128, k, epilogue=("bias", "silu", "mul"))
     operator = gpu.gemm_operator()
-    x, x_scale, codes, scale, _, bias, operands = given.arguments()
+    x, x_scale, weight, bias, operands = given.arguments()
     encoded = given.spec.encode()
     with FakeTensorMode():
-        real = (x, x_scale, codes, scale, bias, *operands)
+        real = (x, x_scale, *weight.tensors, bias, *operands)
         fake = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in real]
 
         def call(x: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, operand: Tensor) -> Tensor:
-            result: Tensor = operator(x, x_scale, codes, scale, None, bias, [operand], encoded, torch.bfloat16)
+            result: Tensor = operator(x, x_scale, [codes, scale], bias, [operand], encoded, torch.bfloat16)
             return result
 
         graph = make_fx(dispatch_functionalize(call), tracing_mode="fake")(*fake).graph
