@@ -172,6 +172,7 @@ _FINGERPRINTS = {
     "_weight_qdata": "torchao",
     "W_q": "hqq",
     "weight._data": "quanto",
+    "weight._data._data": "quanto",
 }
 """Suffixes of tensors that only one method writes."""
 
