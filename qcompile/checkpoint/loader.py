@@ -1,0 +1,293 @@
+"""`qcompile.load`: a model from a quantized checkpoint, its codes as they are on disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
+from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, method_for
+from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
+from qcompile.errors import CheckpointError, LayerError
+from qcompile.modules import QuantizedLinear
+from qcompile.progress import track
+
+_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+"""Where older versions of methods keep what belongs into config.json."""
+_NEEDLESS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+"""Endings of tensors that old checkpoints hold and models compute."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        store: the tensors, by the names that the model's parameters have.
+        method: None if nothing is quantized.
+        config: what transformers' `AutoConfig` makes of the model's description; None for a bare safetensors file.
+    """
+
+    store: TensorStore
+    method: Method | None
+    config: Any
+
+
+def open_checkpoint(path: str | Path) -> Source:
+    """What a file or folder holds, without reading a tensor.
+
+    Raises:
+        CheckpointError: nothing readable; names the file and the way out.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from qcompile.checkpoint.gguf import gguf_source
+
+        return gguf_source(path)
+    store = open_store(path)
+    if path.is_file():
+        return Source(store, method_for(None, store), None)
+    described = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    config = None
+    if described:
+        config = _transformers_config(path)
+        store = renamed(store, config.model_type)
+    return Source(store, method_for(quantization_config(path, described), store), config)
+
+
+def quantization_config(folder: Path, described: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `quantization_config` of a checkpoint, wherever its method keeps it, with its `quant_method`."""
+    nested = described.get("text_config")
+    for given in (described, nested if isinstance(nested, Mapping) else {}):
+        found = given.get("quantization_config") or given.get("compression_config")
+        if isinstance(found, dict):
+            if "quant_method" not in found and "compression_config" in given:
+                return {"quant_method": "compressed-tensors", **found}
+            return found
+    for file, method in _SIDE_FILES.items():
+        if (folder / file).is_file():
+            return {"quant_method": method, **read_json(folder / file)}
+    return None
+
+
+def _transformers_config(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} makes no model of it ({error}); give "
+            "the model yourself: qcompile.load(path, model=...)"
+        ) from None
+
+
+class _RenamedStore(TensorStore):
+    """A store under other names."""
+
+    def __init__(self, store: TensorStore, names: Mapping[str, str]) -> None:
+        self._store, self._names = store, dict(names)
+        self.path, self.metadata = store.path, store.metadata
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._names)
+
+    def info(self, name: str) -> TensorInfo:
+        return self._store.info(self._names.get(name, name))
+
+    def read(self, name: str) -> Tensor:
+        return self._store.read(self._names.get(name, name))
+
+
+def renamed(store: TensorStore, model_type: str) -> TensorStore:
+    """The store under the names that transformers' modules have now, where they changed since checkpoints were made."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    changes = [c for c in get_checkpoint_conversion_mapping(model_type) or () if type(c) is WeightRenaming]
+    if not changes:
+        return store
+    names = {}
+    for name in store.names():
+        new = name
+        for change in changes:
+            new = change.rename_source_key(new)[0]
+        names[new] = name
+    return _RenamedStore(store, names)
+
+
+def load(
+    path: str | Path,
+    *,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """A model from a checkpoint, quantized or not, for inference.
+
+    Linear layers that the checkpoint holds quantized become `QuantizedLinear` with the very codes and scales of the
+    file. Tensors are read one after another: the peak of memory is the result and one layer. Compile the result with
+    `torch.compile(model, backend="qcompile")`.
+
+    Args:
+        path: a folder with config.json and safetensors files, a .gguf file, or (with `model`) a .safetensors file.
+        model: modules to fill, with parameters of any content, also on the meta device; by default made by
+            transformers from the checkpoint's config.json (or a GGUF file's metadata).
+        device: where the tensors go.
+        dtype: of what is not quantized; by default what the configuration says, or else bfloat16.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        the model, in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, hostile or of an unknown kind; names the file and tensor.
+        ConfigError: a dtype that the method cannot compute in.
+    """
+    source = open_checkpoint(path)
+    if model is None:
+        if source.config is None:
+            raise CheckpointError(
+                f"{path}: has no config.json, so its modules are unknown; give them: qcompile.load(path, model=...)"
+            )
+        dtype = dtype or getattr(source.config, "dtype", None) or torch.bfloat16
+        model = skeleton(source.config, dtype)
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
+    fill(model, source, torch.device(device), dtype, progress=progress)
+    return model.requires_grad_(False).eval()
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+    """transformers' model for a configuration: parameters on the meta device, buffers computed."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or ()
+    known = next((c for name in names if (c := getattr(transformers, name, None)) is not None), None)
+    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    with _parameters_on_meta():
+        build = transformers.AutoModelForCausalLM.from_config if known is None else known._from_config
+        model: nn.Module = build(plain, dtype=dtype)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield
+
+
+def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dtype, *, progress: bool = True) -> None:
+    """Give every parameter and buffer of a model what the checkpoint holds for it, and quantized linears their codes.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    store, method = source.store, source.method
+    used: set[str] = set()
+    linears = {n: m for n, m in model.named_modules() if n and type(m) is nn.Linear} if method else {}
+    for name, module in track(list(linears.items()), "Loading", progress):
+        tensors = LayerTensors(store, name)
+        assert method is not None
+        try:
+            found = method.linear(tensors, (module.out_features, module.in_features))
+        except LayerError as error:
+            raise CheckpointError(f"{store.path}: {error}") from None
+        if found is not None:
+            model.set_submodule(name, _quantized(found, module, tensors, device, dtype))
+            used |= tensors.taken
+            _check_rest(tensors)
+    _load_plain(model, store, used, device, dtype)
+    for name, scales in kv_scales(store).items():
+        if name in dict(model.named_modules()):
+            model.get_submodule(name).kv_scales = scales  # type: ignore[assignment]
+    left = [n for n in store.names() if n not in used and not is_kv_scale(n) and not n.endswith(_NEEDLESS)]
+    if left:
+        warnings.warn(
+            f"{store.path}: the model has no place for {len(left)} tensors: {', '.join(left[:5])}"
+            + (", ..." if len(left) > 5 else ""),
+            stacklevel=3,
+        )
+
+
+def _quantized(
+    found: LoadedLinear, module: nn.Linear, tensors: LayerTensors, device: torch.device, dtype: torch.dtype
+) -> QuantizedLinear:
+    found.weight.check(tensors.name)
+    bias = None
+    if module.bias is not None or "bias" in tensors:
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        bias = tensors.take("bias", *floats, shape=(module.out_features,)).to(device, dtype)
+    return QuantizedLinear(
+        found.weight.to(device),
+        found.scheme,
+        bias,
+        None if found.input_scale is None else found.input_scale.to(device),
+        dtype,
+        None if found.pre_quant_scale is None else found.pre_quant_scale.to(device),
+    )
+
+
+def _check_rest(tensors: LayerTensors) -> None:
+    """A tensor of a quantized layer that nobody read may be one that changes what the others mean."""
+    full = {f"{tensors.name}.{suffix}": suffix for suffix in tensors.suffixes()}
+    rest = [suffix for name, suffix in full.items() if name not in tensors.taken and not is_kv_scale(name)]
+    if rest:
+        raise tensors.error(f"nothing reads its {', '.join(rest)}; this variant of the format is unknown")
+
+
+def _load_plain(model: nn.Module, store: TensorStore, used: set[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Parameters and buffers that are not quantized; those that are tied share what was loaded."""
+    known = set(store.names()) - used
+    quantized = {n + "." for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]
+    missing = []
+    for name in names:
+        if any(name.startswith(prefix) for prefix in quantized):
+            continue
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        current: Tensor = getattr(module, attribute)
+        if name not in known:
+            if current.is_meta:
+                missing.append(name)
+            else:
+                setattr(module, attribute, _like(current, current.to(device)))
+            continue
+        info = store.info(name)
+        if info.shape != tuple(current.shape):
+            raise CheckpointError(f"{info.file}: {name} has shape {info.shape}, the model's is {tuple(current.shape)}")
+        if info.dtype.is_floating_point and info.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{info.file}: {name} is {info.dtype}, but its module is none that qcompile reads quantized"
+            )
+        target = dtype if current.is_floating_point() else current.dtype
+        setattr(module, attribute, _like(current, store.read(name).to(device, target, copy=True)))
+        used.add(name)
+    if missing and hasattr(model, "tie_weights"):
+        model.tie_weights()
+        missing = [n for n in missing if _tensor(model, n).is_meta]
+    if missing:
+        raise CheckpointError(
+            f"{store.path}: has nothing for {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; the file is "
+            "incomplete, or of another model"
+        )
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(owner), attribute)
+    return found
+
+
+def _like(current: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=False) if isinstance(current, nn.Parameter) else new
