@@ -19,7 +19,8 @@ def stream_bytes(words: Tensor, dim: int) -> Tensor:
 
     Words are little-endian, so that a bit stream in words is the same bit stream in bytes.
     """
-    return words.movedim(dim, -1).contiguous().view(torch.uint8)
+    moved = words.movedim(dim, -1)
+    return moved.reshape(-1).view(torch.uint8).view(*moved.shape[:-1], moved.shape[-1] * words.dtype.itemsize)
 
 
 def unpack_words(words: Tensor, bits: int, dim: int = -1, count: int | None = None) -> Tensor:
