@@ -20,7 +20,9 @@ def stream_bytes(words: Tensor, dim: int) -> Tensor:
     Words are little-endian, so that a bit stream in words is the same bit stream in bytes.
     """
     moved = words.movedim(dim, -1)
-    return moved.reshape(-1).view(torch.uint8).view(*moved.shape[:-1], moved.shape[-1] * words.dtype.itemsize)
+    if not moved.is_contiguous() or moved.stride(-1) != 1:  # a single word counts as contiguous with any stride
+        moved = moved.clone(memory_format=torch.contiguous_format)
+    return moved.view(torch.uint8)
 
 
 def unpack_words(words: Tensor, bits: int, dim: int = -1, count: int | None = None) -> Tensor:
@@ -33,8 +35,8 @@ def unpack_words(words: Tensor, bits: int, dim: int = -1, count: int | None = No
         words: any integer dtype; int32 words count as unsigned.
     """
     stream = stream_bytes(words, dim)
-    total = stream.shape[-1] * 8 // bits
-    return unpack_bits(stream, bits, total if count is None else count).movedim(-1, dim)
+    wanted = stream.shape[-1] * 8 // bits if count is None else count
+    return unpack_bits(stream, bits, wanted)[..., :wanted].movedim(-1, dim)
 
 
 def pack_words(codes: Tensor, bits: int, dim: int = -1, dtype: torch.dtype = torch.int32) -> Tensor:
