@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class PackedWeight:
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> PackedWeight:
         """The weight whose tensors are `function(name, tensor)`."""
-        changed = {name: function(name, tensor) for name, tensor in zip(self.scheme.fields, self.tensors, strict=True)}
+        changed: dict[str, Any] = {name: function(name, tensor) for name, tensor in zip(self.scheme.fields, self.tensors, strict=True)}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> PackedWeight:

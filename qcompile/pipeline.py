@@ -30,7 +30,7 @@ def _recognize(context: GraphContext) -> None:
             continue
         spec = decode_spec(node.args[Args.index("spec")])
         module = compat.module_of(node)
-        parts = [context.values.get(part) for part in node.args[Args.index("weight")]]
+        parts: list[Any] = [context.values.get(part) for part in node.args[Args.index("weight")]]
         packed = None
         if all(isinstance(part, Tensor) for part in parts):
             packed = PackedWeight.from_tensors(parts, spec.shape, spec.scheme.weight, spec.layout)

@@ -126,8 +126,10 @@ def _stored(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:
     scale = spread.to(dtype)
     if not torch.isfinite(scale.float()).all():
         raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")
-    holds_zero = float(scheme.format.decode(scheme.format.encode(torch.zeros(1)).int())) == 0  # IQ4's codebook does not
-    return torch.where(scale.float() == 0, float(holds_zero), scale.float()).to(dtype)
+    nearest_to_zero = scheme.format.decode(scheme.format.encode(torch.zeros(1)).int())
+    assert isinstance(nearest_to_zero, Tensor)
+    of_zeros = float(nearest_to_zero.item() == 0)  # IQ4's codebook holds no 0
+    return torch.where(scale.float() == 0, of_zeros, scale.float()).to(dtype)
 
 
 def power_of_two(top: Tensor, largest: float) -> Tensor:

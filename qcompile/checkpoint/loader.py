@@ -202,8 +202,11 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
             found = method.linear(tensors, (module.out_features, module.in_features))
         except LayerError as error:
             raise CheckpointError(f"{store.path}: {error}") from None
-        if found is not None:
+        if isinstance(found, Tensor):
+            module.weight = nn.Parameter(found.to(device, dtype), requires_grad=False)
+        elif found is not None:
             model.set_submodule(name, _quantized(found, module, tensors, device, dtype))
+        if found is not None:
             used |= tensors.taken
             _check_rest(tensors)
     _load_plain(model, store, used, device, dtype)
@@ -273,8 +276,9 @@ def _load_plain(model: nn.Module, store: TensorStore, used: set[str], device: to
         target = dtype if current.is_floating_point() else current.dtype
         setattr(module, attribute, _like(current, store.read(name).to(device, target, copy=True)))
         used.add(name)
-    if missing and hasattr(model, "tie_weights"):
-        model.tie_weights()
+    tie = getattr(model, "tie_weights", None)
+    if missing and callable(tie):
+        tie()
         missing = [n for n in missing if _tensor(model, n).is_meta]
     if missing:
         raise CheckpointError(
