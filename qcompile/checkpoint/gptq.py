@@ -188,7 +188,7 @@ class AutoRound(Method):
             bits_setting(config, None, _BITS)
             group_setting(config)
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
         if self.floats is not None:
             return self.floats.linear(tensors, shape)
         if "qweight" not in tensors:

@@ -204,9 +204,9 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
             raise CheckpointError(f"{store.path}: {error}") from None
         if isinstance(found, Tensor):
             module.weight = nn.Parameter(found.to(device, dtype), requires_grad=False)
+            used |= tensors.taken
         elif found is not None:
             model.set_submodule(name, _quantized(found, module, tensors, device, dtype))
-        if found is not None:
             used |= tensors.taken
             _check_rest(tensors)
     _load_plain(model, store, used, device, dtype)

@@ -128,8 +128,9 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
-        """A linear layer with weight [N, K], or None if the checkpoint holds its weight unquantized.
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
+        """A linear layer with weight [N, K]; None if the checkpoint holds its weight unquantized; the decoded weight
+        itself, float32 [N, K], if its scales are arranged in a way that no `PackedWeight` holds.
 
         Raises:
             CheckpointError: tensors that are missing, damaged or disagree with the configuration or with `shape`.
@@ -201,7 +202,7 @@ def method_for(config: Mapping[str, Any] | None, store: TensorStore) -> Method |
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4) or sorted(METHODS)
         raise CheckpointError(
-            f"{store.path}: quant_method {shown(name)} is unknown; did you mean {', '.join(near)}? A method of your own "
-            "is added with qcompile.checkpoint.method.register"
+            f"{store.path}: quant_method {shown(name)} is unknown; did you mean {', '.join(near)}? A method of your "
+            "own is added with qcompile.checkpoint.method.register"
         )
     return METHODS[name](config, store)
