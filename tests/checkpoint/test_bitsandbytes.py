@@ -1,0 +1,179 @@
+"""Layers that bitsandbytes saved, against the weights that it decodes (tests/fixtures/bitsandbytes)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qcompile.checkpoint.bitsandbytes import BitsAndBytes
+from qcompile.checkpoint.flat_blocks import block_count, group_granularity, spread_blocks
+from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.store import open_store
+from qcompile.errors import CheckpointError
+from qcompile.reference import dequantize, expand_blocks
+from qcompile.scheme import Granularity
+from tests.tolerance import assert_within, float_bound
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "bitsandbytes"
+TENSORS = load_file(FIXTURES / "layers.safetensors")
+LAYERS = sorted(name.removesuffix(".expected") for name in TENSORS if name.endswith(".expected"))
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def layer(name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(name + "."): t for key, t in TENSORS.items() if key.startswith(name + ".")}
+
+
+def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], **config: object) -> LoadedLinear | None:
+    save_file({f"x.{key}": tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
+    store = open_store(folder)
+    rows, columns = shape
+    return BitsAndBytes({"quant_method": "bitsandbytes", **config}, store).linear(
+        LayerTensors(store, "x"), (rows, columns)
+    )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_decode_as_bitsandbytes_does(tmp_path, name):
+    tensors = layer(name)
+    expected = tensors.pop("expected")
+    loaded = load(tmp_path, tensors, tuple(expected.shape))
+    weight = dequantize(loaded.weight)
+    if name == "int8":  # q * SCB / 127 there, q * (SCB / 127) here
+        assert_within(weight, expected, float_bound(expected, 3, torch.float32))
+        assert torch.equal(loaded.weight.unpack_codes(), tensors["weight"].view(torch.uint8) ^ 0x80)
+    else:
+        assert torch.equal(weight, expected)
+    assert loaded.scheme.method == "checkpoint"
+
+
+def test_every_tensor_is_used(tmp_path):
+    for name in LAYERS:
+        tensors = layer(name)
+        shape = tensors.pop("expected").shape
+        save_file({f"x.{key}": tensor for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors")
+        store = open_store(tmp_path / f"{name}.safetensors")
+        given = LayerTensors(store, "x")
+        method = method_for(None, store)
+        assert isinstance(method, BitsAndBytes)
+        assert method.linear(given, (shape[0], shape[1])) is not None
+        assert given.taken == set(store.names())
+
+
+def test_plain_layers_are_left(tmp_path):
+    assert load(tmp_path, {"weight": torch.randn(4, 8)}, (4, 8)) is None
+    with pytest.raises(CheckpointError, match=r"neither a 4-bit quantization state .* nor SCB"):
+        load(tmp_path, {"weight": torch.zeros(16, 1, dtype=torch.uint8)}, (4, 8))
+
+
+def test_outliers_are_those_of_the_configuration(tmp_path):
+    tensors = layer("int8")
+    shape = tensors.pop("expected").shape
+
+    def threshold(**config: object) -> float | None:
+        return load(tmp_path, tensors, shape, **config).scheme.activation.outlier_threshold
+
+    assert (threshold(), threshold(llm_int8_threshold=3), threshold(llm_int8_threshold=0.0)) == (6.0, 3.0, None)
+    for value in (-1, True, "6", float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match="llm_int8_threshold is"):
+            threshold(llm_int8_threshold=value)
+
+
+@pytest.mark.parametrize(("block", "shape"), [(64, (4, 96)), (64, (5, 7)), (64, (6, 32)), (100, (3, 50)), (7, (2, 14))])
+def test_blocks_of_a_flat_weight(block, shape):
+    values = torch.arange(block_count(block, shape), dtype=torch.float32)
+    flat = values.repeat_interleave(block)[: shape[0] * shape[1]].view(shape)
+    spread = spread_blocks(values, block, shape)
+    granularity = group_granularity(block, shape)
+    assert torch.equal(expand_blocks(spread, granularity, shape), flat)
+    assert spread.shape == granularity.scale_shape(shape)
+
+
+def test_groups_are_as_large_as_can_be():
+    assert group_granularity(64, (8, 128)) == Granularity.group(64)
+    assert group_granularity(64, (8, 32)) == Granularity.channel()
+    assert group_granularity(64, (8, 96)) == Granularity.group(32)
+
+
+def state_of(tensors: dict[str, Tensor], **changes: object) -> Tensor:
+    state = json.loads(bytes(tensors[STATE].tolist())) | changes
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+DAMAGE = {
+    "state is no JSON": ({STATE: torch.tensor([123, 1], dtype=torch.uint8)}, r"weight\.quant_state.* is no JSON"),
+    "state is no text": ({STATE: torch.full((8,), 255, dtype=torch.uint8)}, "is no JSON"),
+    "state nests": ({STATE: torch.full((9000,), 91, dtype=torch.uint8)}, "is no JSON"),
+    "state is a list": ({STATE: torch.tensor(list(b"[1]"), dtype=torch.uint8)}, "is a list in JSON"),
+    "state is long": ({STATE: torch.zeros(1 << 15, dtype=torch.uint8)}, "at most 16384 bytes"),
+    "state of another dtype": ({STATE: torch.zeros(8)}, "has dtype torch.float32"),
+    "another shape": ({"shape": [128, 24]}, r"says shape \[128, 24\], but the model's layer is \[24, 128\]"),
+    "a shape of strings": ({"shape": "24x128"}, "says shape '24x128'"),
+    "block of 0": ({"blocksize": 0}, "says blocksize 0"),
+    "block of true": ({"blocksize": True}, "says blocksize True"),
+    "huge block": ({"blocksize": 1 << 40}, "says blocksize"),
+    "another block": ({"blocksize": 128}, r"weight\.absmax has shape \(48,\), expected \(24\)"),
+    "another type": ({"quant_type": "fp4"}, "says quant_type 'fp4'"),
+    "weight too short": ({"weight": torch.zeros(100, 1, dtype=torch.uint8)}, r"\[24, 128\] in 4 bits are 1536 bytes"),
+    "weight of another dtype": ({"weight": torch.zeros(384, 1, dtype=torch.int32)}, "weight has dtype torch.int32"),
+    "NaN in absmax": ({"weight.absmax": torch.full((48,), float("nan"))}, "weight.absmax holds NaN"),
+    "absmax of float16": ({"weight.absmax": torch.ones(48, dtype=torch.float16)}, "has dtype torch.float16"),
+    "another table": ({"weight.quant_map": torch.linspace(-1, 1, 16)}, "its quant_map is not the table of nf4"),
+    "a short table": ({"weight.quant_map": torch.ones(15)}, r"weight\.quant_map has shape \(15,\)"),
+    "two states": ({"weight.quant_state.bitsandbytes__fp4": torch.zeros(2, dtype=torch.uint8)}, "it has 2 quant"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_4_bit_layers_are_refused(tmp_path, what):
+    tensors = layer("nf4")
+    shape = tensors.pop("expected").shape
+    changes, message = DAMAGE[what]
+    if not any(isinstance(value, Tensor) for value in changes.values()):
+        changes = {STATE: state_of(tensors, **changes)}
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load(tmp_path, tensors | changes, shape)
+    assert "model.safetensors: x: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight.nested_absmax": torch.ones(1)}, r"weight\.nested_absmax has shape \(1,\), expected \(2\)"),
+        ({"weight.nested_absmax": torch.full((2,), float("inf"))}, "weight.absmax holds NaN or infinity"),
+        ({"weight.nested_quant_map": torch.ones(255)}, r"nested_quant_map has shape \(255,\)"),
+        ({"weight.absmax": torch.ones(288)}, "weight.absmax has dtype torch.float32, expected torch.uint8"),
+        ({"nested_blocksize": None}, "says nested_blocksize None"),
+        ({"nested_offset": "0"}, "says nested_offset '0'"),
+        ({"nested_offset": float("nan")}, "weight.absmax holds NaN"),
+    ],
+)
+def test_damaged_double_quantization_is_refused(tmp_path, changes, message):
+    tensors = layer("nf4_nested")
+    shape = tensors.pop("expected").shape
+    if not any(isinstance(value, Tensor) for value in changes.values()):
+        changes = {STATE: state_of(tensors, **changes)}
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, tensors | changes, shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_format": torch.tensor(2, dtype=torch.uint8)}, "weight_format is 2: int8 weights in the tile order"),
+        ({"SCB": torch.full((32,), float("nan"))}, "SCB holds NaN"),
+        ({"SCB": torch.ones(31)}, r"SCB has shape \(31,\)"),
+        ({"weight": torch.zeros(64, 32, dtype=torch.int8)}, r"weight has shape \(64, 32\)"),
+        ({"weight": torch.zeros(32, 64)}, "weight has dtype torch.float32"),
+    ],
+)
+def test_damaged_int8_layers_are_refused(tmp_path, changes, message):
+    tensors = layer("int8")
+    shape = tensors.pop("expected").shape
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, tensors | changes, shape)
