@@ -248,3 +248,26 @@ def test_layers_that_are_refused(tmp_path, change, config, message):
     with pytest.raises(CheckpointError, match=message) as error:
         read_layer(tmp_path / "x.safetensors", config, SHAPE, tensors)
     assert "m.l" in str(error.value)
+
+
+FLOAT_LAYERS = fixture_layers("gptq", "autoround_floats")
+
+
+@pytest.mark.parametrize(("file", "name", "config"), FLOAT_LAYERS, ids=[name for _, name, _ in FLOAT_LAYERS])
+def test_auto_round_floats(file, name, config):
+    dense = fixture_tensors(file, name)["dense"]
+    layer = read_layer(FIXTURES / file, config, tuple(dense.shape), name=name)
+    assert torch.equal(decoded(layer), dense)
+    activation = layer.scheme.activation
+    assert (activation is None) == (name in ("nvfp4", "mxfp4", "fp8_channel"))
+    assert (layer.input_scale is not None) == (name == "fp8_static")
+
+
+@pytest.mark.parametrize("pattern", ["mxfp8", "^mx.*8$", "xfp8"])
+def test_auto_round_floats_of_several_types(pattern):
+    configs = {name: config for _, name, config in FLOAT_LAYERS}
+    config = {**configs["mxfp4"], "extra_config": {pattern: {"bits": 8, "act_bits": 8}, "lm_head": {"bits": 16}}}
+    for name in ("mxfp4", "mxfp8"):
+        dense = fixture_tensors(FLOAT_LAYERS[0][0], name)["dense"]
+        layer = read_layer(FIXTURES / FLOAT_LAYERS[0][0], config, tuple(dense.shape), name=name)
+        assert torch.equal(decoded(layer), dense)

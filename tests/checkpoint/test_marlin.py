@@ -1,0 +1,97 @@
+"""Weights in Marlin's order decode to what AutoGPTQ, AutoAWQ and compressed-tensors packed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from qcompile.checkpoint.marlin import marlin_24_weight
+from qcompile.checkpoint.method import LayerTensors
+from qcompile.checkpoint.store import open_store
+from qcompile.errors import CheckpointError
+from qcompile.reference import dequantize
+from tests.checkpoint.integer_files import FIXTURES, decoded, fixture_tensors, read_layer
+
+CONFIGS = json.loads((FIXTURES / "marlin" / "marlin.json").read_text())
+SPARSE_NAMES = {"weight_packed": "B_24", "meta": "B_meta", "scale_packed": "s"}
+
+
+def packed(name):
+    """The tensors of a layer, with the names that GPTQ checkpoints have for them; and the weight."""
+    stored = fixture_tensors(f"marlin/{name.split('_')[0]}.safetensors", name)
+    codes, scales = stored.pop("codes"), stored.pop("plain_scales")
+    middle = 2 ** (CONFIGS[name]["bits"] - 1)
+    repeated = scales.float().repeat_interleave(codes.shape[1] // scales.shape[1], 1)
+    tensors = {SPARSE_NAMES.get(suffix, suffix): tensor for suffix, tensor in stored.items()}
+    return tensors, (codes.float() - middle) * repeated
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_of_the_producers(tmp_path, name):
+    tensors, weight = packed(name)
+    tensors["workspace"] = torch.zeros(16, dtype=torch.int32)
+    shape = tuple(weight.shape)
+    layer = read_layer(tmp_path / "x.safetensors", CONFIGS[name], shape, tensors)
+    assert torch.equal(decoded(layer), weight)
+    assert layer.weight.scheme.symmetric
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_old_configurations_without_bits(tmp_path, name):
+    tensors, weight = packed(name)
+    config = {"quant_method": "gptq", "is_marlin_format": True}
+    layer = read_layer(tmp_path / "x.safetensors", config, tuple(weight.shape), tensors)
+    assert torch.equal(decoded(layer), weight)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("sparse")])
+def test_names_of_compressed_tensors(name):
+    weight = packed(name)[1]
+    store = open_store(FIXTURES / "marlin" / "sparse.safetensors")
+    bits = CONFIGS[name]["bits"]
+    suffixes = {"codes": "weight_packed", "meta": "meta", "scales": "scale_packed"}
+    assert torch.equal(
+        dequantize(marlin_24_weight(LayerTensors(store, name), tuple(weight.shape), bits=bits, **suffixes)), weight
+    )
+
+
+DENSE, SPARSE = "dense_group_128", "sparse_4bit_group_128"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (DENSE, lambda t: t.pop("s"), "s is missing"),
+        (DENSE, lambda t: t.update(B=t["B"].short()), "B has dtype"),
+        (DENSE, lambda t: t.update(B=t["B"][1:]), "B has shape"),
+        (DENSE, lambda t: t.update(s=t["s"] * torch.nan), "s holds NaN"),
+        (DENSE, lambda t: t.update(s=torch.zeros(3, 256).half()), "s has shape"),
+        (DENSE, lambda t: t.update(s=torch.zeros(0, 256).half()), "s has shape"),
+        (DENSE, lambda t: t.update(s=torch.zeros(256).half()), "s has shape"),
+        (SPARSE, lambda t: t.pop("B_meta"), "B_meta is missing"),
+        (SPARSE, lambda t: t.update(B_meta=torch.zeros_like(t["B_meta"])), "two different columns"),
+        (SPARSE, lambda t: t.update(B_meta=t["B_meta"].int()), "B_meta has dtype"),
+        (SPARSE, lambda t: t.update(B_24=t["B_24"][:, 1:]), "B_24 has shape"),
+    ],
+)
+def test_layers_that_are_refused(tmp_path, name, change, message):
+    tensors, weight = packed(name)
+    change(tensors)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_layer(tmp_path / "x.safetensors", CONFIGS[name], tuple(weight.shape), tensors)
+    assert "m.l" in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(32, 128), (64, 24)])
+@pytest.mark.parametrize("name", [DENSE, SPARSE])
+def test_shapes_that_are_no_multiple_of_tiles(tmp_path, name, shape):
+    with pytest.raises(CheckpointError, match="tiles"):
+        read_layer(tmp_path / "x.safetensors", CONFIGS[name], shape, packed(name)[0])
+
+
+def test_sparse_weights_of_3_bits_do_not_exist(tmp_path):
+    tensors, weight = packed(SPARSE)
+    with pytest.raises(CheckpointError, match="4 or 8"):
+        read_layer(tmp_path / "x.safetensors", {**CONFIGS[SPARSE], "bits": 3}, tuple(weight.shape), tensors)
