@@ -95,7 +95,8 @@ def launch(
     return y
 
 
-def _has_kernel(spec: LinearSpec) -> bool:
+def has_kernel(spec: LinearSpec) -> bool:
+    """Whether a template multiplies by such weights; others are decoded whole."""
     weight = spec.scheme.weight
     plain = not weight.offset and weight.super_scale is None and weight.scale_dtype in FLOAT_SCALES
     return spec.layout in TEMPLATES and plain and not isinstance(weight.format, TableFormat)
@@ -152,7 +153,7 @@ def gemm(
     if out_dtype not in _X_DTYPES:
         raise DeviceError(f"GPU kernels return float32, bfloat16 or float16, not {out_dtype}: cast the model")
     packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
-    if not _has_kernel(spec):
+    if not has_kernel(spec):
         return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
     kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))
     function = wrap(cache.load(kernel).kernel)
@@ -184,4 +185,4 @@ def gemm_operator() -> Any:
 
 def kernel_name(spec: LinearSpec) -> str:
     """What runs a linear on GPUs, for reports."""
-    return TEMPLATES[spec.layout] if _has_kernel(spec) else "decode, then torch.mm"
+    return TEMPLATES[spec.layout] if has_kernel(spec) else "decode, then torch.mm"

@@ -94,13 +94,16 @@ def test_source_that_compilers_copy_is_whole(tmp_path: Path) -> None:
 
 def test_layout_without_a_kernel_is_decoded() -> None:
     given = problem(preset("int4_asym").fit("layer", (70, 64)), "logical", 5, 70, 64, epilogue=("bias", "silu", "mul"))
-    given.check(gpu.gemm(*given.arguments(), given.spec, given.out_dtype), torch.float32)
+    x, x_scale, weight, bias, operands = given.arguments()
+    y = gpu.gemm(x, x_scale, list(weight.tensors), bias, operands, given.spec, given.out_dtype)
+    given.check(y, torch.float32)
 
 
 def test_unsupported_dtypes_are_refused() -> None:
     given = problem(preset("int4").fit("layer", (70, 64)), "fragment", 5, 70, 64)
-    arguments = given.arguments()
+    x, x_scale, weight, bias, operands = given.arguments()
+    rest = (x_scale, list(weight.tensors), bias, operands, given.spec)
     with pytest.raises(DeviceError, match="float64"):
-        gpu.gemm(arguments[0].double(), *arguments[1:], given.spec, torch.bfloat16)
+        gpu.gemm(x.double(), *rest, torch.bfloat16)
     with pytest.raises(DeviceError, match="float64"):
-        gpu.gemm(*arguments, given.spec, torch.float64)
+        gpu.gemm(x, *rest, torch.float64)
