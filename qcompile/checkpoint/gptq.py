@@ -177,6 +177,11 @@ class AutoRound(Method):
 
     def __init__(self, config: Mapping[str, Any], store: TensorStore) -> None:
         self.config = config
+        if config.get("rotation_config") or config.get("spinquant_config"):
+            raise CheckpointError(
+                "quantization_config: rotation_config asks for rotations of inputs while the model runs, which "
+                "qcompile does not have; quantize the original model without them"
+            )
         self.packing = setting(config, ("packing_format",), "auto_round:auto_gptq", str, "a string").lower()
         changes = config.get("extra_config") or {}
         if not isinstance(changes, Mapping) or not all(isinstance(change, Mapping) for change in changes.values()):
@@ -349,7 +354,7 @@ def _column_order(
     size = int(sizes.max())
     shorter = used[sizes[used] < size]
     if len(shorter) <= 1:
-        sources = torch.cat([used[sizes[used] == size], shorter])
+        order = sources = torch.cat([used[sizes[used] == size], shorter])
     else:
         size = math.gcd(*sizes[used].tolist())
         if size < _LEAST_GROUP:
@@ -358,9 +363,9 @@ def _column_order(
                 f"divisor {size} is less than {_LEAST_GROUP}; quantize the original model with static_groups, or "
                 "without desc_act"
             )
-        sources = used.repeat_interleave(sizes[used] // size)
+        order, sources = used, used.repeat_interleave(sizes[used] // size)
     rank = torch.zeros(groups, dtype=torch.int64)
-    rank[sources.flip(0)] = torch.arange(len(sources)).flip(0)
+    rank[order] = torch.arange(len(order))
     perm = rank[index].argsort(stable=True).to(torch.int32)
     in_place = torch.equal(perm, torch.arange(columns, dtype=torch.int32))
     return granularity_of(size, columns), None if in_place else perm, sources

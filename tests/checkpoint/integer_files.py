@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+import qcompile
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
 from qcompile.checkpoint.store import open_store
+from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize
+from tests.tolerance import sqnr
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -115,3 +119,56 @@ def awq_tensors(p: Problem) -> dict[str, Tensor]:
         return stream(codes.unflatten(1, (-1, 8))[..., order].flatten(1), 4)
 
     return {"qweight": interleaved(p.codes.t()), "qzeros": interleaved(p.zeros.t()), "scales": p.scales.t()}
+
+
+def write_llama(
+    folder: Path, config: dict[str, Any], pack: Callable[[str, tuple[int, int]], tuple[dict[str, Tensor], Tensor]]
+) -> nn.Module:
+    """A checkpoint of a Llama with 2 layers, whose linears in layers are quantized.
+
+    Args:
+        config: its `quantization_config`.
+        pack: from a linear's name and (N, K) to its tensors and the weight [N, K] that they stand for; no tensors leave
+            the linear as it is.
+
+    Returns:
+        transformers' model with those weights, float32.
+    """
+    import transformers
+
+    description = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, dtype="float32",
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(description).eval().requires_grad_(False)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, module in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, nn.Linear):
+            packed, weight = pack(name, tuple(module.weight.shape))
+            if packed:
+                module.weight.data = weight
+                del tensors[f"{name}.weight"]
+                tensors |= {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    described = {**description.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(described))
+    return model
+
+
+def check_llama(folder: Path, expected: nn.Module) -> None:
+    """`qcompile.load` makes a model with those very weights, which computes the same but for rounding to bfloat16.
+
+    The kernels of CPUs round weights and inputs of linears to bfloat16 where they do not compute in float32: 2**-8
+    relative for each operand of the 15 linears, and as much again for what follows from them.
+    """
+    model = qcompile.load(folder, progress=False)
+    quantized = 0
+    for name, module in expected.named_modules():
+        if isinstance(module, nn.Linear):
+            loaded = model.get_submodule(name)
+            quantized += isinstance(loaded, QuantizedLinear)
+            assert torch.equal(loaded.weight, module.weight), name
+    assert quantized >= 7
+    tokens = torch.randint(0, 64, (1, 12))
+    floor = -20 * math.log10(15 * 2 * 2.0**-8)
+    assert sqnr(expected(tokens).logits, model(tokens).logits) >= floor

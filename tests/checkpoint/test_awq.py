@@ -10,11 +10,13 @@ from tests.checkpoint.integer_files import (
     FIXTURES,
     Problem,
     awq_tensors,
+    check_llama,
     decoded,
     fixture_layers,
     fixture_tensors,
     problem,
     read_layer,
+    write_llama,
 )
 
 LAYERS = fixture_layers("awq", "autoawq")
@@ -138,3 +140,17 @@ def test_shapes_that_do_not_fill_words(name, shape, message):
     config = next(config for _, layer, config in LAYERS if layer == name)
     with pytest.raises(CheckpointError, match=message):
         read_layer(FIXTURES / "awq" / "autoawq.safetensors", config, shape, name=name)
+
+
+def test_a_model(tmp_path):
+    """With layers that are not quantized and not named as such."""
+    pytest.importorskip("transformers")
+
+    def pack(name, shape):
+        if name.endswith("v_proj"):
+            return {}, None
+        p = problem(4, *shape, 32)
+        return awq_tensors(p), p.weight
+
+    config = {key: value for key, value in GEMM.items() if key != "modules_to_not_convert"}
+    check_llama(tmp_path, write_llama(tmp_path, config, pack))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from qcompile.errors import CheckpointError
 from tests.checkpoint.integer_files import (
     FIXTURES,
     Problem,
+    check_llama,
     decoded,
     fixture_layers,
     fixture_tensors,
     gptq_tensors,
     problem,
     read_layer,
+    write_llama,
 )
 
 LAYERS = fixture_layers("gptq", "gptqmodel", "autoround")
@@ -200,6 +203,7 @@ def test_a_plain_layer_is_not_quantized(tmp_path, method):
         ({"dynamic": {"+:m": 3}}, "it is an object"),
         ({"quant_method": "auto-round", "extra_config": {"m": 3}}, "extra_config is"),
         ({"quant_method": "auto-round", "act_bits": 8}, "not readable"),
+        ({"quant_method": "auto-round", "rotation_config": {"kind": "hadamard"}}, "rotations"),
         ({"quant_method": "auto-round", "data_type": "int_asym_dq", "act_bits": 8}, "not readable"),
     ],
     ids=str,
@@ -271,3 +275,34 @@ def test_auto_round_floats_of_several_types(pattern):
         dense = fixture_tensors(FLOAT_LAYERS[0][0], name)["dense"]
         layer = read_layer(FIXTURES / FLOAT_LAYERS[0][0], config, tuple(dense.shape), name=name)
         assert torch.equal(decoded(layer), dense)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_model(tmp_path, act_order):
+    """With layers of 8 bits, and one that is not quantized, as rules say."""
+    pytest.importorskip("transformers")
+    dynamic = {"-:.*1\\.mlp\\.up_proj": {}, "+:.*down_proj": {"bits": 8, "group_size": 64}}
+
+    def pack(name, shape):
+        if name.endswith("1.mlp.up_proj"):
+            return {}, None
+        bits, group = (8, 64) if name.endswith("down_proj") else (4, 32)
+        groups = torch.arange(shape[1]) // group
+        p = problem(bits, *shape, group, groups=groups[torch.randperm(shape[1])] if act_order else groups)
+        return gptq_tensors(p, bits), p.weight
+
+    expected = write_llama(tmp_path, config_with(dynamic=dynamic, desc_act=act_order), pack)
+    check_llama(tmp_path, expected)
+
+
+def test_a_model_whose_configuration_lies_beside(tmp_path):
+    pytest.importorskip("transformers")
+
+    def pack(name, shape):
+        p = problem(4, *shape, 32)
+        return gptq_tensors(p, 4), p.weight
+
+    expected = write_llama(tmp_path, {}, pack)
+    settings = {key: value for key, value in V1.items() if key != "quant_method"}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(settings))
+    check_llama(tmp_path, expected)

@@ -12,7 +12,16 @@ from qcompile.checkpoint.method import LayerTensors
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
 from qcompile.reference import dequantize
-from tests.checkpoint.integer_files import FIXTURES, decoded, fixture_tensors, read_layer
+from tests.checkpoint.integer_files import (
+    FIXTURES,
+    check_llama,
+    decoded,
+    fixture_tensors,
+    problem,
+    read_layer,
+    stream,
+    write_llama,
+)
 
 CONFIGS = json.loads((FIXTURES / "marlin" / "marlin.json").read_text())
 SPARSE_NAMES = {"weight_packed": "B_24", "meta": "B_meta", "scale_packed": "s"}
@@ -95,3 +104,27 @@ def test_sparse_weights_of_3_bits_do_not_exist(tmp_path):
     tensors, weight = packed(SPARSE)
     with pytest.raises(CheckpointError, match="4 or 8"):
         read_layer(tmp_path / "x.safetensors", {**CONFIGS[SPARSE], "bits": 3}, tuple(weight.shape), tensors)
+
+
+def marlin_order():
+    """The description's gather index of a run of 1024 codes."""
+    order = []
+    for t in range(32):
+        rows = (2 * (t % 4), 2 * (t % 4) + 1, 2 * (t % 4) + 8, 2 * (t % 4) + 9)
+        base = [16 * row + t // 4 + 8 * half for half in (0, 1) for row in rows]
+        order += [b + 256 * tile for tile in range(4) for b in base]
+    return [order[8 * run + i] for run in range(128) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+
+
+def test_a_model(tmp_path):
+    pytest.importorskip("transformers")
+    single = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+
+    def pack(name, shape):
+        p = problem(4, *shape, shape[1], symmetric=True)
+        tiles = p.codes.t().reshape(shape[1] // 16, 16, shape[0] // 16, 16).transpose(1, 2)
+        runs = tiles.reshape(-1, 1024)[:, marlin_order()].reshape(shape[1] // 16, -1)
+        return {"B": stream(runs, 4), "s": p.scales.t().reshape(-1, 32)[:, single].reshape(1, -1)}, p.weight
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "checkpoint_format": "marlin", "sym": True}
+    check_llama(tmp_path, write_llama(tmp_path, config, pack))
