@@ -1,7 +1,8 @@
 """linear(x, W, b) -> its layer's name and the scheme that the configuration gives it.
 
 A layer's name is its module's qualified name, relative to what is compiled; a linear that no linear module makes is
-named by its parameter (`proj.weight` is `proj`). Linears whose weight is computed in the graph are declined.
+named by its parameter (`proj.weight` is `proj`). Linears whose weight is computed in the graph are declined. A weight
+that came quantized (a tensor of torchao's) keeps its own scheme, with a configuration or without.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qcompile import compat
+from qcompile.errors import LayerError
 from qcompile.modules import QuantizedLinear
-from qcompile.passes.context import GraphContext, Layer, example
+from qcompile.passes.context import GraphContext, Layer, WeightRef, example
 from qcompile.passes.weights import resolve_weight
+from qcompile.torchao_tensors import is_torchao, read_tensor
 
 _RULE = "annotate"
 
@@ -30,6 +33,27 @@ def _layer_name(node: fx.Node, weight: fx.Node | None) -> str:
     return compat.qualified_name(source).removesuffix(".weight") if source else node.name
 
 
+def _take_prepared(context: GraphContext, node: fx.Node, name: str, weight: WeightRef) -> None:
+    """A linear whose weight came quantized."""
+    try:
+        if weight.transposed or len(weight.parts) > 1:
+            raise LayerError(f"{name}: its weight is computed from tensors of torchao's")
+        prepared = read_tensor(context.values[weight.parts[0]], name)
+    except LayerError as error:
+        context.left[name] = str(error).removeprefix(f"{name}: ")
+        context.declined(_RULE, name, context.left[name])
+        return
+    context.layers[node] = Layer(
+        name,
+        prepared.scheme,
+        weight,
+        input_scale=prepared.input_scale,
+        pre_quant_scale=prepared.pre_quant_scale,
+        prepared=True,
+        note="quantized by torchao",
+    )
+
+
 def annotate(context: GraphContext) -> None:
     """See the module.
 
@@ -37,11 +61,15 @@ def annotate(context: GraphContext) -> None:
         ConfigError: a rule that decides no layer.
         LayerError: a group size that does not divide a layer's input features.
     """
-    if context.config is None:
-        return
     for node in context.graph.find_nodes(op="call_function", target=F.linear):
         weight = resolve_weight(context, node.args[1])
         name = _layer_name(node, weight.parts[0] if weight else None)
+        if weight is not None and any(is_torchao(context.values[part]) for part in weight.parts):
+            context.names.append(name)
+            _take_prepared(context, node, name, weight)
+            continue
+        if context.config is None:
+            continue
         context.names.append(name)
         scheme = context.config.scheme_for(name)
         if scheme is None:
@@ -56,6 +84,8 @@ def annotate(context: GraphContext) -> None:
             if fitted != scheme:
                 note = f"{scheme.weight.granularity} does not divide {in_features}, so {fitted.weight.granularity}"
             context.layers[node] = Layer(name, fitted, weight, note=note)
+    if context.config is None:
+        return
     root = compat.root_module(context.placeholders())
     modules = [] if root is None else [n for n, m in root.named_modules() if n and is_linear_module(type(m))]
     if context.names or modules:

@@ -68,13 +68,18 @@ class Binding:
 
 @dataclass
 class Layer:
-    """A quantized linear in the graph: its scheme before and its packed weight after `quantize_linear`."""
+    """A quantized linear in the graph: its scheme before and its packed weight after `quantize_linear`.
+
+    A `prepared` one reads a parameter that came quantized, so that its scheme and scales are the parameter's.
+    """
 
     name: str
     scheme: Scheme
     weight: WeightRef | None = None
     packed: PackedWeight | None = None
     input_scale: Tensor | None = None
+    pre_quant_scale: Tensor | None = None
+    prepared: bool = False
     note: str = ""
 
 

@@ -49,6 +49,8 @@ def _reason_apart(context: GraphContext, nodes: list[fx.Node]) -> str | None:
         return "they share a weight"
     if context.free_weights and nodes[0].target is not OP:
         return "the originals are to be freed, so each is packed alone"
+    if any(layer.prepared and (layer.input_scale is not None or layer.pre_quant_scale is not None) for layer in layers):
+        return "each scales its input in its own way"
     rows = first.scheme.weight.granularity.rows
     if rows not in (1, WHOLE) and any(example(n).shape[-1] % rows for n in nodes):
         return f"a block of {rows} rows would span two layers"
@@ -122,7 +124,9 @@ def _merge_packed(context: GraphContext, nodes: list[fx.Node], bias: fx.Node | N
 def _concatenation(context: GraphContext, nodes: list[Any]) -> fx.Node:
     new = context.graph.call_function(torch.cat, (nodes,))
     with context.fake_mode:
-        new.meta["example_value"] = torch.cat([example(n) for n in nodes])
+        # Not all subclasses of tensors concatenate, and of this one only shape, dtype and device matter.
+        parts = [torch.empty(e.shape, dtype=e.dtype, device=e.device) for e in map(example, nodes)]
+        new.meta["example_value"] = torch.cat(parts)
     return new
 
 
@@ -151,7 +155,7 @@ def _merge(context: GraphContext, nodes: list[fx.Node]) -> None:
             node.replace_all_uses_with(part)
     for node in nodes:
         graph.erase_node(node)
-    context.layers[merged] = Layer(label, layers[0].scheme, ref, note=layers[0].note)
+    context.layers[merged] = Layer(label, layers[0].scheme, ref, prepared=layers[0].prepared, note=layers[0].note)
     context.rewrote(_RULE, label, "one linear")
 
 

@@ -14,8 +14,9 @@ from qcompile.errors import LayerError
 from qcompile.layouts import Layout, choose_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.packing import packed_weight
-from qcompile.passes.context import OP, GraphContext, Layer, example, replace
+from qcompile.passes.context import OP, GraphContext, Layer, WeightRef, example, replace
 from qcompile.passes.weights import erase_unused
+from qcompile.torchao_tensors import read_tensor
 
 _RULE = "quantize_linear"
 
@@ -49,6 +50,13 @@ def _packed_inputs(context: GraphContext, layer: Layer, layout: Layout) -> tuple
     return context.packed_inputs[key]
 
 
+def _prepared_scale(context: GraphContext, layer: Layer, ref: WeightRef, what: str) -> tuple[fx.Node, ...]:
+    """A scale of the input that comes with the parameter of each call."""
+    return context.bind(
+        f"{layer.name}_{what}", ref.parts, lambda parameters: (getattr(read_tensor(parameters[0], layer.name), what),)
+    )
+
+
 def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
     graph = context.graph
     assert layer.weight is not None
@@ -60,9 +68,14 @@ def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
 
     weight = _packed_inputs(context, layer, layout)
     input_scale: tuple[fx.Node, ...] = ()
-    if scheme.activation is not None and not scheme.activation.dynamic:
+    pre_quant_scale: tuple[fx.Node, ...] = ()
+    if layer.input_scale is not None:
+        input_scale = _prepared_scale(context, layer, ref, "input_scale")
+    elif scheme.activation is not None and not scheme.activation.dynamic:
         constant = layer.input_scale = _input_scale(layer, value.device)
         input_scale = context.bind(f"{layer.name}_input_scale", (), lambda _: (constant,))
+    if layer.pre_quant_scale is not None:
+        pre_quant_scale = _prepared_scale(context, layer, ref, "pre_quant_scale")
     bias = node.args[2] if len(node.args) > 2 else None
     spec = LinearSpec(in_features=in_features, out_features=out_features, scheme=scheme, layout=layout.name)
     if bias is not None:
@@ -73,7 +86,8 @@ def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
             x = graph.call_method("to", (x, example(node).dtype))
             x.meta["example_value"] = example(node.args[0]).to(example(node).dtype)
         static = input_scale[0] if input_scale else None
-        new = graph.call_function(OP, (x, list(weight), bias, static, None, [], spec.encode()))
+        first = pre_quant_scale[0] if pre_quant_scale else None
+        new = graph.call_function(OP, (x, list(weight), bias, static, first, [], spec.encode()))
     replace(graph, node, new)
     erase_unused(graph, matrix)
     context.layers[new] = context.layers.pop(node)

@@ -106,7 +106,7 @@ def backend(
 def _free(context: GraphContext) -> None:
     still_read = set(context.placeholders())
     for layer in context.layers.values():
-        if layer.weight is None or layer.packed is None or layer.weight.transposed:
+        if layer.weight is None or layer.packed is None or layer.weight.transposed or layer.prepared:
             continue
         (source,) = layer.weight.parts
         if source not in still_read and isinstance(context.values[source], torch.nn.Parameter):

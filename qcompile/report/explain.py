@@ -124,7 +124,7 @@ def _report(context: GraphContext, node: fx.Node, layer: Layer) -> LayerReport:
     spec = decode_spec(node.args[Args.index("spec")])  # type: ignore[arg-type]
     codes = context.values[node.args[Args.index("weight")][0]]  # type: ignore[index]
     before = sqnr = None
-    if layer.weight is not None:
+    if layer.weight is not None and not layer.prepared:
         originals = [context.values[p] for p in layer.weight.parts]
         before = sum(w.numel() * w.element_size() for w in originals)
         sqnr = _sqnr(originals, layer.weight.transposed, layer)
