@@ -1,73 +1,73 @@
-"""The module that stands where a linear was once its weight is packed."""
+"""The module that stands where a linear was once its weight is packed, and what it shares with stacks of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.layouts import LAYOUTS, choose_layout, to_layout
+from qcompile.layouts import LAYOUTS, Layout, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
 
 
-class QuantizedLinear(nn.Module):
-    """`y = x @ weight.T + bias` over a packed weight; an ordinary module with buffers.
+class PackedModule(nn.Module):
+    """A module whose buffers are a packed weight, laid out as the kernels of their device want it.
 
-    It runs eagerly, compiles with any backend, exports and deep-copies. The packed weight's tensors are buffers, laid
-    out as the kernels of their device want them; `state_dict` holds them in the portable layout of `PackedWeight`
-    whatever the device, and moving the module to another kind of device lays them out anew.
+    `state_dict` holds the weight in the portable layout of `PackedWeight` whatever the device, and moving the module to
+    another kind of device lays it out anew. Conversions of dtype reach the bias alone: codes and scales have dtypes of
+    their own.
 
     Args:
-        weight: packed [N, K], in any layout.
-        scheme: the layer's scheme, whose group fits K.
-        bias: [N] or None.
-        input_scale: float32 scalar, exactly for static activations.
-        dtype: of the original weight, and of `weight`.
-        pre_quant_scale: [K], by which the input is multiplied before all else (AWQ's scales that were not folded).
+        weight: in any layout.
+        scheme: whose `weight` is that of the packed weight.
+        dtype: of the original weight.
+        bias: of any shape, or None.
+        beside: buffers beside the weight, or None for each that is not there; only devices move them.
     """
 
     codes: Tensor
-    input_scale: Tensor | None
-    pre_quant_scale: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
         weight: PackedWeight,
         scheme: Scheme,
-        bias: Tensor | None = None,
-        input_scale: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-        pre_quant_scale: Tensor | None = None,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        beside: Mapping[str, Tensor | None],
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.dtype = dtype
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("input_scale", input_scale)
-        self.register_buffer("pre_quant_scale", pre_quant_scale)
+        self.packed_shape = weight.shape
+        self.beside = tuple(beside)
+        for name, tensor in beside.items():
+            self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        for name in scheme.weight.fields:
+        for name in weight.scheme.fields:
             self.register_buffer(name, None)
-        self._store(to_layout(weight, choose_layout(scheme, weight.shape, weight.device.type)))
+        self._store(to_layout(weight, self._layout_on(weight.device.type)))
+
+    def _layout_on(self, device_type: str) -> Layout:
+        return choose_layout(self.scheme, self.packed_shape, device_type)
 
     def _store(self, weight: PackedWeight) -> None:
         for name, tensor in zip(self.scheme.weight.fields, weight.tensors, strict=True):
             setattr(self, name, tensor)
         self.layout = weight.layout
-        spec = LinearSpec(
-            in_features=self.in_features, out_features=self.out_features, scheme=self.scheme, layout=weight.layout
-        )
-        self.spec = (spec if self.bias is None else spec.with_epilogue("bias")).encode()
+        self.spec = self._spec().encode()
+
+    def _spec(self) -> LinearSpec:
+        raise NotImplementedError
 
     def packed(self) -> PackedWeight:
         """The weight as it is stored now."""
-        shape = (self.out_features, self.in_features)
-        return PackedWeight.from_tensors(self._tensors(), shape, self.scheme.weight, self.layout)
+        return PackedWeight.from_tensors(self._tensors(), self.packed_shape, self.scheme.weight, self.layout)
 
     def _tensors(self) -> list[Tensor]:
         return [self.get_buffer(name) for name in self.scheme.weight.fields]
@@ -76,26 +76,12 @@ class QuantizedLinear(nn.Module):
         """The weight in the portable layout."""
         return to_layout(self.packed(), LAYOUTS[LOGICAL])
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight [N, K] that the codes stand for, decoded anew at each reading.
-
-        For code that looks at a linear's weight, or multiplies with it itself; `forward` does not decode it so.
-        """
-        return dequantize(self.logical()).to(self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.qcompile.linear.default(
-            x, self._tensors(), self.bias, self.input_scale, self.pre_quant_scale, [], self.spec
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Move to devices; conversions of dtype reach the bias alone: codes and scales have dtypes of their own."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         target = fn(torch.empty(0, dtype=torch.uint8, device=self.codes.device)).device
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
-        for name in ("input_scale", "pre_quant_scale"):
+        for name in self.beside:
             if (given := getattr(self, name)) is not None:
                 setattr(self, name, given.to(target))
         if target == self.codes.device:
@@ -103,8 +89,7 @@ class QuantizedLinear(nn.Module):
         if target.type == self.codes.device.type or target.type == "meta":
             self._store(self.packed().to(target))
         else:
-            moved = self.logical().to(target)
-            self._store(to_layout(moved, choose_layout(self.scheme, moved.shape, target.type)))
+            self._store(to_layout(self.logical().to(target), self._layout_on(target.type)))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -126,6 +111,65 @@ class QuantizedLinear(nn.Module):
             # The parent's loader then finds the tensors it would copy in the layout that they are stored in.
             state_dict = {**state_dict, **dict(zip((prefix + n for n in names), self.packed().tensors, strict=True))}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class QuantizedLinear(PackedModule):
+    """`y = x @ weight.T + bias` over a packed weight; an ordinary module with buffers.
+
+    It runs eagerly, compiles with any backend, exports, deep-copies and moves between devices (`PackedModule`).
+
+    Args:
+        weight: packed [N, K], in any layout.
+        scheme: the layer's scheme, whose group fits K.
+        bias: [N] or None.
+        input_scale: float32 scalar, exactly for static activations.
+        dtype: of the original weight, and of `weight`.
+        pre_quant_scale: [K], by which the input is multiplied before all else (AWQ's scales that were not folded).
+    """
+
+    input_scale: Tensor | None
+    pre_quant_scale: Tensor | None
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        pre_quant_scale: Tensor | None = None,
+    ) -> None:
+        beside = {"input_scale": input_scale, "pre_quant_scale": pre_quant_scale}
+        super().__init__(weight, scheme, dtype, bias, beside)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.packed_shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.packed_shape[1]
+
+    def _spec(self) -> LinearSpec:
+        spec = LinearSpec(
+            in_features=self.in_features, out_features=self.out_features, scheme=self.scheme, layout=self.layout
+        )
+        return spec if self.bias is None else spec.with_epilogue("bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [N, K] that the codes stand for, decoded anew at each reading.
+
+        For code that looks at a linear's weight, or multiplies with it itself; `forward` does not decode it so.
+        """
+        return dequantize(self.logical()).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.qcompile.linear.default(
+            x, self._tensors(), self.bias, self.input_scale, self.pre_quant_scale, [], self.spec
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"
