@@ -20,6 +20,9 @@ from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize
 from tests.tolerance import sqnr
 
+LLAMA_FLOOR = -20 * math.log10(15 * 2 * 2.0**-8)
+"""Least SQNR in dB between two evaluations of a model with 15 linears of which one may compute in bfloat16, as kernels
+of CPUs do: 2**-8 relative for either operand of each linear, whose errors add up at most."""
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
@@ -156,11 +159,7 @@ def write_llama(
 
 
 def check_llama(folder: Path, expected: nn.Module) -> None:
-    """`qcompile.load` makes a model with those very weights, which computes the same but for rounding to bfloat16.
-
-    The kernels of CPUs round weights and inputs of linears to bfloat16 where they do not compute in float32: 2**-8
-    relative for each operand of the 15 linears, and as much again for what follows from them.
-    """
+    """`qcompile.load` makes a model with those very weights, which computes the same but for `LLAMA_FLOOR`."""
     model = qcompile.load(folder, progress=False)
     quantized = 0
     for name, module in expected.named_modules():
@@ -170,5 +169,4 @@ def check_llama(folder: Path, expected: nn.Module) -> None:
             assert torch.equal(loaded.weight, module.weight), name
     assert quantized >= 7
     tokens = torch.randint(0, 64, (1, 12))
-    floor = -20 * math.log10(15 * 2 * 2.0**-8)
-    assert sqnr(expected(tokens).logits, model(tokens).logits) >= floor
+    assert sqnr(expected(tokens).logits, model(tokens).logits) >= LLAMA_FLOOR

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import qcompile
 from qcompile.errors import CheckpointError
+from qcompile.modules import QuantizedLinear
 from tests.checkpoint.integer_files import (
     FIXTURES,
+    LLAMA_FLOOR,
     Problem,
     check_llama,
     decoded,
@@ -21,6 +25,7 @@ from tests.checkpoint.integer_files import (
     read_layer,
     write_llama,
 )
+from tests.tolerance import sqnr
 
 LAYERS = fixture_layers("gptq", "gptqmodel", "autoround")
 V1 = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
@@ -306,3 +311,14 @@ def test_a_model_whose_configuration_lies_beside(tmp_path):
     settings = {key: value for key, value in V1.items() if key != "quant_method"}
     (tmp_path / "quantize_config.json").write_text(json.dumps(settings))
     check_llama(tmp_path, expected)
+
+
+def test_a_model_that_auto_round_wrote():
+    pytest.importorskip("transformers")
+    model = qcompile.load(FIXTURES / "gptq" / "llama_autoround", progress=False)
+    schemes = {n: str(m.scheme.weight) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(schemes) == 13
+    assert schemes.pop("model.layers.0.mlp.down_proj") == "int8 group 32"
+    assert set(schemes.values()) == {"uint4 group 32"}
+    reference = load_file(FIXTURES / "gptq" / "llama_autoround_logits.safetensors")
+    assert sqnr(reference["logits"], model(reference["tokens"]).logits) >= LLAMA_FLOOR
