@@ -11,10 +11,11 @@
 
 "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and multiplies
 by them, so a weight is never held whole in a wide dtype. It computes in bfloat16 (float32 sums, the product rounded to
-bfloat16) for bfloat16 and for quantized activations, and in float32 for float32 and float16. Codes and zero points are
-exact in bfloat16; a scale a row or tensor multiplies the product in float32, so only scales of groups or blocks round
-the decoded weight. Quantized activations enter as exact codes, except those with a scale a group, which are rounded to
-bfloat16. The kernels for few rows round float32 and float16 activations to bfloat16: they are slow on others.
+bfloat16) for bfloat16 and for quantized activations, and in float32 for float32 and float16, and for weights with
+offsets, where a scaled code and its offset nearly cancel. Codes and zero points are exact in bfloat16; a scale a row or
+tensor multiplies the product in float32, so only scales of groups or blocks round the decoded weight. Quantized
+activations enter as exact codes, except those with a scale a group, which are rounded to bfloat16. The kernels for few
+rows round float32 and float16 activations to bfloat16: they are slow on others.
 """
 
 from __future__ import annotations
@@ -188,6 +189,8 @@ def _int4pack_decode_mm(x: Tensor, weight: PackedWeight, spec: LinearSpec) -> Te
 
 def _decode_mm(x: Tensor, packed: PackedWeight, spec: LinearSpec) -> Tensor:
     n, k = spec.shape
+    if packed.offset is not None and x.dtype != torch.float32:
+        return _decode_mm(x.to(torch.float32), packed, spec).to(x.dtype)
     block_rows, columns = spec.scheme.weight.granularity.block_of(spec.shape)
     decode = _decoder(spec.scheme.weight.format, spec.layout)
     step = min(n, max(64, BUFFER_ELEMENTS // k))
@@ -216,8 +219,9 @@ def _of_rows(per_block: Tensor, above: Tensor | None, rows: Tensor, packed: Pack
         values = per_block[rows].to(torch.float32)
     if above is None:
         return values
-    assert packed.scheme.super_scale is not None
-    blocks = values.shape[1] if above.shape[1] == 1 else packed.scheme.super_scale.columns // packed.scheme.granularity.columns
+    scheme = packed.scheme
+    assert scheme.super_scale is not None
+    blocks = values.shape[1] if above.shape[1] == 1 else scheme.super_scale.columns // scheme.granularity.columns
     return values * above[rows].to(torch.float32).repeat_interleave(blocks, 1)[:, : values.shape[1]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -131,17 +130,37 @@ def test_float32_is_decoded_to_float32(m: int) -> None:
 @pytest.mark.parametrize("rows", [1, 256], ids=["few", "many"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_identity_reads_the_weight_bit_for_bit(name: str, rows: int) -> None:
-    """With one 1 a row of x nothing is summed, and scales that are powers of two round nothing: y is the weight."""
+    """With one 1 a row of x nothing is summed, and with scales that are powers of two y is the weight, rounded once."""
     scheme = SCHEMES[name]
     if scheme.activation is not None:
         return  # dynamic scales of max / 127.5 are no powers of two; `integer_products` covers what is exact
     layer = Quantized(scheme, torch.randn(SHAPE))
-    power = torch.exp2(torch.randint(-3, 3, layer.logical.scale.shape).float()).to(layer.logical.scale.dtype)
-    layer.logical = replace(layer.logical, scale=power)
+    layer.logical = layer.logical.map(_powers_of_two)
     layer.packed = to_layout(layer.logical, layer.layout)
     x = torch.eye(SHAPE[1], dtype=torch.bfloat16)
     y = torch.cat([layer(part) for part in x.split(rows)])
-    assert torch.equal(y.double(), layer.weight().T)
+    assert torch.equal(y, layer.weight().T.to(y.dtype))
+
+
+def _powers_of_two(name: str, values: Tensor) -> Tensor:
+    """Scales from 1/8 to 4, as far as their type holds them; offsets of a few digits; all else as it is."""
+    if not name.endswith(("scale", "offset")):
+        return values
+    power = torch.exp2(torch.randint(0 if values.dtype == torch.uint8 else -3, 3, values.shape).float())
+    return (power * torch.randint(-3, 4, values.shape) if name == "offset" else power).to(values.dtype)
+
+
+@pytest.mark.parametrize("m", [1, 130])
+def test_offsets_that_nearly_cancel_scaled_codes(m: int) -> None:
+    """Weights far smaller than their offsets: with either part rounded to bfloat16, nothing of them would be left."""
+    scheme = parse_scheme({"weight": {"format": "uint8", "offset": True, "group_size": 32, "scale_dtype": "float32"}})
+    layer = Quantized(scheme, torch.randn(SHAPE))
+    scale = torch.rand(SHAPE[0], 8) + 0.5
+    codes = torch.randint(254, 256, SHAPE).to(torch.uint8)
+    layer.logical = PackedWeight.from_codes(codes, scale, None, layer.scheme.weight, offset=-254.5 * scale)
+    layer.packed = to_layout(layer.logical, layer.layout)
+    x = torch.randn(m, SHAPE[1], dtype=torch.bfloat16)
+    layer.check(x, layer(x))
 
 
 @pytest.mark.parametrize("rows", [1, 256], ids=["few", "many"])
@@ -158,8 +177,8 @@ def test_a_code_at_its_zero_point_is_zero(rows: int) -> None:
 def test_integer_products_are_exact(m: int) -> None:
     layer = Quantized(PRESETS["int8"], torch.randn(SHAPE))
     x = torch.randint(-128, 128, (m, SHAPE[1]), dtype=torch.int8)
-    ones = torch.ones(SHAPE[0], 1)
-    y = cpu.product(x, torch.ones(m, 1), layer.packed.codes, ones, None, layer.spec, layer.spec.encode())
+    weight = [layer.packed.codes, torch.ones(SHAPE[0], 1)]
+    y = cpu.product(x, torch.ones(m, 1), weight, layer.spec)
     assert torch.equal(y.double(), oracle.linear(x.double(), layer.packed.codes.double()))
 
 
