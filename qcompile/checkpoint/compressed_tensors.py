@@ -446,7 +446,7 @@ def _bytes(tensors: LayerTensors, shape: tuple[int, int], args: _Args, weight: T
     if weight is None:
         weight = tensors.take("weight", torch.int8, shape=shape)
     half = 1 << (args.bits - 1)
-    if weight.amin() < -half or weight.amax() >= half:
+    if int(weight.amin()) < -half or int(weight.amax()) >= half:
         raise tensors.error(f"weight has codes outside {-half} to {half - 1}, the integers of {args.bits} bits")
     codes = pack_bits((weight.view(torch.uint8) + half).contiguous(), args.bits)
     scale = take_scale(tensors, "weight_scale", args.granularity, shape, FLOATS)
@@ -459,7 +459,7 @@ def _zero_bytes(tensors: LayerTensors, args: _Args, blocks: torch.Size) -> Tenso
     stored = tensors.info("weight_zero_point").shape
     zero = tensors.take("weight_zero_point", torch.int8, shape=stored)
     half = 1 << (args.bits - 1)
-    if zero.numel() != blocks.numel() or zero.amin() < -half or zero.amax() >= half:
+    if zero.numel() != blocks.numel() or int(zero.amin()) < -half or int(zero.amax()) >= half:
         raise tensors.error(
             f"weight_zero_point is not one integer of {args.bits} bits for each of {blocks.numel()} scales"
         )
