@@ -32,7 +32,7 @@ from qcompile.checkpoint.integers import (
     setting,
     take_finite,
 )
-from qcompile.checkpoint.marlin import marlin_24_weight, marlin_linear
+from qcompile.checkpoint.marlin import marlin_24_weight, marlin_linear, qqq_linear
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.checkpoint.words import PLANES, WORD_DTYPES, stream_bytes, unpack_planes, unpack_words
@@ -41,7 +41,7 @@ from qcompile.scheme import Granularity, Scheme
 
 _BITS = tuple(PLANES)
 _PLANAR_BITS = (5, 6, 7)
-_FORMATS = ("gptq", "gptq_v2", "gptq_p", "marlin", "marlin_24", "gptq_marlin_24")
+_FORMATS = ("gptq", "gptq_v2", "gptq_p", "marlin", "marlin_24", "gptq_marlin_24", "qqq")
 _LEAST_GROUP = 8
 """Columns that must share a scale where the groups of an activation order differ in size."""
 
@@ -80,7 +80,7 @@ class GPTQ(Method):
     """Integers of 2 to 8 bits, in the columns' order or in that of activations, also in Marlin's layouts."""
 
     name = "gptq"
-    aliases = ("marlin",)
+    aliases = ("marlin", "qqq")
     activation_dtypes = tuple(SCALES)
     min_capability = 80
 
@@ -113,7 +113,7 @@ class GPTQ(Method):
             weight = marlin_24_weight(tensors, shape, bits=bits, codes="B_24", meta="B_meta", scales="s")
             return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
         if "s_channel" in tensors:
-            raise tensors.error("it is in QQQ's layout, which is not supported; quantize the original model as gptq")
+            return qqq_linear(tensors, shape)
         if "B" in tensors:
             return marlin_linear(tensors, shape, codes="B", scales="s")
         if "qweight" not in tensors:

@@ -1,13 +1,15 @@
-"""Weights in the order of the Marlin kernels: dense of 4 bits, and 2:4 sparse ("marlin_24") of 4 or 8.
+"""Weights in the order of the Marlin kernels: dense of 4 bits, 2:4 sparse ("marlin_24") of 4 or 8, and QQQ.
 
-Layouts: `Layer.pack` of https://github.com/IST-DASLab/marlin (Frantar et al. 2024, arXiv:2408.11743), and
-`Marlin24Compressor` of compressed-tensors up to 0.12 with the metadata of NVIDIA's sparse matrix instructions.
+Layouts: `Layer.pack` of https://github.com/IST-DASLab/marlin (Frantar et al. 2024, arXiv:2408.11743),
+`Marlin24Compressor` of compressed-tensors up to 0.12 with the metadata of NVIDIA's sparse matrix instructions, and
+`QQQLinear` of https://github.com/ModelCloud/GPTQModel (Zhang et al. 2024, arXiv:2406.09904).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,12 +18,17 @@ from qcompile.bitpack import pack_bits
 from qcompile.checkpoint.integers import granularity_of, group_from_scales, loaded_integers, take_finite
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear
 from qcompile.checkpoint.words import unpack_words
+from qcompile.formats import get_format
 from qcompile.packed import PackedWeight
+from qcompile.scheme import ActivationScheme, Granularity
 
 _TILE = 16
 _DENSE_SCALES = [i + 8 * j for i in range(8) for j in range(8)]
 _DENSE_CHANNELS = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
 _SPARSE_SCALES = [8 * i + j for i in range(8) for j in (0, 4, 1, 5, 2, 6, 3, 7)]
+_FLOAT_ROWS, _INT8_ROWS = (2, (0, 1, 8, 9)), (4, (0, 1, 2, 3))
+"""The rows of a tile that a quarter of the threads multiplies with inputs of 16 and of 8 bits: stride, steps."""
+_QQQ_CHANNEL_INTERLEAVE = (4, 0, 5, 1, 6, 2, 7, 3)
 _INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 """Of the codes in a word, by their bits."""
 
@@ -37,7 +44,7 @@ def marlin_linear(tensors: LayerTensors, shape: tuple[int, int], *, codes: str, 
     _check_tiles(tensors, shape, _TILE)
     tensors.ignore("workspace")
     words = tensors.take(codes, torch.int32, shape=(columns // _TILE, 2 * rows))
-    unpacked = _untile(words, 4, _dense_order(), columns, rows)
+    unpacked = _untile(words, 4, _dense_order(_FLOAT_ROWS, _INTERLEAVE[4]), columns, rows)
     scale = _scales(tensors, scales, shape, _DENSE_SCALES, _DENSE_CHANNELS)
     granularity = granularity_of(columns // scale.shape[1], columns)
     return loaded_integers(tensors, pack_bits(unpacked, 4), 4, shape, granularity, scale)
@@ -77,6 +84,33 @@ def marlin_24_weight(
     return loaded_integers(tensors, pack_bits(dense.flatten(1), bits), bits, shape, granularity, scale).weight
 
 
+def qqq_linear(tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear:
+    """A weight whose inputs are quantized to int8 per token: `B` int32 [K / 16, 2 N], `s_channel` float32 [1, N].
+
+    With `s_group` [groups, N], codes less 8 times that are rounded to int8, as the kernel rounds them, so the weight is
+    int8 per channel. Without, codes are int4 in two's complement, 16 of whose scales are stored.
+    """
+    rows, columns = shape
+    _check_tiles(tensors, shape, _TILE)
+    tensors.ignore("workspace", "reduce_buffer")
+    words = tensors.take("B", torch.int32, shape=(columns // _TILE, 2 * rows))
+    scale = _scales(tensors, "s_channel", shape, _DENSE_SCALES, _DENSE_CHANNELS).to(torch.float32)
+    if scale.shape[1] != 1:
+        raise tensors.error(f"s_channel has {scale.shape[1]} rows; it is one scale a channel")
+    if "s_group" in tensors and 0 not in tensors.info("s_group").shape:
+        codes = _untile(words, 4, _dense_order(_INT8_ROWS, _INTERLEAVE[4]), columns, rows)
+        groups = _scales(tensors, "s_group", shape, _DENSE_SCALES, _DENSE_SCALES).to(torch.float32)
+        products = (codes.to(torch.float32) - 8) * groups.repeat_interleave(columns // groups.shape[1], 1)
+        bits, packed = 8, (products.round().clamp(-128, 127) + 128).to(torch.uint8)
+    else:
+        tensors.ignore("s_group")
+        codes = _untile(words, 4, _dense_order(_INT8_ROWS, _QQQ_CHANNEL_INTERLEAVE), columns, rows)
+        bits, packed, scale = 4, pack_bits(codes ^ 8, 4), scale * 16
+    layer = loaded_integers(tensors, packed, bits, shape, Granularity.channel(), scale)
+    inputs = ActivationScheme(format=get_format("int8"), granularity=Granularity.channel())
+    return replace(layer, scheme=replace(layer.scheme, activation=inputs))
+
+
 def _check_tiles(tensors: LayerTensors, shape: tuple[int, int], columns: int) -> None:
     if shape[0] % 64 or shape[1] % columns:
         raise tensors.error(f"its shape {shape} is no multiple of Marlin's tiles of 64 outputs by {columns} inputs")
@@ -90,18 +124,19 @@ def _untile(words: Tensor, bits: int, order: Tensor, columns: int, rows: int) ->
 
 
 @functools.cache
-def _dense_order() -> Tensor:
+def _dense_order(thread_rows: tuple[int, tuple[int, ...]], interleave: tuple[int, ...]) -> Tensor:
     """Where the codes of a run come from: thread by thread, as tensor cores take them."""
+    stride, steps = thread_rows
     threads = [
         [
-            16 * row + thread // 4 + 8 * half + 256 * tile
+            16 * (stride * (thread % 4) + step) + thread // 4 + 8 * half + 256 * tile
             for half in range(2)
-            for row in (2 * (thread % 4) + step for step in (0, 1, 8, 9))
+            for step in steps
         ]
         for thread in range(32)
         for tile in range(4)
     ]
-    return torch.tensor(threads)[:, _INTERLEAVE[4]].flatten()
+    return torch.tensor(threads)[:, interleave].flatten()
 
 
 @functools.cache

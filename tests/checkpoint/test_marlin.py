@@ -16,6 +16,7 @@ from tests.checkpoint.integer_files import (
     FIXTURES,
     check_llama,
     decoded,
+    fixture_layers,
     fixture_tensors,
     problem,
     read_layer,
@@ -128,3 +129,23 @@ def test_a_model(tmp_path):
 
     config = {"quant_method": "gptq", "bits": 4, "group_size": -1, "checkpoint_format": "marlin", "sym": True}
     check_llama(tmp_path, write_llama(tmp_path, config, pack))
+
+
+QQQ_LAYERS = fixture_layers("marlin", "qqq")
+
+
+@pytest.mark.parametrize(("file", "name", "config"), QQQ_LAYERS, ids=[name for _, name, _ in QQQ_LAYERS])
+def test_qqq(file, name, config):
+    stored = fixture_tensors(file, name)
+    layer = read_layer(FIXTURES / file, config, tuple(stored["dense"].shape), name=name)
+    assert torch.equal(decoded(layer), stored["dense"])
+    assert str(layer.scheme) == f"int{8 if name == 'group_128' else 4} channel, activations int8 dynamic per token"
+
+
+def test_qqq_of_several_channel_scales(tmp_path):
+    file, name, config = QQQ_LAYERS[0]
+    stored = fixture_tensors(file, name)
+    shape = tuple(stored.pop("dense").shape)
+    stored["s_channel"] = stored["s_channel"].repeat(2, 1)
+    with pytest.raises(CheckpointError, match="s_channel has 2 rows"):
+        read_layer(tmp_path / "x.safetensors", config, shape, stored)
