@@ -16,6 +16,7 @@ from qcompile.modules import QuantizedLinear
 from qcompile.progress import track
 from qcompile.reference import quantize_weight
 from qcompile.scheme import Scheme
+from qcompile.torchao_tensors import is_torchao, read_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,7 +36,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def quantize_(
     model: Model,
-    config: str | Path | Mapping[str, Any] | Scheme | QuantConfig,
+    config: str | Path | Mapping[str, Any] | Scheme | QuantConfig | None = None,
     *,
     calibration: Iterable[Any] | None = None,
     progress: bool = True,
@@ -44,11 +45,13 @@ def quantize_(
 
     The peak of memory is the result and one layer. Afterwards the model runs eagerly, compiles with
     `torch.compile(model, backend="qcompile")`, has an ordinary `state_dict`, deep-copies and moves between devices.
-    A weight that another module reads too (tied embeddings) stays there.
+    A weight that another module reads too (tied embeddings) stays there. A weight that torchao quantized is taken over
+    bit for bit, with its own scheme.
 
     Args:
         model: floating point, for inference; on any device.
-        config: anything that `torch.compile`'s `options={"config": ...}` takes.
+        config: anything that `torch.compile`'s `options={"config": ...}` takes; None only takes over what torchao
+            quantized.
         calibration: batches for static activation scales: each a tensor, a tuple of arguments or a dict of keyword
             arguments of the model. The scale is the largest magnitude seen / the format's largest value.
         progress: show a progress bar on a terminal.
@@ -60,22 +63,26 @@ def quantize_(
         ConfigError: a configuration that cannot be understood, or a rule that decides no layer.
         LayerError: a layer that cannot be quantized as its rule asks. Layers before it are quantized then.
     """
-    parsed = parse_config(config)
+    parsed = None if config is None else parse_config(config)
     if type(model) is nn.Linear or _is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")
     modules = linear_modules(model)
     if not modules and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
         raise ConfigError(f"{type(model).__name__} has no nn.Linear (or Conv1D) modules to quantize")
-    parsed.check_used(modules)
-    chosen = {}
+    if parsed is not None:
+        parsed.check_used(modules)
+    chosen: dict[str, Scheme | None] = {}  # None: as torchao quantized it
     for name, module in modules.items():
-        scheme = parsed.scheme_for(name)
-        if scheme is not None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        scheme = None if parsed is None else parsed.scheme_for(name)
+        if is_torchao(weight):
+            chosen[name] = None
+        elif scheme is not None:
             n, k = weight.shape[::-1] if _is_conv1d(module) else weight.shape
             chosen[name] = scheme.fit(name, (n, k))
-    scales = _static_scales(model, {n: modules[n] for n in chosen}, chosen, calibration)
+    schemes = {name: scheme for name, scheme in chosen.items() if scheme is not None}
+    scales = _static_scales(model, {n: modules[n] for n in schemes}, schemes, calibration)
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for child_name, child in parent._modules.items():
@@ -90,10 +97,13 @@ def quantize_(
     return model
 
 
-def _quantized(name: str, module: nn.Module, scheme: Scheme, input_scale: Tensor | None) -> QuantizedLinear:
+def _quantized(name: str, module: nn.Module, scheme: Scheme | None, input_scale: Tensor | None) -> QuantizedLinear:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
+    if scheme is None:
+        taken = read_tensor(weight, name)
+        return QuantizedLinear(taken.weight, taken.scheme, bias, taken.input_scale, weight.dtype, taken.pre_quant_scale)
     with torch.no_grad():
         packed = quantize_weight(weight.t() if _is_conv1d(module) else weight, scheme.weight, name)
         return QuantizedLinear(packed, scheme, bias, input_scale, weight.dtype)

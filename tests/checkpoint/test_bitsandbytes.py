@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import qcompile
 from qcompile.checkpoint.bitsandbytes import BitsAndBytes
 from qcompile.checkpoint.flat_blocks import block_count, group_granularity, spread_blocks
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
+from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize, expand_blocks
 from qcompile.scheme import Granularity
-from tests.tolerance import assert_within, float_bound
+from tests.tolerance import assert_within, float_bound, rewrite_sqnr_floor, sqnr, uniform_sqnr_floor
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bitsandbytes"
 TENSORS = load_file(FIXTURES / "layers.safetensors")
@@ -177,3 +180,17 @@ def test_damaged_int8_layers_are_refused(tmp_path, changes, message):
     shape = tensors.pop("expected").shape
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path, tensors | changes, shape)
+
+
+@pytest.mark.parametrize("name", ["llama_nf4", "llama_int8"])
+def test_models_that_bitsandbytes_saved(name):
+    """4-bit: decoded weights in float32. int8: linears round their inputs, as there, but to other scales."""
+    reference = load_file(FIXTURES / f"{name}_logits.safetensors")
+    model = qcompile.load(FIXTURES / name, dtype=torch.float32, progress=False)
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 14
+    with torch.no_grad():
+        logits = model(reference["input_ids"]).logits
+    rounded = uniform_sqnr_floor(8, 128) - 10 * math.log10(2 * len(linears))
+    floor = rounded if name == "llama_int8" else rewrite_sqnr_floor(40, 128)
+    assert sqnr(reference["logits"], logits) >= floor

@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import qcompile
 from qcompile.checkpoint.hqq import HQQ
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
+from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize, expand_blocks
-from tests.tolerance import assert_within, float_bound
+from tests.tolerance import assert_within, float_bound, rewrite_sqnr_floor, sqnr
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "hqq"
 TENSORS = load_file(FIXTURES / "layers.safetensors")
@@ -121,3 +123,13 @@ def test_pickles_are_refused_with_the_way_out(tmp_path):
     (tmp_path / "qmodel.pt").write_bytes(b"\x80\x02.")
     with pytest.raises(CheckpointError, match="pickle"):
         open_store(tmp_path)
+
+
+def test_a_model_that_hqq_saved():
+    reference = load_file(FIXTURES / "llama_logits.safetensors")
+    model = qcompile.load(FIXTURES / "llama", dtype=torch.float32, progress=False)
+    linears = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 14
+    with torch.no_grad():
+        logits = model(reference["input_ids"]).logits
+    assert sqnr(reference["logits"], logits) >= rewrite_sqnr_floor(40, 128)

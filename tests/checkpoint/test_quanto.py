@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import qcompile
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
 from qcompile.checkpoint.quanto import Quanto
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
+from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize
 from qcompile.scheme import Granularity
+from tests.tolerance import rewrite_sqnr_floor, sqnr
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "quanto"
 TENSORS = load_file(FIXTURES / "layers.safetensors")
@@ -115,3 +118,13 @@ def test_rows_that_could_be_of_either_width_need_the_map(tmp_path):
     with pytest.raises(CheckpointError, match="either of qint2 and qint4"):
         load(tmp_path, tensors, (1, 32), None)
     assert load(tmp_path, tensors, (1, 32), {"weights": "qint2", "activations": "none"}).scheme.weight.format.bits == 2
+
+
+def test_a_model_that_quanto_saved():
+    reference = load_file(FIXTURES / "llama_logits.safetensors")
+    model = qcompile.load(FIXTURES / "llama", dtype=torch.float32, progress=False)
+    linears = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 14
+    with torch.no_grad():
+        logits = model(reference["input_ids"]).logits
+    assert sqnr(reference["logits"], logits) >= rewrite_sqnr_floor(40, 128)
