@@ -1,0 +1,242 @@
+"""Mixtures of experts: stacks of quantized linears, and the module that stands where a model's experts were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qcompile.grouped  # noqa: F401  (registers the operator)
+from qcompile.errors import LayerError
+from qcompile.layouts import LAYOUTS, Layout, choose_layout
+from qcompile.linear_spec import LinearSpec
+from qcompile.modules import PackedModule
+from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.reference import dequantize, quantize_weight
+from qcompile.scheme import Scheme
+from qcompile.stacks import expert, stack, stacked_scheme
+
+
+class GroupedLinear(PackedModule):
+    """One projection of all experts: `y[i] = x[i] @ weight[e[i]].T + bias[e[i]]`.
+
+    Args:
+        weights: each expert's, packed [N, K] in the logical layout; all of one scheme.
+        scheme: each expert's.
+        bias: [experts, N] or None.
+        input_scale: float32 [experts], exactly for static activations.
+        dtype: of the original weights.
+        pre_quant_scale: [experts, K], by which the input is multiplied before all else.
+        layer: named in errors.
+
+    Raises:
+        LayerError: experts that are quantized in different ways.
+    """
+
+    input_scale: Tensor | None
+    pre_quant_scale: Tensor | None
+    perm: Tensor | None
+
+    def __init__(
+        self,
+        weights: Sequence[PackedWeight],
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        pre_quant_scale: Tensor | None = None,
+        layer: str = "experts",
+    ) -> None:
+        self.experts = len(weights)
+        self.out_features, self.in_features = weights[0].shape
+        perms = [weight.perm for weight in weights if weight.perm is not None]
+        beside = {
+            "input_scale": input_scale,
+            "pre_quant_scale": pre_quant_scale,
+            "perm": torch.stack(perms) if perms else None,
+        }
+        stacked = replace(scheme, weight=stacked_scheme(scheme.weight, self.out_features))
+        super().__init__(stack(weights, layer), stacked, dtype, bias, beside)
+
+    def _layout_on(self, device_type: str) -> Layout:
+        if device_type != "cuda":
+            return choose_layout(self.scheme, self.packed_shape, device_type)
+        fragment = LAYOUTS["fragment"]
+        return fragment if fragment.objection(self.scheme, self.packed_shape) is None else LAYOUTS[LOGICAL]
+
+    def _spec(self) -> LinearSpec:
+        spec = LinearSpec(
+            in_features=self.in_features, out_features=self.out_features, scheme=self.scheme, layout=self.layout
+        )
+        return spec if self.bias is None else spec.with_epilogue("bias")
+
+    def expert(self, index: int) -> PackedWeight:
+        """One expert's weight [N, K], in the logical layout."""
+        own = expert(self.logical(), index, self.out_features)
+        if self.perm is None:
+            return own
+        return replace(own, scheme=replace(own.scheme, act_order=True), perm=self.perm[index])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights [experts, N, K] that the codes stand for, decoded anew at each reading."""
+        decoded = dequantize(self.logical()).unflatten(0, (self.experts, -1))[:, : self.out_features]
+        if self.perm is not None:
+            index = self.perm.to(torch.int64).argsort(1)[:, None].expand_as(decoded)
+            decoded = decoded.gather(2, index)
+        return decoded.to(self.dtype)
+
+    def forward(self, x: Tensor, expert_ids: Tensor) -> Tensor:
+        """x [S, K] and the ascending numbers of its rows' experts, int64 [S], to [S, N]."""
+        return torch.ops.qcompile.grouped_linear.default(
+            x,
+            expert_ids,
+            self._tensors(),
+            self.bias,
+            self.input_scale,
+            self.pre_quant_scale,
+            self.perm,
+            self.experts,
+            self.spec,
+        )
+
+    def extra_repr(self) -> str:
+        shape = f"{self.experts} x ({self.in_features}, {self.out_features})"
+        return f"{shape}, {self.scheme}, bias={self.bias is not None}"
+
+
+class Gating(nn.Module):
+    """From the product [S, 2 I] of an expert's gate and up projections (or [S, I] of one alone) to [S, I].
+
+    It is the model's own function: the module that held the weights is kept without them.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        memo: dict[int, Any] = {id(parameter): None for parameter in experts.parameters()}
+        config = getattr(experts, "config", None)
+        self.experts = copy.deepcopy(experts, memo | {id(config): config})
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Products of gate and up that were computed apart, arranged as the model has them."""
+        if len(parts) == 1:
+            return parts[0]
+        if self.experts.is_concatenated:
+            return torch.cat(tuple(parts), -1)
+        return torch.stack(tuple(parts), -1).flatten(-2)
+
+    def forward(self, product: Tensor) -> Tensor:
+        function: Any = self.experts._apply_gate if self.experts.has_gate else self.experts.act_fn
+        gated: Tensor = function(product)
+        return gated
+
+
+class QuantizedExperts(nn.Module):
+    """The experts of a mixture, instead of the module of transformers' that held them.
+
+    Rows are sorted by expert, multiplied by one grouped product a projection, and the results added with the router's
+    weights. Shapes do not depend on the router's choice, so the whole compiles and is captured in CUDA graphs.
+
+    Args:
+        projections: "down_proj", and "gate_up_proj", or "gate_proj" and "up_proj", or "up_proj" alone.
+        gating: what comes between.
+    """
+
+    down_proj: GroupedLinear
+
+    def __init__(self, projections: Mapping[str, GroupedLinear], gating: Gating) -> None:
+        super().__init__()
+        self.first = tuple(name for name in projections if name != "down_proj")
+        for name, projection in projections.items():
+            self.add_module(name, projection)
+        self.gating = gating
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As the module that it replaces.
+
+        Args:
+            hidden_states: [tokens, H].
+            top_k_index: int64 [tokens, top k], numbers of experts.
+            top_k_weights: [tokens, top k].
+
+        Returns:
+            [tokens, H], of the type of `hidden_states`.
+        """
+        tokens, top_k = top_k_index.shape
+        expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
+        rows = hidden_states.index_select(0, order // top_k)
+        product = self.gating.join([self.get_submodule(name)(rows, expert_ids) for name in self.first])
+        y = self.down_proj(self.gating(product), expert_ids)
+        weighted = y * top_k_weights.reshape(-1).index_select(0, order)[:, None]
+        summed = weighted.index_select(0, order.argsort()).view(tokens, top_k, -1).sum(1)
+        return summed.to(hidden_states.dtype)
+
+
+def projection_shapes(experts: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """(experts, N, K) of the weights of an experts module, by the names of its parameters."""
+    shapes = {}
+    for name in ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"):
+        count, rows, columns = getattr(experts, name).shape
+        shapes[name] = (count, columns, rows) if experts.is_transposed else (count, rows, columns)
+    return shapes
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `QuantizedExperts` can replace, by qualified name: those that transformers' functions for
+    experts run (`transformers.integrations.moe`), which say themselves how their weights are arranged.
+    """
+    return {name: module for name, module in model.named_modules() if name and _is_experts(module)}
+
+
+def _is_experts(module: nn.Module) -> bool:
+    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    if not all(isinstance(getattr(module, mark, None), bool) for mark in marks) or module.has_post_expert_norm:
+        return False
+    weights = [getattr(module, name, None) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
+    return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
+
+
+def other_experts(model: nn.Module) -> list[str]:
+    """Modules that hold stacked experts' weights in a way that `QuantizedExperts` does not know, by name."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts")
+        and not _is_experts(module)
+        and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def quantize_experts(name: str, experts: nn.Module, scheme: Scheme) -> QuantizedExperts:
+    """The module that takes the place of an experts module, its weights rounded to the nearest codes.
+
+    Args:
+        name: of the module, for errors.
+        scheme: whose group is fitted to each projection.
+
+    Raises:
+        LayerError: weights that cannot be quantized so, or static activations whose scale is not stated.
+    """
+    projections = {}
+    for projection, (count, n, k) in projection_shapes(experts).items():
+        layer = f"{name}.{projection}"
+        fitted = scheme.fit(layer, (n, k))
+        input_scale = None
+        if fitted.activation is not None and not fitted.activation.dynamic:
+            if fitted.activation.scale is None:
+                raise LayerError(
+                    f'{layer}: static activation scales of experts are not calibrated; state "scale" in the '
+                    "configuration, or choose dynamic activations"
+                )
+            input_scale = torch.full((count,), fitted.activation.scale)
+        weight = getattr(experts, projection).detach()
+        matrices = weight.transpose(1, 2) if experts.is_transposed else weight
+        packed = [quantize_weight(matrix, fitted.weight, layer) for matrix in matrices]
+        bias = getattr(experts, f"{projection}_bias") if experts.has_bias else None
+        scale = None if input_scale is None else input_scale.to(weight.device)
+        projections[projection] = GroupedLinear(packed, fitted, bias, scale, weight.dtype, layer=layer)
+    return QuantizedExperts(projections, Gating(experts))

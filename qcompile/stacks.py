@@ -1,0 +1,81 @@
+"""Packed weights of experts, one above the other in one `PackedWeight`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import LayerError
+from qcompile.layouts import TILE
+from qcompile.packed import PackedWeight
+from qcompile.scheme import Granularity, WeightScheme
+
+
+def padded_rows(out_features: int) -> int:
+    """How many rows of a stack an expert of N output features takes: N, filled up to whole tiles of `fragment`."""
+    return -(-out_features // TILE) * TILE
+
+
+def stacked_scheme(scheme: WeightScheme, out_features: int) -> WeightScheme:
+    """The scheme of a stack of experts [N, K]: no block crosses experts, and permutations are kept beside the stack."""
+    granularity = scheme.granularity
+    if granularity.rows != 1 and (granularity.rows < 0 or padded_rows(out_features) % granularity.rows):
+        granularity = Granularity(1, granularity.columns)
+    return replace(scheme, granularity=granularity, act_order=False)
+
+
+def stack(weights: Sequence[PackedWeight], layer: str = "experts") -> PackedWeight:
+    """The experts' weights [N, K] as one weight [experts * padded_rows(N), K], exactly, without their permutations.
+
+    Args:
+        weights: of one scheme and shape, in the logical layout.
+        layer: named in errors.
+
+    Raises:
+        LayerError: schemes or shapes that differ.
+    """
+    first = weights[0]
+    n, k = first.shape
+    for index, weight in enumerate(weights):
+        if weight.scheme != first.scheme or weight.shape != first.shape:
+            raise LayerError(
+                f"{layer}: expert {index} is {weight.scheme} {weight.shape}, but expert 0 is {first.scheme} "
+                f"{first.shape}; experts run as one stack, so they must be quantized alike"
+            )
+    scheme = stacked_scheme(first.scheme, n)
+    per_row = scheme.granularity.rows != first.scheme.granularity.rows
+    height = first.scheme.granularity.block_of(first.shape)[0] if per_row else 1
+
+    def joined(name: str) -> Tensor:
+        parts = []
+        for weight in weights:
+            values: Tensor = getattr(weight, name)
+            if per_row and name in ("scale", "zero_point", "offset"):
+                values = values.repeat_interleave(height, 0)[:n]
+            blocked = name in ("scale", "zero_point", "offset") and scheme.granularity.rows > 1
+            missing = 0 if blocked else padded_rows(n) - n
+            parts += [values, values[:1].expand(missing, -1)]
+        return torch.cat(parts)
+
+    shape = (len(weights) * padded_rows(n), k)
+    return PackedWeight.from_tensors([joined(name) for name in scheme.fields], shape, scheme)
+
+
+def expert(weights: PackedWeight, index: int, out_features: int) -> PackedWeight:
+    """One expert's weight [N, K] of a stack in any layout but `fragment`; its tensors are views where they can be."""
+    n, rows = out_features, padded_rows(out_features)
+    height = weights.scheme.granularity.rows
+
+    def part(name: str, values: Tensor) -> Tensor:
+        if name == "scale" and weights.layout == "int4pack":
+            return values[:, index * rows : (index + 1) * rows].contiguous()
+        if name == "codes" and weights.layout == "int4pack":
+            return values[index * rows : (index + 1) * rows]
+        per_block = height if name in ("scale", "zero_point", "offset") else 1
+        first = index * rows // per_block
+        return values[first : first + -(-n // per_block)]
+
+    return replace(weights.map(part), shape=(n, weights.shape[1]))
