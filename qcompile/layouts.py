@@ -5,10 +5,11 @@
 | `logical`  | anything; portable, what checkpoints hold    | uint8 [N, ceil(K * bits / 8)], a bit stream a row        |
 | `rows8`    | 8-bit symmetric weights                      | int8 or float8 [N, K]                                    |
 | `fragment` | Triton GEMM whose weights go to registers    | int32 [N / 64, K / 64, 128 * bits], in MMA operand order |
+| `rows16`   | generated C++ for CPUs                       | int32 [N / 16, K / 32, bits, 16], a lane a row           |
 | `int4pack` | torch's int4 kernel for CPUs                 | uint8 [N, K / 2], an order that depends on the CPU       |
 
-N and K are padded to the tile where a layout has one. The first dimension of every tensor of `rows8` and `fragment`
-but `perm` runs over output features, so that layers sharing an input are merged by concatenating there.
+N and K are padded to the tile where a layout has one. The first dimension of every tensor of `rows8`, `fragment` and
+`rows16` but `perm` runs over output features, so that layers sharing an input are merged by concatenating there.
 """
 
 from __future__ import annotations
@@ -95,6 +96,41 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
+def _rows_last(weight: PackedWeight, tile: int) -> PackedWeight:
+    """What is stored per block of weights, [row blocks, groups], becomes [N / tile, groups, tile]; codes stay."""
+    n, k = weight.shape
+
+    def arrange(name: str, values: Tensor) -> Tensor:
+        if name in ("codes", "perm"):
+            return values
+        rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
+        raw = values.view(torch.uint8) if values.element_size() == 1 else values
+        padded = F.pad(raw.repeat_interleave(rows, 0)[:n], (0, 0, 0, -n % tile))
+        return padded.unflatten(0, (-1, tile)).transpose(1, 2).contiguous().view(values.dtype)
+
+    return weight.map(arrange)
+
+
+def _rows_first(weight: PackedWeight) -> PackedWeight:
+    """The inverse of `_rows_last`."""
+    n, k = weight.shape
+
+    def arrange(name: str, values: Tensor) -> Tensor:
+        if name in ("codes", "perm"):
+            return values
+        rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
+        return values.transpose(1, 2).flatten(0, 1)[:n:rows].contiguous()
+
+    return weight.map(arrange)
+
+
+def _blocks_objection(scheme: Scheme) -> str | None:
+    columns = scheme.weight.granularity.columns
+    if columns != WHOLE and columns % 16:
+        return f"blocks of {columns} columns; the kernel takes multiples of 16"
+    return None
+
+
 class FragmentLayout(Layout):
     """64x64 tiles in the order in which a warp group's MMA takes its first operand from registers.
 
@@ -111,27 +147,7 @@ class FragmentLayout(Layout):
     tile = TILE
 
     def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        columns = scheme.weight.granularity.columns
-        if columns != WHOLE and columns % 16:
-            return f"blocks of {columns} columns; the kernel takes multiples of 16"
-        return None
-
-    def _per_row(self, name: str, values: Tensor, weight: PackedWeight) -> Tensor:
-        """[row blocks, groups] to [N / 64, groups, 64]; codes and perm as they are."""
-        if name in ("codes", "perm"):
-            return values
-        n, k = weight.shape
-        rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
-        raw = values.view(torch.uint8) if values.element_size() == 1 else values
-        padded = F.pad(raw.repeat_interleave(rows, 0)[:n], (0, 0, 0, -n % TILE))
-        return padded.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous().view(values.dtype)
-
-    def _per_block(self, name: str, values: Tensor, weight: PackedWeight) -> Tensor:
-        if name in ("codes", "perm"):
-            return values
-        n, k = weight.shape
-        rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
-        return values.transpose(1, 2).flatten(0, 1)[:n:rows].contiguous()
+        return _blocks_objection(scheme)
 
     def pack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
@@ -149,7 +165,7 @@ class FragmentLayout(Layout):
                 words |= plane[..., slot, 0].int() << (width * slot) | plane[..., slot, 1].int() << (16 + width * slot)
             planes.append(words.flatten(2))
             low += width
-        arranged = weight.map(lambda name, values: self._per_row(name, values, weight))
+        arranged = _rows_last(weight, TILE)
         return replace(arranged, codes=torch.cat(planes, -1), layout=self.name)
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
@@ -168,8 +184,59 @@ class FragmentLayout(Layout):
             low += width
         fields = codes.view(tiles_n, tiles_k, 4, 8, 4, 4, 2, 2, 2)  # w h l | v s r | b
         matrix = fields.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(tiles_n * TILE, tiles_k * TILE)[:n, :k]
-        arranged = weight.map(lambda name, values: self._per_block(name, values, weight))
-        return replace(arranged, codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
+        return replace(_rows_first(weight), codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
+
+
+class Rows16Layout(Layout):
+    """Blocks of 16 rows, side by side in the lanes of vectors of int32; runs of 32 columns.
+
+    Column k = 4 t + 2 c + h of a run (t < 8; c, h < 2) lies in byte 2 h + c of a row's words: h says in which half of a
+    word, so that neighbours k, k + 1 are the two halves of a word shifted by 8 c. A plane of width p (`plane_widths`)
+    takes p words of a row: its field of that column is in word t // (8 / p) at bit 8 (2 h + c) + p (t % (8 / p)). The
+    planes follow each other.
+
+    All that is per block becomes [N / 16, groups, 16], and what is above it [N / 16, super groups, 16].
+    """
+
+    name = "rows16"
+    mergeable = True
+    tile = 16
+    run = 32
+
+    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        return _blocks_objection(scheme)
+
+    def pack(self, weight: PackedWeight) -> PackedWeight:
+        n, k = weight.shape
+        codes = F.pad(weight.unpack_codes(), (0, -k % self.run, 0, -n % self.tile))
+        fields = codes.view(-1, self.tile, codes.shape[1] // self.run, 8, 2, 2)  # n: block row, k: run t c h
+        fields = fields.permute(0, 2, 3, 1, 5, 4)  # block run t row h c
+        planes = []
+        low = 0
+        for width in plane_widths(weight.scheme.format.bits):
+            plane = ((fields >> low) & ((1 << width) - 1)).unflatten(2, (width, 8 // width))
+            words = torch.zeros_like(plane[:, :, :, 0])
+            for slot in range(8 // width):
+                words |= plane[:, :, :, slot] << (width * slot)
+            planes.append(words)
+            low += width
+        words = torch.cat(planes, 2).flatten(4).contiguous().view(torch.int32).squeeze(-1)
+        return replace(_rows_last(weight, self.tile), codes=words, layout=self.name)
+
+    def unpack(self, weight: PackedWeight) -> PackedWeight:
+        n, k = weight.shape
+        bits = weight.scheme.format.bits
+        blocks, runs = weight.codes.shape[:2]
+        stored = weight.codes.view(torch.uint8).view(blocks, runs, bits, self.tile, 2, 2)  # h c
+        codes = torch.zeros(blocks, runs, 8, self.tile, 2, 2, dtype=torch.uint8, device=weight.device)
+        low = 0
+        for width in plane_widths(bits):
+            plane = stored[:, :, low : low + width]
+            fields = [(plane >> (width * slot)) & ((1 << width) - 1) for slot in range(8 // width)]
+            codes |= torch.stack(fields, 3).flatten(2, 3) << low
+            low += width
+        matrix = codes.permute(0, 3, 1, 2, 5, 4).reshape(blocks * self.tile, runs * self.run)[:n, :k]
+        return replace(_rows_first(weight), codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
 
 
 @functools.cache
@@ -237,7 +304,8 @@ class Int4PackLayout(Layout):
 
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (LogicalLayout(), Rows8Layout(), FragmentLayout(), Int4PackLayout())
+    layout.name: layout
+    for layout in (LogicalLayout(), Rows8Layout(), FragmentLayout(), Rows16Layout(), Int4PackLayout())
 }
 
 

@@ -58,6 +58,7 @@ def test_round_trip(name, layout):
         "logical": True,
         "rows8": FORMATS[name].native_dtype is not None,
         "fragment": True,
+        "rows16": True,
         "int4pack": name in ("int4", "uint4"),
     }
     assert bool(taken) == expected[layout.name]
@@ -81,6 +82,20 @@ def test_fragment_puts_codes_where_its_docstring_says():
             start += 128 * width
             weight_of_plane *= 2**width
         assert value == codes[n, k]
+
+
+def test_rows16_puts_codes_where_its_docstring_says():
+    codes = torch.randint(0, 8, (20, 48), dtype=torch.uint8)
+    scheme = scheme_of("int3", Granularity.channel()).weight
+    packed = PackedWeight.from_codes(codes, torch.ones(20, 1, dtype=torch.bfloat16), None, scheme)
+    words = LAYOUTS["rows16"].pack(packed).codes
+    assert words.shape == (2, 2, 3, 16)
+    for n, k in itertools.product(range(20), range(48)):
+        mine = [w % 2**32 for w in words[n // 16, k // 32, :, n % 16].tolist()]
+        t, c, h = k % 32 // 4, k % 4 // 2, k % 2
+        low = mine[t // 4] // 2 ** (8 * (2 * h + c) + 2 * (t % 4)) % 4
+        high = mine[2] // 2 ** (8 * (2 * h + c) + t) % 2
+        assert low + 4 * high == codes[n, k]
 
 
 def test_planes_of_powers_of_two_add_up():
