@@ -42,7 +42,7 @@ class BitsAndBytes(Method):
             )
         self.threshold = float(threshold) or None
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
         states = [suffix for suffix in tensors.suffixes() if suffix.startswith(_STATE)]
         if len(states) > 1:
             raise tensors.error(f"it has {len(states)} quantization states; a layer has one")
@@ -80,8 +80,11 @@ class BitsAndBytes(Method):
         return LoadedLinear(weight=packed, scheme=Scheme(weight=weight, activation=activation, method="checkpoint"))
 
 
-def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> LoadedLinear:
-    """W = quant_map[code] * absmax[index // blocksize], of the flattened weight, whose even codes are high nibbles."""
+def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> LoadedLinear | Tensor:
+    """W = quant_map[code] * absmax[index // blocksize], of the flattened weight, whose even codes are high nibbles.
+
+    With a table of values that is not bitsandbytes' own, the weight is decoded.
+    """
     quant_type = suffix.removeprefix(_STATE)
     if quant_type not in ("nf4", "fp4"):
         raise tensors.error(f"its 4-bit type is {shown(quant_type)}; bitsandbytes has nf4 and fp4")
@@ -94,16 +97,13 @@ def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> Loa
     fmt = get_format(quant_type)
     assert isinstance(fmt, TableFormat)
     table = tensors.take("weight.quant_map", torch.float32, shape=(16,))
-    if not torch.equal(table, torch.tensor(fmt.values)):
-        raise tensors.error(
-            f"its quant_map is not the table of {quant_type}, so its codes mean other numbers; quantize the original "
-            "model again with bitsandbytes' own table"
-        )
+    _check_finite(tensors, "weight.quant_map", table)
+    codes = _nibbles(tensors, shape)
     absmax = _absmax(tensors, suffix, state, block_count(block, shape))
+    if not torch.equal(table, torch.tensor(fmt.values)):
+        return table[codes.int()] * absmax.repeat_interleave(block)[: codes.numel()].view(shape)
     scheme = WeightScheme(format=fmt, granularity=group_granularity(block, shape))
-    packed = PackedWeight.from_codes(
-        _nibbles(tensors, shape), spread_blocks(absmax, block, shape), None, scheme, layer=tensors.name
-    )
+    packed = PackedWeight.from_codes(codes, spread_blocks(absmax, block, shape), None, scheme, layer=tensors.name)
     return LoadedLinear(weight=packed, scheme=Scheme(weight=scheme, method="checkpoint"))
 
 

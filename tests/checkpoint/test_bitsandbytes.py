@@ -20,7 +20,7 @@ from qcompile.errors import CheckpointError
 from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize, expand_blocks
 from qcompile.scheme import Granularity
-from tests.tolerance import assert_within, float_bound, rewrite_sqnr_floor, sqnr, uniform_sqnr_floor
+from tests.tolerance import assert_within, float_bound, product_sqnr_floor, rewrite_sqnr_floor, sqnr, uniform_sqnr_floor
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bitsandbytes"
 TENSORS = load_file(FIXTURES / "layers.safetensors")
@@ -29,7 +29,12 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
 def layer(name: str) -> dict[str, Tensor]:
+    """Tensors of a layer, and what bitsandbytes makes of them: `expected`, and of int8 an `input` and `output`."""
     return {key.removeprefix(name + "."): t for key, t in TENSORS.items() if key.startswith(name + ".")}
+
+
+def saved(name: str) -> dict[str, Tensor]:
+    return {key: t for key, t in layer(name).items() if key not in ("expected", "input", "output")}
 
 
 def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], **config: object) -> LoadedLinear | None:
@@ -43,8 +48,8 @@ def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], **con
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_decode_as_bitsandbytes_does(tmp_path, name):
-    tensors = layer(name)
-    expected = tensors.pop("expected")
+    tensors = saved(name)
+    expected = layer(name)["expected"]
     loaded = load(tmp_path, tensors, tuple(expected.shape))
     weight = dequantize(loaded.weight)
     if name == "int8":  # q * SCB / 127 there, q * (SCB / 127) here
@@ -57,8 +62,7 @@ def test_layers_decode_as_bitsandbytes_does(tmp_path, name):
 
 def test_every_tensor_is_used(tmp_path):
     for name in LAYERS:
-        tensors = layer(name)
-        shape = tensors.pop("expected").shape
+        tensors, shape = saved(name), layer(name)["expected"].shape
         save_file({f"x.{key}": tensor for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors")
         store = open_store(tmp_path / f"{name}.safetensors")
         given = LayerTensors(store, "x")
@@ -68,6 +72,26 @@ def test_every_tensor_is_used(tmp_path):
         assert given.taken == set(store.names())
 
 
+def test_tables_of_ones_own_are_honoured(tmp_path):
+    tensors, expected = saved("nf4_across_rows"), layer("nf4_across_rows")["expected"]
+    weight = load(tmp_path, tensors | {"weight.quant_map": 2 * tensors["weight.quant_map"]}, expected.shape)
+    assert isinstance(weight, Tensor)
+    assert torch.equal(weight, 2 * expected)
+
+
+def test_outlying_columns_are_multiplied_as_they_are(tmp_path):
+    """Less what the outlying columns give exactly, both outputs are that of the other columns in 8 bits."""
+    tensors = saved("int8")
+    x, theirs, expected = (layer("int8")[name].double() for name in ("input", "output", "expected"))
+    outlying = (x.abs() >= 6).any(0)
+    assert 0 < outlying.sum() < len(outlying)
+    loaded = load(tmp_path, tensors, tuple(expected.shape))
+    module = QuantizedLinear(loaded.weight, loaded.scheme)
+    exact, outliers = x.masked_fill(outlying, 0) @ expected.T, x.masked_fill(~outlying, 0) @ expected.T
+    for output in (module(x.float()).double(), theirs):
+        assert sqnr(exact, output - outliers) >= product_sqnr_floor(math.inf, uniform_sqnr_floor(8, 64))
+
+
 def test_plain_layers_are_left(tmp_path):
     assert load(tmp_path, {"weight": torch.randn(4, 8)}, (4, 8)) is None
     with pytest.raises(CheckpointError, match=r"neither a 4-bit quantization state .* nor SCB"):
@@ -75,8 +99,7 @@ def test_plain_layers_are_left(tmp_path):
 
 
 def test_outliers_are_those_of_the_configuration(tmp_path):
-    tensors = layer("int8")
-    shape = tensors.pop("expected").shape
+    tensors, shape = saved("int8"), layer("int8")["expected"].shape
 
     def threshold(**config: object) -> float | None:
         return load(tmp_path, tensors, shape, **config).scheme.activation.outlier_threshold
@@ -126,7 +149,7 @@ DAMAGE = {
     "weight of another dtype": ({"weight": torch.zeros(384, 1, dtype=torch.int32)}, "weight has dtype torch.int32"),
     "NaN in absmax": ({"weight.absmax": torch.full((48,), float("nan"))}, "weight.absmax holds NaN"),
     "absmax of float16": ({"weight.absmax": torch.ones(48, dtype=torch.float16)}, "has dtype torch.float16"),
-    "another table": ({"weight.quant_map": torch.linspace(-1, 1, 16)}, "its quant_map is not the table of nf4"),
+    "NaN in the table": ({"weight.quant_map": torch.full((16,), float("nan"))}, "weight.quant_map holds NaN"),
     "a short table": ({"weight.quant_map": torch.ones(15)}, r"weight\.quant_map has shape \(15,\)"),
     "two states": ({"weight.quant_state.bitsandbytes__fp4": torch.zeros(2, dtype=torch.uint8)}, "it has 2 quant"),
 }
@@ -134,8 +157,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damaged_4_bit_layers_are_refused(tmp_path, what):
-    tensors = layer("nf4")
-    shape = tensors.pop("expected").shape
+    tensors, shape = saved("nf4"), layer("nf4")["expected"].shape
     changes, message = DAMAGE[what]
     if not any(isinstance(value, Tensor) for value in changes.values()):
         changes = {STATE: state_of(tensors, **changes)}
@@ -157,8 +179,7 @@ def test_damaged_4_bit_layers_are_refused(tmp_path, what):
     ],
 )
 def test_damaged_double_quantization_is_refused(tmp_path, changes, message):
-    tensors = layer("nf4_nested")
-    shape = tensors.pop("expected").shape
+    tensors, shape = saved("nf4_nested"), layer("nf4_nested")["expected"].shape
     if not any(isinstance(value, Tensor) for value in changes.values()):
         changes = {STATE: state_of(tensors, **changes)}
     with pytest.raises(CheckpointError, match=message):
@@ -176,8 +197,7 @@ def test_damaged_double_quantization_is_refused(tmp_path, changes, message):
     ],
 )
 def test_damaged_int8_layers_are_refused(tmp_path, changes, message):
-    tensors = layer("int8")
-    shape = tensors.pop("expected").shape
+    tensors, shape = saved("int8"), layer("int8")["expected"].shape
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path, tensors | changes, shape)
 
