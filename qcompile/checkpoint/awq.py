@@ -44,6 +44,7 @@ class AWQ(Method):
     """Integers of 4 bits with zero points, or in llm-awq's layout with offsets."""
 
     name = "awq"
+    aliases = ("awq_marlin",)
     activation_dtypes = tuple(SCALES)
     min_capability = 80
 

@@ -80,7 +80,7 @@ class GPTQ(Method):
     """Integers of 2 to 8 bits, in the columns' order or in that of activations, also in Marlin's layouts."""
 
     name = "gptq"
-    aliases = ("marlin", "qqq")
+    aliases = ("gptq_marlin", "gptq_marlin_24", "marlin", "qqq")
     activation_dtypes = tuple(SCALES)
     min_capability = 80
 
