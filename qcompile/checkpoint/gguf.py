@@ -471,6 +471,19 @@ class GgufMethod(Method):
         tensors.taken.add(name)
         return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
 
+    def stacked(
+        self, tensors: LayerTensors, projection: str, experts: int, shape: tuple[int, int]
+    ) -> list[LoadedLinear] | None:
+        name = f"{tensors.name}.{projection}.weight"
+        stored = self.store.stacked.get(name)
+        if stored is None or stored.kind not in BLOCK_TYPES:
+            return None
+        if stored.shape != (experts, *shape):
+            raise tensors.error(f"{projection} has shape {stored.shape}, expected {(experts, *shape)}")
+        tensors.ignore("down_proj" if projection == "down_proj" else "gate_up_proj")
+        weights = self.store.read_stacked(name)
+        return [LoadedLinear(weight=w, scheme=Scheme(weight=w.scheme, method="checkpoint")) for w in weights]
+
 
 def gguf_source(path: Path, *, decode: bool = False) -> Source:
     """A GGUF model for `qcompile.checkpoint.loader`.

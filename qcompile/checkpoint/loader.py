@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, method_for
 from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
 from qcompile.errors import CheckpointError, LayerError
-from qcompile.modules import QuantizedLinear
+from qcompile.experts import QuantizedExperts, expert_modules
+from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
 
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
@@ -209,6 +211,20 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
             model.set_submodule(name, _quantized(found, module, tensors, device, dtype))
             used |= tensors.taken
             _check_rest(tensors)
+    experts = expert_modules(model)
+    tensors_of = tensors_under(store, experts)
+    for name in track(list(experts), "Loading experts", progress):
+        reader = Experts(name, experts[name], store, tensors_of[name], method)
+        loaded = reader.load(device, dtype)
+        if isinstance(loaded, QuantizedExperts):
+            model.set_submodule(name, loaded)
+        else:
+            for attribute, value in loaded.items():
+                setattr(experts[name], attribute, nn.Parameter(value, requires_grad=False))
+        for tensors in (reader.whole, *reader.layers):
+            used |= tensors.taken
+        for tensors in reader.layers:
+            _check_rest(tensors)
     _load_plain(model, store, used, device, dtype)
     for name, scales in kv_scales(store).items():
         if name in dict(model.named_modules()):
@@ -251,7 +267,7 @@ def _check_rest(tensors: LayerTensors) -> None:
 def _load_plain(model: nn.Module, store: TensorStore, used: set[str], device: torch.device, dtype: torch.dtype) -> None:
     """Parameters and buffers that are not quantized; those that are tied share what was loaded."""
     known = set(store.names()) - used
-    quantized = {n + "." for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    quantized = {n + "." for n, m in model.named_modules() if isinstance(m, PackedModule)}
     names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]
     missing = []
     for name in names:

@@ -136,11 +136,38 @@ class Method(ABC):
             CheckpointError: tensors that are missing, damaged or disagree with the configuration or with `shape`.
         """
 
+    def stacked(
+        self, tensors: LayerTensors, projection: str, experts: int, shape: tuple[int, int]
+    ) -> list[LoadedLinear] | None:
+        """One projection of all experts, each [N, K], where the checkpoint keeps them in one tensor; None if it does
+        not, as most methods, whose experts are linear layers.
+
+        Args:
+            tensors: of the experts' module.
+            projection: "gate_up_proj", "gate_proj", "up_proj" or "down_proj"; gate_up_proj is asked for first.
+
+        Raises:
+            CheckpointError: as `linear`.
+        """
+        return None
+
 
 METHODS: dict[str, type[Method]] = {}
 _MethodClass = TypeVar("_MethodClass", bound=type[Method])
 
-_MODULES = ("gptq", "awq", "fp8", "compressed_tensors", "modelopt", "quark", "bitsandbytes", "torchao", "hqq", "quanto")
+_MODULES = (
+    "gptq",
+    "awq",
+    "fp8",
+    "compressed_tensors",
+    "modelopt",
+    "quark",
+    "bitsandbytes",
+    "torchao",
+    "hqq",
+    "quanto",
+    "mxfp4",
+)
 
 
 def register(method: _MethodClass) -> _MethodClass:
@@ -174,6 +201,7 @@ _FINGERPRINTS = {
     "W_q": "hqq",
     "weight._data": "quanto",
     "weight._data._data": "quanto",
+    "gate_up_proj_blocks": "mxfp4",
 }
 """Suffixes of tensors that only one method writes."""
 

@@ -1,0 +1,232 @@
+"""Experts of mixtures in checkpoints: one set of tensors an expert, or stacked tensors of all."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.store import TensorInfo, TensorStore
+from qcompile.errors import CheckpointError, LayerError
+from qcompile.experts import Gating, GroupedLinear, QuantizedExperts, projection_shapes
+from qcompile.packed import concatenate
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
+"""What checkpoints call an expert's layers."""
+_EXPERT = re.compile(r"(0|[1-9][0-9]{0,5})\.([^.]+)\..+")
+
+
+class _Part(TensorStore):
+    """Some tensors of a store."""
+
+    def __init__(self, store: TensorStore, names: Sequence[str]) -> None:
+        self._store, self._names = store, tuple(names)
+        self.path, self.metadata = store.path, store.metadata
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        return self._store.info(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._store.read(name)
+
+
+def tensors_under(store: TensorStore, modules: Iterable[str]) -> dict[str, list[str]]:
+    """Which tensors lie under the name of each module."""
+    found: dict[str, list[str]] = {module: [] for module in modules}
+    for name in store.names():
+        owner = name
+        while "." in owner:
+            owner = owner.rpartition(".")[0]
+            if owner in found:
+                found[owner].append(name)
+                break
+    return found
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One layer of one expert; its weight is a plain tensor if it is not quantized."""
+
+    layer: LoadedLinear | Tensor
+    bias: Tensor | None = None
+
+
+class Experts:
+    """The experts of a mixture, as a checkpoint holds them.
+
+    Args:
+        name: of the module.
+        module: one of `qcompile.experts.expert_modules`; its parameters may be on the meta device.
+        store: of all tensors.
+        names: of those under the module's name.
+        method: None if nothing is quantized.
+
+    Attributes:
+        whole: the tensors of all experts together.
+        layers: the tensors of each expert's layers that were looked at.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, store: TensorStore, names: Sequence[str], method: Method | None
+    ) -> None:
+        self.name, self.module, self.method = name, module, method
+        self.whole = LayerTensors(_Part(store, names), name)
+        self.layers: list[LayerTensors] = []
+        self._store = store
+        self._apart: dict[tuple[int, str], list[str]] = defaultdict(list)
+        for tensor in names:
+            if match := _EXPERT.fullmatch(tensor.removeprefix(name + ".")):
+                self._apart[int(match[1]), match[2]].append(tensor)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> QuantizedExperts | dict[str, Tensor]:
+        """The module for quantized experts, or else values for parameters of the module that there is, if the
+        checkpoint does not have them under their own names.
+
+        Raises:
+            CheckpointError: tensors that are missing or damaged, experts of which only some are quantized, or in
+                different ways.
+        """
+        plain: dict[str, Tensor | None] = {}
+        projections: dict[str, GroupedLinear] = {}
+        try:
+            for projection, (count, n, k) in projection_shapes(self.module).items():
+                parts = self._read(projection, count, (n, k))
+                if parts is None:
+                    plain[projection] = None
+                elif any(isinstance(expert.layer, Tensor) for experts in parts.values() for expert in experts):
+                    plain[projection] = self._plain(projection, parts)
+                else:
+                    for part, experts in parts.items():
+                        projections[part] = _grouped(experts, device, dtype, f"{self.name}.{part}")
+        except LayerError as error:
+            raise CheckpointError(f"{self._store.path}: {error}") from None
+        if not projections:
+            return {name: value.to(device, dtype) for name, value in plain.items() if value is not None}
+        if plain:
+            raise self.whole.error(
+                f"{next(iter(plain))} of its experts is not quantized, but {next(iter(projections))} is; qcompile runs "
+                "experts whose projections are all quantized, or none"
+            )
+        return QuantizedExperts(projections, Gating(self.module))
+
+    def _read(self, projection: str, count: int, shape: tuple[int, int]) -> dict[str, list[_Expert]] | None:
+        """The layers that a projection consists of, by name; None if the checkpoint has none apart from it."""
+        half = (shape[0] // 2, shape[1])
+        parts = {"gate_proj": half, "up_proj": half} if projection == "gate_up_proj" else {projection: shape}
+        for names in ({projection: shape}, parts):
+            stacked = {name: self._stacked(name, count, extent) for name, extent in names.items()}
+            found = {name: layers for name, layers in stacked.items() if layers is not None}
+            if len(found) == len(names):
+                biases = self._biases(projection, count, shape[0], len(names))
+                return {
+                    name: [_Expert(layer, None if bias is None else bias[i]) for i, layer in enumerate(found[name])]
+                    for name, bias in zip(names, biases, strict=True)
+                }
+        if projection in self.whole or not self._apart:
+            return None
+        layers = {name: [self._expert(i, name, extent) for i in range(count)] for name, extent in parts.items()}
+        merged = _merged(*layers.values()) if len(layers) == 2 and self.module.is_concatenated else None
+        return layers if merged is None else {projection: merged}
+
+    def _stacked(self, part: str, count: int, shape: tuple[int, int]) -> list[LoadedLinear] | None:
+        return None if self.method is None else self.method.stacked(self.whole, part, count, shape)
+
+    def _biases(self, projection: str, count: int, n: int, parts: int) -> Sequence[Tensor | None]:
+        """The bias [experts, N] of each part of a projection whose experts are stacked."""
+        if not self.module.has_bias:
+            return (None,) * parts
+        bias = self.whole.take(f"{projection}_bias", *_FLOATS, shape=(count, n))
+        if parts == 1 or self.module.is_concatenated:
+            return bias.chunk(parts, 1)
+        return [bias[:, index::parts] for index in range(parts)]
+
+    def _expert(self, index: int, part: str, shape: tuple[int, int]) -> _Expert:
+        name = next((name for name in _NAMES[part] if (index, name) in self._apart), None)
+        if name is None:
+            raise self.whole.error(f"{part} of expert {index} is missing; get the file again")
+        tensors = LayerTensors(_Part(self._store, self._apart[index, name]), f"{self.name}.{index}.{name}")
+        self.layers.append(tensors)
+        found = None if self.method is None else self.method.linear(tensors, shape)
+        if found is None:
+            return _Expert(tensors.take("weight", *_FLOATS, shape=shape))
+        if isinstance(found, Tensor):
+            return _Expert(found)
+        found.weight.check(tensors.name)
+        return _Expert(found, tensors.optional("bias", *_FLOATS, shape=(shape[0],)))
+
+    def _plain(self, projection: str, parts: Mapping[str, Sequence[_Expert]]) -> Tensor:
+        """The parameter that layers of experts stand for: [experts, N, K], or [experts, K, N] if it is transposed."""
+        stacks = []
+        for part, experts in parts.items():
+            weights = [expert.layer for expert in experts if isinstance(expert.layer, Tensor)]
+            if len(weights) != len(experts):
+                raise self.whole.error(
+                    f"{part} is quantized for {len(experts) - len(weights)} of {len(experts)} experts; qcompile runs "
+                    "experts that are all quantized, or none"
+                )
+            stacks.append(torch.stack(weights))
+        if len(stacks) == 1 or self.module.is_concatenated:
+            joined = torch.cat(stacks, 1)
+        else:
+            joined = torch.stack(stacks, 2).flatten(1, 2)
+        return joined.transpose(1, 2).contiguous() if self.module.is_transposed else joined
+
+
+def _merged(gate: Sequence[_Expert], up: Sequence[_Expert]) -> list[_Expert] | None:
+    """Experts whose rows are the gate's and then the up projection's, if one product can serve both."""
+    merged = []
+    for one, other in zip(gate, up, strict=True):
+        first, second = one.layer, other.layer
+        if isinstance(first, Tensor) or isinstance(second, Tensor) or (one.bias is None) != (other.bias is None):
+            return None
+        if first.scheme != second.scheme or not (
+            _equal(first.input_scale, second.input_scale) and _equal(first.pre_quant_scale, second.pre_quant_scale)
+        ):
+            return None
+        try:
+            weight = concatenate([first.weight, second.weight])
+        except ValueError:
+            return None
+        bias = None if one.bias is None or other.bias is None else torch.cat([one.bias, other.bias])
+        scheme = replace(first.scheme, weight=weight.scheme)
+        merged.append(_Expert(replace(first, weight=weight, scheme=scheme), bias))
+    return merged
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
+def _grouped(experts: Sequence[_Expert], device: torch.device, dtype: torch.dtype, layer: str) -> GroupedLinear:
+    layers = [expert.layer for expert in experts if isinstance(expert.layer, LoadedLinear)]
+    for index, loaded in enumerate(layers):
+        if loaded.scheme != layers[0].scheme:
+            raise LayerError(f"{layer}: expert {index} is {loaded.scheme}, expert 0 is {layers[0].scheme}")
+
+    def stacked(values: Sequence[Tensor | None], what: str) -> Tensor | None:
+        there = [value for value in values if value is not None]
+        if len(there) not in (0, len(values)):
+            raise LayerError(f"{layer}: {len(there)} of {len(values)} experts have a {what}")
+        return torch.stack(there).to(device) if there else None
+
+    bias = stacked([expert.bias for expert in experts], "bias")
+    return GroupedLinear(
+        [loaded.weight.to(device) for loaded in layers],
+        layers[0].scheme,
+        None if bias is None else bias.to(dtype),
+        stacked([loaded.input_scale for loaded in layers], "input scale"),
+        dtype,
+        stacked([loaded.pre_quant_scale for loaded in layers], "pre_quant_scale"),
+        layer,
+    )
