@@ -1,0 +1,285 @@
+"""`qcompile.save`: a quantized model in the files that other programs read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.checkpoint.kv_scales import KVScales
+from qcompile.checkpoint.saving import gguf
+from qcompile.checkpoint.saving.awq import AWQ
+from qcompile.checkpoint.saving.base import (
+    Layer,
+    Rounding,
+    Saved,
+    Target,
+    Unsavable,
+    plain_config,
+    refusal,
+)
+from qcompile.checkpoint.saving.compressed_tensors import CompressedTensors, kv_cache_scheme
+from qcompile.checkpoint.saving.gguf_pack import pack_layer
+from qcompile.checkpoint.saving.gptq import GPTQ
+from qcompile.checkpoint.saving.shards import Shards, Staging, parse_size
+from qcompile.errors import CheckpointError, ConfigError, shown
+from qcompile.modules import PackedModule, QuantizedLinear
+
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (CompressedTensors, GPTQ, AWQ)}
+FORMATS = (*TARGETS, gguf.NAME)
+"""What `save` writes."""
+
+_BESIDE = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "*processor_config.json",
+)
+"""Files of a tokenizer or preprocessor."""
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    format: str = "compressed-tensors",
+    *,
+    max_shard_size: int | str = "5GB",
+    allow_rounding: bool = False,
+) -> Saved:
+    """Write a quantized model so that other programs, and `qcompile.load`, read the same weights.
+
+    Codes are never chosen anew: a layer that the format does not hold exactly is refused. Files appear under their
+    names when all are complete. The peak of memory is the model and one shard (for GGUF, one layer).
+
+    Args:
+        model: with `QuantizedLinear` layers, as `quantize_` or `load` leave it; on any device.
+        folder: new, or without model files. Tokenizer files are copied there from where the model was loaded.
+        format: "compressed-tensors" (vLLM, transformers), "gptq", "awq" or "gguf" (llama.cpp; one model.gguf).
+        max_shard_size: of a safetensors file, in bytes or such as "5GB".
+        allow_rounding: round scales to a dtype that the format wants though they are not exact there; what was rounded,
+            and by how much, is returned and warned of.
+
+    Raises:
+        CheckpointError: a layer that the format does not hold, naming those that do; a folder with model files; a model
+            without quantized layers.
+        ConfigError: an unknown format or size.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format {shown(format)} cannot be written; there are {', '.join(FORMATS)}")
+    folder, limit, rounding = Path(folder), parse_size(max_shard_size), Rounding(allow_rounding)
+    layers = quantized_layers(model)
+    _check_folder(folder)
+    with Staging(folder) as staging:
+        if format == gguf.NAME:
+            gguf.write(model, layers, staging.path("model.gguf"), rounding, holding)
+        else:
+            target = checked_target(model, layers, format)
+            shards = Shards(staging, limit)
+            for name, tensor in _tensors(model, target, rounding):
+                shards.add(name, tensor)
+            shards.finish()
+            _describe(model, target, staging)
+        files = staging.publish()
+    if rounding.noted:
+        worst = max(rounding.noted, key=lambda entry: entry.error)
+        warnings.warn(
+            f"{len(rounding.noted)} layers were rounded, {worst.layer} most: its {worst.what} to {worst.dtype} with a "
+            f"relative error up to {worst.error:.1e}",
+            stacklevel=2,
+        )
+    return Saved(files, tuple(rounding.noted))
+
+
+def quantized_layers(model: nn.Module) -> list[Layer]:
+    """All quantized linears.
+
+    Raises:
+        CheckpointError: there are none, or quantized modules of another kind.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            layers.append(Layer(name, module))
+        elif isinstance(module, PackedModule):
+            raise CheckpointError(f"{name}: a {type(module).__name__} cannot be saved yet; save the model unquantized")
+    if not layers:
+        raise CheckpointError("the model has no quantized layers; quantize it first: qcompile.quantize_(model, config)")
+    return layers
+
+
+def checked_target(model: nn.Module, layers: list[Layer], format: str) -> Target:
+    """The format for a model.
+
+    Raises:
+        CheckpointError: it does not hold a layer, or the scales of the KV cache.
+    """
+    target = TARGETS[format](layers)
+    for layer in layers:
+        if (reason := target.objection(layer)) is not None:
+            raise refusal(layer, format, reason, holding(layer))
+    if not target.holds_kv_scales and (name := next(_kv_scales(model), (None, None))[0]) is not None:
+        raise CheckpointError(f"{name}: {format} cannot hold scales of the KV cache; compressed-tensors can")
+    return target
+
+
+def holding(layer: Layer) -> list[str]:
+    """The formats that hold a layer exactly."""
+    found = []
+    for name in FORMATS:
+        try:
+            if name == gguf.NAME:
+                pack_layer(layer, Rounding(False))
+            elif TARGETS[name]([layer]).objection(layer) is None:
+                TARGETS[name]([layer]).tensors(layer, Rounding(False))
+            else:
+                continue
+        except Unsavable:
+            continue
+        found.append(name)
+    return found
+
+
+def plain_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers that are not quantized."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers outside of quantized layers, each once, where several share it."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            continue
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _tensors(model: nn.Module, target: Target, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
+    rename = _Names(model)
+    yield from rename.plain(dict(plain_tensors(model)))
+    for layer in target.layers:
+        try:
+            made = target.tensors(layer, rounding)
+        except Unsavable as reason:
+            raise refusal(layer, target.name, str(reason), holding(layer)) from None
+        if layer.module.bias is not None:
+            made["bias"] = layer.module.bias
+        prefix = rename.layer(layer.name)
+        yield from ((f"{prefix}.{suffix}", tensor) for suffix, tensor in made.items())
+    for name, scales in _kv_scales(model):
+        for which in ("k", "v"):
+            scale = getattr(scales, f"{which}_scale")
+            yield f"{rename.layer(name)}.{which}_scale", scale.reshape(-1, 1, 1) if scale.dim() else scale.reshape(1)
+
+
+def quantized_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a model in compressed-tensors' layout under the modules' names, and the `quantization_config`.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    target = checked_target(model, quantized_layers(model), CompressedTensors.name)
+    tensors = dict(plain_tensors(model))
+    for layer in target.layers:
+        try:
+            made = target.tensors(layer, Rounding(False))
+        except Unsavable as reason:
+            raise refusal(layer, target.name, str(reason), holding(layer)) from None
+        if layer.module.bias is not None:
+            made["bias"] = layer.module.bias
+        tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in made.items()}
+    return tensors, target.quantization_config(plain_linears(model))
+
+
+def _kv_scales(model: nn.Module) -> Iterator[tuple[str, KVScales]]:
+    for name, module in model.named_modules():
+        scales = getattr(module, "kv_scales", None)
+        if isinstance(scales, KVScales):
+            yield name, scales
+
+
+class _Names:
+    """From the names of modules to those of checkpoints, which transformers keeps where it renamed modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model if hasattr(model, "get_compiled_call") and hasattr(model, "config") else None
+
+    def plain(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as checkpoints have them: also stacks of experts taken apart."""
+        if self.model is not None:
+            from transformers.core_model_loading import revert_weight_conversion
+
+            tensors = revert_weight_conversion(self.model, tensors)
+        yield from tensors.items()
+
+    def layer(self, name: str) -> str:
+        """A module's name."""
+        weight = f"{name}.weight"
+        renamed = next(name for name, _ in self.plain({weight: torch.empty(0)}))
+        return renamed.removesuffix(".weight")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: is a file; name a folder")
+    found = [path.name for pattern in ("*.safetensors", "*.gguf", "*.index.json") for path in folder.glob(pattern)]
+    if found:
+        raise CheckpointError(f"{folder}: holds {found[0]} already; name another folder, or empty this one")
+
+
+def source_path(model: nn.Module) -> Path | None:
+    """The folder or file that a model was loaded from, if it is known and still there."""
+    name = getattr(model, "name_or_path", None)
+    path = Path(name) if isinstance(name, str) and name else None
+    return path if path is not None and path.exists() else None
+
+
+def _describe(model: nn.Module, target: Target, staging: Staging) -> None:
+    """Everything beside the tensors; config.json last, so that it is there when all else is."""
+    source = source_path(model)
+    if source is not None and source.is_dir():
+        for pattern in _BESIDE:
+            for path in sorted(source.glob(pattern)):
+                staging.copy(path)
+    elif source is not None:
+        _tokenizer_of_gguf(source, staging)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        staging.path("generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+    config: dict[str, Any] = {}
+    if hasattr(model, "config") and hasattr(model.config, "to_json_string"):
+        config = plain_config(model.config) | {"architectures": [type(model).__name__]}
+        if isinstance(getattr(model, "lm_head", None), QuantizedLinear):
+            config["tie_word_embeddings"] = False
+    config["quantization_config"] = target.quantization_config(plain_linears(model))
+    scales = next(_kv_scales(model), None)
+    if scales is not None:
+        config["quantization_config"]["kv_cache_scheme"] = kv_cache_scheme(scales[1].k_scale.dim() > 0)
+    staging.json("config.json", config)
+
+
+def _tokenizer_of_gguf(source: Path, staging: Staging) -> None:
+    import tempfile
+
+    from qcompile.checkpoint.gguf import load_tokenizer
+    from qcompile.checkpoint.gguf_file import open_gguf
+
+    if open_gguf(source).metadata.get("tokenizer.ggml.model") in (None, "no_vocab", "none"):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(source).save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            staging.copy(path)
