@@ -78,7 +78,7 @@ def _super_scale(rows: tuple[Tensor, ...], scheme: WeightScheme, layer: str) -> 
         raise LayerError(f"{layer}: {scheme.scale_dtype} scales of scales are read from checkpoints, not chosen here")
     top = torch.stack([part.abs().amax() for part in rows]).amax().to(torch.float32)
     scale = top / (scheme.format.absmax * torch.finfo(torch.float8_e4m3fn).max)
-    return scale.masked_fill(scale == 0, 1.0)
+    return 1 / (1 / scale.masked_fill(scale == 0, 1.0))  # an inverse itself, for formats that store its divisor
 
 
 def _quantize_rows(weight: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"qcompile": ROOT / "qcompile", "qcompile.passes": ROOT / "passes", "qcompile.codegen": ROOT / "codegen"}
 LINKS = {FOLDERS["qcompile"] / "passes", FOLDERS["qcompile"] / "codegen"}
 
-ON_TOP = {"quantize", "decorator", "report", "evaluate", "checkpoint", "cli"}
+ON_TOP = {"quantize", "decorator", "report", "evaluate", "checkpoint", "integrations", "cli"}
 CODEGEN_MAY_IMPORT = {"codegen", "errors", "expr", "flags", "formats", "layouts", "linear_spec", "scheme"}
 PRIVATE_TORCH = {"_C", "_dynamo", "_functorch", "_guards", "_higher_order_ops", "_inductor", "_subclasses"}
 HEAVY = {"triton", "transformers", "torchao", "gguf"}
@@ -188,7 +188,10 @@ def test_private_torch_is_in_compat_only(module):
 
 def test_heavy_packages_are_imported_in_functions():
     loading = [i for i in imports() if i.target.split(".")[0] in HEAVY and not i.local]
-    assert {i.importer for i in loading if not i.importer.startswith("qcompile.codegen.templates.")} == set()
+    free = ("qcompile.codegen.templates.", "qcompile.integrations.")
+    assert {i.importer for i in loading if not i.importer.startswith(free)} == set()
+    integrations = [i for i in imports() if i.target.startswith("qcompile.integrations.") and not i.local]
+    assert not [str(i) for i in integrations]
     templates = [i for i in imports() if i.target.startswith("qcompile.codegen.templates.")]
     assert not [str(i) for i in templates]
 

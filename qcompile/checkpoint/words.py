@@ -43,7 +43,8 @@ def pack_words(codes: Tensor, bits: int, dim: int = -1, dtype: torch.dtype = tor
     """The inverse of `unpack_words`: uint8 codes to words of `dtype`, the last one filled up with zeros."""
     stream = pack_bits(codes.movedim(dim, -1), bits)
     padded = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % dtype.itemsize))
-    return padded.contiguous().view(dtype).movedim(-1, dim).contiguous()
+    words = padded.reshape(-1).view(dtype).view(*padded.shape[:-1], padded.shape[-1] // dtype.itemsize)
+    return words.movedim(-1, dim).contiguous()
 
 
 def unpack_planes(words: Tensor, bits: int, dim: int = -1) -> Tensor:
