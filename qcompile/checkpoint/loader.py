@@ -16,7 +16,7 @@ from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, method_for
 from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
-from qcompile.errors import CheckpointError, LayerError
+from qcompile.errors import CheckpointError, ConfigError, LayerError
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
@@ -58,7 +58,7 @@ def open_checkpoint(path: str | Path) -> Source:
         return Source(store, method_for(None, store), None)
     described = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     config = None
-    if described:
+    if "model_type" in described:
         config = _transformers_config(path)
         store = renamed(store, config.model_type)
     return Source(store, method_for(quantization_config(path, described), store), config)
@@ -158,12 +158,14 @@ def load(
     if model is None:
         if source.config is None:
             raise CheckpointError(
-                f"{path}: has no config.json, so its modules are unknown; give them: qcompile.load(path, model=...)"
+                f"{path}: no config.json says what its modules are; give them: qcompile.load(path, model=...)"
             )
         dtype = dtype or getattr(source.config, "dtype", None) or torch.bfloat16
         model = skeleton(source.config, dtype)
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
     fill(model, source, torch.device(device), dtype, progress=progress)
+    if hasattr(model, "name_or_path"):
+        model.name_or_path = str(path)  # type: ignore[assignment]
     return model.requires_grad_(False).eval()
 
 
@@ -195,6 +197,8 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
         CheckpointError: see `load`.
     """
     store, method = source.store, source.method
+    if method is not None:
+        _check_supported(method, device, dtype)
     used: set[str] = set()
     linears = {n: m for n, m in model.named_modules() if n and type(m) is nn.Linear} if method else {}
     for name, module in track(list(linears.items()), "Loading", progress):
@@ -236,6 +240,24 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
             + (", ..." if len(left) > 5 else ""),
             stacklevel=3,
         )
+
+
+def _check_supported(method: Method, device: torch.device, dtype: torch.dtype) -> None:
+    """Enforce what a method says of itself.
+
+    Raises:
+        ConfigError: a dtype or a GPU that it cannot compute with.
+    """
+    if dtype not in method.activation_dtypes:
+        names = ", ".join(map(str, method.activation_dtypes))
+        raise ConfigError(f"{method.name} models cannot compute in {dtype}; pass dtype=, one of {names}")
+    if device.type == "cuda" and torch.version.cuda is not None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor < method.min_capability:
+            least = f"{method.min_capability // 10}.{method.min_capability % 10}"
+            raise ConfigError(
+                f"{method.name} models need a GPU of compute capability {least}, and {device} has {major}.{minor}"
+            )
 
 
 def _quantized(
