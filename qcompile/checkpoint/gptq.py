@@ -194,10 +194,8 @@ class AutoRound(Method):
             group_setting(config)
 
     def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
-        if self.floats is not None:
-            return self.floats.linear(tensors, shape)
         if "qweight" not in tensors:
-            return None
+            return None if self.floats is None else self.floats.linear(tensors, shape)
         changes = self.changes.get(tensors.name)  # a layer's own name goes before patterns
         if changes is None:
             changes = next((change for pattern, change in self.rules if pattern.search(tensors.name)), {})
@@ -244,7 +242,7 @@ def _floats(config: Mapping[str, Any], changes: Mapping[str, Any], store: Tensor
     groups = {"default": {**_scheme(config), "targets": ["Linear"]}}
     for name, change in changes.items():
         changed = {**config, **{key: value for key, value in change.items() if value is not None}}
-        if setting(changed, ("bits",), 16, int, "a number of bits") < 16:
+        if setting(changed, ("bits",), 16, int, "a number of bits") < 16 and _kind(changed)[0] != "int":
             groups[name] = {**_scheme(changed), "targets": [name, f"re:.*(?:{name})"]}
     return CompressedTensors({"config_groups": groups}, store)
 

@@ -323,3 +323,12 @@ def test_a_model_that_auto_round_wrote():
     assert set(schemes.values()) == {"uint4 group 32"}
     reference = load_file(FIXTURES / "gptq" / "llama_autoround_logits.safetensors")
     assert sqnr(reference["logits"], model(reference["tokens"]).logits) >= LLAMA_FLOOR
+
+
+def test_auto_round_integers_among_floats(tmp_path):
+    p = problem(4, *SHAPE, 32)
+    configs = {name: config for _, name, config in FLOAT_LAYERS}
+    change = {"data_type": "int", "sym": False, "act_bits": 16}
+    config = {**configs["mxfp4"], "extra_config": {"m.l": change}, "packing_format": "auto_round:auto_gptq"}
+    layer = read_layer(tmp_path / "x.safetensors", config, SHAPE, gptq_tensors(p, 4))
+    assert torch.equal(decoded(layer), p.weight)
