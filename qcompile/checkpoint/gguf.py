@@ -468,8 +468,8 @@ class GgufMethod(Method):
         if stored != shape:
             raise tensors.error(f"weight has shape {stored}, expected {shape}")
         weight = self.store.packed(name)
-        tensors.taken.add(name)
-        return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
+        tensors.ignore("weight")
+        return _loaded(weight)
 
     def stacked(
         self, tensors: LayerTensors, projection: str, experts: int, shape: tuple[int, int]
@@ -479,10 +479,13 @@ class GgufMethod(Method):
         if stored is None or stored.kind not in BLOCK_TYPES:
             return None
         if stored.shape != (experts, *shape):
-            raise tensors.error(f"{projection} has shape {stored.shape}, expected {(experts, *shape)}")
+            raise tensors.error(f"{stored.name} has shape {stored.shape}, expected {(experts, *shape)}")
         tensors.ignore("down_proj" if projection == "down_proj" else "gate_up_proj")
-        weights = self.store.read_stacked(name)
-        return [LoadedLinear(weight=w, scheme=Scheme(weight=w.scheme, method="checkpoint")) for w in weights]
+        return [_loaded(weight) for weight in self.store.read_stacked(name)]
+
+
+def _loaded(weight: PackedWeight) -> LoadedLinear:
+    return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
 
 
 def gguf_source(path: Path, *, decode: bool = False) -> Source:

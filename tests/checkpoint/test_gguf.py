@@ -19,6 +19,7 @@ from qcompile.checkpoint.gguf_blocks import BLOCK_TYPES
 from qcompile.checkpoint.loader import load
 from qcompile.errors import CheckpointError
 from qcompile.evaluate.models import sample_text
+from qcompile.experts import QuantizedExperts
 from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize
 from tests.checkpoint.gguf_files import Q, blocks_of, converted, random_blocks, settings, write
@@ -229,6 +230,15 @@ def test_experts_one_by_one(tmp_path):
             assert torch.equal(dequantize(weight), values[expert])
     with pytest.raises(CheckpointError, match=r"has no experts for model\.norm"):
         store.read_stacked("model.norm.weight")
+
+
+@pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe"])
+def test_quantized_experts_compute_what_decoded_ones_do(name, tmp_path, ids):
+    path = make_file(make_model(name), tmp_path / "model.gguf", Q.Q4_1)
+    quantized, decoded = load(path, dtype=torch.float32), load_decoded(path, torch.float32, CPU)
+    assert sum(isinstance(m, QuantizedExperts) for m in quantized.modules()) == SHAPE["num_hidden_layers"]
+    assert not any(isinstance(m, QuantizedExperts) for m in decoded.modules())
+    assert sqnr(logits(decoded, ids), logits(quantized, ids)) >= expected_floor(decoded)
 
 
 def test_squeezed_gate_of_the_shared_expert(tmp_path):
