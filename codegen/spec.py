@@ -14,6 +14,9 @@ from qcompile.scheme import WHOLE, Granularity
 TEMPLATES = {"fragment": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
 
+GROUPED_TEMPLATE = "gemm_grouped"
+"""The template that multiplies stacks of experts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
@@ -101,10 +104,28 @@ class KernelSpec:
         return json.dumps(self.describe())
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupedSpec(KernelSpec):
+    """A kernel for a stack of experts; `n`, `k` and the rest are one expert's, and `tile.split` is 1.
+
+    Attributes:
+        experts: how many.
+        scale_dtype: see `WeightScheme`.
+        offset: whether offsets are added after the scale.
+        super_columns: columns that share a scale of scales; 0 if there are none.
+    """
+
+    experts: int
+    scale_dtype: str
+    offset: bool
+    super_columns: int
+
+
 def decode_kernel_spec(text: str) -> KernelSpec:
     """The inverse of `KernelSpec.encode`."""
     given = json.loads(text)
-    return KernelSpec(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})
+    kind = GroupedSpec if given["template"] == GROUPED_TEMPLATE else KernelSpec
+    return kind(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})
 
 
 def native_fp8(target: str) -> bool:
@@ -147,4 +168,24 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
         epilogue=spec.epilogue,
         target=target,
         tile=tile,
+    )
+
+
+def grouped_spec(kernel: KernelSpec, spec: LinearSpec, experts: int) -> GroupedSpec:
+    """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them.
+
+    Args:
+        spec: of one expert's linear.
+    """
+    weight = spec.scheme.weight
+    above = 0
+    if weight.super_scale is not None:
+        above = spec.in_features if weight.super_scale.columns == WHOLE else weight.super_scale.columns
+    given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
+    return GroupedSpec(
+        **{**given, "template": GROUPED_TEMPLATE, "tile": dataclasses.replace(kernel.tile, split=1)},
+        experts=experts,
+        scale_dtype=weight.scale_dtype,
+        offset=weight.offset,
+        super_columns=above,
     )

@@ -1,0 +1,173 @@
+"""Products with stacks of experts on GPUs: one launch of a generated Triton kernel for all experts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.cost_model import candidates, rank
+from qcompile.codegen.spec import GroupedSpec, Tile, grouped_spec, kernel_spec, native_fp8
+from qcompile.errors import DeviceError
+from qcompile.layouts import LAYOUTS
+from qcompile.linear_spec import LinearSpec, decode_spec
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize, dequantize_activation
+from qcompile.runtime import cache
+from qcompile.runtime.gpu import bucket, target_of
+from qcompile.stacks import padded_rows
+
+_X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def choose(
+    spec: LinearSpec, experts: int, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str
+) -> GroupedSpec:
+    """The kernel for experts with up to `m` rows, by the cost model of one expert's product."""
+    like = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
+    whole = [kernel for kernel in candidates(like, m) if kernel.tile.split == 1]
+    return grouped_spec(rank(whole, m)[0], spec, experts)
+
+
+def tile_count(rows: int, experts: int, height: int) -> int:
+    """How many tiles of `height` rows any distribution of rows to experts needs at most."""
+    hit = min(rows, experts)
+    return (rows + hit * (height - 1)) // height
+
+
+def launch(
+    kernel: GroupedSpec,
+    function: Any,
+    x: Tensor,
+    x_scale: Tensor | None,
+    offsets: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Allocate the output [S, N] and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    rows, tile = x.shape[0], kernel.tile
+    y = x.new_empty((rows, kernel.n), dtype=out_dtype)
+    if rows == 0:
+        return y
+
+    def stored(tensor: Tensor | None) -> Tensor:
+        # A pointer that a kernel does not use gets some input, so that one signature serves all.
+        if tensor is None:
+            return weight.codes
+        by_bytes = tensor.dtype == torch.float8_e8m0fnu or (
+            tensor.element_size() == 1 and tensor.is_floating_point() and not native_fp8(kernel.target)
+        )
+        return tensor.view(torch.uint8) if by_bytes else tensor
+
+    grid = (tile_count(rows, kernel.experts, tile.m), -(-kernel.n // tile.n))
+    function[grid](
+        stored(x.contiguous()),
+        weight.codes if x_scale is None else x_scale.contiguous(),
+        weight.codes,
+        stored(weight.scale),
+        stored(weight.zero_point),
+        stored(weight.offset),
+        stored(weight.super_scale),
+        stored(weight.super_offset),
+        weight.codes if bias is None else bias.contiguous(),
+        weight.codes,
+        y,
+        offsets,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return y
+
+
+def _decoded(
+    x: Tensor,
+    x_scale: Tensor | None,
+    offsets: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    spec: LinearSpec,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """For layouts without a kernel: every expert's weight is decoded and multiplied by all rows; its own are kept."""
+    if x_scale is not None:
+        assert spec.scheme.activation is not None
+        x = dequantize_activation(x, x_scale, spec.scheme.activation)
+    decoded = dequantize(LAYOUTS[spec.layout].unpack(weight)).unflatten(0, (-1, padded_rows(spec.out_features)))
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    y = x.new_zeros((x.shape[0], spec.out_features), dtype=torch.float32)
+    for index, matrix in enumerate(decoded[:, : spec.out_features]):
+        product = torch.mm(x.to(torch.float32), matrix.t())
+        own = (row >= offsets[index]) & (row < offsets[index + 1])
+        y = torch.where(own, product if bias is None else product + bias[index], y)
+    return y.to(out_dtype)
+
+
+def grouped_gemm(
+    x: Tensor,
+    x_scale: Tensor | None,
+    offsets: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    spec: LinearSpec,
+    out_dtype: torch.dtype,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """Rows `offsets[e]` to `offsets[e + 1]` of x [S, K] times the weight of expert e, with its bias: [S, N].
+
+    Nothing is read back from the device.
+
+    Args:
+        x: floating point, or 8-bit codes if `x_scale` is given: float32 [S, 1], [S, groups] or [].
+        offsets: int32 [experts + 1].
+        weight: the stack's tensors, in the layout that `spec` names.
+        bias: [experts, N], exactly if the epilogue of `spec` says so.
+        spec: of one expert's linear.
+        out_dtype: float32, bfloat16 or float16.
+        wrap: `torch.library.wrap_triton` while tracing.
+
+    Raises:
+        DeviceError: activations of another type than float32, bfloat16 and float16.
+    """
+    if (x_scale is None and x.dtype not in _X_DTYPES) or out_dtype not in _X_DTYPES:
+        raise DeviceError(
+            f"GPU kernels take and return float32, bfloat16 or float16, not {x.dtype} and {out_dtype}: cast the model"
+        )
+    experts = offsets.shape[0] - 1
+    shape = (experts * padded_rows(spec.out_features), spec.in_features)
+    packed = PackedWeight.from_tensors(weight, shape, spec.scheme.weight, spec.layout)
+    if spec.layout != "fragment":
+        return _decoded(x, x_scale, offsets, packed, bias, spec, out_dtype)
+    # Twice the mean: few experts have more rows than a tile then.
+    rows = bucket(-(-2 * x.shape[0] // experts))
+    kernel = choose(spec, experts, rows, x.dtype, out_dtype, target_of(x.device))
+    function = wrap(cache.load(kernel).kernel)
+    # Triton launches on the current device.
+    guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+    with guard:
+        return launch(kernel, function, x, x_scale, offsets, packed, bias, out_dtype)
+
+
+@functools.cache
+def grouped_gemm_operator() -> Any:
+    """`torch.ops.qcompile.grouped_gemm`, registered at the first call: compilers see through it to the kernel."""
+
+    @torch.library.triton_op("qcompile::grouped_gemm", mutates_args={})
+    def grouped_gemm_op(
+        x: Tensor,
+        x_scale: Tensor | None,
+        offsets: Tensor,
+        weight: list[Tensor],
+        bias: Tensor | None,
+        spec: str,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        wrap = torch.library.wrap_triton
+        return grouped_gemm(x, x_scale, offsets, weight, bias, decode_spec(spec), out_dtype, wrap)
+
+    return torch.ops.qcompile.grouped_gemm
