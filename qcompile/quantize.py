@@ -21,14 +21,14 @@ from qcompile.torchao_tensors import is_torchao, read_tensor
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, GPT-2's linear, whose weight is [K, N]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that `quantize_` can replace, by qualified name; one that has several names by its first."""
-    found = {n: m for n, m in model.named_modules() if n and (type(m) is nn.Linear or _is_conv1d(m))}
+    found = {n: m for n, m in model.named_modules() if n and (type(m) is nn.Linear or is_conv1d(m))}
     # Attention modules read the weight of their `out_proj` themselves.
     owned = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     return {n: m for n, m in found.items() if id(m) not in owned}
@@ -64,7 +64,7 @@ def quantize_(
         LayerError: a layer that cannot be quantized as its rule asks. Layers before it are quantized then.
     """
     parsed = None if config is None else parse_config(config)
-    if type(model) is nn.Linear or _is_conv1d(model):
+    if type(model) is nn.Linear or is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")
     modules = linear_modules(model)
     if not modules and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
@@ -79,7 +79,7 @@ def quantize_(
         if is_torchao(weight):
             chosen[name] = None
         elif scheme is not None:
-            n, k = weight.shape[::-1] if _is_conv1d(module) else weight.shape
+            n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
             chosen[name] = scheme.fit(name, (n, k))
     schemes = {name: scheme for name, scheme in chosen.items() if scheme is not None}
     scales = _static_scales(model, {n: modules[n] for n in schemes}, schemes, calibration)
@@ -90,14 +90,26 @@ def quantize_(
     names = list(chosen)
     for name in track(names, "quantizing", progress):
         module = modules.pop(name)
-        quantized = _quantized(name, module, chosen[name], scales.get(name)).train(module.training)
+        quantized = quantized_linear(name, module, chosen[name], scales.get(name)).train(module.training)
         for parent, child_name in parents.pop(id(module)):
             setattr(parent, child_name, quantized)
         del module
     return model
 
 
-def _quantized(name: str, module: nn.Module, scheme: Scheme | None, input_scale: Tensor | None) -> QuantizedLinear:
+def quantized_linear(
+    name: str, module: nn.Module, scheme: Scheme | None, input_scale: Tensor | None
+) -> QuantizedLinear:
+    """What takes the place of one of `linear_modules`.
+
+    Args:
+        name: the layer's, for errors.
+        scheme: fitted to its shape; None for a weight that torchao quantized.
+        input_scale: float32 scalar, exactly for static activations.
+
+    Raises:
+        LayerError: a weight that cannot be quantized so.
+    """
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
@@ -105,7 +117,7 @@ def _quantized(name: str, module: nn.Module, scheme: Scheme | None, input_scale:
         taken = read_tensor(weight, name)
         return QuantizedLinear(taken.weight, taken.scheme, bias, taken.input_scale, weight.dtype, taken.pre_quant_scale)
     with torch.no_grad():
-        packed = quantize_weight(weight.t() if _is_conv1d(module) else weight, scheme.weight, name)
+        packed = quantize_weight(weight.t() if is_conv1d(module) else weight, scheme.weight, name)
         return QuantizedLinear(packed, scheme, bias, input_scale, weight.dtype)
 
 
