@@ -328,23 +328,22 @@ def _mx(parts: Parts, shape: tuple[int, int]) -> Prepared:
 
 
 def _nvfp4(parts: Parts, shape: tuple[int, int]) -> Prepared:
-    """W = q * scale * per_tensor_scale, a scale for each 16 columns."""
+    """W = q * scale * per_tensor_scale (1 if missing), a scale for each 16 columns."""
     n, k = shape
     block = _group(parts, k)
     _check_even(parts, k)
     codes = _nibbles(parts.take("qdata", torch.uint8, shape=(n, k // 2)))
     scale = _block_scales(parts, torch.float8_e4m3fn, (n, k // block))
-    above = super_scale = None
+    whole = torch.ones((), device=codes.device)
     if "per_tensor_scale" in parts:
-        above = SuperScale(columns=WHOLE, dtype="float32")
-        super_scale = parts.scales("per_tensor_scale", torch.float32, shape=()).expand(n, 1).contiguous()
+        whole = parts.scales("per_tensor_scale", torch.float32, shape=())
     weight = WeightScheme(
         format=get_format("fp4_e2m1"),
         granularity=Granularity.group(block),
         scale_dtype="float8_e4m3fn",
-        super_scale=above,
+        super_scale=SuperScale(columns=WHOLE, dtype="float32"),
     )
-    return _loaded(parts, codes, weight, scale, super_scale=super_scale)
+    return _loaded(parts, codes, weight, scale, super_scale=whole.expand(n, 1).contiguous())
 
 
 _READERS: dict[str, Callable[[Parts, tuple[int, int]], Prepared]] = {
