@@ -173,6 +173,7 @@ def _presets() -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]
         "NVFP4A16": (fp4, None),
         "NVFP4": (fp4, {**fp4, "dynamic": "local"}),
         "MXFP4A16": (mxfp4, None),
+        "MXFP4XFP8": (mxfp4, _preset_args(8, "float", "group", group_size=128, dynamic=True)),
         "MXFP4": (mxfp4, {**mxfp4, "dynamic": True}),
         "MXFP6A16": (mxfp6, None),
         "MXFP6A8": (mxfp6, {**mxfp8, "dynamic": True}),

@@ -19,6 +19,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, regis
 from qcompile.checkpoint.scaled import (
     FLOATS,
     activation,
+    check_scale,
     fp8_weight,
     is_plain,
     is_tile,
@@ -164,8 +165,10 @@ class Quark(Method):
         codes = self._codes(tensors, "weight", kind, shape[::-1] if grouped else shape) ^ sign
         codes = codes.t().contiguous() if grouped else codes
         suffix = f"weight_scale{stage}"
-        scale = tensors.take(suffix, *FLOATS, shape=extents[::-1]).t() if grouped else None
-        scale = take_scale(tensors, suffix, granularity, shape, FLOATS) if scale is None else scale.contiguous()
+        if grouped:
+            scale = check_scale(tensors, suffix, tensors.take(suffix, *FLOATS, shape=extents[::-1])).t().contiguous()
+        else:
+            scale = take_scale(tensors, suffix, granularity, shape, FLOATS)
         zero = f"weight_zero_point{stage}"
         zero_point = None
         if not symmetric or zero in tensors:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import qcompile
 from qcompile.checkpoint.kv_scales import is_kv_scale
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
 from qcompile.checkpoint.store import TensorStore, open_store
 from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize
+from tests.checkpoint.integer_files import LLAMA_FLOOR
+from tests.tolerance import float_sqnr_floor, sqnr, uniform_sqnr_floor
+
+INT8_FLOOR = uniform_sqnr_floor(8, 128)
+"""Of inputs in int8; a row has 128 numbers at most."""
 
 
 def store_of(folder: Path, tensors: Mapping[str, Tensor]) -> TensorStore:
@@ -65,3 +74,59 @@ def linears(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[
         assert all(is_kv_scale(f"{name}.{s}") for s in given.suffixes() if f"{name}.{s}" not in given.taken)
         result[name] = found
     return result
+
+
+def check_model(folder: Path, expected: nn.Module) -> nn.Module:
+    """`qcompile.load` makes a model with the weights of `expected`, bit for bit, and nearly its logits."""
+    model = qcompile.load(folder, dtype=torch.float32, progress=False)
+    for name, module in expected.named_modules():
+        if isinstance(module, nn.Linear):
+            assert torch.equal(model.get_submodule(name).weight, module.weight), name
+    check_logits(model, expected)
+    return model
+
+
+def check_logits(model: nn.Module, expected: nn.Module) -> None:
+    """A model with quantized linears computes nearly the logits of one without.
+
+    Two evaluations in float32 differ by rounding; where inputs are quantized, each linear adds their noise, and noises
+    are independent.
+    """
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(quantized) >= 7
+    activations = {module.scheme.activation for module in quantized} - {None}
+    worst = min(
+        (float_sqnr_floor(3) if a.format.name.startswith("fp8") else INT8_FLOOR for a in activations), default=0
+    )
+    floor = worst - 10 * math.log10(len(quantized)) if activations else LLAMA_FLOOR
+    with torch.no_grad():
+        tokens = torch.arange(12).view(1, 12)
+        assert sqnr(expected(tokens).logits, model(tokens).logits) >= floor
+
+
+def check_fixture(folder: Path, **overridden: Any) -> list[LoadedLinear]:
+    """A model that its producer saved: all layers of expected.json decode to those weights, and the model runs.
+
+    Args:
+        overridden: a `quantization_config` in place of the one in config.json.
+
+    Returns:
+        the layers.
+    """
+    described = json.loads((folder / "config.json").read_text())
+    config = overridden.get("quantization_config", described.pop("quantization_config"))
+    expected = json.loads((folder / "expected.json").read_text())
+    plain = LlamaForCausalLM(LlamaConfig.from_dict(described)).to(torch.float32).eval()
+    shapes = {name: (m.out_features, m.in_features) for name, m in plain.named_modules() if name in expected}
+    layers = linears(folder, config, shapes)
+    assert len(layers) == len(expected) >= 7
+    store = open_store(folder)
+    kept = [name for name in plain.state_dict() if name.removesuffix(".weight") not in expected]
+    plain.load_state_dict({name: store.read(name) for name in kept}, strict=False)
+    for name, layer in layers.items():
+        weight = decoded(layer)
+        assert digest(weight) == expected[name], name
+        scale = 1.0 if layer.pre_quant_scale is None else layer.pre_quant_scale
+        plain.get_submodule(name).weight.data = weight * scale
+    check_logits(qcompile.load(folder, dtype=torch.float32, progress=False), plain)
+    return list(layers.values())

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from qcompile.checkpoint.compressed_tensors import CompressedTensors
 from qcompile.errors import CheckpointError
 from qcompile.scheme import Granularity
-from tests.checkpoint.layer_files import decoded, load_layer
+from tests.checkpoint.integer_files import write_llama
+from tests.checkpoint.layer_files import check_model, decoded, load_layer
 from tests.tolerance import assert_within, float_bound
 
 compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -196,6 +198,48 @@ def test_layers_of_version_0_12(tmp_path, name):
         assert found.scheme.weight.act_order == name.startswith("g_idx")
 
 
+STATIC = {**FLOAT8, "strategy": "tensor"}
+KINDS = {
+    "self_attn": (scheme_of(int_args(4, strategy="group", group_size=32)), "pack-quantized"),
+    "gate_proj": (scheme_of(STATIC, STATIC), "float-quantized"),
+    "up_proj": (scheme_of({"num_bits": 4, "type": "float", **MX}), "mxfp4-pack-quantized"),
+}
+
+
+def write_model(folder: Path, kinds: dict[str, tuple[QuantizationScheme, str]], format_name: str) -> nn.Module:
+    """A Llama whose layers with these parts in their names have these schemes."""
+
+    def pack(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
+        for part, (scheme, stored_as) in kinds.items():
+            if part in name:
+                stored, weight = compress(scheme, stored_as, shape)
+                inputs = {"input_scale": torch.tensor([0.01])} if scheme.input_activations else {}
+                return stored | inputs, weight.float()
+        return {}, torch.empty(0)
+
+    given = {
+        part: {**json.loads(scheme.model_dump_json()), "targets": [f"re:.*{part}"], "format": stored_as}
+        for part, (scheme, stored_as) in kinds.items()
+    }
+    config = groups(*given.values(), format=format_name, quantization_status="compressed", ignore=["lm_head"])
+    return write_llama(folder, config, pack)
+
+
+@pytest.mark.filterwarnings("ignore:You passed")
+@pytest.mark.parametrize("part", KINDS)
+def test_models_are_those_that_transformers_loads(tmp_path, part):
+    scheme, format_name = KINDS[part]
+    write_model(tmp_path, {"self_attn": (scheme, format_name)}, format_name)
+    settings = CompressedTensorsConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=settings)
+    check_model(tmp_path, loaded.eval())
+
+
+def test_a_model_of_three_formats(tmp_path):
+    """transformers does not load it."""
+    check_model(tmp_path, write_model(tmp_path, KINDS, "mixed-precision"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configurations
 
@@ -297,8 +341,6 @@ def test_a_group_may_be_named_for_a_preset(tmp_path, preset):
 
 @pytest.mark.parametrize("preset", PRESET_SCHEMES)
 def test_every_preset_of_the_library_is_known(preset):
-    if preset in ("W8A8_MXFP4", "MXFP4XFP8"):
-        pytest.skip("not a name of llm-compressor's recipes")
     CompressedTensors({"config_groups": {preset: ["Linear"]}}, None)
 
 
