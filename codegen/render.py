@@ -8,7 +8,7 @@ import re
 from importlib import resources
 
 from qcompile.codegen.printers import HELPERS, operations, to_triton
-from qcompile.codegen.spec import KernelSpec, native_fp8
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, Format, IntegerFormat
 from qcompile.linear_spec import ACTIVATIONS
@@ -34,8 +34,9 @@ def decode_pair(pair):
 """
 
 
-def _hole(text: str, name: str, content: str) -> str:
-    pattern = re.compile(rf"(^# <{name}>\n).*?(^# </{name}>$)", re.MULTILINE | re.DOTALL)
+def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
+    """A template's text with other content between the lines `# <name>` and `# </name>`."""
+    pattern = re.compile(rf"(^{comment} <{name}>\n).*?(^{comment} </{name}>$)", re.MULTILINE | re.DOTALL)
     filled, count = pattern.subn(lambda match: match[1] + content + match[2], text)
     assert count == 1, f"a template has one hole named {name}, not {count}"
     return filled
@@ -162,7 +163,36 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
     return {"constants": _constants(constants), "decode": decode + "\n\n"}
 
 
-_FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8}
+def _scale_decoder(scale_dtype: str, target: str) -> str:
+    """A Triton function `decode_scale` from the stored type of scales; 8-bit floats come as bytes where they must."""
+    head = "@triton.jit\ndef decode_scale(value):\n"
+    if scale_dtype == "float8_e8m0fnu":
+        return head + (
+            "    code = value.to(tl.int32)\n"
+            "    bits = tl.where(code == 0, 0x400000, code << 23)  # the least power of two is no normal number\n"
+            "    return bits.to(tl.float32, bitcast=True)\n"
+        )
+    if scale_dtype == "float8_e4m3fn" and not native_fp8(target):
+        formula = to_triton(_formula(FORMATS["fp8_e4m3"].decode(var("code"))))
+        return head + f"    code = value.to(tl.int32)\n    return {formula}\n"
+    return head + "    return value.to(tl.float32)\n"
+
+
+def _grouped(spec: KernelSpec) -> dict[str, str]:
+    assert isinstance(spec, GroupedSpec)
+    fragment = _template("gemm_fragment")
+    shared = fragment[fragment.index("# <constants>") : fragment.index("@triton.jit(do_not_specialize")]
+    experts: dict[str, object] = {
+        "EXPERTS": spec.experts,
+        "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
+        "OFFSET": spec.offset,
+        "SUPER_COLUMNS": spec.super_columns,
+    }
+    scales = _scale_decoder(spec.scale_dtype, spec.target) + "\n\n"
+    return {"fragment": shared, **_fragment(spec), "experts": _constants(experts), "scales": scales}
+
+
+_FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped}
 
 
 @functools.cache
@@ -178,8 +208,8 @@ def render(spec: KernelSpec) -> str:
     """
     text = _template(spec.template)
     for name, content in _FILL[spec.template](spec).items():
-        text = _hole(text, name, content)
-    text = _hole(text, "epilogue", _epilogue(spec))
+        text = fill_hole(text, name, content)
+    text = fill_hole(text, "epilogue", _epilogue(spec))
     operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
     text = text.replace("operand_0,", f"{operands},")
     encoded = spec.encode()
