@@ -20,6 +20,7 @@ from qcompile.errors import CheckpointError, ConfigError, LayerError
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
+from qcompile.quantize import linear_modules
 
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Where older versions of methods keep what belongs into config.json."""
@@ -200,16 +201,17 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
     if method is not None:
         _check_supported(method, device, dtype)
     used: set[str] = set()
-    linears = {n: m for n, m in model.named_modules() if n and type(m) is nn.Linear} if method else {}
+    linears = linear_modules(model) if method else {}
     for name, module in track(list(linears.items()), "Loading", progress):
         tensors = LayerTensors(store, name)
         assert method is not None
         try:
-            found = method.linear(tensors, (module.out_features, module.in_features))
+            found = method.linear(tensors, _shape(module))
         except LayerError as error:
             raise CheckpointError(f"{store.path}: {error}") from None
         if isinstance(found, Tensor):
-            module.weight = nn.Parameter(found.to(device, dtype), requires_grad=False)
+            weight = found.to(device, dtype)
+            module.weight = nn.Parameter(weight if type(module) is nn.Linear else weight.t(), requires_grad=False)
             used |= tensors.taken
         elif found is not None:
             model.set_submodule(name, _quantized(found, module, tensors, device, dtype))
@@ -260,14 +262,22 @@ def _check_supported(method: Method, device: torch.device, dtype: torch.dtype) -
             )
 
 
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """(N, K); transformers' Conv1D, the only other linear there is, keeps its weight as [K, N]."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    first, second = weight.shape
+    return (first, second) if type(linear) is nn.Linear else (second, first)
+
+
 def _quantized(
-    found: LoadedLinear, module: nn.Linear, tensors: LayerTensors, device: torch.device, dtype: torch.dtype
+    found: LoadedLinear, module: nn.Module, tensors: LayerTensors, device: torch.device, dtype: torch.dtype
 ) -> QuantizedLinear:
     found.weight.check(tensors.name)
     bias = None
     if module.bias is not None or "bias" in tensors:
         floats = (torch.float32, torch.bfloat16, torch.float16)
-        bias = tensors.take("bias", *floats, shape=(module.out_features,)).to(device, dtype)
+        bias = tensors.take("bias", *floats, shape=(found.weight.shape[0],)).to(device, dtype)
     return QuantizedLinear(
         found.weight.to(device),
         found.scheme,

@@ -48,7 +48,7 @@ class LayerTensors:
         self.store, self.name = store, name
         self.taken: set[str] = set()
         prefix = name + "."
-        self._suffixes = {full.removeprefix(prefix): full for full in store.names() if full.startswith(prefix)}
+        self._suffixes = {full.removeprefix(prefix): full for full in store.under(prefix)}
 
     def __contains__(self, suffix: str) -> bool:
         return suffix in self._suffixes
@@ -192,6 +192,7 @@ _FINGERPRINTS = {
     "g_idx": "gptq",
     "qweight": "awq",
     "B_24": "gptq",
+    "B": "gptq",
     "weight_packed": "compressed-tensors",
     "weight_scale_2": "modelopt",
     "weight_scale_inv": "fp8",

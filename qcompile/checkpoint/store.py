@@ -6,7 +6,10 @@ dtypes) when it opens it; what it does not know of, the index of shards, is chec
 
 from __future__ import annotations
 
+import bisect
+import functools
 import json
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,6 +68,16 @@ class TensorStore(ABC):
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """All names, in the files' order."""
+
+    @functools.cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.names())
+
+    def under(self, prefix: str) -> list[str]:
+        """The names that begin with a prefix, sorted."""
+        first = bisect.bisect_left(self._sorted, prefix)
+        after = bisect.bisect_left(self._sorted, prefix + chr(sys.maxunicode), lo=first)
+        return self._sorted[first:after]
 
     @abstractmethod
     def info(self, name: str) -> TensorInfo:
