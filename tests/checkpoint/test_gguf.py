@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import time
 
 import pytest
 
@@ -12,6 +13,9 @@ gguf = pytest.importorskip("gguf")
 
 import numpy as np
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import nn
 
 from qcompile.checkpoint.gguf import GgufStore, gguf_source, load_decoded, load_tokenizer, smollm2_path
@@ -326,6 +330,34 @@ def test_a_scale_that_is_nan(tmp_path):
     path = write(tmp_path / "m.gguf", arch, metadata, converted(model) | {"blk.1.ffn_up.weight": (blocks, Q.MXFP4)})
     with pytest.raises(CheckpointError, match=r"m\.gguf: blk\.1\.ffn_up\.weight has a scale byte 255"):
         load(path)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    model = make_model("llama 3.1")
+    return make_file(model, tmp_path_factory.mktemp("gguf") / "sound.gguf", Q.Q4_1)
+
+
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated(sound, tmp_path, data):
+    """A model of which some bytes of the directory changed loads, or is refused by name; nothing else, and soon."""
+    content = bytearray(sound.read_bytes())
+    original = bytes(content)
+    names = [b"llama.", b"blk.0.", b"blk.1.", b"token_embd", b"rope_freqs", b"tokenizer."]
+    for _ in range(data.draw(st.integers(1, 3))):
+        near = original.index(data.draw(st.sampled_from(names)))
+        at = near + data.draw(st.integers(0, 400))
+        patch = data.draw(st.one_of(st.binary(min_size=1, max_size=4), st.sampled_from([b"\xff" * 8, bytes(4)])))
+        content[at : at + len(patch)] = patch
+    path = tmp_path / "mutated.gguf"
+    path.write_bytes(content)
+    began = time.perf_counter()
+    try:
+        load(path, progress=False)
+    except CheckpointError as error:
+        assert str(path) in str(error)  # noqa: PT017
+    assert time.perf_counter() - began < 10
 
 
 # The real model of the demonstration.
