@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +24,11 @@ _NAME = re.compile(
     r"|(?P<projection>[qkv])_proj\.output_(?:scale|zero_point)"
     r"|(?P<both>kv)_scale"
     r"|prob_output_scale"
-    r"|[kv]_proj\.[kv]_bias"
+    r"|[kv]_proj\.(?P<bias>[kv])_bias"
     r")"
 )
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ZERO_POINTS = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -45,38 +48,57 @@ def is_kv_scale(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def kv_scales(store: TensorStore) -> dict[str, KVScales]:
+def kv_scales(store: TensorStore, own: Collection[str] = ()) -> dict[str, KVScales]:
     """The scales of each attention module that has any, by the module's name.
 
+    A cache that zero points or offsets shift as well has no place in `KVScales`; it is left out, with a warning.
+
+    Args:
+        own: names of tensors that the model itself has; they are no scales of caches, whatever they are called.
+
     Raises:
-        CheckpointError: a scale that is not finite and positive or has an odd shape or dtype, two scales for one cache,
-            or a cache that also has zero points or offsets.
+        CheckpointError: a scale that is not finite and positive or has an odd shape or dtype, or a second one for the
+            same cache.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    shifted: set[str] = set()
     for name in store.names():
-        match = _NAME.fullmatch(name)
+        match = None if name in own else _NAME.fullmatch(name)
         if match is None:
             continue
-        which = next(filter(None, match.group("which", "cache", "projection", "both")), None)
-        if which in (None, "q") and not name.endswith("_bias"):
+        which = next(filter(None, match.group("which", "cache", "projection", "both", "bias")), None)
+        if which in (None, "q"):
             continue
+        values = _read(store, name)
         if not name.endswith("scale"):
-            if _read(store, name).any():
-                raise CheckpointError(
-                    f"{store.info(name).file}: {name} shifts the KV cache, and qcompile reads symmetric ones alone; "
-                    "quantize the cache symmetrically"
-                )
+            if values.any():
+                shifted.add(match["module"])
             continue
-        scale = _read(store, name)
-        if not torch.isfinite(scale).all() or (scale <= 0).any():
-            raise CheckpointError(f"{store.info(name).file}: {name} holds a scale that is not finite and positive")
+        if not torch.isfinite(values).all() or (values <= 0).any():
+            raise CheckpointError(
+                f"{store.info(name).file}: {name} holds a scale that is not finite and positive; get the file again, or "
+                "remove the scales of the KV cache"
+            )
         scales = found.setdefault(match["module"], {})
         for key in str(which):
             if key in scales:
-                raise CheckpointError(f"{store.info(name).file}: {name} is a second {key} scale of {match['module']}")
-            scales[key] = scale
+                raise CheckpointError(
+                    f"{store.info(name).file}: {name} is a second scale of the {key} cache of {match['module']}; remove "
+                    "one of them"
+                )
+            scales[key] = values
+    if shifted:
+        warnings.warn(
+            f"{store.path}: the KV caches of {len(shifted)} modules have zero points, which qcompile does not read; they "
+            "stay in the model's dtype",
+            stacklevel=2,
+        )
     one = torch.ones(())
-    return {module: KVScales(scales.get("k", one), scales.get("v", one)) for module, scales in found.items()}
+    return {
+        module: KVScales(k_scale=scales.get("k", one), v_scale=scales.get("v", one))
+        for module, scales in found.items()
+        if module not in shifted
+    }
 
 
 def _read(store: TensorStore, name: str) -> Tensor:
@@ -85,8 +107,7 @@ def _read(store: TensorStore, name: str) -> Tensor:
     count = math.prod(info.shape)
     if not 1 <= count <= 1 << 16 or count != max(info.shape, default=1):
         raise CheckpointError(f"{info.file}: {name} has shape {tuple(info.shape)}; it is one number, or one a head")
-    integers = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float8_e4m3fn)
-    if info.dtype not in (*_FLOATS, *(() if name.endswith("scale") else integers)):
+    if info.dtype not in (*_FLOATS, *(() if name.endswith("scale") else _ZERO_POINTS)):
         raise CheckpointError(f"{info.file}: {name} is {info.dtype}; scales are float32, bfloat16 or float16")
     values = store.read(name).to(torch.float32).flatten()
     return values.reshape(()) if count == 1 else values

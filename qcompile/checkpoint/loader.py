@@ -232,7 +232,7 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
         for tensors in reader.layers:
             _check_rest(tensors)
     _load_plain(model, store, used, device, dtype)
-    for name, scales in kv_scales(store).items():
+    for name, scales in kv_scales(store, used).items():
         if name in dict(model.named_modules()):
             model.get_submodule(name).kv_scales = scales  # type: ignore[assignment]
     left = [n for n in store.names() if n not in used and not is_kv_scale(n) and not n.endswith(_NEEDLESS)]

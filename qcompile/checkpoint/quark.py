@@ -50,7 +50,9 @@ _Spec = Mapping[str, Any]
 def _specs(where: str, given: object) -> tuple[_Spec, ...]:
     """The stages of a quantization, of which there are none, one or two."""
     stages: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    if len(stages) > 2 or not all(isinstance(stage, Mapping) for stage in stages):
+    if len(stages) > 2 or not all(
+        isinstance(stage, Mapping) and isinstance(stage.get("dtype"), str) for stage in stages
+    ):
         raise CheckpointError(
             f"{where} is {shown(given)}; it is an object with dtype and qscheme, two of them, or null"
         )

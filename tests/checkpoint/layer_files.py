@@ -28,7 +28,7 @@ INT8_FLOOR = uniform_sqnr_floor(8, 128)
 
 
 def store_of(folder: Path, tensors: Mapping[str, Tensor]) -> TensorStore:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return open_store(folder)
 
 
