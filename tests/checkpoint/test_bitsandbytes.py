@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import qcompile
 from qcompile.checkpoint.bitsandbytes import BitsAndBytes
@@ -20,7 +20,15 @@ from qcompile.errors import CheckpointError
 from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize, expand_blocks
 from qcompile.scheme import Granularity
-from tests.tolerance import assert_within, float_bound, product_sqnr_floor, rewrite_sqnr_floor, sqnr, uniform_sqnr_floor
+from tests.tolerance import (
+    U32,
+    assert_within,
+    float_bound,
+    product_sqnr_floor,
+    rewrite_sqnr_floor,
+    sqnr,
+    uniform_sqnr_floor,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bitsandbytes"
 TENSORS = load_file(FIXTURES / "layers.safetensors")
@@ -200,6 +208,62 @@ def test_damaged_int8_layers_are_refused(tmp_path, changes, message):
     tensors, shape = saved("int8"), layer("int8")["expected"].shape
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path, tensors | changes, shape)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4", "nf4_in_bfloat16", "int8"])
+def test_layers_are_written_as_bitsandbytes_does(tmp_path, name):
+    """The very tensors, but for bytes that were declared to be another dtype, and SCBs that mean the same scale."""
+    tensors = saved(name)
+    loaded = load(tmp_path, tensors, tuple(layer(name)["expected"].shape))
+    model = nn.Sequential(QuantizedLinear(loaded.weight, loaded.scheme))
+    qcompile.save(model, tmp_path / "again", "bitsandbytes")
+    written = load_file(tmp_path / "again" / "model.safetensors")
+    if name == "nf4_in_bfloat16":
+        assert torch.equal(written["0.weight"], tensors["weight"].view(torch.uint8).view(-1, 1))
+        return
+    assert written.keys() == {f"0.{key}" for key in tensors}
+    for key, tensor in tensors.items():
+        divisor = 127 if key == "SCB" else 1
+        assert torch.equal(written[f"0.{key}"] / divisor, tensor / divisor), key
+
+
+def test_scales_of_ones_own_may_need_rounding(tmp_path):
+    """Dividing by 127 leaves out some float32 numbers."""
+    model = qcompile.quantize_(nn.Sequential(nn.Linear(64, 512, bias=False)), "int8", progress=False)
+    with pytest.raises(CheckpointError, match="its scales are not exact in float32"):
+        qcompile.save(model, tmp_path / "model", "bitsandbytes")
+    with pytest.warns(UserWarning, match="1 layers were rounded"):
+        done = qcompile.save(model, tmp_path / "model", "bitsandbytes", allow_rounding=True)
+    assert done.rounded[0].error <= 2 * U32
+
+
+@pytest.mark.parametrize("name", ["llama_nf4", "llama_int8"])
+def test_models_come_back(tmp_path, name):
+    model = qcompile.load(FIXTURES / name, progress=False)
+    qcompile.save(model, tmp_path / name, "bitsandbytes")
+    again = qcompile.load(tmp_path / name, progress=False)
+    for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    written, original = (json.loads((f / name / "config.json").read_text()) for f in (tmp_path, FIXTURES))
+    differing = {k for k, v in written["quantization_config"].items() if original["quantization_config"][k] != v}
+    assert differing <= {"bnb_4bit_use_double_quant", "llm_int8_skip_modules", "bnb_4bit_quant_type"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("int4", "it is int4 group 64, neither nf4 or fp4 in groups nor int8"),
+        (
+            {"rules": [{"layers": "0", "scheme": "nf4"}, {"layers": "1", "scheme": "fp4"}]},
+            "it is fp4, 0 is nf4, and all layers are of one kind",
+        ),
+        ({"weight": {"format": "nf4", "group_size": 16}}, "its scales are per group 16; blocks are of 32"),
+    ],
+)
+def test_other_layers_are_not_written(tmp_path, config, message):
+    model = qcompile.quantize_(nn.Sequential(nn.Linear(64, 32), nn.Linear(64, 32)), config, progress=False)
+    with pytest.raises(CheckpointError, match=message):
+        qcompile.save(model, tmp_path / "model", "bitsandbytes")
 
 
 @pytest.mark.parametrize("name", ["llama_nf4", "llama_int8"])

@@ -22,6 +22,7 @@ from qcompile.checkpoint.saving.base import (
     plain_config,
     refusal,
 )
+from qcompile.checkpoint.saving.bitsandbytes import BitsAndBytes
 from qcompile.checkpoint.saving.compressed_tensors import CompressedTensors, kv_cache_scheme
 from qcompile.checkpoint.saving.gguf_pack import pack_layer
 from qcompile.checkpoint.saving.gptq import GPTQ
@@ -29,7 +30,7 @@ from qcompile.checkpoint.saving.shards import Shards, Staging, parse_size
 from qcompile.errors import CheckpointError, ConfigError, shown
 from qcompile.modules import PackedModule, QuantizedLinear
 
-TARGETS: dict[str, type[Target]] = {target.name: target for target in (CompressedTensors, GPTQ, AWQ)}
+TARGETS: dict[str, type[Target]] = {target.name: target for target in (CompressedTensors, GPTQ, AWQ, BitsAndBytes)}
 FORMATS = (*TARGETS, gguf.NAME)
 """What `save` writes."""
 
@@ -64,7 +65,8 @@ def save(
     Args:
         model: with `QuantizedLinear` layers, as `quantize_` or `load` leave it; on any device.
         folder: new, or without model files. Tokenizer files are copied there from where the model was loaded.
-        format: "compressed-tensors" (vLLM, transformers), "gptq", "awq" or "gguf" (llama.cpp; one model.gguf).
+        format: "compressed-tensors" (vLLM, transformers), "gptq", "awq", "bitsandbytes" or "gguf" (llama.cpp; one
+            model.gguf).
         max_shard_size: of a safetensors file, in bytes or such as "5GB".
         allow_rounding: round scales to a dtype that the format wants though they are not exact there; what was rounded,
             and by how much, is returned and warned of.
