@@ -76,21 +76,21 @@ def kv_scales(store: TensorStore, own: Collection[str] = ()) -> dict[str, KVScal
             continue
         if not torch.isfinite(values).all() or (values <= 0).any():
             raise CheckpointError(
-                f"{store.info(name).file}: {name} holds a scale that is not finite and positive; get the file again, or "
-                "remove the scales of the KV cache"
+                f"{store.info(name).file}: {name} holds a scale that is not finite and positive; get the file again, "
+                "or remove the scales of the KV cache"
             )
         scales = found.setdefault(match["module"], {})
         for key in str(which):
             if key in scales:
                 raise CheckpointError(
-                    f"{store.info(name).file}: {name} is a second scale of the {key} cache of {match['module']}; remove "
-                    "one of them"
+                    f"{store.info(name).file}: {name} is a second scale of the {key} cache of {match['module']}; "
+                    "remove one of them"
                 )
             scales[key] = values
     if shifted:
         warnings.warn(
-            f"{store.path}: the KV caches of {len(shifted)} modules have zero points, which qcompile does not read; they "
-            "stay in the model's dtype",
+            f"{store.path}: the KV caches of {len(shifted)} modules have zero points, which qcompile does not read; "
+            "they stay in the model's dtype",
             stacklevel=2,
         )
     one = torch.ones(())
