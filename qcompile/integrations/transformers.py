@@ -21,6 +21,7 @@ from qcompile.checkpoint.loader import fill, open_checkpoint
 from qcompile.checkpoint.saving.save import quantized_state_dict
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, QCompileError
+from qcompile.modules import QuantizedLinear
 from qcompile.quantize import is_conv1d, linear_modules, quantized_linear
 from qcompile.scheme import Scheme
 
@@ -171,6 +172,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         """What `save_pretrained` writes: compressed-tensors, which transformers and vLLM read."""
         tensors, described = quantized_state_dict(model)
         model.config.quantization_config = described
+        if isinstance(model.get_output_embeddings(), QuantizedLinear):
+            model.config.tie_word_embeddings = False
         return tensors, {}
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.saving.base import (
-    Layer,
     Rounding,
     Target,
     common_objection,
@@ -18,6 +17,7 @@ from qcompile.checkpoint.saving.base import (
     middle,
     per_row,
 )
+from qcompile.checkpoint.saving.layers import Layer
 from qcompile.checkpoint.words import pack_words
 
 _PLACES = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -11,41 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.checkpoint.saving.layers import Layer
 from qcompile.errors import CheckpointError
 from qcompile.formats import IntegerFormat
-from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.reference import expand_blocks
-from qcompile.scheme import FLOAT_SCALES, Granularity, Scheme, WeightScheme
+from qcompile.scheme import FLOAT_SCALES, Granularity, WeightScheme
 
 
 class Unsavable(Exception):
     """A layer does not fit a format; the text says why."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A quantized linear of a model, by its name."""
-
-    name: str
-    module: QuantizedLinear
-
-    @property
-    def scheme(self) -> Scheme:
-        return self.module.scheme
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.module.out_features, self.module.in_features
-
-    def weight(self) -> PackedWeight:
-        """In the logical layout, on the CPU."""
-        return self.module.logical().to("cpu")
-
-    def zero_points(self) -> Tensor | None:
-        """uint8 [row blocks, column blocks], where the scheme has them."""
-        return self.weight().zero_point
 
 
 @dataclass(frozen=True)
@@ -151,7 +126,7 @@ def common_objection(layer: Layer, *, activations: bool) -> str | None:
     Args:
         activations: the format holds quantized inputs.
     """
-    if layer.module.pre_quant_scale is not None:
+    if layer.pre_quant_scale is not None:
         return "it multiplies its inputs by scales per channel (pre_quant_scale)"
     activation = layer.scheme.activation
     if activation is not None and not activations:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.checkpoint.saving.base import Layer, Rounding, Target
+from qcompile.checkpoint.saving.base import Rounding, Target
+from qcompile.checkpoint.saving.layers import Layer
 from qcompile.formats import TableFormat
 from qcompile.scheme import FLOAT_SCALES, Granularity
 
@@ -23,7 +24,7 @@ class BitsAndBytes(Target):
     name = "bitsandbytes"
 
     def objection(self, layer: Layer) -> str | None:
-        if layer.module.pre_quant_scale is not None:
+        if layer.pre_quant_scale is not None:
             return "it multiplies its inputs by scales per channel (pre_quant_scale)"
         kind, first = _kind(layer), self.layers[0]
         if kind is None:
@@ -120,4 +121,4 @@ def _threshold(layer: Layer) -> float:
 
 
 def _dtype(layer: Layer) -> str:
-    return str(layer.module.dtype).removeprefix("torch.")
+    return str(layer.dtype).removeprefix("torch.")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.saving.base import (
-    Layer,
     Rounding,
     Target,
     Unsavable,
@@ -19,6 +18,7 @@ from qcompile.checkpoint.saving.base import (
     integer_objection,
     middle,
 )
+from qcompile.checkpoint.saving.layers import Layer
 from qcompile.checkpoint.words import pack_words
 from qcompile.formats import IntegerFormat
 from qcompile.packed import PackedWeight
@@ -62,8 +62,8 @@ class CompressedTensors(Target):
             tensors |= {"weight_packed": weight.codes, "weight_global_scale": _divisor(layer, weight, rounding)}
         else:
             tensors |= {"weight_packed": weight.codes, "weight_scale": scale.view(torch.uint8)}
-        if layer.module.input_scale is not None:
-            tensors["input_scale"] = layer.module.input_scale.reshape(1).to("cpu")
+        if layer.input_scale is not None:
+            tensors["input_scale"] = layer.input_scale.reshape(1).to("cpu")
         return tensors
 
     def quantization_config(self, plain: Sequence[str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.saving.base import Layer, Rounding, Unsavable, refusal
+from qcompile.checkpoint.saving.base import Rounding, Unsavable, refusal
 from qcompile.checkpoint.saving.gguf_pack import block_type, pack_layer
+from qcompile.checkpoint.saving.layers import Layer
 from qcompile.checkpoint.store import read_json
 from qcompile.errors import CheckpointError, shown
 from qcompile.reference import dequantize

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType, Parts
-from qcompile.checkpoint.saving.base import Layer, Rounding, Unsavable, common_objection
+from qcompile.checkpoint.saving.base import Rounding, Unsavable, common_objection
+from qcompile.checkpoint.saving.layers import Layer
 from qcompile.formats import IntegerFormat
 from qcompile.packed import PackedWeight
 from qcompile.reference import expand_blocks
@@ -35,7 +36,7 @@ def block_type(layer: Layer) -> int:
     scheme, columns = replace(layer.scheme.weight, flexible_group=False), layer.shape[1]
     if layer.scheme.weight.act_order:
         raise Unsavable("its columns are sorted by group (act_order)")
-    if layer.module.pre_quant_scale is not None or layer.scheme.activation is not None:
+    if layer.pre_quant_scale is not None or layer.scheme.activation is not None:
         raise Unsavable(common_objection(layer, activations=False) or "")
     for number, kind in BLOCK_TYPES.items():
         if kind.scheme == scheme and columns % kind.columns == 0:

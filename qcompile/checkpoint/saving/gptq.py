@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.saving.base import (
-    Layer,
     Rounding,
     Target,
     column_groups,
@@ -21,6 +20,7 @@ from qcompile.checkpoint.saving.base import (
     most_common,
     per_row,
 )
+from qcompile.checkpoint.saving.layers import Layer
 from qcompile.checkpoint.words import pack_words
 
 _BITS = (2, 3, 4, 8)
@@ -33,7 +33,7 @@ class GPTQ(Target):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__(layers)
-        zeros = [layer.zero_points() for layer in layers if "zero_point" in layer.scheme.weight.fields]
+        zeros = [layer.weight().zero_point for layer in layers if "zero_point" in layer.scheme.weight.fields]
         self.exact_zeros = any(bool((zero == 0).any()) for zero in zeros if zero is not None)
 
     def objection(self, layer: Layer) -> str | None:

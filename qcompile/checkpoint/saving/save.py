@@ -14,7 +14,6 @@ from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.checkpoint.saving import gguf
 from qcompile.checkpoint.saving.awq import AWQ
 from qcompile.checkpoint.saving.base import (
-    Layer,
     Rounding,
     Saved,
     Target,
@@ -26,6 +25,7 @@ from qcompile.checkpoint.saving.bitsandbytes import BitsAndBytes
 from qcompile.checkpoint.saving.compressed_tensors import CompressedTensors, kv_cache_scheme
 from qcompile.checkpoint.saving.gguf_pack import pack_layer
 from qcompile.checkpoint.saving.gptq import GPTQ
+from qcompile.checkpoint.saving.layers import Layer, quantized_layers
 from qcompile.checkpoint.saving.shards import Shards, Staging, parse_size
 from qcompile.errors import CheckpointError, ConfigError, shown
 from qcompile.modules import PackedModule, QuantizedLinear
@@ -102,23 +102,6 @@ def save(
     return Saved(files, tuple(rounding.noted))
 
 
-def quantized_layers(model: nn.Module) -> list[Layer]:
-    """All quantized linears.
-
-    Raises:
-        CheckpointError: there are none, or quantized modules of another kind.
-    """
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            layers.append(Layer(name, module))
-        elif isinstance(module, PackedModule):
-            raise CheckpointError(f"{name}: a {type(module).__name__} cannot be saved yet; save the model unquantized")
-    if not layers:
-        raise CheckpointError("the model has no quantized layers; quantize it first: qcompile.quantize_(model, config)")
-    return layers
-
-
 def checked_target(model: nn.Module, layers: list[Layer], format: str) -> Target:
     """The format for a model.
 
@@ -152,8 +135,14 @@ def holding(layer: Layer) -> list[str]:
 
 
 def plain_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers that are not quantized."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Names of the linear layers that are not quantized, routers of experts among them."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+        and weight.dim() == 2
+        and not isinstance(module, nn.Embedding)
+    ]
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -173,37 +162,49 @@ def _tensors(model: nn.Module, target: Target, rounding: Rounding) -> Iterator[t
     rename = _Names(model)
     yield from rename.plain(dict(plain_tensors(model)))
     for layer in target.layers:
-        try:
-            made = target.tensors(layer, rounding)
-        except Unsavable as reason:
-            raise refusal(layer, target.name, str(reason), holding(layer)) from None
-        if layer.module.bias is not None:
-            made["bias"] = layer.module.bias
         prefix = rename.layer(layer.name)
-        yield from ((f"{prefix}.{suffix}", tensor) for suffix, tensor in made.items())
+        yield from ((f"{prefix}.{suffix}", tensor) for suffix, tensor in _made(layer, target, rounding).items())
     for name, scales in _kv_scales(model):
-        for which in ("k", "v"):
-            scale = getattr(scales, f"{which}_scale")
-            yield f"{rename.layer(name)}.{which}_scale", scale.reshape(-1, 1, 1) if scale.dim() else scale.reshape(1)
+        yield from _kv_tensors(rename.layer(name), scales)
+
+
+def _made(layer: Layer, target: Target, rounding: Rounding) -> dict[str, Tensor]:
+    """A layer's tensors by suffix."""
+    try:
+        made = target.tensors(layer, rounding)
+    except Unsavable as reason:
+        raise refusal(layer, target.name, str(reason), holding(layer)) from None
+    return made if layer.bias is None else {**made, "bias": layer.bias}
+
+
+def _kv_tensors(name: str, scales: KVScales) -> Iterator[tuple[str, Tensor]]:
+    for which, scale in (("k_scale", scales.k_scale), ("v_scale", scales.v_scale)):
+        yield f"{name}.{which}", scale.reshape(-1, 1, 1) if scale.dim() else scale.reshape(1)
 
 
 def quantized_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a model in compressed-tensors' layout under the modules' names, and the `quantization_config`.
+    """All tensors of a model in compressed-tensors' layout, under the modules' names, and its `quantization_config`.
 
     Raises:
         CheckpointError: as `save`.
     """
     target = checked_target(model, quantized_layers(model), CompressedTensors.name)
-    tensors = dict(plain_tensors(model))
+    tensors, rename = dict(plain_tensors(model)), _Names(model)
     for layer in target.layers:
-        try:
-            made = target.tensors(layer, Rounding(False))
-        except Unsavable as reason:
-            raise refusal(layer, target.name, str(reason), holding(layer)) from None
-        if layer.module.bias is not None:
-            made["bias"] = layer.module.bias
-        tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in made.items()}
-    return tensors, target.quantization_config(plain_linears(model))
+        name = rename.projection(layer.name)
+        tensors |= {f"{name}.{suffix}": made for suffix, made in _made(layer, target, Rounding(False)).items()}
+    for name, scales in _kv_scales(model):
+        tensors |= dict(_kv_tensors(name, scales))
+    return tensors, described(model, target)
+
+
+def described(model: nn.Module, target: Target) -> dict[str, Any]:
+    """The `quantization_config` of a saved model."""
+    config = target.quantization_config(plain_linears(model))
+    scales = next(_kv_scales(model), None)
+    if scales is not None:
+        config["kv_cache_scheme"] = kv_cache_scheme(scales[1].k_scale.dim() > 0)
+    return config
 
 
 def _kv_scales(model: nn.Module) -> Iterator[tuple[str, KVScales]]:
@@ -213,11 +214,22 @@ def _kv_scales(model: nn.Module) -> Iterator[tuple[str, KVScales]]:
             yield name, scales
 
 
+_SHORT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
 class _Names:
     """From the names of modules to those of checkpoints, which transformers keeps where it renamed modules."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model if hasattr(model, "get_compiled_call") and hasattr(model, "config") else None
+        self.model = model if hasattr(model, "get_input_embeddings") and hasattr(model, "config") else None
+        self._short = self.model is not None and self._experts_are_short()
+
+    def _experts_are_short(self) -> bool:
+        """Whether checkpoints call the projections of experts w1, w2 and w3."""
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        changes = get_checkpoint_conversion_mapping(self.model.config.model_type) or ()  # type: ignore[union-attr]
+        return any(".w1." in str(pattern) for change in changes for pattern in change.source_patterns)
 
     def plain(self, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Tensors as checkpoints have them: also stacks of experts taken apart."""
@@ -227,10 +239,14 @@ class _Names:
             tensors = revert_weight_conversion(self.model, tensors)
         yield from tensors.items()
 
+    def projection(self, name: str) -> str:
+        """A layer's name, where it is an expert's with the name of its projection in checkpoints."""
+        stem, _, last = name.rpartition(".")
+        return f"{stem}.{_SHORT[last]}" if self._short and ".experts." in name and last in _SHORT else name
+
     def layer(self, name: str) -> str:
-        """A module's name."""
-        weight = f"{name}.weight"
-        renamed = next(name for name, _ in self.plain({weight: torch.empty(0)}))
+        """The name of a layer, or of another module."""
+        renamed = next(full for full, _ in self.plain({f"{self.projection(name)}.weight": torch.empty(0)}))
         return renamed.removesuffix(".weight")
 
 
@@ -266,10 +282,7 @@ def _describe(model: nn.Module, target: Target, staging: Staging) -> None:
         config = plain_config(model.config) | {"architectures": [type(model).__name__]}
         if isinstance(getattr(model, "lm_head", None), QuantizedLinear):
             config["tie_word_embeddings"] = False
-    config["quantization_config"] = target.quantization_config(plain_linears(model))
-    scales = next(_kv_scales(model), None)
-    if scales is not None:
-        config["quantization_config"]["kv_cache_scheme"] = kv_cache_scheme(scales[1].k_scale.dim() > 0)
+    config["quantization_config"] = described(model, target)
     staging.json("config.json", config)
 
 
