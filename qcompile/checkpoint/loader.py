@@ -21,6 +21,7 @@ from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
 from qcompile.quantize import linear_modules
+from qcompile.reference import dequantize
 
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Where older versions of methods keep what belongs into config.json."""
@@ -231,6 +232,8 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
             used |= tensors.taken
         for tensors in reader.layers:
             _check_rest(tensors)
+    if method is not None:
+        _load_embeddings(model, method, store, used, device, dtype)
     _load_plain(model, store, used, device, dtype)
     for name, scales in kv_scales(store, used).items():
         if name in dict(model.named_modules()):
@@ -286,6 +289,24 @@ def _quantized(
         dtype,
         None if found.pre_quant_scale is None else found.pre_quant_scale.to(device),
     )
+
+
+def _load_embeddings(
+    model: nn.Module, method: Method, store: TensorStore, used: set[str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Token embeddings that are quantized, as torchao's may be: decoded, since their rows are looked up."""
+    plain = set(store.names())
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or f"{name}.weight" in plain:
+            continue
+        tensors = LayerTensors(store, name)
+        rows, columns = module.weight.shape
+        found = method.linear(tensors, (rows, columns)) if tensors.suffixes() else None
+        if found is None:
+            continue
+        weight = found if isinstance(found, Tensor) else dequantize(found.weight)
+        module.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+        used |= tensors.taken
 
 
 def _check_rest(tensors: LayerTensors) -> None:

@@ -372,6 +372,19 @@ def test_models_that_transformers_saved(tmp_path, name, shards):
     assert sqnr(expected, found) >= rewrite_sqnr_floor(40, 96)
 
 
+def test_quantized_embeddings_are_decoded(tmp_path):
+    model = nn.ModuleDict({"embed": nn.Embedding(48, 64), "head": nn.Linear(64, 48, bias=False)}).requires_grad_(False)
+    quantize_(model, CONFIGS["int4"](), filter_fn=lambda module, name: name in ("embed", "head"))
+    tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    with torch.device("meta"):
+        empty = nn.ModuleDict({"embed": nn.Embedding(48, 64), "head": nn.Linear(64, 48, bias=False)})
+    loaded = qcompile.load(tmp_path, model=empty, dtype=torch.float32, progress=False)
+    assert torch.equal(loaded["embed"].weight, model["embed"].weight.dequantize())
+    assert torch.equal(loaded["head"].weight, model["head"].weight.dequantize())
+    assert isinstance(loaded["head"], QuantizedLinear)
+
+
 class Block(nn.Module):
     """Three linears of one input, and one more."""
 
