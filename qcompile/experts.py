@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import qcompile.grouped  # noqa: F401  (registers the operator)
 from qcompile.errors import LayerError
-from qcompile.layouts import LAYOUTS, Layout, choose_layout
+from qcompile.layouts import Layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.modules import PackedModule
-from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, quantize_weight
 from qcompile.scheme import Scheme
-from qcompile.stacks import expert, stack, stacked_scheme
+from qcompile.stacks import expert, stack, stack_layout, stacked_scheme
 
 
 class GroupedLinear(PackedModule):
@@ -63,10 +63,7 @@ class GroupedLinear(PackedModule):
         super().__init__(stack(weights, layer), stacked, dtype, bias, beside)
 
     def _layout_on(self, device_type: str) -> Layout:
-        if device_type != "cuda":
-            return choose_layout(self.scheme, self.packed_shape, device_type)
-        fragment = LAYOUTS["fragment"]
-        return fragment if fragment.objection(self.scheme, self.packed_shape) is None else LAYOUTS[LOGICAL]
+        return stack_layout(self.scheme, self.packed_shape, device_type)
 
     def _spec(self) -> LinearSpec:
         spec = LinearSpec(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import LayerError
-from qcompile.layouts import TILE
-from qcompile.packed import PackedWeight
-from qcompile.scheme import Granularity, WeightScheme
+from qcompile.layouts import LAYOUTS, TILE, Layout, choose_layout
+from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.scheme import Granularity, Scheme, WeightScheme
 
 
 def padded_rows(out_features: int) -> int:
@@ -25,6 +25,12 @@ def stacked_scheme(scheme: WeightScheme, out_features: int) -> WeightScheme:
     if granularity.rows != 1 and (granularity.rows < 0 or padded_rows(out_features) % granularity.rows):
         granularity = Granularity(1, granularity.columns)
     return replace(scheme, granularity=granularity, act_order=False)
+
+
+def stack_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
+    """How a stack lies in memory on a kind of device: `fragment` on GPUs, on CPUs what its experts' products take."""
+    layout = LAYOUTS["fragment"] if device_type == "cuda" else choose_layout(scheme, shape, device_type)
+    return layout if layout.mergeable and layout.objection(scheme, shape) is None else LAYOUTS[LOGICAL]
 
 
 def stack(weights: Sequence[PackedWeight], layer: str = "experts") -> PackedWeight:
@@ -65,17 +71,14 @@ def stack(weights: Sequence[PackedWeight], layer: str = "experts") -> PackedWeig
 
 
 def expert(weights: PackedWeight, index: int, out_features: int) -> PackedWeight:
-    """One expert's weight [N, K] of a stack in any layout but `fragment`; its tensors are views where they can be."""
-    n, rows = out_features, padded_rows(out_features)
-    height = weights.scheme.granularity.rows
+    """One expert's weight [N, K] of a stack, logical or in a layout that can be merged; its tensors are views."""
+    layout = LAYOUTS[weights.layout]
+    assert layout.mergeable or weights.layout == LOGICAL
 
     def part(name: str, values: Tensor) -> Tensor:
-        if name == "scale" and weights.layout == "int4pack":
-            return values[:, index * rows : (index + 1) * rows].contiguous()
-        if name == "codes" and weights.layout == "int4pack":
-            return values[index * rows : (index + 1) * rows]
-        per_block = height if name in ("scale", "zero_point", "offset") else 1
-        first = index * rows // per_block
-        return values[first : first + -(-n // per_block)]
+        blocked = layout.tile == 1 and name in ("scale", "zero_point", "offset")
+        height = weights.scheme.granularity.rows if blocked else layout.tile
+        first = index * padded_rows(out_features) // height
+        return values[first : first + -(-out_features // height)]
 
-    return replace(weights.map(part), shape=(n, weights.shape[1]))
+    return replace(weights.map(part), shape=(out_features, weights.shape[1]))

@@ -17,13 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qcompile.codegen.spec import KernelSpec, decode_kernel_spec, native_fp8
+from qcompile.codegen.spec import GROUPED_TEMPLATE, GroupedSpec, KernelSpec, decode_kernel_spec, native_fp8
 
 _POINTERS = {
     "bfloat16": "*bf16",
     "float16": "*fp16",
     "float32": "*fp32",
     "int8": "*i8",
+    "uint8": "*u8",
+    "float8_e8m0fnu": "*u8",
     "float8_e4m3fn": "*fp8e4nv",
     "float8_e5m2": "*fp8e5",
 }
@@ -35,18 +37,26 @@ def _pointer(dtype: str, target: str) -> str:
 
 def signature(spec: KernelSpec, names: list[str], scale_dtype: str) -> dict[str, str]:
     """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of the output's type."""
-    if spec.template == "gemm_fragment":
+    if spec.template in ("gemm_fragment", GROUPED_TEMPLATE):
         codes = "*i32"
     else:
         native = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
         codes = _pointer(native[spec.weight], spec.target)
+    scale, above = _POINTERS[scale_dtype], codes
+    if isinstance(spec, GroupedSpec):
+        scale = _pointer(spec.scale_dtype, spec.target)
+        above = "*fp16" if spec.super_columns else codes
     out = _POINTERS[spec.out_dtype]
     types = {
         "x": _pointer(spec.x_dtype, spec.target),
         "x_scale": "*fp32",
         "codes": codes,
-        "scale": _POINTERS[scale_dtype],
+        "scale": scale,
         "zero_point": codes if spec.symmetric else "*u8",
+        "offset": scale,
+        "super_scale": above,
+        "super_offset": above,
+        "offsets": "*i32",
         "bias": "*fp32",
         "y": out,
         "partial": _POINTERS[scale_dtype] if spec.tile.split == 1 else "*fp32",

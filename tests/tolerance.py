@@ -88,6 +88,19 @@ def gemm_bound(
     return total + unit(out_dtype) * (y + total) + eta(out_dtype) / 2
 
 
+def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor) -> Tensor:
+    """What a product errs by beyond `gemm_bound` if weights are `scaled` + `offset`: float64 [M, N].
+
+    The two may cancel, so their roundings in float32 (two of each: a scale of scales, and the product with the code;
+    one of the sum) are relative to their own magnitudes: sum_k |x| gamma32(3) (|scaled| + |offset|).
+
+    Args:
+        x, scaled, offset: [M, K], [N, K], [N, K].
+    """
+    parts = scaled.to(torch.float64).abs() + offset.to(torch.float64).abs()
+    return gamma(3, U32) * (x.to(torch.float64).abs() @ parts.T)
+
+
 SLOPE = {"relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1, "tanh": 1.0, "sigmoid": 0.25}
 """Greatest |derivative|: gelu 1.12890 at sqrt(2), gelu_tanh 1.12898, silu 1.09984 at 2.39936."""
 

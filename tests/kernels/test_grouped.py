@@ -1,0 +1,302 @@
+"""Products with stacks of experts: the operator on CPUs and the Triton template in its interpreter, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import qcompile.grouped  # noqa: F401  (registers the operator)
+from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.spec import GroupedSpec, Tile, grouped_spec, kernel_spec
+from qcompile.errors import LayerError
+from qcompile.flags import override
+from qcompile.layouts import LAYOUTS
+from qcompile.linear_spec import LinearSpec
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize_activation, quantize_activation
+from qcompile.runtime import cache, gpu_grouped
+from qcompile.scheme import PRESETS, SCALE_DTYPES, Granularity, Scheme, SuperScale, WeightScheme, preset
+from qcompile.stacks import expert, padded_rows, stack, stack_layout, stacked_scheme
+from tests import oracle, tolerance
+from tests.cross_compile import measure
+from tests.kernels.problems import random_codes
+from tests.triton_interpreter import interpret
+
+SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with override(cache_dir=tmp_path_factory.mktemp("cache")):
+        yield
+    cache.load.cache_clear()
+
+
+def gguf_like(format_name: str, columns: int, scale: str, *, offset: bool = False) -> Scheme:
+    """Groups in super-blocks of 256, as K-quants have them."""
+    weight = WeightScheme(
+        format=preset("int4").weight.format if format_name == "int4" else preset("q4_1").weight.format,
+        granularity=Granularity.group(columns),
+        symmetric=not offset,
+        offset=offset,
+        scale_dtype=scale,
+        super_scale=SuperScale(columns=256, dtype="float16"),
+    )
+    return Scheme(weight=weight)
+
+
+SCHEMES = {name: scheme for name, scheme in PRESETS.items() if name != "fp8_static"} | {
+    "k-quant": gguf_like("uint4", 32, "uint8", offset=True),
+    "k-quant without offsets": gguf_like("int4", 16, "int8"),
+}
+
+DECODED = ("int3", "int4_asym", "fp8_block", "nf4", "mxfp4", "nvfp4", "q5_1", "k-quant", "k-quant without offsets")
+"""A scheme for each way in which the template decodes."""
+
+
+def random_weight(scheme: WeightScheme, n: int, k: int, *, plain: bool = False) -> PackedWeight:
+    """A packed weight with every code in it; `plain` makes all scales 1 and all zero points and offsets 0."""
+    blocks = scheme.granularity.scale_shape((n, k))
+    integer = scheme.scale_dtype in ("uint8", "int8")
+    given: dict[str, Tensor] = {}
+    if plain:
+        given["scale"] = torch.ones(blocks)
+        given["offset"] = torch.zeros(blocks)
+    elif integer:
+        given["scale"], given["offset"] = torch.randint(1, 64, blocks), torch.randint(0, 64, blocks)
+    else:
+        given["scale"] = (torch.rand(blocks) + 0.5) / scheme.format.absmax
+        given["offset"] = torch.randn(blocks)
+    given = {name: values.float().to(SCALE_DTYPES[scheme.scale_dtype]) for name, values in given.items()}
+    given["zero_point"] = torch.randint(0, 1 if plain else 2**scheme.format.bits, blocks).to(torch.uint8)
+    if scheme.super_scale is not None:
+        above = (n, scheme.super_scale.count(k))
+        dtype = SCALE_DTYPES[scheme.super_scale.dtype]
+        given["super_scale"] = (torch.ones(above) if plain else (torch.rand(above) + 0.5) / 32).to(dtype)
+        given["super_offset"] = (torch.zeros(above) if plain else torch.randn(above) / 32).to(dtype)
+    fields = {name: values for name, values in given.items() if name in scheme.fields}
+    zero_point = fields.pop("zero_point", None)
+    codes = random_codes(scheme.format.name, n, k)
+    return PackedWeight.from_codes(codes, fields.pop("scale"), zero_point, scheme, **fields)
+
+
+@dataclass
+class Problem:
+    """A stack of experts and rows for them; `expected` and `bound` are float64 [S, N]."""
+
+    spec: LinearSpec
+    x: Tensor
+    expert_ids: Tensor
+    offsets: Tensor
+    stacked: PackedWeight
+    weights: list[PackedWeight]
+    bias: Tensor | None
+
+    def interpret(self, target: str, tile: Tile, out_dtype: torch.dtype) -> Tensor:
+        """Run the generated kernel on the CPU."""
+        activation = self.spec.scheme.activation
+        x, x_scale = (self.x, None) if activation is None else quantize_activation(self.x, activation)
+        kernel = self.kernel(target, tile, x.dtype, out_dtype)
+        function = interpret(cache.load(kernel).kernel)
+        weight = LAYOUTS["fragment"].pack(self.stacked)
+        return gpu_grouped.launch(kernel, function, x, x_scale, self.offsets, weight, self.bias, out_dtype)
+
+    def kernel(self, target: str, tile: Tile, x_dtype: torch.dtype, out_dtype: torch.dtype) -> GroupedSpec:
+        spec = replace(self.spec, layout="fragment")
+        return grouped_spec(kernel_spec(spec, x_dtype, out_dtype, target, tile), spec, len(self.weights))
+
+    def check(self, y: Tensor, compute: torch.dtype) -> None:
+        """Every element within the derived bound of the float64 result."""
+        inputs = self.x.double()
+        activation = self.spec.scheme.activation
+        if activation is not None:
+            codes, scale = quantize_activation(self.x, activation)
+            inputs = dequantize_activation(codes.double(), scale.double(), activation).double()
+        for index, packed in enumerate(self.weights):
+            rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+            weight = oracle.dequantize(packed)
+            product = oracle.linear(inputs[rows], weight)
+            bound = tolerance.gemm_bound(inputs[rows], weight, compute)
+            if packed.offset is not None:
+                scaled = oracle.dequantize(replace(packed, offset=torch.zeros_like(packed.offset)))
+                bound = bound + tolerance.offset_bound(inputs[rows], scaled, weight - scaled)
+            steps = () if self.bias is None else ("bias",)
+            bias = None if self.bias is None else self.bias[index]
+            bound = tolerance.epilogue_bound(product, bound, bias, steps, out_dtype=y.dtype)
+            tolerance.assert_within(y[rows], oracle.epilogue(product, bias, steps), bound)
+
+
+def problem(
+    scheme: Scheme,
+    counts: Sequence[int],
+    n: int,
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    bias: bool = False,
+    identity: bool = False,
+) -> Problem:
+    """Experts with `counts` rows each.
+
+    Args:
+        identity: each expert's rows are the identity and its scales 1: the weights' values come out.
+    """
+    weights = [random_weight(scheme.weight, n, k, plain=identity) for _ in counts]
+    total = sum(counts)
+    x = torch.cat([torch.eye(count, k) for count in counts]) if identity else torch.randn(total, k)
+    fitted = replace(scheme, weight=stacked_scheme(scheme.weight, n))
+    spec = LinearSpec(in_features=k, out_features=n, scheme=fitted, layout="logical")
+    return Problem(
+        spec=spec.with_epilogue("bias") if bias else spec,
+        x=x.to(dtype),
+        expert_ids=torch.repeat_interleave(torch.tensor(counts)),
+        offsets=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+        stacked=stack(weights),
+        weights=weights,
+        bias=torch.randn(len(counts), n).to(dtype) if bias else None,
+    )
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("n", [64, 72])
+def test_a_stack_has_the_weights_of_its_experts(name: str, n: int) -> None:
+    scheme = SCHEMES[name].fit("layer", (n, 256)).weight
+    weights = [random_weight(scheme, n, 256) for _ in range(3)]
+    stacked = stack(weights)
+    stacked.check()
+    assert stacked.shape == (3 * padded_rows(n), 256)
+    for index, weight in enumerate(weights):
+        assert torch.equal(oracle.dequantize(expert(stacked, index, n)), oracle.dequantize(weight))
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_identity_returns_the_weights(name: str) -> None:
+    scheme = SCHEMES[name].fit("layer", (72, 64))
+    given_ = problem(replace(scheme, activation=None), [64, 0, 64], 72, 64, identity=True)
+    y = given_.interpret("sm_90", SMALL, torch.float32)
+    expected = [oracle.dequantize(weight).T for weight, count in zip(given_.weights, [64, 0, 64], strict=True) if count]
+    assert torch.equal(y, torch.cat(expected).to(torch.bfloat16).float())
+
+
+tiles = st.builds(
+    Tile,
+    m=st.sampled_from([16, 32]),
+    n=st.sampled_from([64, 128]),
+    k=st.sampled_from([64, 128]),
+    split=st.just(1),
+    warps=st.just(4),
+    stages=st.just(2),
+)
+counts = st.lists(st.sampled_from([0, 0, 1, 2, 15, 16, 17, 40]), min_size=1, max_size=5)
+
+
+@given(
+    st.sampled_from(sorted(SCHEMES)),
+    counts,
+    st.integers(1, 140),
+    st.sampled_from([64, 160, 256]),
+    st.sampled_from(FLOATS),
+    tiles,
+    st.sampled_from(["sm_80", "sm_90", "gfx942"]),
+    st.booleans(),
+)
+def test_kernel(
+    name: str, counts: list[int], n: int, k: int, dtype: torch.dtype, tile: Tile, target: str, bias: bool
+) -> None:
+    """Any distribution of rows to experts, experts without rows among them."""
+    given_ = problem(SCHEMES[name].fit("layer", (n, k)), counts, n, k, dtype, bias=bias)
+    y = given_.interpret(target, tile, dtype)
+    given_.check(y, torch.bfloat16 if given_.spec.scheme.activation else dtype)
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=300), st.sampled_from([16, 32, 64, 128]))
+def test_tiles_are_enough(counts: list[int], height: int) -> None:
+    needed = sum(-(-count // height) for count in counts)
+    assert needed <= gpu_grouped.tile_count(sum(counts), len(counts), height)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "stored"),
+    [(name, [5, 0, 3, 30], False) for name in SCHEMES]
+    + [
+        ("int4", [5, 0, 3, 30], True),
+        ("int8", [5, 0, 3, 30], True),
+        ("int4", [0, 1, 0], False),
+        ("fp8", [0, 0], False),
+    ],
+)
+def test_cpu_operator_equals_each_experts_linear(name: str, counts: list[int], stored: bool) -> None:
+    """Bit for bit, in the portable layout and (`stored`) in that in which modules hold stacks on CPUs."""
+    scheme = SCHEMES[name].fit("layer", (72, 256))
+    given_ = problem(scheme, counts, 72, 256, bias=True)
+    layout = stack_layout(given_.spec.scheme, given_.stacked.shape, "cpu") if stored else LAYOUTS["logical"]
+    spec = replace(given_.spec, layout=layout.name)
+    packed = list(layout.pack(given_.stacked).tensors)
+    y = torch.ops.qcompile.grouped_linear(
+        given_.x, given_.expert_ids, packed, given_.bias, None, None, None, len(counts), spec.encode()
+    )
+    assert given_.bias is not None
+    for index, weight in enumerate(given_.weights):
+        rows = slice(int(given_.offsets[index]), int(given_.offsets[index + 1]))
+        alone = replace(spec, scheme=replace(scheme, weight=weight.scheme))
+        tensors, bias = list(layout.pack(weight).tensors), given_.bias[index]
+        expected = torch.ops.qcompile.linear(given_.x[rows], tensors, bias, None, None, [], alone.encode())
+        assert torch.equal(y[rows], expected)
+
+
+def test_static_scales_and_permutations_are_each_experts_own() -> None:
+    scheme = preset("fp8_static")
+    given_ = problem(scheme, [4, 3], 64, 128, torch.float32)
+    layout = LAYOUTS["logical"]
+    spec = replace(given_.spec, layout=layout.name)
+    scales = torch.tensor([0.01, 0.02])
+    before = torch.rand(2, 128) + 0.5
+    perm = torch.stack([torch.randperm(128), torch.randperm(128)]).int()
+    y = torch.ops.qcompile.grouped_linear(
+        given_.x,
+        given_.expert_ids,
+        list(layout.pack(given_.stacked).tensors),
+        None,
+        scales,
+        before,
+        perm,
+        2,
+        spec.encode(),
+    )
+    for index, weight in enumerate(given_.weights):
+        rows = slice(int(given_.offsets[index]), int(given_.offsets[index + 1]))
+        x = (given_.x[rows] * before[index])[:, perm[index].long()]
+        tensors = list(layout.pack(weight).tensors)
+        alone = replace(spec, scheme=replace(scheme, weight=weight.scheme))
+        expected = torch.ops.qcompile.linear(x, tensors, None, scales[index], None, [], alone.encode())
+        assert torch.equal(y[rows], expected)
+
+
+def test_experts_that_are_quantized_in_different_ways_are_refused() -> None:
+    weights = [random_weight(SCHEMES[name].fit("layer", (64, 128)).weight, 64, 128) for name in ("int4", "int5")]
+    with pytest.raises(LayerError, match=r"layers.0.up_proj: expert 1 is int5"):
+        stack(weights, "layers.0.up_proj")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
+    kernels = []
+    shipped = [("mxfp4", 16), ("fp8_block", 256)]
+    for name, m in shipped + ([("int4", 16), ("mxfp4", 256), ("k-quant", 16)] if target == "sm_90" else []):
+        scheme = SCHEMES[name].fit("layer", (1536, 2048))
+        spec = LinearSpec(in_features=2048, out_features=1536, scheme=scheme, layout="fragment").with_epilogue("bias")
+        x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
+        assert x_dtype is not None
+        kernels.append(gpu_grouped.choose(spec, 128, m, x_dtype, torch.bfloat16, target))
+    for kernel, found in zip(kernels, measure(kernels, "float32"), strict=True):
+        assert "error" not in found, found
+        assert found["spills"] == 0, (kernel, found)
+        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["mma"], f"no matrix instruction in {kernel}"
