@@ -562,7 +562,9 @@ def load_tokenizer(path: Path) -> Any:
         # transformers draws its own progress bars here, which would break the caller's.
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, OSError) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of any kind, also panics of the tokenizers library, which are no Exception
         raise CheckpointError(f"transformers cannot build the tokenizer of {path}: {error}") from None
     if rule == "smollm":
         _split_digits(tokenizer)

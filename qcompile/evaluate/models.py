@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.gguf import load_decoded, load_tokenizer
+from qcompile.checkpoint.gguf import DEMO_REMEDY, load_decoded, load_tokenizer
+from qcompile.errors import CheckpointError
 
 # The shape of SmolLM2-135M.
 _SHAPE = {
@@ -57,6 +58,8 @@ def load_language_model(path: Path, device: torch.device, dtype: torch.dtype = t
     Raises:
         CheckpointError: a file that is missing or damaged, or whose model or tokenizer cannot be read.
     """
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: no such file; the demonstration's own: `{DEMO_REMEDY}`")
     model, tokenizer = load_decoded(path, dtype, device), load_tokenizer(path)
 
     def encode(text: str) -> Tensor:
