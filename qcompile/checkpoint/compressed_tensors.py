@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from qcompile.checkpoint.scaled import (
     nvfp4_weight,
     optional_number,
     packed,
+    spellings,
     take_number,
     take_scale,
 )
@@ -225,13 +226,14 @@ def _check_format(where: str, given: object) -> None:
         raise CheckpointError(f"{where}: format is {shown(given)}; readable are {', '.join(_FORMATS)}")
 
 
-def _matches(kind: str, names: Iterable[str], layer: str) -> bool:
+def _matches(kind: str, names: Collection[str], layer: str) -> bool:
     """Whether one of `names`, of a kind (exact, pattern, class), means the layer, which is a linear."""
     if kind == "exact":
-        return layer in names
+        return any(spelled in names for spelled in spellings(layer))
     if kind == "class":
         return not {"Linear", "LinearBase", "Module"}.isdisjoint(names)
-    return any(name.startswith("re:") and re.match(name[3:], layer) for name in names)
+    patterns = [name[3:] for name in names if name.startswith("re:")]
+    return any(re.match(pattern, spelled) for pattern in patterns for spelled in spellings(layer))
 
 
 _KINDS = ("exact", "pattern", "class")

@@ -29,6 +29,7 @@ from qcompile.checkpoint.scaled import (
     one_of,
     optional_number,
     packed,
+    spellings,
     take_number,
     take_scale,
 )
@@ -167,7 +168,8 @@ class ModelOpt(Method):
     def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
         if is_plain(tensors):
             return None
-        algorithm = self.layers.get(tensors.name, self.default)
+        named = (self.layers[name] for name in spellings(tensors.name) if name in self.layers)
+        algorithm = next(named, self.default)
         if algorithm is None:
             raise tensors.error("its tensors are quantized, but quantized_layers does not name it")
         if any("svdquant_lora" in suffix for suffix in tensors.suffixes()):

@@ -27,6 +27,7 @@ from qcompile.checkpoint.scaled import (
     nvfp4_weight,
     optional_number,
     packed,
+    spellings,
     take_number,
     take_scale,
 )
@@ -75,6 +76,11 @@ def _granularity(where: str, spec: _Spec) -> Granularity:
     )
 
 
+def _has_exponents(spec: _Spec) -> bool:
+    """Whether scales are powers of two, in either of the spellings."""
+    return spec.get("scale_format") == "e8m0" or spec.get("scale_type") == "float8_e8m0fnu"
+
+
 @register
 class Quark(Method):
     """FP8, INT8, INT4 and UINT4, MXFP4, MXFP6, NVFP4, and INT4 of FP8 (`weight_format` real_quantized)."""
@@ -114,7 +120,12 @@ class Quark(Method):
         )
 
     def _config_of(self, layer: str) -> _Spec:
-        named = (given for pattern, given in self.by_name.items() if fnmatch.fnmatchcase(layer, str(pattern)))
+        names = spellings(layer)
+        named = (
+            given
+            for pattern, given in self.by_name.items()
+            if any(fnmatch.fnmatchcase(name, str(pattern)) for name in names)
+        )
         config = next(named, self.by_class.get("Linear", self.default))
         if not isinstance(config, Mapping):
             raise CheckpointError(f"quantization_config: the one of {layer} is {shown(config)}; it is an object")
@@ -138,7 +149,7 @@ class Quark(Method):
             if weight.scheme.format.name != kind:
                 raise tensors.error(f"weight is {weight.scheme.format.name}, but its configuration says {kind}")
             return weight
-        if len(specs) == 1 and kind in _SMALL_FLOATS and specs[0].get("scale_format") == "e8m0":
+        if len(specs) == 1 and kind in _SMALL_FLOATS and _has_exponents(specs[0]):
             if granularity != Granularity.group(32):
                 raise tensors.error(f"scales of powers of two are for groups of 32, not per {granularity}")
             return mx_weight(tensors, shape, _SMALL_FLOATS[kind], "weight", "weight_scale")
@@ -233,7 +244,7 @@ class Quark(Method):
             return activation(kind, granularity, dynamic=False), input_scale
         if granularity.is_group and granularity.columns != weight.scheme.granularity.columns:
             return self._unquantized(f"inputs in groups of {granularity.columns}, which are not the weight's")
-        return activation(kind, granularity, powers_of_two=spec.get("scale_format") == "e8m0"), None
+        return activation(kind, granularity, powers_of_two=_has_exponents(spec)), None
 
     def _unquantized(self, what: str) -> tuple[None, None]:
         """Say once a load that inputs stay as they are."""

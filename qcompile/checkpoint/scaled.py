@@ -26,6 +26,15 @@ _NOT_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 _E8M0_NAN = 255
 
 
+_RENAMED = ("model.language_model.", "language_model.model.")
+
+
+def spellings(layer: str) -> tuple[str, ...]:
+    """A layer's name, and what it was before transformers 5 renamed the parts of models that also see."""
+    other = (new + layer.removeprefix(old) for old, new in (_RENAMED, _RENAMED[::-1]) if layer.startswith(old))
+    return (layer, *other)
+
+
 def is_plain(tensors: LayerTensors) -> bool:
     """Whether the layer is not quantized: its `weight` is floating point of 16 bits or more, or it has no tensor."""
     return not tensors.suffixes() or ("weight" in tensors and tensors.info("weight").dtype in (*FLOATS, torch.float64))

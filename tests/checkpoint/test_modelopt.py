@@ -88,9 +88,10 @@ def test_one_algorithm_for_each_layer(tmp_path):
     config = {
         "quant_method": "modelopt",
         "quant_algo": "MIXED_PRECISION",
-        "quantized_layers": {"a": {"quant_algo": "W4A16_NVFP4"}, "b": {"quant_algo": "fp8"}},
+        "quantized_layers": {"model.language_model.a": {"quant_algo": "W4A16_NVFP4"}, "b": {"quant_algo": "fp8"}},
     }
-    assert load_layer(tmp_path, config, nvfp4_layer(), (8, 32), "a").weight.scheme.format.bits == 4
+    for name in ("model.language_model.a", "language_model.model.a"):  # before and since transformers 5
+        assert load_layer(tmp_path, config, nvfp4_layer(), (8, 32), name).weight.scheme.format.bits == 4
     fp8 = {"weight": torch.ones(8, 32).to(torch.float8_e4m3fn), "weight_scale": torch.tensor(2.0)}
     assert (decoded(load_layer(tmp_path, config, fp8, (8, 32), "b")) == 2).all()
     with pytest.raises(CheckpointError, match="quantized_layers does not name it"):
