@@ -87,6 +87,12 @@ class Architecture:
 
 ARCHITECTURES = {
     "llama": Architecture(model_type="llama", layer=_LAYER, interleaved=True),
+    "llama with experts": Architecture(
+        model_type="mixtral",
+        layer=_LAYER | _EXPERTS,
+        settings={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        interleaved=True,
+    ),
     "qwen2": Architecture(model_type="qwen2", layer=_LAYER),
     "qwen3": Architecture(model_type="qwen3", layer=_LAYER | _HEAD_NORMS),
     "qwen2moe": Architecture(
@@ -130,6 +136,8 @@ def _architecture(file: GgufFile) -> tuple[str, Architecture]:
             f"{file.path}: models of architecture {shown(name)} cannot be read from GGUF; take the model's safetensors "
             f"(readable: {', '.join(ARCHITECTURES)})"
         )
+    if name == "llama" and file.metadata.get("llama.expert_count"):
+        return name, ARCHITECTURES["llama with experts"]
     return name, ARCHITECTURES[name]
 
 
@@ -214,10 +222,9 @@ class GgufStore(TensorStore):
             match = _STACKED.fullmatch(name)
             assert match is not None
             del self._tensors[name]
-            if len(tensor.shape) != 3 or tensor.shape[0] != self.config["num_experts"]:
-                raise CheckpointError(
-                    f"{self.path}: {tensor.name} is {tensor.shape}, no stack of {self.config['num_experts']} matrices"
-                )
+            experts = self._settings.integer("expert_count")
+            if len(tensor.shape) != 3 or tensor.shape[0] != experts:
+                raise CheckpointError(f"{self.path}: {tensor.name} is {tensor.shape}, no stack of {experts} matrices")
             if match[2] == "down":
                 self._tensors[f"{match[1]}.down_proj"] = (tensor,)
             elif match[2] == "gate":

@@ -78,7 +78,7 @@ def write(
     return path
 
 
-_MODEL_TYPES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
+_MODEL_TYPES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
 
 
 def settings(config: Any) -> tuple[str, dict[str, Any]]:
@@ -111,6 +111,9 @@ def settings(config: Any) -> tuple[str, dict[str, Any]]:
     if arch == "gemma2":
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
         values["final_logit_softcapping"] = config.final_logit_softcapping
+    if config.model_type == "mixtral":
+        values["expert_count"] = config.num_local_experts
+        values["expert_used_count"] = config.num_experts_per_tok
     if "moe" in arch:
         values["expert_count"] = config.num_experts
         values["expert_used_count"] = config.num_experts_per_tok

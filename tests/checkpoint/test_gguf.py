@@ -77,6 +77,7 @@ MODELS = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 64, "tie_word_embeddings": False}),
     "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma": ("gemma", {"head_dim": 32}),
     "gemma2": ("gemma2", GEMMA),
     "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 6}),
@@ -236,7 +237,7 @@ def test_experts_one_by_one(tmp_path):
         store.read_stacked("model.norm.weight")
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe"])
+@pytest.mark.parametrize("name", ["qwen2moe", "qwen3moe", "mixtral"])
 def test_quantized_experts_compute_what_decoded_ones_do(name, tmp_path, ids):
     path = make_file(make_model(name), tmp_path / "model.gguf", Q.Q4_1)
     quantized, decoded = load(path, dtype=torch.float32), load_decoded(path, torch.float32, CPU)
