@@ -21,6 +21,7 @@ from qcompile.errors import CheckpointError, LayerError
 from qcompile.layouts import LAYOUTS
 from qcompile.modules import QuantizedLinear
 from qcompile.packing import packed_weight
+from qcompile.pipeline import bind_inputs, rewrite
 from qcompile.reference import dequantize
 from qcompile.scheme import ActivationScheme, Granularity
 from tests.capture import capture
@@ -443,6 +444,48 @@ def test_scales_of_the_input_come_along():
     assert_within(found, exact, gemm_bound(rounded, model[0].weight.dequantize(), torch.float32))
     replaced = qcompile.quantize_(model, progress=False)
     assert torch.equal(replaced(x), found)
+
+
+class Pair(nn.Module):
+    """Two linears of one input, with static scales of their own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 48, bias=False), nn.Linear(64, 48, bias=False)
+        for position, linear in enumerate((self.one, self.two)):
+            original = torch.randn(48, 64, generator=torch.Generator().manual_seed(seed + position))
+            tensor = Int8Tensor.from_hp(
+                original,
+                PerRow(),
+                act_quant_kwargs=act(granularity=PerTensor()),
+                act_quant_scale=torch.tensor([[0.01 * (seed + position + 1)]]),
+            )
+            linear.weight = nn.Parameter(tensor, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+def test_linears_with_scales_of_their_own_stay_apart():
+    captured = capture(Pair(0), torch.randn(5, 64))
+    assert len(captured.specs) == 2
+    assert "each scales its input in its own way" in captured.declined("merge_projections")
+
+
+@torch.no_grad()
+def test_one_graph_serves_equal_modules_with_other_weights():
+    contexts = []
+
+    def backend(graph_module: Any, example_inputs: Any) -> Any:
+        contexts.append(rewrite(graph_module, example_inputs, None))
+        context = contexts[-1]
+        return bind_inputs(context, lambda *args: context.module(*args))[1]
+
+    torch.compiler.reset()
+    x, run = torch.randn(5, 64), torch.compile(lambda module, x: module(x), backend=backend)
+    for seed in (0, 10, 0):
+        assert torch.equal(run(Pair(seed), x), qcompile.quantize_(Pair(seed), progress=False)(x))
+    assert len(contexts) == 1
 
 
 def test_a_graph_is_not_used_for_weights_of_another_scheme():
