@@ -1,7 +1,8 @@
-"""Quantizing a model in place: linear modules become `QuantizedLinear`s, one at a time."""
+"""Quantizing a model in place: linear modules become `QuantizedLinear`s, experts `QuantizedExperts`, one at a time."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 import qcompile.ops  # noqa: F401  (registers the operators)
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, LayerError
-from qcompile.modules import QuantizedLinear
+from qcompile.experts import expert_modules, other_experts, quantize_experts
+from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
 from qcompile.reference import quantize_weight
 from qcompile.scheme import Scheme
@@ -41,12 +43,13 @@ def quantize_(
     calibration: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> Model:
-    """Quantize a model's linear layers in place, layer by layer, freeing each original weight.
+    """Quantize a model's linear layers and experts in place, layer by layer, freeing each original weight.
 
     The peak of memory is the result and one layer. Afterwards the model runs eagerly, compiles with
     `torch.compile(model, backend="qcompile")`, has an ordinary `state_dict`, deep-copies and moves between devices.
     A weight that another module reads too (tied embeddings) stays there. A weight that torchao quantized is taken over
-    bit for bit, with its own scheme.
+    bit for bit, with its own scheme. The experts of a mixture are one layer, which rules match by their module's name
+    (`model.layers.0.mlp.experts`).
 
     Args:
         model: floating point, for inference; on any device.
@@ -66,11 +69,18 @@ def quantize_(
     parsed = None if config is None else parse_config(config)
     if type(model) is nn.Linear or is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")
-    modules = linear_modules(model)
-    if not modules and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
+    modules, experts = linear_modules(model), expert_modules(model)
+    if not modules and not experts and not any(isinstance(m, PackedModule) for m in model.modules()):
         raise ConfigError(f"{type(model).__name__} has no nn.Linear (or Conv1D) modules to quantize")
     if parsed is not None:
-        parsed.check_used(modules)
+        parsed.check_used([*modules, *experts])
+    for name in other_experts(model):
+        if parsed is not None and parsed.scheme_for(name) is not None:
+            warnings.warn(
+                f"{name} ({type(model.get_submodule(name)).__name__}) keeps its weights: qcompile does not know how "
+                "they are arranged",
+                stacklevel=2,
+            )
     chosen: dict[str, Scheme | None] = {}  # None: as torchao quantized it
     for name, module in modules.items():
         weight = module.weight
@@ -93,6 +103,14 @@ def quantize_(
         quantized = quantized_linear(name, module, chosen[name], scales.get(name)).train(module.training)
         for parent, child_name in parents.pop(id(module)):
             setattr(parent, child_name, quantized)
+        del module
+    for name in track(list(experts), "quantizing experts", progress):
+        module, scheme = experts.pop(name), None if parsed is None else parsed.scheme_for(name)
+        if scheme is not None:
+            with torch.no_grad():
+                replaced = quantize_experts(name, module, scheme).train(module.training)
+            for parent, child_name in parents.pop(id(module)):
+                setattr(parent, child_name, replaced)
         del module
     return model
 
