@@ -272,6 +272,8 @@ def _int8(parts: Parts, shape: tuple[int, int]) -> Prepared:
     input_scale = None
     if activation is not None and "act_quant_scale" in parts:
         input_scale = parts.scales("act_quant_scale", shape=()).float()
+        if not float(input_scale) > 0:
+            raise parts.error(f"act_quant_scale is {float(input_scale)}; it is positive; calibrate the model again")
         activation = ActivationScheme(format=activation.format, granularity=Granularity.tensor(), dynamic=False)
         if "act_quant_zero_point" in parts and bool(parts.reshaped("act_quant_zero_point", torch.int8, shape=()).any()):
             activation = input_scale = None

@@ -26,6 +26,7 @@ _STATE = "weight.quant_state.bitsandbytes__"
 _STATE_BYTES = 1 << 14
 _STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_BLOCK = 1 << 16
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @register
@@ -36,7 +37,7 @@ class BitsAndBytes(Method):
 
     def __init__(self, config: Mapping[str, Any], store: TensorStore) -> None:
         threshold = config.get("llm_int8_threshold", 6.0)
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= _LARGEST:
             raise CheckpointError(
                 f"{store.path}: llm_int8_threshold is {shown(threshold)}; expected 0 (no outliers) or more"
             )
@@ -125,7 +126,7 @@ def _absmax(tensors: LayerTensors, suffix: str, state: Mapping[str, Any], count:
     else:
         block = _block_size(tensors, suffix, state, "nested_blocksize")
         offset = state.get("nested_offset")
-        if isinstance(offset, bool) or not isinstance(offset, (int, float)):
+        if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not abs(offset) <= _LARGEST:
             raise tensors.error(f"{suffix} says nested_offset {shown(offset)}; it is a number")
         codes = tensors.take("weight.absmax", torch.uint8, shape=(count,))
         table = tensors.take("weight.nested_quant_map", torch.float32, shape=(256,))

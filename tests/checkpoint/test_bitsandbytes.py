@@ -113,7 +113,7 @@ def test_outliers_are_those_of_the_configuration(tmp_path):
         return load(tmp_path, tensors, shape, **config).scheme.activation.outlier_threshold
 
     assert (threshold(), threshold(llm_int8_threshold=3), threshold(llm_int8_threshold=0.0)) == (6.0, 3.0, None)
-    for value in (-1, True, "6", float("nan"), float("inf")):
+    for value in (-1, True, "6", float("nan"), float("inf"), 10**400):
         with pytest.raises(CheckpointError, match="llm_int8_threshold is"):
             threshold(llm_int8_threshold=value)
 
@@ -183,7 +183,8 @@ def test_damaged_4_bit_layers_are_refused(tmp_path, what):
         ({"weight.absmax": torch.ones(288)}, "weight.absmax has dtype torch.float32, expected torch.uint8"),
         ({"nested_blocksize": None}, "says nested_blocksize None"),
         ({"nested_offset": "0"}, "says nested_offset '0'"),
-        ({"nested_offset": float("nan")}, "weight.absmax holds NaN"),
+        ({"nested_offset": float("nan")}, "says nested_offset nan"),
+        ({"nested_offset": 10**400}, "says nested_offset an integer of 1329 bits"),
     ],
 )
 def test_damaged_double_quantization_is_refused(tmp_path, changes, message):

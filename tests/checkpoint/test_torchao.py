@@ -268,6 +268,11 @@ DAMAGE: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "block too large": (int8, {"block_size": [1, 1 << 40]}, "its block_size is"),
     "block of 3": (int8, {"block_size": [1, 1, 64]}, "its block_size is"),
     "kwargs of a list": (int8, {"act_quant_kwargs": [1]}, r"its act_quant_kwargs are \[1\]"),
+    "a static scale of 0": (
+        lambda: int8(act_quant_kwargs=act(), act_quant_scale=torch.zeros(1, 1)),
+        {},
+        "act_quant_scale is 0.0",
+    ),
     "codes of 8 bits": (CASES["intx rows"], {"qdata": torch.full((24, 64), 8, dtype=torch.int8)}, "more than 4 bits"),
     "a target of 9 bits": (CASES["intx rows"], {"target_dtype": "int9"}, "its target_dtype is 'int9'"),
     "zero points of 8 bits": (
