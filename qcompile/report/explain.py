@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from qcompile import compat
 from qcompile.backend import check_gradients
 from qcompile.config import QuantConfig, parse_config
+from qcompile.experts import GroupedLinear, expert_modules
 from qcompile.layouts import LAYOUTS, to_layout
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import LOGICAL
@@ -141,6 +142,24 @@ def _report(context: GraphContext, node: fx.Node, layer: Layer) -> LayerReport:
     )
 
 
+def _experts(model: nn.Module, config: QuantConfig | None) -> Iterator[LayerReport]:
+    """Experts of mixtures, which no pass touches: those that came quantized, and those that a rule means in vain."""
+    for name, module in model.named_modules():
+        if isinstance(module, GroupedLinear):
+            kernel = "gemm_grouped" if module.layout == "fragment" else "a product for each expert that is hit"
+            yield LayerReport(
+                name=name,
+                shape=(module.out_features, module.in_features),
+                scheme=str(module.scheme),
+                kernel=kernel,
+                bytes_after=module.packed().nbytes,
+                note=f"{module.experts} experts",
+            )
+    for name in expert_modules(model):
+        if config is not None and config.scheme_for(name) is not None:
+            yield LayerReport(name, None, None, note="torch.compile leaves experts; qcompile.quantize_ quantizes them")
+
+
 @torch.no_grad()
 def explain(
     model: nn.Module | Callable[..., Any],
@@ -176,4 +195,6 @@ def explain(
     with compat.plain_backend_errors():
         torch.compile(model, backend=dry_run)(*inputs, **keyword_inputs)
     compat.reset_compiler()
+    if isinstance(model, nn.Module):
+        layers.extend(_experts(model, parsed))
     return Explanation(tuple(layers), tuple(declined), graphs)
