@@ -83,6 +83,7 @@ def save(
     _check_folder(folder)
     with Staging(folder) as staging:
         if format == gguf.NAME:
+            _refuse_kv_scales(model, format)
             gguf.write(model, layers, staging.path("model.gguf"), rounding, holding)
         else:
             target = checked_target(model, layers, format)
@@ -112,9 +113,14 @@ def checked_target(model: nn.Module, layers: list[Layer], format: str) -> Target
     for layer in layers:
         if (reason := target.objection(layer)) is not None:
             raise refusal(layer, format, reason, holding(layer))
-    if not target.holds_kv_scales and (name := next(_kv_scales(model), (None, None))[0]) is not None:
-        raise CheckpointError(f"{name}: {format} cannot hold scales of the KV cache; compressed-tensors can")
+    if not target.holds_kv_scales:
+        _refuse_kv_scales(model, format)
     return target
+
+
+def _refuse_kv_scales(model: nn.Module, format: str) -> None:
+    for name, _ in _kv_scales(model):
+        raise CheckpointError(f"{name}: {format} cannot hold scales of the KV cache; compressed-tensors can")
 
 
 def holding(layer: Layer) -> list[str]:

@@ -1,0 +1,554 @@
+"""Saved models hold the very codes and scales, whoever reads them; what a format cannot hold is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import qcompile
+from qcompile.checkpoint.kv_scales import KVScales
+from qcompile.checkpoint.saving import FORMATS, shards
+from qcompile.checkpoint.saving.shards import parse_size
+from qcompile.errors import CheckpointError, ConfigError
+from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedWeight
+from qcompile.scheme import PRESETS, Scheme
+from tests import oracle, tolerance
+from tests.checkpoint.integer_files import FIXTURES, fixture_layers, fixture_tensors, read_layer
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+CT = "compressed-tensors"
+
+
+def llama(kind="llama", dtype=torch.float32, **changes):
+    config = transformers.AutoConfig.for_model(kind, **(TINY | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.data.normal_(1, 0.2)
+    return model.eval().requires_grad_(False)
+
+
+def quantized(scheme, **changes):
+    """A tiny Llama whose layers but the head have a scheme."""
+    rules = [{"layers": "lm_head", "scheme": None}, {"layers": "*", "scheme": scheme}]
+    return qcompile.quantize_(llama(**changes), {"rules": rules}, progress=False)
+
+
+def weights(model):
+    """The exact weight of every quantized layer."""
+    return {n: oracle.dequantize(m.logical()) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def same(one, other):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert len(first) > 0
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    ours, theirs = one.state_dict(), other.state_dict()
+    plain = [n for n in ours if n.rpartition(".")[0] not in first or n.endswith(".bias")]
+    assert all(torch.equal(ours[n], theirs[n]) for n in plain)
+
+
+def load(folder, format=CT, **options):
+    path = folder / "model.gguf" if format == "gguf" else folder
+    return qcompile.load(path, dtype=torch.float32, progress=False, **options)
+
+
+class One(nn.Module):
+    """A model of one linear, `m.l`."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.m = nn.Module()
+        self.m.l = layer
+
+
+def one(weight: PackedWeight, scheme: Scheme | None = None, **more) -> One:
+    return One(QuantizedLinear(weight, scheme or Scheme(weight=weight.scheme, method="checkpoint"), **more))
+
+
+def random_layer(scheme: str | Scheme, n=64, k=128, **changes) -> One:
+    """A layer of random weights; `changes` are of its weight's scheme."""
+    chosen = PRESETS[scheme] if isinstance(scheme, str) else scheme
+    chosen = replace(chosen, weight=replace(chosen.weight, **changes)).fit("m.l", (n, k))
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(1))
+    return one(qcompile.reference.quantize_weight(weight, replace(chosen.weight, act_order=False)), chosen)
+
+
+def reloaded(model: One, folder: Path) -> One:
+    n, k = model.m.l.out_features, model.m.l.in_features
+    return qcompile.load(folder, model=One(nn.Linear(k, n, bias=False)), dtype=torch.float32, progress=False)
+
+
+INTEGERS = ["int2", "int3", "int4", "int4_asym", "int5", "int6", "int7", "int8_weight_only"]
+FLOATS = ["fp8", "fp8_block", "fp8_weight_only", "nvfp4", "mxfp4", "mxfp8"]
+MIXED = ["int8", "int4_fp8", "int4_int8"]
+GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "int4", "int3"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format"),
+    [
+        *((scheme, CT) for scheme in INTEGERS + FLOATS + MIXED),
+        *((scheme, "gptq") for scheme in ("int2", "int3", "int4", "int4_asym")),
+        *((scheme, "awq") for scheme in ("int4", "int4_asym")),
+        *((scheme, "gguf") for scheme in GGUF),
+    ],
+)
+def test_what_is_saved_is_what_is_loaded(scheme, format, tmp_path):
+    model = quantized(scheme, num_hidden_layers=1)
+    assert qcompile.save(model, tmp_path, format).rounded == ()
+    same(model, load(tmp_path, format))
+
+
+@pytest.mark.parametrize("scheme", [*INTEGERS, *FLOATS, *MIXED])
+def test_transformers_reads_compressed_tensors(scheme, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = quantized(scheme, num_hidden_layers=1)
+    qcompile.save(model, tmp_path)
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config, dtype=torch.float32
+        )
+    for name, expected in weights(model).items():
+        found = read.get_submodule(name).weight
+        # The library multiplies in the dtype of the scales; of NVFP4 in bfloat16, with a quotient of scales.
+        dtype = {"float8_e4m3fn": torch.bfloat16}.get(model.get_submodule(name).scheme.weight.scale_dtype)
+        scale_dtype = model.get_submodule(name).scale.dtype
+        if dtype is None and scale_dtype in (torch.bfloat16, torch.float32):
+            assert torch.equal(found, expected.to(scale_dtype).to(found.dtype)), name
+        else:
+            bound = expected.abs() * tolerance.gamma(3, tolerance.unit(torch.bfloat16))
+            tolerance.assert_within(found, expected, bound + tolerance.eta(torch.bfloat16))
+
+
+def tensors_of(folder):
+    return {n.removeprefix("m.l."): t for n, t in load_file(folder / "model.safetensors").items()}
+
+
+GPTQMODEL = [
+    entry
+    for entry in fixture_layers("gptq", "gptqmodel", "autoround")
+    if entry[2].get("pack_dtype", "int32") == "int32"
+    and entry[2]["bits"] in (2, 3, 4, 8)
+    and not any(word in entry[1] for word in ("planar", "awq", "ragged", "negative"))
+]
+
+
+@pytest.mark.parametrize(("file", "name", "config"), GPTQMODEL, ids=[name for _, name, _ in GPTQMODEL])
+def test_gptq_files_are_those_of_the_producers(file, name, config, tmp_path):
+    stored = fixture_tensors(file, name)
+    layer = read_layer(FIXTURES / file, config, tuple(stored["codes"].shape), name=name)
+    qcompile.save(one(layer.weight), tmp_path, "gptq")
+    written = tensors_of(tmp_path)
+    assert torch.equal(written["qweight"], stored["qweight"])
+    assert torch.equal(written["scales"], stored["scales"].half())
+    if "g_idx" in stored:
+        assert torch.equal(written["g_idx"], stored["g_idx"].to(torch.int32))
+    described = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    packing = config.get("packing_format", "")
+    original = config.get("checkpoint_format", "gptq" if packing.endswith("auto_gptq") else "gptq_v2")
+    if described["checkpoint_format"] == original:
+        assert torch.equal(written["qzeros"], stored["qzeros"])
+    assert {k: described[k] for k in ("bits", "group_size", "sym")} == {
+        "bits": config["bits"],
+        "group_size": config["group_size"],
+        "sym": config["sym"],
+    }
+    assert torch.equal(weights(reloaded(one(layer.weight), tmp_path))["m.l"], oracle.dequantize(layer.weight))
+
+
+def test_gptq_of_version_1_unless_a_zero_point_is_0(tmp_path):
+    layer = random_layer("int4_asym", scale_dtype="float16")
+    weight = layer.m.l.logical()
+    for at, (zero, version) in enumerate([(1, "gptq"), (0, "gptq_v2")]):
+        changed = one(replace(weight, zero_point=weight.zero_point.clamp(min=1).index_fill(0, torch.tensor([3]), zero)))
+        folder = tmp_path / str(at)
+        qcompile.save(changed, folder, "gptq")
+        assert json.loads((folder / "config.json").read_text())["quantization_config"]["checkpoint_format"] == version
+        assert torch.equal(weights(reloaded(changed, folder))["m.l"], weights(changed)["m.l"])
+
+
+AUTOAWQ = [entry for entry in fixture_layers("awq", "autoawq") if entry[2]["version"] == "gemm"]
+
+
+@pytest.mark.parametrize(("file", "name", "config"), AUTOAWQ, ids=[name for _, name, _ in AUTOAWQ])
+def test_awq_files_are_those_of_autoawq(file, name, config, tmp_path):
+    stored = fixture_tensors(file, name)
+    shape = (stored["qweight"].shape[1] * 8, stored["qweight"].shape[0])
+    layer = read_layer(FIXTURES / file, config, shape, name=name)
+    qcompile.save(one(layer.weight), tmp_path, "awq")
+    written = tensors_of(tmp_path)
+    for suffix in ("qweight", "qzeros", "scales"):
+        assert torch.equal(written[suffix], stored[suffix]), suffix
+
+
+@pytest.mark.parametrize("format", [CT, "gptq"])
+def test_columns_sorted_by_group(format, tmp_path):
+    perm = torch.randperm(128, generator=torch.Generator().manual_seed(2)).to(torch.int32)
+    # Within a group columns stay in order: files say which group a column has, not its place there.
+    perm = torch.cat([part.sort().values for part in perm.split(64)])
+    for asymmetric in (False, True):
+        model = random_layer("int4_asym" if asymmetric else "int4", flexible_group=False, scale_dtype="float16")
+        own = model.m.l.logical()
+        own = replace(own, scheme=replace(own.scheme, act_order=True), perm=perm)
+        folder = tmp_path / str(asymmetric)
+        qcompile.save(one(own), folder, format)
+        assert torch.equal(weights(reloaded(model, folder))["m.l"], oracle.dequantize(own))
+
+
+def test_layers_of_several_schemes(tmp_path):
+    rules = [
+        {"layers": "*.0.mlp.*", "scheme": "int8_weight_only"},
+        {"layers": "*.o_proj", "scheme": None},
+        {"layers": "lm_head", "scheme": "fp8"},
+        {"layers": "*", "scheme": "int4_asym"},
+    ]
+    model = qcompile.quantize_(llama(), {"rules": rules}, progress=False)
+    qcompile.save(model, tmp_path / "ct")
+    same(model, load(tmp_path / "ct"))
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert config["ignore"] == [f"model.layers.{i}.self_attn.o_proj" for i in range(2)]
+
+    integers = {"weight": {"format": "int8", "group_size": 64, "scale_dtype": "float16"}}
+    rules = [rules[1], {"layers": "*.0.mlp.*", "scheme": integers}, {"layers": "*", "scheme": "int4"}]
+    model = qcompile.quantize_(llama(), {"rules": rules}, progress=False)
+    qcompile.save(model, tmp_path / "gptq", "gptq")
+    same(model, load(tmp_path / "gptq"))
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert config["lm_head"] is True
+    for name, settings in config["dynamic"].items():
+        assert name.startswith("-:") == (settings == {})
+    with pytest.raises(CheckpointError, match="no integer of 4 bits"):
+        qcompile.save(model, tmp_path / "awq", "awq")
+
+
+def test_biases_and_a_static_input_scale(tmp_path):
+    scheme = {
+        "weight": {"format": "fp8_e4m3", "granularity": "tensor"},
+        "activation": {"format": "fp8_e4m3", "dynamic": False, "scale": 0.125},
+    }
+    model = qcompile.quantize_(llama(attention_bias=True), scheme, progress=False)
+    qcompile.save(model, tmp_path)
+    again = load(tmp_path)
+    same(model, again)
+    assert again.lm_head.input_scale == 0.125
+
+
+def test_a_head_that_was_tied_is_not_any_more(tmp_path):
+    model = qcompile.quantize_(llama(tie_word_embeddings=True), "int8_weight_only", progress=False)
+    qcompile.save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    same(model, load(tmp_path))
+
+
+def test_a_tied_head_is_saved_once(tmp_path):
+    model = quantized("int4", tie_word_embeddings=True)
+    qcompile.save(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    same(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(), (2,)], ids=["tensor", "heads"])
+def test_scales_of_the_kv_cache(shape, tmp_path):
+    model = quantized("fp8")
+    attention = model.model.layers[1].self_attn
+    attention.kv_scales = KVScales(torch.full(shape, 0.5), torch.full(shape, 0.25))
+    qcompile.save(model, tmp_path / "ct")
+    found = load(tmp_path / "ct").model.layers[1].self_attn.kv_scales
+    assert torch.equal(found.k_scale, attention.kv_scales.k_scale)
+    assert torch.equal(found.v_scale, attention.kv_scales.v_scale)
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["strategy"] == ("attn_head" if shape else "tensor")
+    model = quantized("int4")
+    model.model.layers[1].self_attn.kv_scales = attention.kv_scales
+    for format in ("gptq", "gguf"):
+        with pytest.raises(CheckpointError, match="self_attn: .*KV cache"):
+            qcompile.save(model, tmp_path / format, format)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("format", [CT, "gptq"])
+def test_experts(kind, format, tmp_path):
+    moe = {"num_local_experts": 3, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    model = llama(kind, **moe, num_hidden_layers=1, head_dim=32)
+    rules = [{"layers": "lm_head", "scheme": None}, {"layers": "*", "scheme": "int4"}]
+    model = qcompile.quantize_(model, {"rules": rules}, progress=False)
+    qcompile.save(model, tmp_path, format)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert sum(bool(re.search(r"experts\.2\.(w[123]|(gate|up|down)_proj)\.", name)) for name in names) >= 9
+    again = load(tmp_path)
+    x = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, model(x).logits)
+
+
+REFUSED = [
+    ("nf4", {}, "gptq", ["no integer", "bitsandbytes"]),
+    ("nf4", {}, CT, ["nf4", "bitsandbytes"]),
+    ("int8_weight_only", {}, "gptq", ["not exact in float16", "allow_rounding", CT]),
+    ("int4", {"format": qcompile.formats.get_format("int5")}, "gptq", ["no integer of 2 or 3 or 4 or 8", CT]),
+    ("int4_asym", {}, "gguf", ["zero point", CT, "gptq", "awq"]),
+    ("q4_1", {}, "gptq", ["float offsets", "gguf"]),
+    ("fp8", {}, "awq", ["inputs are quantized", CT]),
+    ("fp8_block", {}, "gguf", ["fp8_e4m3", CT]),
+    ("mxfp4", {}, "gptq", ["fp4_e2m1", CT, "gguf"]),
+]
+
+
+@pytest.mark.parametrize(("scheme", "changes", "format", "words"), REFUSED)
+def test_what_a_format_cannot_hold_is_refused(scheme, changes, format, words, tmp_path):
+    rules = [{"layers": "*.up_proj", "scheme": replace(PRESETS[scheme], weight=replace(PRESETS[scheme].weight, **changes))}]
+    model = qcompile.quantize_(llama(num_hidden_layers=1), {"rules": rules}, progress=False)
+    with pytest.raises(CheckpointError) as error:
+        qcompile.save(model, tmp_path, format)
+    for word in ["model.layers.0.mlp.up_proj", *words]:
+        assert word in str(error.value), word
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scales_before_the_input_are_refused_everywhere(tmp_path):
+    model = random_layer("int4")
+    model.m.l = QuantizedLinear(model.m.l.logical(), model.m.l.scheme, pre_quant_scale=torch.ones(128))
+    for format in set(FORMATS) - {"gguf"}:
+        with pytest.raises(CheckpointError, match=r"m\.l: .*(pre_quant_scale|nf4)"):
+            qcompile.save(model, tmp_path, format)
+
+
+@pytest.mark.parametrize("format", ["gptq", "gguf"])
+def test_rounding_is_told(format, tmp_path):
+    model = quantized("int8_weight_only")
+    with pytest.warns(UserWarning, match="14 layers were rounded"):
+        report = qcompile.save(model, tmp_path, format, allow_rounding=True)
+    assert len(report.rounded) == 14
+    assert 0 < max(entry.error for entry in report.rounded) <= tolerance.unit(torch.float16)
+    again = load(tmp_path, format)
+    for name, expected in weights(model).items():
+        weight = model.get_submodule(name).logical()
+        rounded = replace(weight, scale=weight.scale.half().float())
+        assert torch.equal(weights(again)[name], oracle.dequantize(rounded)), name
+        assert not torch.equal(weights(again)[name], expected)
+
+
+def test_scales_that_overflow_are_refused_even_so(tmp_path):
+    model = random_layer("int4")
+    weight = model.m.l.logical()
+    large = one(replace(weight, scale=weight.scale * 2.0**40))
+    with pytest.raises(CheckpointError, match="leave the range of float16"):
+        qcompile.save(large, tmp_path, "gptq", allow_rounding=True)
+
+
+def test_shards(tmp_path):
+    model = quantized("int4")
+    report = qcompile.save(model, tmp_path, max_shard_size="100KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert {path.name for path in report.files} == {path.name for path in tmp_path.iterdir()}
+    assert report.files[-1].name == "config.json"
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        assert {n for n, f in index["weight_map"].items() if f == file} == set(tensors)
+        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= 100_000
+    assert index["metadata"]["total_size"] == sum(
+        t.numel() * t.element_size() for file in files for t in load_file(tmp_path / file).values()
+    )
+    same(model, load(tmp_path))
+
+
+def test_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+    written = []
+
+    def fails(tensors, path, metadata):
+        if written:
+            raise OSError("disk full")
+        written.append(path)
+        path.write_bytes(b"")
+
+    monkeypatch.setattr(shards, "save_file", fails)
+    with pytest.raises(OSError, match="disk full"):
+        qcompile.save(quantized("int4"), tmp_path, max_shard_size="100KB")
+    assert written
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders(tmp_path):
+    model = random_layer("int4")
+    qcompile.save(model, tmp_path / "a" / "b")
+    with pytest.raises(CheckpointError, match=r"b: holds model\.safetensors already"):
+        qcompile.save(model, tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        qcompile.save(model, tmp_path / "file")
+    with pytest.raises(CheckpointError, match="no quantized layers"):
+        qcompile.save(nn.Sequential(nn.Linear(2, 2)), tmp_path / "c")
+    with pytest.raises(ConfigError, match="gptq"):
+        qcompile.save(model, tmp_path / "c", "gtpq")
+
+
+@pytest.mark.parametrize(("given", "size"), [(7, 7), ("7", 7), ("5GB", 5 * 10**9), ("10 mb", 10**7), ("3K", 3000)])
+def test_sizes(given, size):
+    assert parse_size(given) == size
+
+
+@pytest.mark.parametrize("given", [0, -1, True, 1.5, "", "GB", "5XB", "-5GB", "5.5GB", None])
+def test_sizes_that_are_none(given):
+    with pytest.raises(ConfigError, match="max_shard_size"):
+        parse_size(given)
+
+
+BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_gguf_blocks_are_those_that_were_loaded(kind, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    from tests.checkpoint.gguf_files import converted, random_blocks, settings, write
+
+    number = gguf.GGMLQuantizationType[kind]
+    model = llama(hidden_size=256, num_hidden_layers=1, attention_bias=True, tie_word_embeddings=kind == "Q4_K")
+    tensors = {
+        name: (random_blocks(number, values.shape, seed), number) if values.ndim == 2 else values
+        for seed, (name, values) in enumerate(converted(model).items())
+    }
+    architecture, metadata = settings(model.config)
+    metadata |= {"tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.eos_token_id": 7}
+    original = write(tmp_path / "original.gguf", architecture, metadata, tensors)
+    qcompile.save(qcompile.load(original, dtype=torch.float32, progress=False), tmp_path / "again", "gguf")
+    first = gguf.GGUFReader(original)
+    second = gguf.GGUFReader(tmp_path / "again" / "model.gguf")
+    found = {tensor.name: tensor for tensor in second.tensors}
+    assert found.keys() == {tensor.name for tensor in first.tensors}
+    for tensor in first.tensors:
+        if tensor.name == "token_embd.weight" and kind != "Q4_K":  # embeddings are decoded
+            continue
+        assert found[tensor.name].tensor_type == tensor.tensor_type
+        assert (found[tensor.name].data == tensor.data).all(), tensor.name
+    for key in ("tokenizer.ggml.model", "tokenizer.ggml.eos_token_id", "llama.rope.freq_base", "llama.context_length"):
+        assert second.fields[key].contents() == first.fields[key].contents()
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096}
+RUN = [
+    ("llama", "q8_0", {"attention_bias": True}),
+    ("llama", "int4", {"rope_parameters": LLAMA3, "max_position_embeddings": 16384}),
+    ("llama", "mxfp4", {"rope_parameters": YARN, "max_position_embeddings": 16384, "tie_word_embeddings": True}),
+    ("qwen2", "iq4_nl", {}),
+    ("qwen3", "q5_1", {"head_dim": 32}),
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama_cpp is not installed")
+@pytest.mark.parametrize(("kind", "scheme", "changes"), RUN, ids=[f"{kind}-{scheme}" for kind, scheme, _ in RUN])
+def test_llama_cpp_computes_the_same(kind, scheme, changes, tmp_path):
+    from tests.checkpoint.llama_cpp_logits import llama_cpp_logits
+
+    model = quantized(scheme, kind=kind, **changes)
+    qcompile.save(model, tmp_path, "gguf")
+    for name, weight in weights(model).items():  # llama.cpp quantizes inputs, so it is compared on decoded weights
+        linear = nn.Linear(*weight.shape[::-1], bias=model.get_submodule(name).bias is not None)
+        linear.weight.data = weight.float()
+        linear.bias = model.get_submodule(name).bias
+        model.set_submodule(name, linear)
+    ids = torch.randint(0, TINY["vocab_size"], (1, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+    found = torch.from_numpy(llama_cpp_logits(tmp_path / "model.gguf", ids[0].tolist(), tmp_path))
+    # The inputs of each of 15 products get 8 bits in blocks of 32; the powers of their noises add up.
+    floor = tolerance.uniform_sqnr_floor(8, 32) - 10 * math.log10(15)
+    assert tolerance.sqnr(expected, found) > tolerance.product_sqnr_floor(floor)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("gemma", {}), ("qwen2", {"use_sliding_window": True}), ("gpt2", {})])
+def test_models_that_gguf_files_cannot_be_made_of(kind, changes, tmp_path):
+    small = {"n_embd": 128, "n_layer": 1, "n_head": 4} if kind == "gpt2" else {}
+    model = qcompile.quantize_(llama(kind, **changes, **small), "q8_0", progress=False)
+    with pytest.raises(CheckpointError, match="cannot be written as GGUF"):
+        qcompile.save(model, tmp_path, "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def tokenizer(folder, rule):
+    """A tokenizer of pairs of bytes of 320 tokens, trained on a line."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers.decoders import ByteLevel
+
+    made = Tokenizer(models.BPE())
+    if rule == "qwen2":
+        from qcompile.checkpoint.saving.gguf import _SPLITS
+
+        pattern = next(text for text, name in _SPLITS.items() if name == rule)
+        steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, False, False)]
+    else:
+        steps = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence(steps), ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    made.train_from_iterator(["the cat sat on the mat, and 12345 others sat there too"] * 9, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.mark.parametrize("rule", ["qwen2", "smollm"])
+def test_tokenizers_go_along(rule, tmp_path):
+    fast = tokenizer(tmp_path / "source", rule)
+    llama().save_pretrained(tmp_path / "source")
+    model = qcompile.load(tmp_path / "source", dtype=torch.float32, progress=False)
+    qcompile.quantize_(model, "int4", progress=False)
+    qcompile.save(model, tmp_path / "ct")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "ct")
+    text = "the cat's 12345 mats,  and\n\nothers"
+    assert again(text).input_ids == fast(text).input_ids
+    assert (tmp_path / "ct" / "generation_config.json").is_file()
+
+    if importlib.util.find_spec("llama_cpp") is None:
+        return
+    qcompile.save(model, tmp_path / "gguf", "gguf")
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, llama_cpp; m = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False);"
+        "print(m.tokenize(sys.argv[2].encode(), add_bos=False))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "gguf" / "model.gguf"), text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == fast(text).input_ids
