@@ -55,7 +55,7 @@ _EXPERTS = {
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
 }
-_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate|up|down)_proj\.weight")
+_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate|up|down)_proj\.(weight|bias)")
 _SHARED_EXPERT = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
@@ -76,6 +76,8 @@ class Architecture:
         interleaved: rows of the query and key projections lie as rotary embeddings of neighbouring pairs want them;
             transformers rotates halves.
         norm_plus_one: norm weights are stored with the 1 added that the model adds itself.
+        paired_experts: transformers' stacked parameters are transposed, with rows of the gate and of the up projection
+            by turns, and have biases.
     """
 
     model_type: str
@@ -83,6 +85,7 @@ class Architecture:
     settings: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     norm_plus_one: bool = False
+    paired_experts: bool = False
 
 
 ARCHITECTURES = {
@@ -108,6 +111,22 @@ ARCHITECTURES = {
         model_type="qwen3_moe",
         layer=_LAYER | _HEAD_NORMS | _EXPERTS,
         settings=_ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
+    ),
+    "gpt-oss": Architecture(
+        model_type="gpt_oss",
+        layer=_LAYER
+        | _EXPERTS
+        | {
+            "ffn_gate_inp": "mlp.router",
+            "attn_sinks": "self_attn.sinks",
+            "post_attention_norm": "post_attention_layernorm",
+        },
+        settings={
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "attention.sliding_window": "sliding_window",
+        },
+        paired_experts=True,
     ),
     "gemma": Architecture(model_type="gemma", layer=_LAYER, norm_plus_one=True),
     "gemma2": Architecture(
@@ -215,28 +234,32 @@ class GgufStore(TensorStore):
         """Put experts under the names of transformers' parameters.
 
         Returns:
-            the tensors themselves, by transformers' names of an unstacked layer (`...mlp.experts.up_proj.weight`).
+            their weights, by transformers' names of an unstacked layer (`...mlp.experts.up_proj.weight`).
         """
-        stacked = {name: parts[0] for name, parts in self._tensors.items() if _STACKED.fullmatch(name)}
-        for name, tensor in stacked.items():
+        found = {name: parts[0] for name, parts in self._tensors.items() if _STACKED.fullmatch(name)}
+        for name, tensor in found.items():
             match = _STACKED.fullmatch(name)
             assert match is not None
             del self._tensors[name]
-            experts = self._settings.integer("expert_count")
-            if len(tensor.shape) != 3 or tensor.shape[0] != experts:
-                raise CheckpointError(f"{self.path}: {tensor.name} is {tensor.shape}, no stack of {experts} matrices")
+            experts, extents = self._settings.integer("expert_count"), 3 if match[3] == "weight" else 2
+            if extents == 2 and not self.architecture.paired_experts:
+                raise CheckpointError(f"{self.path}: {tensor.name}: its model's experts have no bias")
+            if len(tensor.shape) != extents or tensor.shape[0] != experts:
+                raise CheckpointError(f"{self.path}: {tensor.name} is {tensor.shape}, not of {experts} experts")
+            ending = "" if match[3] == "weight" else "_bias"
             if match[2] == "down":
-                self._tensors[f"{match[1]}.down_proj"] = (tensor,)
+                self._tensors[f"{match[1]}.down_proj{ending}"] = (tensor,)
             elif match[2] == "gate":
-                up = stacked.get(f"{match[1]}.up_proj.weight")
+                up = found.get(f"{match[1]}.up_proj.{match[3]}")
                 if up is None or up.shape != tensor.shape:
                     raise CheckpointError(f"{self.path}: {tensor.name} has no counterpart ffn_up_exps of its shape")
-                self._tensors[f"{match[1]}.gate_up_proj"] = (tensor, up)
-        return stacked
+                self._tensors[f"{match[1]}.gate_up_proj{ending}"] = (tensor, up)
+        return {name: tensor for name, tensor in found.items() if name.endswith(".weight")}
 
     def _translate(self, tensor: GgufTensor) -> str:
         if (match := _BLOCK_NAME.fullmatch(tensor.name)) and match[2] in self.architecture.layer:
-            return f"model.layers.{int(match[1])}.{self.architecture.layer[match[2]]}.{match[3]}"
+            name = f"model.layers.{int(match[1])}.{self.architecture.layer[match[2]]}"
+            return name if match[2] == "attn_sinks" else f"{name}.{match[3]}"
         if (match := _TOP_NAME.fullmatch(tensor.name)) and match[1] in _TOP:
             return f"{_TOP[match[1]]}.{match[2]}"
         raise CheckpointError(
@@ -283,6 +306,8 @@ class GgufStore(TensorStore):
                         f"{(count * head_dim, hidden)} of {count} heads of {head_dim}; the file is damaged"
                     )
         config["rope_parameters"] = self._rope(head_dim)
+        if arch.model_type == "gpt_oss" and config["rope_parameters"]["rope_type"] == "yarn":
+            config["rope_parameters"]["truncate"] = False  # of all such models; the file does not say
         if arch.model_type == "qwen3_moe":
             config["norm_topk_prob"] = True  # llama.cpp always does; the file does not say
         if arch.model_type in ("gemma2", "gemma3_text"):
@@ -365,10 +390,15 @@ class GgufStore(TensorStore):
         parts = self._parts(name)
         shape = parts[0].shape
         if len(parts) == 2:
-            shape = (shape[0], 2 * shape[1], shape[2])
+            shape = (shape[0], 2 * shape[1], *shape[2:])
+        if self._is_transposed(name):
+            shape = (shape[0], shape[2], shape[1])
         elif name.endswith("mlp.shared_expert_gate.weight") and len(shape) == 1:
             shape = (1, *shape)  # llama.cpp squeezes it
         return TensorInfo(_dtype(parts[0]), shape, parts[0].file)
+
+    def _is_transposed(self, name: str) -> bool:
+        return self.architecture.paired_experts and name.endswith(("experts.gate_up_proj", "experts.down_proj"))
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor has codes."""
@@ -414,7 +444,13 @@ class GgufStore(TensorStore):
 
     def read(self, name: str) -> Tensor:
         parts = self._parts(name)
-        values = _values(parts[0]) if len(parts) == 1 else torch.cat([_values(part) for part in parts], 1)
+        values = _values(parts[0])
+        if len(parts) == 2 and self.architecture.paired_experts:
+            values = torch.stack([values, _values(parts[1])], 2).flatten(1, 2)
+        elif len(parts) == 2:
+            values = torch.cat([values, _values(parts[1])], 1)
+        if self._is_transposed(name):
+            values = values.transpose(1, 2)
         order = self._rows_in_order(name, parts[0])
         if order is not None:
             values = values[order]

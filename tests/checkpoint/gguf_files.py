@@ -78,7 +78,13 @@ def write(
     return path
 
 
-_MODEL_TYPES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
+_MODEL_TYPES = {
+    "mixtral": "llama",
+    "gpt_oss": "gpt-oss",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "gemma3_text": "gemma3",
+}
 
 
 def settings(config: Any) -> tuple[str, dict[str, Any]]:
@@ -106,12 +112,14 @@ def settings(config: Any) -> tuple[str, dict[str, Any]]:
         values["rope.scaling.factor"] = float(rope["factor"])
     if rope["rope_type"] == "yarn":
         values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-    if arch in ("gemma2", "gemma3"):
+    if arch in ("gemma2", "gemma3", "gpt-oss"):
         values["attention.sliding_window"] = config.sliding_window
     if arch == "gemma2":
         values["attn_logit_softcapping"] = config.attn_logit_softcapping
         values["final_logit_softcapping"] = config.final_logit_softcapping
-    if config.model_type == "mixtral":
+    if arch == "gpt-oss":
+        values["expert_feed_forward_length"] = config.intermediate_size
+    if config.model_type in ("mixtral", "gpt_oss"):
         values["expert_count"] = config.num_local_experts
         values["expert_used_count"] = config.num_experts_per_tok
     if "moe" in arch:
@@ -137,6 +145,14 @@ def converted(model: torch.nn.Module) -> dict[str, np.ndarray]:
         base, _, suffix = name.rpartition(".")
         if suffix not in ("weight", "bias"):
             base, suffix = name, "weight"
+        if arch == "gpt-oss" and ".experts." in base:
+            stem, _, part = base.rpartition(".")
+            suffix = "bias" if part.endswith("_bias") else "weight"
+            values = values if suffix == "bias" else values.transpose(1, 2)
+            paired = {"gate_proj": values[:, ::2], "up_proj": values[:, 1::2]}
+            for layer, half in (paired if "gate_up" in part else {"down_proj": values}).items():
+                tensors[f"{names.get_name(f'{stem}.{layer}')}.{suffix}"] = half.contiguous().numpy()
+            continue
         if base.endswith("experts.gate_up_proj"):
             stem = base.replace("gate_up_proj", "")
             for part, half in zip(("gate_proj", "up_proj"), values.chunk(2, 1), strict=True):
