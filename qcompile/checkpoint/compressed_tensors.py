@@ -28,7 +28,6 @@ from qcompile.checkpoint.scaled import (
     is_tile,
     mx_weight,
     nvfp4_weight,
-    optional_number,
     packed,
     spellings,
     take_number,
@@ -397,8 +396,7 @@ class CompressedTensors(Method):
     def _activation(
         self, tensors: LayerTensors, args: _Args | None, weight: PackedWeight
     ) -> tuple[ActivationScheme | None, Tensor | None]:
-        input_scale = optional_number(tensors, "input_scale")
-        optional_number(tensors, "input_global_scale")
+        tensors.ignore("input_scale", "input_global_scale")  # those of inputs that stay as they are
         shifted = _input_zero_point(tensors)
         if args is None or args.bits >= 16:
             return None, None
@@ -411,9 +409,7 @@ class CompressedTensors(Method):
         if not args.dynamic:
             if args.strategy != "tensor":
                 return self._unquantized(f"{kind} with fixed scales per {args.strategy}, not per tensor")
-            if input_scale is None:
-                raise tensors.error("its inputs have a fixed scale, but input_scale is missing")
-            return activation(name, Granularity.tensor(), dynamic=False), input_scale
+            return activation(name, Granularity.tensor(), dynamic=False), take_number(tensors, "input_scale")
         granularity = Granularity.channel() if args.strategy == "token" else args.granularity
         if granularity.is_group and granularity.columns != weight.scheme.granularity.columns:
             return self._unquantized(f"{kind} in groups of {granularity.columns}, which are not the weight's groups")

@@ -82,14 +82,15 @@ class FP8(Method):
 
         Their scales stay float32 where `scale_fmt` makes those of the weights powers of two.
         """
-        given = optional_number(tensors, *_INPUT_SCALES)
         if self.static:
+            given = optional_number(tensors, *_INPUT_SCALES)
             if given is None:
                 raise tensors.error(
                     f"activation_scheme is static, but there is none of {', '.join(_INPUT_SCALES)}; set "
                     "activation_scheme to dynamic in config.json to have scales computed from each input"
                 )
             return activation("fp8_e4m3", Granularity.tensor(), dynamic=False), given
+        tensors.ignore(*_INPUT_SCALES)
         if granularity in (Granularity.tensor(), Granularity.channel()):
             return activation("fp8_e4m3", Granularity.channel()), None
         return activation("fp8_e4m3", Granularity.group(granularity.columns)), None
@@ -107,5 +108,5 @@ class FBGEMM(FP8):
     aliases = ()
 
     def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
-        optional_number(tensors, "input_scale_ub")
+        tensors.ignore("input_scale_ub")
         return super().linear(tensors, shape)

@@ -27,7 +27,6 @@ from qcompile.checkpoint.scaled import (
     mx_weight,
     nvfp4_weight,
     one_of,
-    optional_number,
     packed,
     spellings,
     take_number,
@@ -79,7 +78,6 @@ def _int4(tensors: LayerTensors, shape: tuple[int, int]) -> PackedWeight:
     codes = torch.stack([stored & 15, stored >> 4], 1).reshape(rows, columns) ^ 8
     granularity = group_of_scale(tensors, "weight_scale", columns)
     scale = take_scale(tensors, "weight_scale", granularity, shape, FLOATS)
-    optional_number(tensors, "weight_scale_2")
     return packed(tensors, get_format("int4"), pack_bits(codes, 4), scale, granularity, shape)
 
 
@@ -175,8 +173,10 @@ class ModelOpt(Method):
         if any("svdquant_lora" in suffix for suffix in tensors.suffixes()):
             raise tensors.error("it has a low-rank part (SVDQuant), which has no place in a linear here")
         weight = algorithm.weight(tensors, shape)
-        input_scale = optional_number(tensors, "input_scale")
-        scheme = self._activation(algorithm.inputs, has_scale=input_scale is not None)
+        scheme = self._activation(tensors, algorithm.inputs)
+        static = scheme is not None and not scheme.dynamic
+        input_scale = take_number(tensors, "input_scale") if static else None
+        tensors.ignore("input_scale", "weight_scale_2")
         pre_quant_scale = None
         if "pre_quant_scale" in tensors:
             pre_quant_scale = tensors.take("pre_quant_scale", *FLOATS, shape=(shape[1],))
@@ -184,11 +184,11 @@ class ModelOpt(Method):
         return LoadedLinear(
             weight=weight,
             scheme=Scheme(weight=weight.scheme, activation=scheme, method="checkpoint"),
-            input_scale=input_scale if scheme is not None and not scheme.dynamic else None,
+            input_scale=input_scale,
             pre_quant_scale=pre_quant_scale,
         )
 
-    def _activation(self, inputs: ActivationScheme | str | None, *, has_scale: bool) -> ActivationScheme | None:
+    def _activation(self, tensors: LayerTensors, inputs: ActivationScheme | str | None) -> ActivationScheme | None:
         """Without `input_scale` the producer computed a scale from each input; here it is one for each token."""
         if isinstance(inputs, str):
             if not self._noted:
@@ -199,6 +199,6 @@ class ModelOpt(Method):
                     stacklevel=2,
                 )
             return None
-        if inputs is None or inputs.dynamic or has_scale:
+        if inputs is None or inputs.dynamic or "input_scale" in tensors:
             return inputs
         return activation(inputs.format.name, _CHANNEL)

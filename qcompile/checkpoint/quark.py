@@ -25,7 +25,6 @@ from qcompile.checkpoint.scaled import (
     is_tile,
     mx_weight,
     nvfp4_weight,
-    optional_number,
     packed,
     spellings,
     take_number,
@@ -220,8 +219,7 @@ class Quark(Method):
     def _activation(
         self, tensors: LayerTensors, specs: tuple[_Spec, ...], weight: PackedWeight
     ) -> tuple[ActivationScheme | None, Tensor | None]:
-        input_scale = optional_number(tensors, "input_scale")
-        optional_number(tensors, "input_scale_2")
+        tensors.ignore("input_scale", "input_scale_2")  # those of inputs that stay as they are
         shifted = False
         for suffix in ("input_zero_point", "input_zero_point_2"):
             if suffix in tensors:
@@ -239,9 +237,7 @@ class Quark(Method):
         if spec.get("is_dynamic") is not True:
             if granularity != Granularity.tensor():
                 return self._unquantized(f"inputs with fixed scales per {granularity}")
-            if input_scale is None:
-                raise tensors.error("its inputs have a fixed scale, but input_scale is missing")
-            return activation(kind, granularity, dynamic=False), input_scale
+            return activation(kind, granularity, dynamic=False), take_number(tensors, "input_scale")
         if granularity.is_group and granularity.columns != weight.scheme.granularity.columns:
             return self._unquantized(f"inputs in groups of {granularity.columns}, which are not the weight's")
         return activation(kind, granularity, powers_of_two=_has_exponents(spec)), None

@@ -167,8 +167,6 @@ def test_models_are_those_that_transformers_loads(tmp_path, key):
         ({"weight_scale_inv": -torch.ones(3, 2)}, "scale that is -1"),
         ({"weight_scale_inv": torch.full((3, 2), 255, dtype=torch.uint8)}, "scale that is nan"),
         ({"weight_scale": torch.ones(3, 2)}, "it has weight_scale_inv and weight_scale"),
-        ({"input_scale": torch.tensor(-1.0)}, "input_scale holds a scale that is -1"),
-        ({"input_scale": torch.ones(3)}, "it is one number"),
     ],
     ids=only_text,
 )
@@ -178,11 +176,16 @@ def test_broken_tensors(tmp_path, broken, match):
     assert "model.safetensors: x" in str(error.value)
 
 
-def test_missing_tensors(tmp_path):
+def test_missing_tensors_and_broken_scales_of_inputs(tmp_path):
     with pytest.raises(CheckpointError, match="scale of the weight is needed once, and it has none of"):
         load_layer(tmp_path, config(), {"weight": torch.zeros(SHAPE).to(E4M3)}, SHAPE)
     with pytest.raises(CheckpointError, match="weight is missing"):
         load_layer(tmp_path, config(), {"weight_scale": torch.ones(())}, SHAPE)
+    for scale, match in ((torch.tensor(-1.0), "input_scale holds a scale that is -1"), (torch.ones(3), "one number")):
+        with pytest.raises(CheckpointError, match=match):
+            load_layer(
+                tmp_path, config(activation_scheme="static"), layer(torch.ones(())) | {"input_scale": scale}, SHAPE
+            )
     with pytest.raises(CheckpointError, match="activation_scheme is static, but"):
         load_layer(tmp_path, config(activation_scheme="static"), layer(torch.ones(())), SHAPE)
 
