@@ -85,7 +85,7 @@ def _few_bits(tensors: LayerTensors, shape: tuple[int, int], qtype: str | None) 
     scale = _floats(tensors, "weight._scale")
     count = scale.numel()
     group = shape[0] * shape[1] // max(count, 1)
-    if count * group != shape[0] * shape[1]:
+    if group == 0 or count * group != shape[0] * shape[1]:
         raise tensors.error(f"weight._scale has {count} values, which do not divide {shape[0]} x {shape[1]} weights")
     stored = tuple(tensors.info(_PACKED).shape)
     fitting = [bits for bits in _QINTS.values() if stored == (-(-count * bits // 8), group)]
