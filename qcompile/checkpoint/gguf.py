@@ -400,9 +400,13 @@ class GgufStore(TensorStore):
     def _is_transposed(self, name: str) -> bool:
         return self.architecture.paired_experts and name.endswith(("experts.gate_up_proj", "experts.down_proj"))
 
+    def kind(self, name: str) -> int:
+        """The number of a tensor's type in the file."""
+        return self._parts(name)[0].kind
+
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor has codes."""
-        return self._parts(name)[0].kind in BLOCK_TYPES
+        return self.kind(name) in BLOCK_TYPES
 
     def _rows_in_order(self, name: str, tensor: GgufTensor) -> Tensor | None:
         """Which row of the file each row is; None where all stay."""
