@@ -76,6 +76,8 @@ class Rows8Layout(Layout):
     def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         if scheme.weight.format.native_dtype is None:
             return f"{scheme.weight.format.name} is no 8-bit type of torch's"
+        if scheme.weight.offset or scheme.weight.super_scale is not None:
+            return "offsets or scales of scales; the kernel takes one scale a block"
         return None
 
     def pack(self, weight: PackedWeight) -> PackedWeight:
@@ -128,6 +130,9 @@ def _blocks_objection(scheme: Scheme) -> str | None:
     columns = scheme.weight.granularity.columns
     if columns != WHOLE and columns % 16:
         return f"blocks of {columns} columns; the kernel takes multiples of 16"
+    above = scheme.weight.super_scale
+    if above is not None and above.columns != WHOLE and above.columns % 16:
+        return f"scales above {above.columns} columns; the kernel takes multiples of 16"
     return None
 
 
