@@ -10,7 +10,7 @@ from importlib import resources
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8
 from qcompile.expr import Expr, var
-from qcompile.formats import FORMATS, Format, IntegerFormat
+from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.linear_spec import ACTIVATIONS
 
 _DTYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
@@ -21,7 +21,7 @@ _MAGIC = {"bfloat16": (0x43004300, 128, 7), "float16": (0x64006400, 1024, 8)}
 _PAIR = """@triton.jit
 def decode_pair(pair):
     \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
-    return decode(pair & 0xFFFF).to(COMPUTE), decode((pair >> 16) & 0xFFFF).to(COMPUTE)
+    return decode(pair & 0xFFFF).to({dtype}), decode((pair >> 16) & 0xFFFF).to({dtype})
 """
 
 _MAGIC_PAIR = """@triton.jit
@@ -74,7 +74,7 @@ def pair_decoder(fmt: Format, dtype: str) -> str:
         if fmt.bits <= room:
             offset = float(number + fmt.offset)
             return _MAGIC_PAIR.format(bits=bits, number=number, dtype=dtype, offset=offset)
-    return decode_formula(fmt) + "\n\n" + _PAIR
+    return decode_formula(fmt) + "\n\n" + _PAIR.format(dtype=_DTYPES[dtype])
 
 
 def _convert(name: str, source: str | None, spec: KernelSpec) -> str:
@@ -117,20 +117,40 @@ def _constants(values: dict[str, object]) -> str:
     return "".join(lines)
 
 
+def _significant_bits(fmt: Format) -> int:
+    """Binary digits of a format's values that a type must keep to hold them."""
+    if isinstance(fmt, FloatFormat):
+        return fmt.mantissa + 1
+    return fmt.bits if isinstance(fmt, IntegerFormat) else 24
+
+
+def _scale_type(spec: KernelSpec) -> str:
+    """The type in which scales multiply weights: `spec.compute` where all products are exact in it, else float32."""
+    digits = {"float8_e4m3fn": 4, "float8_e8m0fnu": 1}.get(spec.scale_dtype, 24)
+    apart = spec.super_columns in (0, spec.k)  # what is above the scales does not multiply weights
+    kept = {"bfloat16": 8, "float16": 11}.get(spec.compute, 0)
+    if spec.compute == "float16" and spec.scale_dtype != "float8_e4m3fn":
+        kept = 0  # its exponents are too few
+    exact = spec.symmetric and apart and _significant_bits(FORMATS[spec.weight]) + digits <= kept
+    return _DTYPES[spec.compute if exact else "float32"]
+
+
 def _fragment(spec: KernelSpec) -> dict[str, str]:
-    chunk = spec.tile.k
-    if spec.groups > 1:
-        aligned = spec.columns & -spec.columns  # the largest power of two that divides a block's columns
-        chunk = min(chunk, aligned) if aligned >= 64 else min(chunk, 128)
-    if spec.compute == "float32":
-        chunk = 64
+    # The largest power of two that divides the columns that share everything.
+    aligned = spec.unit & -spec.unit or spec.tile.k
+    chunk = 64 if spec.compute == "float32" else min(spec.tile.k, aligned if aligned >= 64 else 128)
+    run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
+    # What is scaled before it is rounded is decoded to float32, unless its values need no rounding.
+    wide = isinstance(fmt, TableFormat) and (spec.offset or run < 64)
     constants: dict[str, object] = {
         "N": spec.n,
         "K": spec.k,
         "BITS": fmt.bits,
         "SYMMETRIC": spec.symmetric,
+        "OFFSET": spec.offset,
         "COLUMNS": spec.columns,
+        "SUPER_COLUMNS": spec.super_columns,
         "X_SCALE": spec.activation_scale,
         "COMPUTE": _DTYPES[spec.compute],
         "PRECISION": spec.precision,
@@ -138,10 +158,16 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_N": spec.tile.n,
         "BLOCK_K": spec.tile.k,
         "CHUNK": chunk,
+        "RUN": run,
+        "SCALE_TYPE": _scale_type(spec),
         "SPLIT": spec.tile.split,
     }
-    decode = pair_decoder(fmt, spec.compute) + "\n\n" + _convert("decode_x", spec.activation, spec)
-    return {"constants": _constants(constants), "decode": decode + "\n\n"}
+    decoders = (
+        _scale_decoder(spec.scale_dtype, spec.target),
+        pair_decoder(fmt, "float32" if wide else spec.compute),
+        _convert("decode_x", spec.activation, spec),
+    )
+    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:
@@ -159,22 +185,29 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_K": spec.tile.k,
         "SPLIT": spec.tile.split,
     }
-    decode = _convert("decode_weight", spec.weight, spec) + "\n\n" + _convert("decode_x", spec.activation, spec)
-    return {"constants": _constants(constants), "decode": decode + "\n\n"}
+    decoders = (
+        _scale_decoder(spec.scale_dtype, spec.target),
+        _convert("decode_weight", spec.weight, spec),
+        _convert("decode_x", spec.activation, spec),
+    )
+    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
 
 
 def _scale_decoder(scale_dtype: str, target: str) -> str:
-    """A Triton function `decode_scale` from the stored type of scales; 8-bit floats come as bytes where they must."""
+    """A Triton function `decode_scale` from the stored type of scales, or bytes where that is an 8-bit float."""
     head = "@triton.jit\ndef decode_scale(value):\n"
     if scale_dtype == "float8_e8m0fnu":
         return head + (
             "    code = value.to(tl.int32)\n"
-            "    bits = tl.where(code == 0, 0x400000, code << 23)  # the least power of two is no normal number\n"
+            "    special = (code == 0) | (code == 255)  # the least power of two, which is no normal number, and NaN\n"
+            "    bits = (code << 23) | tl.where(special, 0x400000, 0)\n"
             "    return bits.to(tl.float32, bitcast=True)\n"
         )
     if scale_dtype == "float8_e4m3fn" and not native_fp8(target):
         formula = to_triton(_formula(FORMATS["fp8_e4m3"].decode(var("code"))))
         return head + f"    code = value.to(tl.int32)\n    return {formula}\n"
+    if scale_dtype == "float8_e4m3fn":
+        return head + "    return value.to(tl.float8e4nv, bitcast=True).to(tl.float32)\n"
     return head + "    return value.to(tl.float32)\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,10 @@ class KernelSpec:
         n, k: out and in features.
         weight: name of the weights' format.
         symmetric: whether there are no zero points.
+        offset: whether offsets are added after the scale.
+        scale_dtype: see `WeightScheme`.
         rows, columns: the block of weights that shares a scale, in elements.
+        super_columns: columns that share a scale of scales; 0 if there are none.
         activation: name of the activations' format, or None if they are floating point.
         activation_scale: "tensor", "token" or "group" (of `columns`); "" if there is none.
         x_dtype, out_dtype: torch's names of the input's and output's types.
@@ -53,8 +57,11 @@ class KernelSpec:
     k: int
     weight: str
     symmetric: bool
+    offset: bool
+    scale_dtype: str
     rows: int
     columns: int
+    super_columns: int
     activation: str | None
     activation_scale: str
     x_dtype: str
@@ -67,6 +74,12 @@ class KernelSpec:
     def groups(self) -> int:
         """Scales in a row of weights."""
         return -(-self.k // self.columns)
+
+    @property
+    def unit(self) -> int:
+        """The runs of columns, counted from the first, that share their scale and the scale above; 0 if all do."""
+        above = self.super_columns if 0 < self.super_columns < self.k else 0
+        return math.gcd(self.columns if self.groups > 1 else 0, above)
 
     @property
     def operand_count(self) -> int:
@@ -106,19 +119,9 @@ class KernelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSpec(KernelSpec):
-    """A kernel for a stack of experts; `n`, `k` and the rest are one expert's, and `tile.split` is 1.
-
-    Attributes:
-        experts: how many.
-        scale_dtype: see `WeightScheme`.
-        offset: whether offsets are added after the scale.
-        super_columns: columns that share a scale of scales; 0 if there are none.
-    """
+    """A kernel for a stack of `experts` experts; `n`, `k` and the rest are one expert's, and `tile.split` is 1."""
 
     experts: int
-    scale_dtype: str
-    offset: bool
-    super_columns: int
 
 
 def decode_kernel_spec(text: str) -> KernelSpec:
@@ -153,14 +156,20 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
         per = "group" if activation.granularity.is_group else "token"
         if activation.granularity == Granularity.tensor() or activation.granularity.rows == WHOLE:
             per = "tensor"
+    above = 0
+    if weight.super_scale is not None:
+        above = spec.in_features if weight.super_scale.columns == WHOLE else weight.super_scale.columns
     return KernelSpec(
         template=TEMPLATES[spec.layout],
         n=spec.out_features,
         k=spec.in_features,
         weight=weight.format.name,
         symmetric=weight.symmetric,
+        offset=weight.offset,
+        scale_dtype=weight.scale_dtype,
         rows=min(rows, spec.out_features),
         columns=min(columns, spec.in_features),
+        super_columns=above,
         activation=None if activation is None else activation.format.name,
         activation_scale=per,
         x_dtype=dtype_name(x_dtype),
@@ -171,21 +180,8 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
     )
 
 
-def grouped_spec(kernel: KernelSpec, spec: LinearSpec, experts: int) -> GroupedSpec:
-    """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them.
-
-    Args:
-        spec: of one expert's linear.
-    """
-    weight = spec.scheme.weight
-    above = 0
-    if weight.super_scale is not None:
-        above = spec.in_features if weight.super_scale.columns == WHOLE else weight.super_scale.columns
+def grouped_spec(kernel: KernelSpec, experts: int) -> GroupedSpec:
+    """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them."""
     given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
-    return GroupedSpec(
-        **{**given, "template": GROUPED_TEMPLATE, "tile": dataclasses.replace(kernel.tile, split=1)},
-        experts=experts,
-        scale_dtype=weight.scale_dtype,
-        offset=weight.offset,
-        super_columns=above,
-    )
+    tile = dataclasses.replace(kernel.tile, split=1)
+    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATE, "tile": tile}, experts=experts)

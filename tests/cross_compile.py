@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qcompile.codegen.spec import GROUPED_TEMPLATE, GroupedSpec, KernelSpec, decode_kernel_spec, native_fp8
+from qcompile.codegen.spec import KernelSpec, decode_kernel_spec, native_fp8
 
 _POINTERS = {
     "bfloat16": "*bf16",
@@ -35,38 +35,36 @@ def _pointer(dtype: str, target: str) -> str:
     return "*u8" if dtype.startswith("float8") and not native_fp8(target) else _POINTERS[dtype]
 
 
-def signature(spec: KernelSpec, names: list[str], scale_dtype: str) -> dict[str, str]:
+def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of the output's type."""
-    if spec.template in ("gemm_fragment", GROUPED_TEMPLATE):
+    if spec.template != "gemm_rows8":
         codes = "*i32"
     else:
         native = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
         codes = _pointer(native[spec.weight], spec.target)
-    scale, above = _POINTERS[scale_dtype], codes
-    if isinstance(spec, GroupedSpec):
-        scale = _pointer(spec.scale_dtype, spec.target)
-        above = "*fp16" if spec.super_columns else codes
     out = _POINTERS[spec.out_dtype]
+    scale = "*u8" if spec.scale_dtype.startswith("float8") else _POINTERS[spec.scale_dtype]
+    above = "*fp32" if spec.super_columns == spec.k else "*fp16"  # as NVFP4 and K-quants have it
     types = {
         "x": _pointer(spec.x_dtype, spec.target),
         "x_scale": "*fp32",
         "codes": codes,
         "scale": scale,
-        "zero_point": codes if spec.symmetric else "*u8",
-        "offset": scale,
-        "super_scale": above,
-        "super_offset": above,
+        "zero_point": codes if spec.symmetric or spec.offset else "*u8",
+        "offset": scale if spec.offset else codes,
+        "super_scale": above if spec.super_columns else codes,
+        "super_offset": above if spec.super_columns and spec.offset else codes,
         "offsets": "*i32",
         "bias": "*fp32",
         "y": out,
-        "partial": _POINTERS[scale_dtype] if spec.tile.split == 1 else "*fp32",
-        "arrived": _POINTERS[scale_dtype] if spec.tile.split == 1 else "*i32",
+        "partial": codes if spec.tile.split == 1 else "*fp32",
+        "arrived": codes if spec.tile.split == 1 else "*i32",
         "M": "i32",
     }
     return {name: types.get(name, out) for name in names}
 
 
-def compile_spec(spec: KernelSpec, scale_dtype: str) -> dict[str, Any]:
+def compile_spec(spec: KernelSpec) -> dict[str, Any]:
     """Compile in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -75,7 +73,7 @@ def compile_spec(spec: KernelSpec, scale_dtype: str) -> dict[str, Any]:
     from qcompile.runtime import cache
 
     kernel = cache.load(spec).kernel
-    types = signature(spec, kernel.arg_names, scale_dtype)
+    types = signature(spec, kernel.arg_names)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
     nvidia = spec.target.startswith("sm_")
@@ -121,7 +119,7 @@ def _amd(code: str) -> dict[str, Any]:
     }
 
 
-def measure(specs: list[KernelSpec], scale_dtype: str, limit: float = 240) -> list[dict[str, Any]]:
+def measure(specs: list[KernelSpec], limit: float = 240) -> list[dict[str, Any]]:
     """Compile in another process.
 
     Raises:
@@ -131,7 +129,7 @@ def measure(specs: list[KernelSpec], scale_dtype: str, limit: float = 240) -> li
         environment = os.environ | {"TRITON_CACHE_DIR": folder, "QCOMPILE_CACHE_DIR": folder}
         environment.pop("TRITON_INTERPRET", None)
         done = subprocess.run(
-            [sys.executable, "-m", "tests.cross_compile", scale_dtype],
+            [sys.executable, "-m", "tests.cross_compile"],
             input="\n".join(spec.encode() for spec in specs),
             capture_output=True,
             text=True,
@@ -146,7 +144,7 @@ def measure(specs: list[KernelSpec], scale_dtype: str, limit: float = 240) -> li
 def main() -> None:
     for line in sys.stdin:
         try:
-            result = compile_spec(decode_kernel_spec(line), sys.argv[1])
+            result = compile_spec(decode_kernel_spec(line))
         except Exception as error:  # a compiler's error of any kind is the result
             result = {"error": f"{type(error).__name__}: {error}"[-2000:]}
         print(json.dumps(result), flush=True)

@@ -7,6 +7,10 @@ last to arrive adds the parts in their order, so results do not depend on timing
 `accumulator = tl.dot(weight, x, accumulator)` and `accumulator += tl.dot(weight, x)` must not occur in the loop: with
 the first operand in registers, Triton 3.6 overwrites operands of products in flight. Every product is multiplied by a
 factor that is unknown at compile time before it is added.
+
+Scales of blocks that span a product multiply it in float32. Scales of narrower blocks, and all that have offsets,
+multiply the weights: in float32, where the offset is added too, so that it cancels nothing that was rounded; or in
+COMPUTE where that is exact.
 """
 
 # mypy: ignore-errors
@@ -18,7 +22,9 @@ N = tl.constexpr(256)
 K = tl.constexpr(256)
 BITS = tl.constexpr(4)
 SYMMETRIC = tl.constexpr(True)
+OFFSET = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
+SUPER_COLUMNS = tl.constexpr(0)
 X_SCALE = tl.constexpr("")
 COMPUTE = tl.constexpr(tl.bfloat16)
 PRECISION = tl.constexpr("tf32x3")
@@ -26,12 +32,19 @@ BLOCK_M = tl.constexpr(16)
 BLOCK_N = tl.constexpr(64)
 BLOCK_K = tl.constexpr(128)
 CHUNK = tl.constexpr(128)
+RUN = tl.constexpr(128)
+SCALE_TYPE = tl.constexpr(tl.float32)
 SPLIT = tl.constexpr(1)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
-SCALE_WEIGHTS = tl.constexpr(GROUPS.value > 1 and COLUMNS.value % 64 != 0)
-"""Scales of blocks narrower than a product multiply the weights, others the product."""
+SUPER_GROUPS = tl.constexpr(0 if SUPER_COLUMNS.value == 0 else -(-K.value // SUPER_COLUMNS.value))
+ZERO_POINTS = tl.constexpr(not SYMMETRIC.value and not OFFSET.value)
+SCALE_WEIGHTS = tl.constexpr(OFFSET.value or RUN.value < 64)
+"""Scales multiply the weights, else products of CHUNK columns. A scale and what is above it are of RUN columns."""
+SUPER_LAST = tl.constexpr(SCALE_WEIGHTS.value and not OFFSET.value and SUPER_GROUPS.value == 1)
+"""Scales multiply the weights, and the one scale above them the products."""
+ONE_SCALE = tl.constexpr(GROUPS.value == 1 and SUPER_GROUPS.value <= 1)
 TILES_K = (K + 63) // 64
 TILES_N = (N + 63) // 64
 K_PER_SPLIT = ((K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)) * BLOCK_K
@@ -40,6 +53,12 @@ EVEN_N = TILES_N % (BLOCK_N // 64) == 0
 
 
 # <decode>
+@triton.jit
+def decode_scale(value):
+    """From the stored type to float32."""
+    return value.to(tl.float32)
+
+
 @triton.jit
 def decode_pair(pair):
     """Codes in the two halves of an int32, as values: low half, high half."""
@@ -93,7 +112,7 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_weight(codes, tile_n, tile_k):
-    """Decoded weights COMPUTE [BLOCK_N, CHUNK], before zero points and scales."""
+    """Decoded weights [BLOCK_N, CHUNK], before zero points and scales."""
     codes += (tile_n.to(tl.int64) * TILES_K + tile_k) * (128 * BITS)
     if BITS == 8:
         pairs = load_plane(codes, tile_n, tile_k, 0, 8)
@@ -112,12 +131,103 @@ def load_weight(codes, tile_n, tile_k):
 
 
 @triton.jit
-def load_rows(values, rows, row_mask, group):
-    """What belongs to each row of a tile, from [N / 64, GROUPS, 64]."""
-    source = values + rows // 64 * (GROUPS * 64) + rows % 64 + tl.minimum(group, GROUPS - 1) * 64
+def load_rows(values, rows, row_mask, block, COUNT: tl.constexpr):
+    """What belongs to rows and to blocks of columns, from [N / 64, COUNT, 64]."""
+    source = values + rows // 64 * (COUNT * 64) + rows % 64 + tl.minimum(block, COUNT - 1) * 64
     if EVEN_N:
         return tl.load(source)
     return tl.load(source, mask=row_mask, other=0)
+
+
+@triton.jit
+def load_super(super_scale, rows, row_mask, k):
+    """float32 scales above the scales (or offsets) of rows at columns k."""
+    return load_rows(super_scale, rows, row_mask, k // SUPER_COLUMNS, SUPER_GROUPS).to(tl.float32)
+
+
+@triton.jit
+def load_scale(scale, super_scale, rows, row_mask, k):
+    """float32 scales (or offsets) of rows at columns k, times what is above them unless that comes last."""
+    values = decode_scale(load_rows(scale, rows, row_mask, k // COLUMNS, GROUPS))
+    if SUPER_GROUPS > 0 and not SUPER_LAST:
+        values *= load_super(super_scale, rows, row_mask, k)
+    return values
+
+
+@triton.jit
+def scale_weights(weight, scale, zero_point, offset, super_scale, super_offset, n, row_mask, first_k):
+    """Weights [BLOCK_N, CHUNK] less zero points, times scales, plus offsets."""
+    k = first_k + RUN * tl.arange(0, CHUNK // RUN)[None, :]
+    n, row_mask = n[:, None], row_mask[:, None]
+    runs = tl.reshape(weight, (BLOCK_N, CHUNK // RUN, RUN)).to(SCALE_TYPE)
+    if ZERO_POINTS:
+        runs -= load_rows(zero_point, n, row_mask, k // COLUMNS, GROUPS).to(SCALE_TYPE)[:, :, None]
+    runs *= load_scale(scale, super_scale, n, row_mask, k).to(SCALE_TYPE)[:, :, None]
+    if OFFSET:
+        runs += load_scale(offset, super_offset, n, row_mask, k)[:, :, None]
+    return tl.reshape(runs, (BLOCK_N, CHUNK)).to(COMPUTE)
+
+
+@triton.jit
+def scale_columns(columns, x_scale_rows, token, first_k):
+    """Activations [CHUNK, BLOCK_M] times the scales of their groups."""
+    k = first_k + RUN * tl.arange(0, CHUNK // RUN)[:, None]
+    source = x_scale_rows[None, :] + tl.minimum(k // COLUMNS, GROUPS - 1)
+    scales = tl.load(source, mask=token[None, :], other=0.0)
+    runs = tl.reshape(columns, (CHUNK // RUN, RUN, BLOCK_M)).to(tl.float32) * scales[:, None, :]
+    return tl.reshape(runs, (CHUNK, BLOCK_M)).to(COMPUTE)
+
+
+@triton.jit
+def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, token):
+    """float32 [BLOCK_N, BLOCK_M]: K_PER_SPLIT columns from first_k of the weights of N tiles from tile_n, times x.
+
+    x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are.
+    """
+    m = tl.arange(0, BLOCK_M)
+    n = tile_n * 64 + tl.arange(0, BLOCK_N)
+    row_mask = n < TILES_N * 64
+    x_scale_rows = x_scale + m * GROUPS
+    factor = (scale.to(tl.int64) != 0).to(tl.float32)  # 1; M may be a constant: Inductor makes one of it where it is 1
+    if SUPER_LAST:
+        factor = load_super(super_scale, n, row_mask, 0)[:, None]
+    if ONE_SCALE and not SCALE_WEIGHTS:
+        factor = load_scale(scale, super_scale, n, row_mask, 0)[:, None]
+        if X_SCALE == "group":
+            factor = factor * tl.load(x_scale_rows, mask=token, other=0.0)[None, :]
+        if ZERO_POINTS:
+            zero = load_rows(zero_point, n, row_mask, 0, 1).to(COMPUTE)[:, None]
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
+        for part in tl.static_range(BLOCK_K // CHUNK):
+            chunk_k = first_k + step + part * CHUNK
+            weight = load_weight(codes, tile_n, chunk_k // 64)
+            k = chunk_k + tl.arange(0, CHUNK)
+            x_mask = token[None, :]
+            if not EVEN_K:
+                x_mask = x_mask & (k < K)[:, None]
+            columns = decode_x(tl.load(x + m[None, :] * K + k[:, None], mask=x_mask, other=0.0))
+            if SCALE_WEIGHTS:
+                weight = scale_weights(
+                    weight, scale, zero_point, offset, super_scale, super_offset, n, row_mask, chunk_k
+                )
+                if X_SCALE == "group":
+                    columns = scale_columns(columns, x_scale_rows, token, chunk_k)
+                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * factor
+            elif ONE_SCALE:
+                if ZERO_POINTS:
+                    weight = weight - zero
+                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * factor
+            else:
+                if ZERO_POINTS:
+                    zeros = load_rows(zero_point, n, row_mask, chunk_k // COLUMNS, GROUPS)
+                    weight = weight - zeros.to(COMPUTE)[:, None]
+                each = load_scale(scale, super_scale, n, row_mask, chunk_k)[:, None]
+                if X_SCALE == "group":
+                    group = tl.minimum(chunk_k // COLUMNS, GROUPS - 1)
+                    each = each * tl.load(x_scale_rows + group, mask=token, other=0.0)[None, :]
+                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * each
+    return accumulator
 
 
 @triton.jit
@@ -135,7 +245,9 @@ def finish(total, x_scale, bias, operand_0, y, first_m, first_n, M):
 
 
 @triton.jit(do_not_specialize=["M"])
-def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, arrived, M):
+def kernel(
+    x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, bias, operand_0, y, partial, arrived, M
+):
     """Grid: (ceil(N / BLOCK_N), ceil(M / BLOCK_M), SPLIT).
 
     Pointers that the constants make needless are not read. partial: float32, BLOCK_M * BLOCK_N a program, and arrived:
@@ -145,56 +257,12 @@ def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, ar
     first_m = tl.program_id(1) * BLOCK_M
     split = tl.program_id(2)
     m = tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
-    row_mask = n < TILES_N * 64
-    token = first_m + m < M
     x += first_m.to(tl.int64) * K
-    x_scale_rows = x_scale + (first_m + m) * GROUPS
-    one = (scale.to(tl.int64) != 0).to(tl.float32)  # M may be a constant: Inductor makes one of it where it is 1
-    if GROUPS == 1:
-        factor = load_rows(scale, n, row_mask, 0).to(tl.float32)[:, None]
-        if X_SCALE == "group":
-            factor = factor * tl.load(x_scale_rows, mask=token, other=0.0)[None, :]
-        if not SYMMETRIC:
-            zero = load_rows(zero_point, n, row_mask, 0).to(COMPUTE)[:, None]
-    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
-        for part in tl.static_range(BLOCK_K // CHUNK):
-            first_k = split * K_PER_SPLIT + step + part * CHUNK
-            weight = load_weight(codes, tl.program_id(0) * (BLOCK_N // 64), first_k // 64)
-            k = first_k + tl.arange(0, CHUNK)
-            x_mask = token[None, :]
-            if not EVEN_K:
-                x_mask = x_mask & (k < K)[:, None]
-            columns = decode_x(tl.load(x + m[None, :] * K + k[:, None], mask=x_mask, other=0.0))
-            if SCALE_WEIGHTS:
-                group = (first_k + 16 * tl.arange(0, CHUNK // 16)) // COLUMNS
-                blocks = tl.reshape(weight, (BLOCK_N, CHUNK // 16, 16)).to(tl.float32)
-                if not SYMMETRIC:
-                    zeros = load_rows(zero_point, n[:, None], row_mask[:, None], group[None, :])
-                    blocks -= zeros.to(tl.float32)[:, :, None]
-                scales = load_rows(scale, n[:, None], row_mask[:, None], group[None, :])
-                blocks *= scales.to(tl.float32)[:, :, None]
-                weight = tl.reshape(blocks, (BLOCK_N, CHUNK)).to(COMPUTE)
-                if X_SCALE == "group":
-                    group_x = tl.minimum(group, GROUPS - 1)
-                    s = tl.load(x_scale_rows[None, :] + group_x[:, None], mask=token[None, :], other=0.0)
-                    scaled = tl.reshape(columns, (CHUNK // 16, 16, BLOCK_M)).to(tl.float32) * s[:, None, :]
-                    columns = tl.reshape(scaled, (CHUNK, BLOCK_M)).to(COMPUTE)
-                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * one
-            elif GROUPS == 1:
-                if not SYMMETRIC:
-                    weight = weight - zero
-                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * factor
-            else:
-                group = first_k // COLUMNS
-                if not SYMMETRIC:
-                    weight = weight - load_rows(zero_point, n, row_mask, group).to(COMPUTE)[:, None]
-                each = load_rows(scale, n, row_mask, group).to(tl.float32)[:, None]
-                if X_SCALE == "group":
-                    s = tl.load(x_scale_rows + tl.minimum(group, GROUPS - 1), mask=token, other=0.0)
-                    each = each * s[None, :]
-                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * each
+    x_scale_rows = x_scale + first_m * GROUPS
+    tile_n, first_k, token = tl.program_id(0) * (BLOCK_N // 64), split * K_PER_SPLIT, first_m + m < M
+    accumulator = multiply(
+        x, x_scale_rows, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, token
+    )
     if SPLIT == 1:
         finish(accumulator, x_scale, bias, operand_0, y, first_m, first_n, M)
     else:

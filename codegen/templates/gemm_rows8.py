@@ -39,6 +39,12 @@ GROUP_M = tl.constexpr(8)
 
 # <decode>
 @triton.jit
+def decode_scale(value):
+    """From the stored type to float32."""
+    return value.to(tl.float32)
+
+
+@triton.jit
 def decode_weight(codes):
     """From the stored type to what is multiplied."""
     return codes
@@ -66,7 +72,7 @@ def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
     m = first_m + tl.arange(0, BLOCK_M)[:, None]
     n = first_n + tl.arange(0, BLOCK_N)[None, :]
     if GROUPS == 1:
-        total *= tl.load(scale + n // ROWS, mask=n < N, other=0.0).to(tl.float32)
+        total *= decode_scale(tl.load(scale + n // ROWS, mask=n < N, other=0))
         if X_SCALE == "group":
             total *= tl.load(x_scale + m, mask=m < M, other=0.0)
     if X_SCALE == "tensor":
@@ -80,7 +86,7 @@ def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
 
 
 @triton.jit(do_not_specialize=["M"])
-def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, arrived, M):
+def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
     """Grid: (ceil(N / BLOCK_N) * ceil(M / BLOCK_M), 1, SPLIT).
 
     Pointers that the constants make needless are not read. partial: float32, BLOCK_M * BLOCK_N a program, and arrived:
@@ -127,7 +133,7 @@ def kernel(x, x_scale, codes, scale, zero_point, bias, operand_0, y, partial, ar
             accumulator += tl.dot(left, right, input_precision=PRECISION).to(tl.float32) * one
         else:
             group = tl.minimum(group, GROUPS - 1)
-            factor = tl.load(scale_rows + group, mask=row, other=0.0).to(tl.float32)[None, :]
+            factor = decode_scale(tl.load(scale_rows + group, mask=row, other=0))[None, :]
             if X_SCALE == "group":
                 factor = factor * tl.load(x_scale_rows + group, mask=token, other=0.0)[:, None]
             accumulator += tl.dot(left, right, input_precision=PRECISION).to(tl.float32) * factor

@@ -14,13 +14,11 @@ from torch import Tensor
 from qcompile.codegen.cost_model import candidates, rank
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8
 from qcompile.errors import DeviceError
-from qcompile.formats import TableFormat
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache
-from qcompile.scheme import FLOAT_SCALES
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_BUCKET = 4096
@@ -50,6 +48,11 @@ def choose(spec: LinearSpec, m: int, x_dtype: torch.dtype, out_dtype: torch.dtyp
     return rank(candidates(like, m), m)[0]
 
 
+def by_bytes(tensor: Tensor) -> Tensor:
+    """8-bit floats as uint8."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+
+
 def launch(
     kernel: KernelSpec,
     function: Any,
@@ -65,26 +68,29 @@ def launch(
     y = x.new_empty((m, kernel.n), dtype=out_dtype)
     if m == 0:
         return y
-    x, codes, scale, zero_point = x.contiguous(), weight.codes, weight.scale, weight.zero_point
-    if not native_fp8(kernel.target):
-        x, codes = (t.view(torch.uint8) if t.element_size() == 1 and t.is_floating_point() else t for t in (x, codes))
     tiles_m, tiles_n = -(-m // tile.m), -(-kernel.n // tile.n)
-    partial = arrived = scale
+    fragment = kernel.template == "gemm_fragment"
+    native = native_fp8(kernel.target)
+    codes = weight.codes if native else by_bytes(weight.codes)
+
+    def stored(tensor: Tensor | None) -> Tensor:
+        # Pointers that a kernel does not use get some input, so that one signature serves all. Never an output:
+        # compilers that clone what a kernel writes would give each of its names a copy of its own.
+        return codes if tensor is None else by_bytes(tensor)
+
+    partial = arrived = codes
     if tile.split > 1:
         partial = x.new_empty(tiles_m * tiles_n * tile.split * tile.m * tile.n, dtype=torch.float32)
         arrived = x.new_zeros(tiles_m * tiles_n, dtype=torch.int32)
-    flat = [operand.contiguous() for operand in operands] or [scale]
-    grid = (tiles_n, tiles_m, tile.split) if kernel.template == "gemm_fragment" else (tiles_m * tiles_n, 1, tile.split)
-    # Pointers that a kernel does not use get some input, so that one signature serves all. Never an output: compilers
-    # that clone what a kernel writes would give each of its names a copy of its own.
-    function[grid](
-        x,
-        scale if x_scale is None else x_scale.contiguous(),
+    more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset) if fragment else ()
+    function[(tiles_n, tiles_m, tile.split) if fragment else (tiles_m * tiles_n, 1, tile.split)](
+        x.contiguous() if native else by_bytes(x.contiguous()),
+        stored(None if x_scale is None else x_scale.contiguous()),
         codes,
-        scale,
-        codes if zero_point is None else zero_point,
-        scale if bias is None else bias,
-        *flat,
+        stored(weight.scale),
+        *map(stored, more),
+        stored(bias),
+        *([operand.contiguous() for operand in operands] or [codes]),
         y,
         partial,
         arrived,
@@ -96,10 +102,8 @@ def launch(
 
 
 def has_kernel(spec: LinearSpec) -> bool:
-    """Whether a template multiplies by such weights; others are decoded whole."""
-    weight = spec.scheme.weight
-    plain = not weight.offset and weight.super_scale is None and weight.scale_dtype in FLOAT_SCALES
-    return spec.layout in TEMPLATES and plain and not isinstance(weight.format, TableFormat)
+    """Whether a template multiplies by weights of this layout; others are decoded whole."""
+    return spec.layout in TEMPLATES
 
 
 def _decoded(

@@ -211,7 +211,7 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
         assert x_dtype is not None
         kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target) for m in (16, 4096)]
-    for kernel, found in zip(kernels, measure(kernels, "bfloat16"), strict=True):
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
         print(target, kernel.weight, kernel.activation, kernel.tile, found)
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)
@@ -228,5 +228,5 @@ def test_no_candidate_for_blocks_spills() -> None:
     small = Tile(m=16, n=64, k=64, split=1, warps=4, stages=3)
     like = kernel_spec(spec, torch.float8_e4m3fn, torch.bfloat16, "sm_90", small)
     kernels = [kernel for kernel in candidates(like, 128) if kernel.tile.split in (1, 8)]
-    found = measure(kernels, "float32")
+    found = measure(kernels)
     assert [result["spills"] for result in found] == [0] * len(kernels), list(zip(kernels, found, strict=True))

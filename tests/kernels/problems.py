@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize_activation, quantize_activation
 from qcompile.runtime import cache, gpu
-from qcompile.scheme import SCALE_DTYPES, Scheme
+from qcompile.scheme import SCALE_DTYPES, Scheme, WeightScheme
 from tests import oracle, tolerance
 from tests.triton_interpreter import interpret
 
@@ -60,6 +60,11 @@ class Problem:
         steps = self.spec.epilogue
         product = oracle.linear(self.inputs, self.weight)
         bound = tolerance.gemm_bound(self.inputs, self.weight, compute, accumulate_unit=accumulate_unit)
+        logical = LAYOUTS[self.packed.layout].unpack(self.packed)
+        if logical.offset is not None:
+            offset = torch.zeros(logical.offset.shape).to(logical.offset.dtype)
+            scaled = oracle.dequantize(replace(logical, offset=offset))
+            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled)
         bound = tolerance.epilogue_bound(product, bound, self.bias, steps, self.operands, self.out_dtype)
         tolerance.assert_within(y, oracle.epilogue(product, self.bias, steps, self.operands), bound)
 
@@ -69,6 +74,37 @@ def random_codes(format_name: str, n: int, k: int) -> Tensor:
     finite = torch.arange(256)[: len(oracle.decode_values(format_name))][oracle.decode_values(format_name).isfinite()]
     repeated = finite.repeat(-(-n * k // len(finite)))[: n * k]
     return repeated[torch.randperm(n * k)].to(torch.uint8).view(n, k)
+
+
+def random_weight(scheme: WeightScheme, n: int, k: int, *, plain: bool = False) -> PackedWeight:
+    """A packed weight with every code in it, and integer scales of both signs if they are signed.
+
+    Args:
+        plain: all scales are 1 and all offsets 0; zero points are random.
+    """
+    blocks = scheme.granularity.scale_shape((n, k))
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    given: dict[str, Tensor] = {}
+    if plain:
+        given["scale"], given["offset"] = torch.ones(blocks), torch.zeros(blocks)
+    elif dtype in (torch.uint8, torch.int8):
+        for name in ("scale", "offset"):
+            given[name] = torch.randint(-128 if dtype == torch.int8 else 0, 128 if dtype == torch.int8 else 256, blocks)
+    else:
+        given["scale"] = (torch.rand(blocks) + 0.5) / scheme.format.absmax
+        given["offset"] = (torch.rand(blocks) + 0.5) * torch.randint(0, 2, blocks).sub(0.5).sign()
+        if dtype == torch.float8_e8m0fnu:
+            given["offset"] = given["offset"].abs()
+    given = {name: values.float().to(dtype) for name, values in given.items()}
+    if scheme.super_scale is not None:
+        above = (n, scheme.super_scale.count(k))
+        above_dtype = SCALE_DTYPES[scheme.super_scale.dtype]
+        given["super_scale"] = (torch.ones(above) if plain else (torch.rand(above) + 0.5) / 32).to(above_dtype)
+        given["super_offset"] = (torch.ones(above) if plain else torch.randn(above) / 32).to(above_dtype)
+    fields = {name: values for name, values in given.items() if name in scheme.fields}
+    zero = torch.randint(0, 2**scheme.format.bits, blocks).to(torch.uint8) if "zero_point" in scheme.fields else None
+    codes, scale = random_codes(scheme.format.name, n, k), fields.pop("scale")
+    return PackedWeight.from_codes(codes, scale, zero, scheme, "weight", **fields)
 
 
 def problem(
@@ -91,12 +127,7 @@ def problem(
     """
     torch.manual_seed(seed)
     weight = scheme.weight
-    codes = random_codes(weight.format.name, n, k)
-    blocks = weight.granularity.scale_shape((n, k))
-    scale = torch.ones(blocks) if identity else (torch.rand(blocks) + 0.5) / weight.format.absmax
-    scale = scale.to(SCALE_DTYPES[weight.scale_dtype])
-    zero = None if weight.symmetric else torch.randint(0, 2**weight.format.bits, blocks).to(torch.uint8)
-    packed = PackedWeight.from_codes(codes, scale, zero, weight)
+    packed = random_weight(weight, n, k, plain=identity)
     x, x_scale = (torch.eye(m, k) if identity else torch.randn(m, k)).to(dtype), None
     inputs = x.to(torch.float64)
     if scheme.activation is not None:

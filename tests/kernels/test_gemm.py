@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,23 @@ from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
 from qcompile.linear_spec import EPILOGUE_STEPS
 from qcompile.runtime import cache
-from qcompile.scheme import FLOAT_SCALES, ActivationScheme, Granularity, Scheme, WeightScheme, preset
+from qcompile.scheme import (
+    FLOAT_SCALES,
+    PRESETS,
+    SCALE_DTYPES,
+    ActivationScheme,
+    Granularity,
+    Scheme,
+    SuperScale,
+    WeightScheme,
+    preset,
+)
 from tests.kernels.problems import problem
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE = [name for name, fmt in FORMATS.items() if fmt.native_dtype is not None]
 COLUMNS = [16, 32, 48, 64, 128, 192]
+MX_SCALES = {name: SCALE_DTYPES[name] for name in ("float8_e8m0fnu", "float8_e4m3fn")}
 SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
 
 
@@ -36,6 +48,34 @@ def weight_scheme(format_name: str, granularity: Granularity, scale_dtype: str =
     fmt = get_format(format_name)
     symmetric = not (isinstance(fmt, IntegerFormat) and not fmt.signed)
     return WeightScheme(format=fmt, granularity=granularity, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def super_scheme(format_name: str, columns: int, scale_dtype: str, above: int = 256) -> WeightScheme:
+    """Groups of `columns` with integer scales in super-blocks, as GGUF's K-quants have them; unsigned with offsets."""
+    symmetric = not format_name.startswith("uint")
+    return WeightScheme(
+        format=get_format(format_name),
+        granularity=Granularity.group(columns),
+        symmetric=symmetric,
+        offset=not symmetric,
+        scale_dtype=scale_dtype,
+        super_scale=SuperScale(columns=above, dtype="float16"),
+    )
+
+
+GGUF_LIKE = {
+    "q2_k": super_scheme("uint2", 16, "uint8"),
+    "q3_k": super_scheme("int3", 16, "int8"),
+    "q4_k": super_scheme("uint4", 32, "uint8"),
+    "q6_k": super_scheme("int6", 16, "int8"),
+    "iq4_xs": super_scheme("iq4_nl", 32, "int8"),
+}
+"""Schemes that no preset has, by the name of the GGUF type that has them."""
+
+
+def shipped(name: str, shape: tuple[int, int]) -> Scheme:
+    """A preset, or one of `GGUF_LIKE`."""
+    return Scheme(weight=GGUF_LIKE[name]) if name in GGUF_LIKE else preset(name).fit("layer", shape)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -66,13 +106,34 @@ def test_rows8_identity_returns_the_weights(format_name: str, activation: str | 
     assert torch.equal(given_.interpret(target, SMALL).double(), given_.weight.T)
 
 
+@pytest.mark.parametrize("name", [*PRESETS, *GGUF_LIKE])
+def test_identity_of_every_preset(name: str) -> None:
+    """Scales of 1 and offsets of 0 leave every value as it is decoded."""
+    scheme = replace(shipped(name, (72, 128)), activation=None)
+    given_ = problem(scheme, "fragment", 128, 72, 128, identity=True)
+    expected = given_.weight.to(torch.bfloat16).double()
+    assert torch.equal(given_.interpret("sm_90", replace(SMALL, m=128, k=128)).double(), expected.T)
+
+
 @st.composite
-def schemes(draw: st.DrawFn, formats: list[str], columns: list[int]) -> Scheme:
+def schemes(draw: st.DrawFn, layout: str) -> Scheme:
     """Any scheme that a template takes."""
-    size = draw(st.sampled_from([-1, *columns]))
-    rows = draw(st.sampled_from([-1, 1, 1, 1, 3, 128]))
-    weight = weight_scheme(
-        draw(st.sampled_from(formats)), Granularity(rows, size), draw(st.sampled_from(sorted(FLOAT_SCALES)))
+    fragment = layout == "fragment"
+    size = draw(st.sampled_from([-1, *(COLUMNS if fragment else [16, 20, 64, 100, 128])]))
+    fmt = get_format(draw(st.sampled_from(list(FORMATS) if fragment else NATIVE)))
+    scale_dtype = draw(st.sampled_from(sorted(SCALE_DTYPES if fragment else FLOAT_SCALES | MX_SCALES)))
+    offset = fragment and draw(st.booleans())
+    above = None
+    if fragment and (scale_dtype in ("uint8", "int8") or draw(st.booleans())):
+        dtype = draw(st.sampled_from(sorted(FLOAT_SCALES)))
+        above = SuperScale(columns=draw(st.sampled_from([-1, 32, 48, 128, 256])), dtype=dtype)
+    weight = WeightScheme(
+        format=fmt,
+        granularity=Granularity(1 if above else draw(st.sampled_from([-1, 1, 1, 1, 3, 128])), size),
+        symmetric=not offset and not (isinstance(fmt, IntegerFormat) and not fmt.signed),
+        offset=offset,
+        scale_dtype=scale_dtype,
+        super_scale=above,
     )
     if draw(st.booleans()):
         return Scheme(weight=weight)
@@ -81,7 +142,13 @@ def schemes(draw: st.DrawFn, formats: list[str], columns: list[int]) -> Scheme:
     options = [Granularity.tensor()]
     if dynamic:
         options += [Granularity.channel()] + ([Granularity.group(size)] if size > 0 else [])
-    activation = ActivationScheme(format=fmt, granularity=draw(st.sampled_from(options)), dynamic=dynamic)
+    power = dynamic and draw(st.booleans())
+    activation = ActivationScheme(
+        format=fmt,
+        granularity=draw(st.sampled_from(options)),
+        dynamic=dynamic,
+        scale_dtype="float8_e8m0fnu" if power else "float32",
+    )
     return Scheme(weight=weight, activation=activation)
 
 
@@ -99,7 +166,7 @@ epilogues = st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda 
 targets = st.sampled_from(["sm_80", "sm_90", "gfx942"])
 
 
-@given(schemes(list(FORMATS), COLUMNS), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
+@given(schemes("fragment"), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
 def test_fragment(
     scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
 ) -> None:
@@ -107,7 +174,7 @@ def test_fragment(
     given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
 
 
-@given(schemes(NATIVE, [16, 20, 64, 100, 128]), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
+@given(schemes("rows8"), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
 def test_rows8(
     scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
 ) -> None:

@@ -110,7 +110,7 @@ class Problem:
 
     def kernel(self, target: str, tile: Tile, x_dtype: torch.dtype, out_dtype: torch.dtype) -> GroupedSpec:
         spec = replace(self.spec, layout="fragment")
-        return grouped_spec(kernel_spec(spec, x_dtype, out_dtype, target, tile), spec, len(self.weights))
+        return grouped_spec(kernel_spec(spec, x_dtype, out_dtype, target, tile), len(self.weights))
 
     def check(self, y: Tensor, compute: torch.dtype) -> None:
         """Every element within the derived bound of the float64 result."""
@@ -295,7 +295,7 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
         assert x_dtype is not None
         kernels.append(gpu_grouped.choose(spec, 128, m, x_dtype, torch.bfloat16, target))
-    for kernel, found in zip(kernels, measure(kernels, "float32"), strict=True):
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)
         assert found["shared"] <= device_of(target).shared, (kernel, found)
