@@ -1,12 +1,14 @@
 """Make Inductor generate code for a GPU that is not there: an sm_90 device of fake tensors. Nothing is launched.
 
 It replaces functions of torch for good, so it runs in a process of its own: `python -m tests.fake_gpu PRESET static`
-(or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, and prints the calls of the generated wrapper.
+(or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, or with a third argument, `experts`, those of
+a mixture, and prints the calls of the generated wrapper.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch._inductor.config as inductor_config
@@ -64,6 +66,17 @@ class Generated(Exception):
     """Carries the wrapper's source out of Inductor."""
 
 
+_python_getitem = torch.Tensor.__getitem__
+
+
+def _getitem(self: torch.Tensor, key: object) -> torch.Tensor:
+    """Indexing by tensors without the switch to the device that Python's indexing makes."""
+    parts = key if isinstance(key, tuple) else (key,)
+    if self.device.type != "cuda" or not any(isinstance(part, torch.Tensor) for part in parts):
+        return _python_getitem(self, key)
+    return torch.ops.aten.index.Tensor(self, [part if isinstance(part, torch.Tensor) else None for part in parts])
+
+
 def install() -> None:
     import torch._inductor.fx_passes.joint_graph as joint_graph
     import torch._inductor.fx_passes.post_grad as post_grad
@@ -82,6 +95,7 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
     # Both would run small tensors on the device.
     joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None
+    torch.Tensor.__getitem__ = _getitem
     inductor_config.joint_graph_constant_folding = False
     inductor_config.force_disable_caches = True
     inductor_config.compile_threads = 1
@@ -118,20 +132,49 @@ def wrapper_source(preset: str, dynamic: bool) -> str:
         if dynamic:
             for tensor in (x, gate):
                 torch._dynamo.mark_dynamic(tensor, 0)
-        try:
-            torch.compile(run, fullgraph=True)(x, gate, *weight)
-        except Exception as error:
-            found: BaseException | None = error
-            while found is not None and not isinstance(found, Generated):
-                found = getattr(found, "inner_exception", None) or found.__cause__ or found.__context__
-            if found is None:
-                raise
-            return str(found)
+        return generated(run, x, gate, *weight)
+
+
+def generated(run: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> str:
+    """The source of Inductor's wrapper for a function of fake tensors."""
+    try:
+        torch.compile(run, fullgraph=True)(*inputs)
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, Generated):
+            found = getattr(found, "inner_exception", None) or found.__cause__ or found.__context__
+        if found is None:
+            raise
+        return str(found)
     raise AssertionError("Inductor generated nothing")
+
+
+def experts_source(preset: str, dynamic: bool) -> str:
+    """Inductor's wrapper for the experts of a small Mixtral."""
+    from qcompile.experts import GroupedLinear, quantize_experts
+    from qcompile.layouts import LAYOUTS, to_layout
+    from qcompile.scheme import PRESETS
+    from tests.checkpoint.moe_files import make_moe
+
+    experts = quantize_experts("experts", make_moe("mixtral").model.layers[0].mlp.experts, PRESETS[preset])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for projection in experts.modules():
+            if isinstance(projection, GroupedLinear):
+                packed = to_layout(projection.logical(), LAYOUTS["fragment"])
+                fake = packed.map(lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+                projection._store(fake)
+        x = torch.empty(7, 64, device="cuda", dtype=torch.bfloat16)
+        chosen = torch.empty(7, 2, device="cuda", dtype=torch.int64)
+        weights = torch.empty(7, 2, device="cuda", dtype=torch.bfloat16)
+        if dynamic:
+            for tensor in (x, chosen, weights):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        return generated(experts, x, chosen, weights)
 
 
 if __name__ == "__main__":
     install()
-    source = wrapper_source(sys.argv[1], sys.argv[2] == "dynamic")
+    compiled = experts_source if sys.argv[3:] == ["experts"] else wrapper_source
+    source = compiled(sys.argv[1], sys.argv[2] == "dynamic")
     lines = [line.strip() for line in source.split("\n") if not line.strip().startswith("#")]
     print("\n".join(line for line in lines if ".run(" in line or "= torch.ops.qcompile" in line))

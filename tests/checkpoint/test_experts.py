@@ -280,10 +280,8 @@ def test_quantized_experts_compile_whole() -> None:
     qcompile.quantize_(model, EXPERTS_ONLY, progress=False)
     experts = model.model.layers[0].mlp.experts
     compiled = torch.compile(experts, backend="qcompile", fullgraph=True)
-    for tokens in (5, 5, 9):
-        x, weights = torch.randn(tokens, 64), torch.rand(tokens, 2)
-        chosen = torch.rand(tokens, 4).topk(2).indices
-        assert tolerance.sqnr(experts(x, chosen, weights), compiled(x, chosen, weights)) >= FLOOR
+    x, weights, chosen = torch.randn(5, 64), torch.rand(5, 2), torch.rand(5, 4).topk(2).indices
+    assert tolerance.sqnr(experts(x, chosen, weights), compiled(x, chosen, weights)) >= FLOOR
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

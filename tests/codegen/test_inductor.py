@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 
-def calls(preset: str, kind: str) -> list[str]:
+def calls(*arguments: str) -> list[str]:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.fake_gpu", preset, kind],
+        [sys.executable, "-m", "tests.fake_gpu", *arguments],
         capture_output=True, text=True, cwd=root, env=environment, check=False, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -35,3 +35,15 @@ def test_any_length_takes_one_graph_that_chooses_at_run_time():
     assert "rsqrt" in norm or "rms_norm" in norm
     assert "amax" in norm
     assert "torch.ops.qcompile.gemm_dynamic" in product
+
+
+def test_experts_are_one_kernel_a_projection_and_nothing_is_read_back():
+    sort, offsets, gather, up, gate, down, combine = calls("mxfp4", "static", "experts")
+    assert "sort" in sort
+    assert "searchsorted" in offsets
+    assert "index_select" in gather
+    assert up.startswith("kernel_")
+    assert "silu" in gate
+    assert down.startswith("kernel_")
+    assert "index_select" in combine
+    assert "sum" in combine
