@@ -7,6 +7,8 @@ import json
 import re
 from importlib import resources
 
+import torch
+
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8
 from qcompile.expr import Expr, var
@@ -32,6 +34,41 @@ def decode_pair(pair):
     high = (biased >> 16).to(tl.int16).to(tl.{dtype}, bitcast=True) - {offset}
     return low, high
 """
+
+
+_SIGNED_BYTE_PAIR = """@triton.jit
+def decode_pair(pair):
+    \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
+    biased = (pair & 0x7F007F) | 0x43004300  # 128 + seven bits in bfloat16
+    base = ((pair & 0x800080) ^ 0x800080) | 0x43004300  # 128 if the eighth is set, else 256
+    low = biased.to(tl.int16).to(tl.bfloat16, bitcast=True) - base.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    high = (biased >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return low, high - (base >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+"""
+
+_FIELDS = {"bfloat16": (8, 7), "float16": (5, 10)}
+"""Exponent and mantissa bits."""
+
+
+def _float_pair(fmt: FloatFormat, dtype: str) -> str:
+    """A Triton function `decode_pair` that works as `FloatFormat.decode` does, on both halves at once."""
+    exponent, mantissa = _FIELDS[dtype]
+    sign = 1 << (fmt.bits - 1)
+    lines = [
+        f"bits = (pair & {(sign - 1) * 0x10001:#x}) << {mantissa - fmt.mantissa}",
+        f"bits |= (pair & {sign * 0x10001:#x}) << {16 - fmt.bits}",
+    ]
+    if fmt.dtype is not None and fmt.exponent < exponent:
+        # Of codes that are not finite, adding the last place that all of them share carries into the sign's bit.
+        ones = 0x7F if fmt.dtype == torch.float8_e4m3fn else 0x7C
+        lines.append(f"special = ((pair & {ones * 0x10001:#x}) + {(0x80 - ones) * 0x10001:#x}) & 0x800080")
+        lines.append(f"bits |= special * {((1 << exponent) - 1 << mantissa) // 0x80:#x}  # all bits of the exponent")
+    factor = 2.0 ** ((1 << (exponent - 1)) - (1 << (fmt.exponent - 1)))
+    for name, half in (("low", "bits"), ("high", "(bits >> 16)")):
+        lines.append(f"{name} = {half}.to(tl.int16).to(tl.{dtype}, bitcast=True) * {factor!r}")
+    body = "".join(f"    {line}\n" for line in [*lines, "return low, high"])
+    text = "Codes in the two halves of an int32, as values: low half, high half."
+    return f'@triton.jit\ndef decode_pair(pair):\n    """{text}"""\n{body}'
 
 
 def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
@@ -67,14 +104,52 @@ def pair_decoder(fmt: Format, dtype: str) -> str:
     """A Triton function `decode_pair`: int32 with a code in each half to two tensors of `dtype`.
 
     Where a code fits in a type's mantissa, the code is put there with one `or` for both halves, and one exact
-    subtraction leaves its value; otherwise the format's formula decodes one half after the other.
+    subtraction leaves its value; floats' fields are moved for both halves at once. Otherwise the format's formula
+    decodes one half after the other.
     """
     if isinstance(fmt, IntegerFormat) and dtype in _MAGIC:
         bits, number, room = _MAGIC[dtype]
         if fmt.bits <= room:
             offset = float(number + fmt.offset)
             return _MAGIC_PAIR.format(bits=bits, number=number, dtype=dtype, offset=offset)
+        if fmt.signed:
+            return _SIGNED_BYTE_PAIR
+    if isinstance(fmt, FloatFormat) and dtype in _FIELDS:
+        return _float_pair(fmt, dtype)
     return decode_formula(fmt) + "\n\n" + _PAIR.format(dtype=_DTYPES[dtype])
+
+
+def _split_pair(dtype: str) -> str:
+    """A Triton function `decode_pair` of pairs that are values already."""
+    low, high = (f"{half}.to(tl.int16).to(tl.{dtype}, bitcast=True)" for half in ("pair", "(pair >> 16)"))
+    return f"@triton.jit\ndef decode_pair(pair):\n    return {low}, {high}\n"
+
+
+def lookup_assembly(fmt: TableFormat, dtype: str) -> str:
+    """PTX that looks up the eight codes of word $4: field j of both halves becomes a pair of values of `dtype` in $j.
+
+    A byte permutation whose selector is a word of 4-bit codes looks four of them up, in a table of eight bytes: so
+    there is one for the low and one for the high bytes of either half of the table, and the codes' last bits choose.
+    """
+    values = torch.tensor(fmt.values).to(getattr(torch, dtype)).view(torch.uint8).view(2, 8, 2)
+
+    def table(half: int, byte: int) -> str:
+        entries = values[half, :, byte].tolist()
+        return ", ".join(f"{int.from_bytes(bytes(entries[i : i + 4]), 'little'):#x}" for i in (0, 4))
+
+    lines = [".reg .b32 c, m, f, a, b, l0, h0, l1, h1, p, q", "and.b32 c, $4, 0x77777777"]
+    lines += ["shr.b32 m, $4, 3", "and.b32 m, m, 0x11111111"]
+    for position in (0, 1):
+        if position == 1:
+            lines += ["shr.b32 c, c, 16", "shr.b32 m, m, 16"]
+        lines.append("prmt.b32 f, 0xff00, 0, m")  # 255 in each byte whose code's last bit is set
+        for byte, name in enumerate("lh"):
+            lines += [f"prmt.b32 a, {table(0, byte)}, c", f"prmt.b32 b, {table(1, byte)}, c"]
+            lines.append(f"lop3.b32 {name}{position}, f, a, b, 0xac")  # f ? b : a
+    for fields, order in (((0, 1), "0x5140"), ((2, 3), "0x7362")):
+        lines += [f"prmt.b32 p, l0, h0, {order}", f"prmt.b32 q, l1, h1, {order}"]
+        lines += [f"prmt.b32 ${fields[0]}, p, q, 0x5410", f"prmt.b32 ${fields[1]}, p, q, 0x7632"]
+    return "{ " + " ".join(line + ";" for line in lines) + " }"
 
 
 def _convert(name: str, source: str | None, spec: KernelSpec) -> str:
@@ -117,8 +192,16 @@ def _constants(values: dict[str, object]) -> str:
     return "".join(lines)
 
 
+def _holds(dtype: str, fmt: Format) -> bool:
+    """Whether a floating-point type holds a format's values exactly."""
+    if not isinstance(fmt, TableFormat):
+        return True
+    values = torch.tensor(fmt.values)
+    return torch.equal(values.to(getattr(torch, dtype)).to(torch.float32), values)
+
+
 def _significant_bits(fmt: Format) -> int:
-    """Binary digits of a format's values that a type must keep to hold them."""
+    """Binary digits of a format's values that a type must keep to hold them; those of float32 for tables."""
     if isinstance(fmt, FloatFormat):
         return fmt.mantissa + 1
     return fmt.bits if isinstance(fmt, IntegerFormat) else 24
@@ -141,8 +224,11 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
     chunk = 64 if spec.compute == "float32" else min(spec.tile.k, aligned if aligned >= 64 else 128)
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
-    # What is scaled before it is rounded is decoded to float32, unless its values need no rounding.
-    wide = isinstance(fmt, TableFormat) and (spec.offset or run < 64)
+    # Values that are scaled before their products are summed are not rounded before.
+    decoded = "float32" if (spec.offset or run < 64) and not _holds(spec.compute, fmt) else spec.compute
+    table = ""
+    if isinstance(fmt, TableFormat) and decoded != "float32" and spec.target.startswith("sm_"):
+        table = lookup_assembly(fmt, decoded)
     constants: dict[str, object] = {
         "N": spec.n,
         "K": spec.k,
@@ -160,11 +246,12 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "CHUNK": chunk,
         "RUN": run,
         "SCALE_TYPE": _scale_type(spec),
+        "LOOKUP": table,
         "SPLIT": spec.tile.split,
     }
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
-        pair_decoder(fmt, "float32" if wide else spec.compute),
+        _split_pair(decoded) if table else pair_decoder(fmt, decoded),
         _convert("decode_x", spec.activation, spec),
     )
     return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}

@@ -4,6 +4,7 @@ The interpreter computes bfloat16 on its raw bits (silently wrong), rounds float
 any address, and is chosen for a whole process when Triton is imported. `install` mends all of this once:
 
 - bfloat16 and fp8 are decoded to float32, computed there, and rounded to nearest even (fp8 saturates);
+- inline PTX of a few instructions is evaluated;
 - a load, store or atomic outside every argument's memory raises IndexError;
 - the same kernel objects can be interpreted and compiled in one process, with TRITON_INTERPRET unset.
 """
@@ -136,6 +137,57 @@ def _install_bounds(builder: Any) -> None:
     builder.create_atomic_rmw = atomic_rmw
 
 
+def _permute_bytes(low: Any, high: Any, selector: Any) -> Any:
+    """PTX prmt without its sign mode: each of four nibbles of the selector chooses one of eight bytes."""
+    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    result = np.zeros(np.broadcast(both, selector).shape, np.uint32)
+    for byte in range(4):
+        nibble = selector >> np.uint32(4 * byte) & np.uint32(15)
+        assert (nibble < 8).all(), "prmt's sign mode"
+        chosen = both >> (nibble * np.uint32(8)).astype(np.uint64) & np.uint64(255)
+        result |= chosen.astype(np.uint32) << np.uint32(8 * byte)
+    return result
+
+
+def _choose_bits(a: Any, b: Any, c: Any, table: Any) -> Any:
+    """PTX lop3."""
+    terms = [(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8) if table >> i & 1]
+    return np.bitwise_or.reduce(terms)
+
+
+_PTX: dict[str, Any] = {
+    "and.b32": np.bitwise_and,
+    "shr.b32": np.right_shift,
+    "prmt.b32": _permute_bytes,
+    "lop3.b32": _choose_bits,
+}
+
+
+class _Results(list[Any]):
+    def get_result(self, index: int) -> Any:
+        return self[index]
+
+
+def _install_assembly(builder: Any) -> None:
+    """Inline PTX of 32-bit registers and the instructions in `_PTX`, without branches."""
+
+    def create_inline_asm(
+        self: Any, text: str, constraints: str, operands: Any, types: Any, is_pure: bool, pack: int
+    ) -> _Results:
+        assert pack == 1
+        registers = {f"${len(types) + i}": operand.data.view(np.uint32) for i, operand in enumerate(operands)}
+        for line in text.strip("{} ").split(";"):
+            if not line.strip() or line.strip().startswith(".reg"):
+                continue
+            name, rest = line.strip().split(" ", 1)
+            target, *sources = rest.split(", ")
+            values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
+            registers[target] = _PTX[name](*values)
+        return _Results(Handle(registers[f"${i}"].view(np.int32), tl.int32) for i in range(len(types)))
+
+    builder.create_inline_asm = create_inline_asm
+
+
 class _Scope:
     """A patched `triton.language`, restored by the launch that patched it and by no call inside."""
 
@@ -192,6 +244,7 @@ def install() -> None:
         _installed = True
         _install_arithmetic(interpreter.InterpreterBuilder)
         _install_bounds(interpreter.InterpreterBuilder)
+        _install_assembly(interpreter.InterpreterBuilder)
         _install_dual()
 
 

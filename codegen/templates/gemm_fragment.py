@@ -34,6 +34,7 @@ BLOCK_K = tl.constexpr(128)
 CHUNK = tl.constexpr(128)
 RUN = tl.constexpr(128)
 SCALE_TYPE = tl.constexpr(tl.float32)
+LOOKUP = tl.constexpr("")
 SPLIT = tl.constexpr(1)
 # </constants>
 
@@ -86,8 +87,18 @@ def epilogue(value, bias, operand_0, n, offsets, mask):
 
 
 @triton.jit
+def look_up(words):
+    """The 16-bit values of a word's eight 4-bit codes as pairs: four int32 tensors, of fields 0 to 3 of both halves."""
+    types = (tl.int32, tl.int32, tl.int32, tl.int32)
+    return tl.inline_asm_elementwise(LOOKUP, "=r,=r,=r,=r,r", [words], dtype=types, is_pure=True, pack=1)
+
+
+@triton.jit
 def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
-    """Bits LOW to LOW + WIDTH of codes, in the low bits of both halves: int32 [K tiles, N tiles, 128 threads, 16]."""
+    """Bits LOW to LOW + WIDTH of codes, in the low bits of both halves: int32 [K tiles, N tiles, 128 threads, 16].
+
+    With LOOKUP, values instead of codes.
+    """
     KT: tl.constexpr = CHUNK // 64
     NT: tl.constexpr = BLOCK_N // 64
     index = tl.arange(0, KT * NT * 128 * WIDTH)
@@ -99,6 +110,9 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
     else:
         words = tl.load(source, mask=(tile_k + kt < TILES_K) & (tile_n + nt < TILES_N), other=0)
     fields = tl.reshape(words, (KT, NT, 128, WIDTH))
+    if LOOKUP != "":
+        first, second, third, fourth = look_up(fields)
+        return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (KT, NT, 128, 16))
     fields = tl.join(fields, fields >> 8)
     if WIDTH <= 4:
         fields = tl.join(fields, fields >> 4)
