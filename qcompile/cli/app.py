@@ -92,6 +92,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _float_dtype(name: str) -> torch.dtype:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"--dtype {name!r} is none of {', '.join(known)}")
+    return known[name]
+
+
 @app.command()
 def demo(
     scheme: Annotated[
@@ -157,6 +166,63 @@ def explain(
             typer.echo(report.to_json())
         else:
             Console().print(report)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A folder with a checkpoint, or a GGUF file.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or gguf.")],
+    config: Annotated[
+        str | None, typer.Option(help="Quantize first: a preset or a configuration file.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of what is not quantized; by default one that holds all.", show_default=False)
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a safetensors file.")] = "5GB",
+    allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Round scales, and say how far.")] = False,
+) -> None:
+    """Write a checkpoint in another format, with the same codes; what would not be exact is refused."""
+    with _errors_told():
+        kept = None if dtype is None else _float_dtype(dtype)
+        parsed = None if config is None else parse_config(config)
+        quiet_imports()
+        import warnings
+
+        from qcompile.cli import convert as command
+
+        with Steps(command.STEPS) as steps, warnings.catch_warnings():
+            if allow_rounding:
+                warnings.simplefilter("ignore", UserWarning)  # the table says it
+            done = command.convert(
+                source,
+                target,
+                to,
+                parsed,
+                kept,
+                max_shard_size=max_shard_size,
+                allow_rounding=allow_rounding,
+                steps=steps,
+            )
+        command.show(done, Console())
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A folder with a checkpoint, a .safetensors or a GGUF file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every layer, instead of a table.")] = False,
+) -> None:
+    """Say what a checkpoint holds: each layer's format, bits, scales, shape and size."""
+    with _errors_told():
+        quiet_imports()
+        from qcompile.checkpoint.inspection import inspect as look
+        from qcompile.cli.inspect import show
+
+        found = look(path)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=1))
+        else:
+            show(found, Console())
 
 
 @app.command()

@@ -23,7 +23,7 @@ from qcompile.checkpoint.saving.base import (
 )
 from qcompile.checkpoint.saving.bitsandbytes import BitsAndBytes
 from qcompile.checkpoint.saving.compressed_tensors import CompressedTensors, kv_cache_scheme
-from qcompile.checkpoint.saving.gguf_pack import pack_layer
+from qcompile.checkpoint.saving.gguf_pack import block_type, pack_layer
 from qcompile.checkpoint.saving.gptq import GPTQ
 from qcompile.checkpoint.saving.layers import Layer, quantized_layers
 from qcompile.checkpoint.saving.shards import Shards, Staging, parse_size
@@ -128,16 +128,27 @@ def holding(layer: Layer) -> list[str]:
     found = []
     for name in FORMATS:
         try:
+            if not fits(layer, name):
+                continue
             if name == gguf.NAME:
                 pack_layer(layer, Rounding(False))
-            elif TARGETS[name]([layer]).objection(layer) is None:
-                TARGETS[name]([layer]).tensors(layer, Rounding(False))
             else:
-                continue
+                TARGETS[name]([layer]).tensors(layer, Rounding(False))
         except Unsavable:
             continue
         found.append(name)
     return found
+
+
+def fits(layer: Layer, format: str) -> bool:
+    """Whether a format has a place for a layer of this scheme and shape; its scales may still not be exact there."""
+    if format != gguf.NAME:
+        return TARGETS[format]([layer]).objection(layer) is None
+    try:
+        block_type(layer)
+    except Unsavable:
+        return False
+    return True
 
 
 def plain_linears(model: nn.Module) -> list[str]:
