@@ -195,8 +195,10 @@ def quantize_activation(
         else:
             top = values.abs().amax(-1, keepdim=True)
         if scheme.scale_dtype == "float8_e8m0fnu":
-            finite = top.isfinite()
-            scale = power_of_two(top.where(finite, 0.0), fmt.absmax).to(torch.float32).where(finite, top)
+            # As `power_of_two`, but in float32 throughout: compilers know no E8M0. Not finite stays so.
+            exponent = (top.view(torch.int32) >> 23) - (math.frexp(fmt.absmax)[1] - 1)
+            power = (exponent.clamp(min=1) << 23).view(torch.float32).masked_fill(top == 0, 1.0)
+            scale = torch.where(top.isfinite(), power, top)
         else:
             scale = top / fmt.absmax
             scale = scale.masked_fill(scale == 0, 1.0)
