@@ -305,11 +305,8 @@ def _grouped(spec: KernelSpec) -> dict[str, str]:
     experts: dict[str, object] = {
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
-        "OFFSET": spec.offset,
-        "SUPER_COLUMNS": spec.super_columns,
     }
-    scales = _scale_decoder(spec.scale_dtype, spec.target) + "\n\n"
-    return {"fragment": shared, **_fragment(spec), "experts": _constants(experts), "scales": scales}
+    return {"fragment": shared, **_fragment(spec), "experts": _constants(experts)}
 
 
 _FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped}

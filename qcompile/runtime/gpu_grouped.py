@@ -18,7 +18,7 @@ from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache
-from qcompile.runtime.gpu import bucket, target_of
+from qcompile.runtime.gpu import bucket, by_bytes, target_of
 from qcompile.stacks import padded_rows
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,24 +58,19 @@ def launch(
 
     def stored(tensor: Tensor | None) -> Tensor:
         # A pointer that a kernel does not use gets some input, so that one signature serves all.
-        if tensor is None:
-            return weight.codes
-        by_bytes = tensor.dtype == torch.float8_e8m0fnu or (
-            tensor.element_size() == 1 and tensor.is_floating_point() and not native_fp8(kernel.target)
-        )
-        return tensor.view(torch.uint8) if by_bytes else tensor
+        return weight.codes if tensor is None else by_bytes(tensor)
 
     grid = (tile_count(rows, kernel.experts, tile.m), -(-kernel.n // tile.n))
     function[grid](
-        stored(x.contiguous()),
-        weight.codes if x_scale is None else x_scale.contiguous(),
+        x.contiguous() if native_fp8(kernel.target) else by_bytes(x.contiguous()),
+        stored(None if x_scale is None else x_scale.contiguous()),
         weight.codes,
         stored(weight.scale),
         stored(weight.zero_point),
         stored(weight.offset),
         stored(weight.super_scale),
         stored(weight.super_offset),
-        weight.codes if bias is None else bias.contiguous(),
+        stored(None if bias is None else bias.contiguous()),
         weight.codes,
         y,
         offsets,
