@@ -23,6 +23,11 @@ U32 = 2.0**-24
 ACCUMULATE_UNIT = 2.0**-23
 """Relative error of an addition in float32 that may truncate, as matrix units do: twice that of rounding to nearest."""
 
+TF32X3_UNIT = 2.0**-20
+"""Relative error of a float32 number times 1 by three TF32 products. TF32 keeps 11 digits: cutting x to that leaves a
+rest of less than 2**-10 |x|, and cutting the rest in the same way loses less than 2**-10 of it. Both parts add exactly.
+"""
+
 
 def unit(dtype: torch.dtype) -> float:
     """u: half the distance from 1 to the next number."""
@@ -167,6 +172,66 @@ def float_bound(reference: Tensor, reassociations: int, dtype: torch.dtype, magn
     """
     size = (reference if magnitude is None else magnitude).to(torch.float64).abs()
     return 2 * gamma(reassociations, unit(dtype)) * size + eta(dtype)
+
+
+def attention_bound(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    scores: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    compute_dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Greatest error of softmax(query key^T) value against the float64 result for the same keys: float64 [B, Hq, Q, Dv].
+
+    * A score errs by e: `gemm_bound` of its product times the scale; gamma32(4) |s| for the scales; for a soft cap c,
+      whose slope is at most 1, FUNCTION_ERROR c and gamma32(3) |s| more; u32 (|s| + e) where a mask is added. (A finite
+      mask that leaves no weight is like -inf.)
+    * A weight is exp(s) / sum exp(s). If all scores err by at most E, it errs by a factor of at most exp(2 E).
+    * exp in float32: 4 u32 (|s - max| + 2), for numerator and denominator. Sums are rescaled when the greatest score so
+      far changes; along T / 16 + 64 blocks and splits these factors add up to 4 u32 (R + 2 blocks), R the range of
+      scores that have weight.
+    * Weights are rounded to `weight_dtype`; values are dequantized with 3 roundings; both sums take T + blocks additions.
+
+    So |error| <= (exp(2 E) (1 + exp parts)^2 (1 + u_w) (1 + gamma32(3)) / (1 - gamma(T + blocks))^2 - 1) sum p |v|, then
+    rounding.
+
+    Args:
+        key, value: float64 as the oracle dequantized them; weights, scores: the oracle's.
+    """
+    query, key, value = (t.to(torch.float64).cpu() for t in (query, key, value))
+    batch, heads, context, _ = key.shape
+    rows = query.unflatten(1, (heads, -1)).flatten(2, 3)
+    products = torch.stack(
+        [
+            torch.stack([gemm_bound(rows[b, h], key[b, h], compute_dtype) for h in range(heads)])
+            for b in range(batch)
+        ]
+    ).reshape(scores.shape)
+    live = weights > 0
+    s = scores.where(live, torch.zeros_like(scores))
+    raw = (rows @ key.mT).reshape(scores.shape).abs() * abs(scale)
+    error = products * abs(scale) + gamma(4, U32) * raw
+    if softcap:
+        error = error + softcap * FUNCTION_ERROR + gamma(3, U32) * softcap
+    error = error + U32 * (s.abs() + raw + error)
+    worst = error.where(live, torch.zeros_like(error)).amax(-1, keepdim=True)
+    top = s.where(live, torch.full_like(s, -math.inf)).amax(-1, keepdim=True)
+    spread = (top - s).where(live, torch.zeros_like(s)).amax(-1, keepdim=True)
+    blocks = context / 16 + 64
+    evaluated = 1 + 4 * U32 * (2 * spread + 2 + 2 * blocks)
+    sums = (1 - gamma(int(context + blocks))) ** 2
+    factor = torch.exp(2 * worst) * evaluated**2 * (1 + unit(weight_dtype)) * (1 + gamma(3, U32)) / sums - 1
+    group = query.shape[1] // heads
+    spread_heads = torch.arange(query.shape[1]) // group
+    total = weights @ value[:, spread_heads].abs()
+    result = (weights @ value[:, spread_heads]).abs()
+    return factor * total + rounding(result + factor * total, out_dtype)
 
 
 def scale_bound(spread: Tensor, scale_dtype: torch.dtype) -> Tensor:

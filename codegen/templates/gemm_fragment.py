@@ -89,8 +89,14 @@ def epilogue(value, bias, operand_0, n, offsets, mask):
 @triton.jit
 def look_up(words):
     """The 16-bit values of a word's eight 4-bit codes as pairs: four int32 tensors, of fields 0 to 3 of both halves."""
-    types = (tl.int32, tl.int32, tl.int32, tl.int32)
-    return tl.inline_asm_elementwise(LOOKUP, "=r,=r,=r,=r,r", [words], dtype=types, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(
+        LOOKUP,
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -22,11 +22,13 @@ from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spe
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
+from qcompile.layouts import choose_layout
 from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec
 from qcompile.runtime import cache, gpu
 from qcompile.scheme import PRESETS, preset
 from tests import oracle, tolerance
 from tests.cross_compile import measure
+from tests.kernels.test_gemm import shipped
 from tests.triton_interpreter import interpret
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -197,20 +199,28 @@ def _store_and_read(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-SHIPPED = [("int4", "fragment"), ("int4_asym", "fragment"), ("int3", "fragment"), ("fp8_weight_only", "fragment"),
-           ("int4_fp8", "fragment"), ("int8", "rows8"), ("fp8", "rows8"), ("fp8_block", "rows8")]  # fmt: skip
+SHIPPED = {
+    **dict.fromkeys(
+        ["int4", "int4_asym", "int3", "fp8_weight_only", "int4_fp8", "int8", "fp8", "fp8_block"], (16, 4096)
+    ),
+    **dict.fromkeys(["nf4", "nvfp4", "mxfp8", "q6_k"], (16,)),
+    **dict.fromkeys(["mxfp4", "q4_k"], (64,)),
+    "iq4_xs": (4096,),
+}
+"""Presets and others by name, and M."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     kernels: list[KernelSpec] = []
-    for name, layout in SHIPPED:
-        scheme = preset(name).fit("layer", (4096, 4096))
+    for name, rows in SHIPPED.items():
+        scheme = shipped(name, (4096, 4096))
+        layout = choose_layout(scheme, (4096, 4096), "cuda").name
         spec = LinearSpec(in_features=4096, out_features=4096, scheme=scheme, layout=layout)
         spec = spec.with_epilogue("bias", "silu", "mul")
         x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
         assert x_dtype is not None
-        kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target) for m in (16, 4096)]
+        kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target) for m in rows]
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         print(target, kernel.weight, kernel.activation, kernel.tile, found)
         assert "error" not in found, found
