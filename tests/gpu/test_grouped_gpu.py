@@ -1,0 +1,108 @@
+"""Stacks of experts on a GPU: against float64, the same bits at every launch, one graph, nothing read back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import qcompile
+from qcompile.codegen.cost_model import candidates
+from qcompile.codegen.spec import Tile, grouped_spec, kernel_spec
+from qcompile.experts import GroupedLinear
+from qcompile.layouts import LAYOUTS
+from qcompile.reference import quantize_activation
+from qcompile.runtime import cache, gpu, gpu_grouped
+from tests import tolerance
+from tests.checkpoint.moe_files import make_moe
+from tests.kernels.test_grouped import SCHEMES, Problem, problem
+
+pytestmark = pytest.mark.gpu
+
+LAUNCHES = 20
+SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
+COUNTS = {"decode": [1, 0, 3, 0, 0, 1, 0, 0], "ragged": [40, 0, 129, 16, 1, 0, 70, 17]}
+
+
+def check(given: Problem, dtype: torch.dtype) -> None:
+    """Every tile that may be chosen for these rows, launched many times."""
+    activation = given.spec.scheme.activation
+    x, x_scale = (given.x, None) if activation is None else quantize_activation(given.x, activation)
+    x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
+    weight = LAYOUTS["fragment"].pack(given.stacked).to("cuda")
+    offsets, bias = given.offsets.cuda(), None if given.bias is None else given.bias.cuda()
+    spec = replace(given.spec, layout="fragment")
+    like = kernel_spec(spec, x.dtype, dtype, gpu.target_of(x.device), SMALL)
+    experts = len(given.weights)
+    kernels = {
+        grouped_spec(each, experts) for m in (16, 64, 256) for each in candidates(like, m) if each.tile.split == 1
+    }
+    for kernel in kernels:
+        function = cache.load(kernel).kernel
+        first = gpu_grouped.launch(kernel, function, x, x_scale, offsets, weight, bias, dtype)
+        for _ in range(LAUNCHES):
+            again = gpu_grouped.launch(kernel, function, x, x_scale, offsets, weight, bias, dtype)
+            assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)), f"launches of {kernel} differ"
+        given.check(first.cpu(), torch.bfloat16 if activation is not None else dtype)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_candidate(name: str, counts: str) -> None:
+    scheme = SCHEMES[name].fit("layer", (200, 512))
+    check(problem(scheme, COUNTS[counts], 200, 512, bias=counts == "ragged"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["int4_asym", "mxfp4", "nf4", "k-quant"])
+def test_other_types(name: str, dtype: torch.dtype) -> None:
+    check(problem(SCHEMES[name].fit("layer", (128, 256)), COUNTS["ragged"], 128, 256, dtype), dtype)
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8", "fp8_block", "mxfp4", "nvfp4", "q4_1"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_models_compute_what_they_do_on_cpus(kind: str, name: str) -> None:
+    model = make_moe(kind)
+    qcompile.quantize_(model, {"rules": [{"layers": "*.experts", "scheme": name}]}, progress=False)
+    experts = model.model.layers[0].mlp.experts
+    x, weights, chosen = torch.randn(33, 64), torch.rand(33, 2), torch.rand(33, 4).topk(2).indices
+    expected = experts(x, chosen, weights)
+    moved = copy.deepcopy(experts).cuda()
+    assert all(m.layout == "fragment" for m in moved.modules() if isinstance(m, GroupedLinear))
+    y = moved(x.cuda(), chosen.cuda(), weights.cuda()).cpu()
+    # CPUs multiply float32; products of quantized inputs are in bfloat16 on both, and roundings of inputs may differ.
+    floor = 60.0 if name in ("int4", "mxfp4", "nvfp4", "q4_1") else tolerance.float_sqnr_floor(3) - 3
+    assert tolerance.sqnr(expected, y) > floor
+    for name_, tensor in moved.cpu().state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), experts.state_dict()[name_].view(torch.uint8))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_one_graph_that_is_captured_and_replayed() -> None:
+    """No call waits for the device, and a CUDA graph captured for one choice of experts serves every other."""
+    model = make_moe("mixtral")
+    qcompile.quantize_(model, {"rules": [{"layers": "*.experts", "scheme": "int4"}]}, progress=False)
+    experts = model.model.layers[0].mlp.experts.cuda().to(torch.bfloat16)
+    compiled = torch.compile(experts, fullgraph=True)
+    x = torch.randn(8, 64, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(8, 2, device="cuda", dtype=torch.bfloat16)
+    chosen = torch.rand(8, 4, device="cuda").topk(2).indices
+    for _ in range(3):
+        compiled(x, chosen, weights)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = compiled(x, chosen, weights)
+    for choice in (torch.zeros_like(chosen) + torch.tensor([3, 1], device="cuda"), chosen.flip(0)):
+        chosen.copy_(choice)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = experts(x, chosen, weights)
+        assert tolerance.sqnr(expected, y) > tolerance.float_sqnr_floor(7) - 6  # bfloat16 in another order
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        experts(x, chosen, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
