@@ -100,7 +100,7 @@ def check_logits(model: nn.Module, expected: nn.Module) -> None:
     )
     floor = worst - 10 * math.log10(len(quantized)) if activations else LLAMA_FLOOR
     with torch.no_grad():
-        tokens = torch.arange(12).view(1, 12)
+        tokens = torch.arange(12, device=next(expected.parameters()).device).view(1, 12)
         assert sqnr(expected(tokens).logits, model(tokens).logits) >= floor
 
 
