@@ -1,4 +1,4 @@
-"""Formulas of `qcompile.expr` as Triton source: one table of operations."""
+"""Formulas of `qcompile.expr` as source: one table of operations for Triton, one for C++."""
 
 from __future__ import annotations
 
@@ -81,6 +81,51 @@ def to_triton(formula: Expr) -> str:
         dtype = _DTYPES[str(formula.literal)]
         return f"{operands[0]}.to({dtype}{', bitcast=True' if formula.op == 'bitcast' else ''})"
     return _TRITON[formula.op](*operands)
+
+
+_CPP: dict[str, Callable[..., str]] = {
+    "add": "({} + {})".format,
+    "sub": "({} - {})".format,
+    "mul": "({} * {})".format,
+    "and": "({} & {})".format,
+    "or": "({} | {})".format,
+    "shl": "({} << {})".format,
+    "shr": "({} >> {})".format,
+    "eq": "({} == {})".format,
+    "where": "where({}, {}, {})".format,
+    "cast": "to_f32({})".format,
+    "bitcast": "as_f32({})".format,
+    "lookup": lambda code, *values: f"lookup({code}, Table{{{', '.join(values)}}})",
+}
+"""Of vectors of int32 and float32 (`templates/cpp/vector.h`): what number formats decode by."""
+
+
+def cpp_constant(value: str | int | float | None) -> str:
+    """A number as C++ has it: float32 if it is a float, which must hold it exactly."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a constant of a formula is a number, not {value!r}")
+    if isinstance(value, int):
+        return str(value) if value >= 0 else f"({value})"
+    if math.isnan(value):
+        return '__builtin_nanf("")'
+    if math.isinf(value):
+        return f"({'-' if value < 0 else ''}__builtin_inff())"
+    return f"{value.hex()}f" if value >= 0 else f"({value.hex()}f)"
+
+
+def to_cpp(formula: Expr) -> str:
+    """One C++ expression of vectors.
+
+    Raises:
+        KeyError: an operation that the table lacks.
+    """
+    if formula.op == "var":
+        return str(formula.literal)
+    if formula.op == "const":
+        return cpp_constant(formula.literal)
+    if formula.op in ("cast", "bitcast") and formula.literal != "f32":
+        raise KeyError(f"{formula.op} to {formula.literal}")
+    return _CPP[formula.op](*map(to_cpp, formula.args))
 
 
 def operations(formula: Expr) -> set[str]:

@@ -5,6 +5,7 @@
 | `QCOMPILE_DUMP`      | `dump`      | folder that receives the graph after each pass and each generated kernel |
 | `QCOMPILE_CACHE_DIR` | `cache_dir` | folder of generated kernels and tuned choices                            |
 | `QCOMPILE_VERIFY`    | `verify`    | 1: check the graph after every pass, not only at the end                 |
+| `QCOMPILE_CPU_ISA`   | `cpu_isa`   | amx, avx512_bf16, avx512, avx2 or portable: for generated C++            |
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Flags:
     dump: Path | None = None
     cache_dir: Path = Path()
     verify: bool = False
+    cpu_isa: str | None = None
 
     @classmethod
     def from_environment(cls) -> Flags:
@@ -37,6 +39,7 @@ class Flags:
             dump=Path(dump) if dump else None,
             cache_dir=Path(cache) if cache else _default_cache_dir(),
             verify=os.environ.get("QCOMPILE_VERIFY", "0") not in ("", "0"),
+            cpu_isa=os.environ.get("QCOMPILE_CPU_ISA") or None,
         )
 
 

@@ -6,7 +6,6 @@
 | `rows8`    | 8-bit symmetric weights                      | int8 or float8 [N, K]                                    |
 | `fragment` | Triton GEMM whose weights go to registers    | int32 [N / 64, K / 64, 128 * bits], in MMA operand order |
 | `rows16`   | generated C++ for CPUs                       | int32 [N / 16, K / 32, bits, 16], a lane a row           |
-| `int4pack` | torch's int4 kernel for CPUs                 | uint8 [N, K / 2], an order that depends on the CPU       |
 
 N and K are padded to the tile where a layout has one. The first dimension of every tensor of `rows8`, `fragment` and
 `rows16` but `perm` runs over output features, so that layers sharing an input are merged by concatenating there.
@@ -14,7 +13,6 @@ N and K are padded to the tile where a layout has one. The first dimension of ev
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -25,7 +23,7 @@ from torch import Tensor
 from qcompile.bitpack import pack_bits
 from qcompile.formats import IntegerFormat
 from qcompile.packed import LOGICAL, PackedWeight
-from qcompile.scheme import WHOLE, Scheme
+from qcompile.scheme import WHOLE, Granularity, Scheme
 
 TILE = 64
 """Rows and columns of a `fragment` tile."""
@@ -108,7 +106,9 @@ def _rows_last(weight: PackedWeight, tile: int) -> PackedWeight:
         rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
         raw = values.view(torch.uint8) if values.element_size() == 1 else values
         padded = F.pad(raw.repeat_interleave(rows, 0)[:n], (0, 0, 0, -n % tile))
-        return padded.unflatten(0, (-1, tile)).transpose(1, 2).contiguous().view(values.dtype)
+        turned = padded.unflatten(0, (-1, tile)).transpose(1, 2)
+        # A copy, whose strides are the usual ones also where there is one group: merging must not change strides.
+        return turned.clone(memory_format=torch.contiguous_format).view(values.dtype)
 
     return weight.map(arrange)
 
@@ -121,7 +121,7 @@ def _rows_first(weight: PackedWeight) -> PackedWeight:
         if name in ("codes", "perm"):
             return values
         rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
-        return values.transpose(1, 2).flatten(0, 1)[:n:rows].contiguous()
+        return values.transpose(1, 2).flatten(0, 1)[:n:rows].clone(memory_format=torch.contiguous_format)
 
     return weight.map(arrange)
 
@@ -244,86 +244,35 @@ class Rows16Layout(Layout):
         return replace(_rows_first(weight), codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
 
 
-@functools.cache
-def int4pack_rows() -> Tensor:
-    """Which row of a block of 64 each nibble of a packed column holds: torch's order depends on the CPU, so ask it."""
-    index = torch.arange(64, dtype=torch.int32)
-    rows = torch.zeros(64, dtype=torch.int64)
-    for bit in range(6):
-        probe = ((index >> bit) & 1)[:, None].expand(64, 32).contiguous()
-        column = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1).flatten()[:32]
-        rows |= torch.stack([column & 15, column >> 4], -1).flatten().to(torch.int64) << bit
-    assert torch.equal(rows.sort().values, torch.arange(64)), "torch's int4 packing changed"
-    return rows
-
-
-class Int4PackLayout(Layout):
-    """What `torch.ops.aten._weight_int4pack_mm_for_cpu` takes: blocks of 64 rows, column after column.
-
-    Scales become bfloat16 [K / group, N, 2]: the scale, and what is added so that code 8 stands for it.
-    """
-
-    name = "int4pack"
-    tile = TILE
-    groups = (32, 64, 128, 256)
-
-    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        weight = scheme.weight
-        if not isinstance(weight.format, IntegerFormat) or weight.format.bits != 4:
-            return f"{weight.format.name} is no 4-bit integer"
-        if not weight.granularity.is_group or weight.granularity.columns not in self.groups:
-            return f"{weight.granularity}; torch's kernel takes groups of {', '.join(map(str, self.groups))}"
-        if weight.offset:
-            return "offsets; torch's kernel takes integer zero points"
-        if weight.scale_dtype != "bfloat16" or weight.super_scale is not None:
-            return f"{weight.scale_dtype} scales; torch's kernel takes bfloat16"
-        if shape[1] % weight.granularity.columns:
-            return "a last group that is shorter"
-        if scheme.activation is not None:
-            return "quantized activations; torch's kernel takes bfloat16"
-        return None
-
-    def pack(self, weight: PackedWeight) -> PackedWeight:
-        n = weight.shape[0]
-        codes = F.pad(weight.unpack_codes(), (0, 0, 0, -n % TILE))
-        scale = F.pad(weight.scale, (0, 0, 0, -n % TILE)).t()
-        zero = torch.zeros_like(scale)
-        if weight.zero_point is not None:
-            zero = (8 - F.pad(weight.zero_point, (0, 0, 0, -n % TILE)).t().float()) * scale.float()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-        pairs = torch.stack([scale, zero.to(scale.dtype)], -1).contiguous()
-        return replace(weight, codes=packed, scale=pairs, layout=self.name)
-
-    def codes(self, weight: PackedWeight) -> Tensor:
-        """uint8 [N, K]."""
-        n, k = weight.shape
-        columns = weight.codes.view(-1, k, 32)
-        nibbles = torch.stack([columns & 15, columns >> 4], -1).flatten(-2)
-        inverse = int4pack_rows().argsort()
-        return nibbles[..., inverse].transpose(1, 2).reshape(-1, k)[:n]
-
-    def unpack(self, weight: PackedWeight) -> PackedWeight:
-        scale = weight.scale[..., 0].t()[: weight.shape[0]].contiguous()
-        codes = pack_bits(self.codes(weight).contiguous(), weight.scheme.format.bits)
-        return replace(weight, codes=codes, scale=scale, layout=LOGICAL)
-
-
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (LogicalLayout(), Rows8Layout(), FragmentLayout(), Rows16Layout(), Int4PackLayout())
+    layout.name: layout for layout in (LogicalLayout(), Rows8Layout(), FragmentLayout(), Rows16Layout())
 }
+
+
+def integer_product(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    """Whether 8-bit integers on both sides are summed before any scale: one a row or tensor, and sums fit in int32."""
+    weight, activation = scheme.weight, scheme.activation
+    return (
+        activation is not None
+        and weight.format.native_dtype == activation.format.native_dtype == torch.int8
+        and weight.super_scale is None
+        and not weight.offset
+        and weight.granularity in (Granularity.channel(), Granularity.tensor())
+        and not activation.granularity.is_group
+        and shape[1] <= (2**31 - 1) // 128**2
+    )
 
 
 def choose_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
     """The layout whose kernel serves a layer best on a kind of device.
 
-    On GPUs 8-bit weights with 8-bit activations are `rows8` and all others `fragment`; on CPUs `int4pack` where torch's
-    kernel takes the scheme, then `rows8`, then `logical`.
+    On GPUs 8-bit weights with 8-bit activations are `rows8` and all others `fragment`; on CPUs int8 weights whose codes
+    int8 activations multiply are `rows8` and all others `rows16`. What these do not take is `logical`.
     """
     if device_type == "cuda":
         order = ["rows8", "fragment"] if scheme.activation is not None else ["fragment"]
     else:
-        order = ["int4pack", "rows8"]
+        order = ["rows8"] if integer_product(scheme, shape) else ["rows16"]
     for name in order:
         if LAYOUTS[name].objection(scheme, shape) is None:
             return LAYOUTS[name]

@@ -108,7 +108,7 @@ def _product(
 def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     from qcompile.runtime import cpu
 
-    return cpu.gemm(x, weight, decode_spec(spec))
+    return cpu.gemm(x, weight, spec)
 
 
 def _gemm_dynamic(

@@ -59,7 +59,6 @@ def test_round_trip(name, layout):
         "rows8": FORMATS[name].native_dtype is not None,
         "fragment": True,
         "rows16": True,
-        "int4pack": name in ("int4", "uint4"),
     }
     assert bool(taken) == expected[layout.name]
 
@@ -119,11 +118,7 @@ def test_mergeable_layouts_join_by_concatenation(layout):
     [
         ("rows8", scheme_of("int4", Granularity.channel()), (64, 64), "int4 is no 8-bit type"),
         ("fragment", scheme_of("int4", Granularity.block(4, 24)), (64, 48), "blocks of 24 columns"),
-        ("int4pack", scheme_of("int8", Granularity.group(32)), (64, 64), "int8 is no 4-bit integer"),
-        ("int4pack", scheme_of("int4", Granularity.group(16)), (64, 64), "group 16"),
-        ("int4pack", scheme_of("int4", Granularity.group(32), "float32"), (64, 64), "float32 scales"),
-        ("int4pack", scheme_of("int4", Granularity.group(32)), (64, 80), "a last group that is shorter"),
-        ("int4pack", PRESETS["int4_fp8"], (64, 128), "quantized activations"),
+        ("rows16", scheme_of("int4", Granularity.group(24)), (64, 48), "blocks of 24 columns"),
     ],
 )
 def test_objections(layout, scheme, shape, reason):

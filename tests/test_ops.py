@@ -9,7 +9,7 @@ import torch
 
 import qcompile.ops  # noqa: F401
 from qcompile.errors import DeviceError, GradientError
-from qcompile.layouts import LAYOUTS, choose_layout
+from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, quantize_weight
@@ -83,7 +83,7 @@ def test_epilogue_against_the_oracle(steps):
     packed, spec = made("int6", steps)
     bias = torch.randn(N) if "bias" in steps else None
     out = torch.ops.qcompile.linear(x, list(packed.tensors), bias, None, None, list(operands), spec)
-    weight = oracle.dequantize(packed)
+    weight = oracle.dequantize(to_layout(packed, LAYOUTS["logical"]))
     product = oracle.linear(x, weight)
     bound = tolerance.gemm_bound(x, weight, torch.float32)
     bound = tolerance.epilogue_bound(product, bound, bias, steps, operands)
@@ -93,7 +93,7 @@ def test_epilogue_against_the_oracle(steps):
 def test_identity_returns_the_decoded_weight():
     packed, spec = made("int6")
     out = torch.ops.qcompile.linear(torch.eye(K), list(packed.tensors), None, None, None, [], spec)
-    assert torch.equal(out.t(), dequantize(packed))
+    assert torch.equal(out.t(), dequantize(to_layout(packed, LAYOUTS["logical"])))
 
 
 def test_a_row_that_is_not_finite_spoils_only_itself():

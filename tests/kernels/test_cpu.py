@@ -1,20 +1,27 @@
-"""Products on CPUs against the float64 oracle of their own codes, and bit for bit where no rounding can happen."""
+"""Products on CPUs against the float64 oracle of their own codes, and bit for bit where no rounding can happen.
+
+Every scheme runs as torch decodes it, without a compiler; those of GENERATED have kernels built, which takes seconds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from qcompile import ops  # noqa: F401  (registers the operators)
+from qcompile.codegen.cpp import ISAS
+from qcompile.flags import override
+from qcompile.formats import FORMATS
 from qcompile.layouts import choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize_activation, quantize_activation, quantize_weight
-from qcompile.runtime import cpu
-from qcompile.scheme import PRESETS, Scheme, parse_scheme
+from qcompile.runtime import cpp, cpu
+from qcompile.scheme import PRESETS, SCALE_DTYPES, Scheme, parse_scheme
 from tests import oracle, tolerance
 
 SHAPE = (96, 256)
@@ -53,7 +60,55 @@ def _combinations() -> dict[str, Scheme]:
     return found
 
 
+def _read(name: str, group: int, scale_dtype: str, above: int = -1, *, offset: bool = False) -> Scheme:
+    """A scheme of checkpoints, whose scales have scales."""
+    weight = {"format": name, "group_size": group, "offset": offset, "scale_dtype": scale_dtype}
+    parsed = parse_scheme({"weight": {**weight, "super_scale": {"group_size": above, "dtype": "float16"}}})
+    return replace(parsed, weight=replace(parsed.weight, format=FORMATS[name]), method="checkpoint")
+
+
 SCHEMES = _combinations()
+SCHEMES |= {
+    "q4_k": _read("uint4", 32, "uint8", 256, offset=True),
+    "q2_k": _read("uint2", 16, "uint8", 256, offset=True),
+    "q6_k": _read("int6", 16, "int8", 256),
+    "iq4_xs": _read("iq4_nl", 32, "int8", 256),
+}
+GENERATED = [
+    *("int4", "int4_asym", "int3", "q5_1", "int8_weight_only", "nf4", "mxfp4", "nvfp4", "fp8_weight_only", "fp8_block"),
+    *("q4_k", "q6_k", "int7,False,16", "fp8_e5m2,[64, 48]", "int4_int8"),
+]
+"""Names of SCHEMES, of which every part of the template has one."""
+OTHER_ISAS = ["int3", "q5_1", "nvfp4", "fp8_weight_only"]
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cpp, "load", lambda spec: None)
+    cpu._linear.cache_clear()
+    yield
+    cpu._linear.cache_clear()
+
+
+def _random(scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
+    """Any codes and integer scales."""
+    weight, blocks = scheme.weight, scheme.weight.granularity.scale_shape(shape)
+    assert weight.super_scale is not None
+    lowest = -32 if weight.scale_dtype == "int8" else 0
+
+    def integers() -> Tensor:
+        return torch.randint(lowest, 64, blocks).to(SCALE_DTYPES[weight.scale_dtype])
+
+    above = [torch.rand(shape[0], weight.super_scale.count(shape[1])).half() / 1024 for _ in range(2)]
+    return PackedWeight.from_codes(
+        torch.randint(0, 2**weight.format.bits, shape).to(torch.uint8),
+        integers(),
+        None,
+        weight,
+        offset=integers() if weight.offset else None,
+        super_scale=above[0],
+        super_offset=-8 * above[1] if weight.offset else None,
+    )
 
 
 class Quantized:
@@ -62,7 +117,8 @@ class Quantized:
     def __init__(self, scheme: Scheme, weight: Tensor) -> None:
         shape = (weight.shape[0], weight.shape[1])
         self.scheme = scheme.fit("layer", shape)
-        self.logical = quantize_weight(weight, self.scheme.weight)
+        checkpoint = self.scheme.method == "checkpoint"
+        self.logical = _random(self.scheme, shape) if checkpoint else quantize_weight(weight, self.scheme.weight)
         self.layout = choose_layout(self.scheme, shape, "cpu")
         self.packed: PackedWeight = to_layout(self.logical, self.layout)
         self.spec = LinearSpec(in_features=shape[1], out_features=shape[0], scheme=self.scheme, layout=self.layout.name)
@@ -96,50 +152,69 @@ class Quantized:
         tolerance.assert_within(y, exact, tolerance.epilogue_bound(exact, product, out_dtype=x.dtype))
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_every_scheme_within_the_bound(name: str) -> None:
-    layer = Quantized(SCHEMES[name], torch.randn(SHAPE))
-    for m in (0, 1, 3, 40, 130):
-        x = torch.randn(m, SHAPE[1], dtype=torch.bfloat16)
+def check_every_m(layer: Quantized, rows: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Within the bound for each number of rows of x."""
+    for m in rows:
+        x = torch.randn(m, layer.spec.in_features, dtype=dtype)
         activation = layer.scheme.activation
         if m == 0 and activation is not None and activation.dynamic and str(activation.granularity) == "tensor":
             continue  # no elements, so no scale
         y = layer(x)
-        assert y.shape == (m, SHAPE[0])
+        assert y.shape == (m, layer.spec.out_features)
         if m:
             layer.check(x, y)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", PRESETS)
-def test_other_dtypes_of_activations(name: str, dtype: torch.dtype) -> None:
-    layer = Quantized(PRESETS[name], torch.randn(SHAPE))
-    for m in (3, 130):
-        x = torch.randn(m, SHAPE[1], dtype=dtype)
-        layer.check(x, layer(x))
-
-
-@pytest.mark.parametrize("m", [130])
-def test_float32_is_decoded_to_float32(m: int) -> None:
-    layer = Quantized(PRESETS["int3"], torch.randn(SHAPE))
-    x, weight = torch.randn(m, SHAPE[1]), layer.weight()
-    bound = tolerance.gemm_bound(x, weight, torch.float32)
-    tolerance.assert_within(layer(x), oracle.linear(x, weight), bound)
-
-
-@pytest.mark.parametrize("rows", [1, 256], ids=["few", "many"])
-@pytest.mark.parametrize("name", SCHEMES)
-def test_the_identity_reads_the_weight_bit_for_bit(name: str, rows: int) -> None:
+def check_identity(scheme: Scheme, rows: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> None:
     """With one 1 a row of x nothing is summed, and with scales that are powers of two y is the weight, rounded once."""
-    scheme = SCHEMES[name]
     if scheme.activation is not None:
         return  # dynamic scales of max / 127.5 are no powers of two; `integer_products` covers what is exact
     layer = Quantized(scheme, torch.randn(SHAPE))
     layer.logical = layer.logical.map(_powers_of_two)
     layer.packed = to_layout(layer.logical, layer.layout)
-    x = torch.eye(SHAPE[1], dtype=torch.bfloat16)
-    y = torch.cat([layer(part) for part in x.split(rows)])
-    assert torch.equal(y, layer.weight().T.to(y.dtype))
+    x = torch.eye(SHAPE[1], dtype=dtype)
+    for count in rows:
+        y = torch.cat([layer(part) for part in x.split(count)])
+        assert torch.equal(y, layer.weight().T.to(y.dtype)), count
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_decoded_by_torch(name: str, no_compiler: None) -> None:
+    check_every_m(Quantized(SCHEMES[name], torch.randn(SHAPE)), (0, 3, 130))
+    check_identity(SCHEMES[name], (256,))
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_kernels(name: str) -> None:
+    layer = Quantized(SCHEMES[name], torch.randn(SHAPE))
+    assert cpu._linear(layer.spec.encode()).kernel(torch.bfloat16) is not None
+    check_every_m(layer, (0, 1, 2, 3, 7, 18, 40, 300))
+    check_identity(SCHEMES[name], (1, 7, 256))
+
+
+@pytest.mark.parametrize("name", ["int4_asym", "int8_weight_only", "q4_k", "fp8_block"])
+def test_generated_kernels_in_float32(name: str) -> None:
+    layer = Quantized(SCHEMES[name], torch.randn(SHAPE))
+    for dtype in (torch.float32, torch.float16):
+        check_every_m(layer, (1, 7, 130), dtype)
+    check_identity(SCHEMES[name], (1, 256), torch.float32)
+    if layer.scheme.activation is None:
+        for m in (3, 130):
+            x = torch.randn(m, SHAPE[1])
+            bound = tolerance.gemm_bound(x, layer.weight(), torch.float32)
+            tolerance.assert_within(layer(x), oracle.linear(x, layer.weight()), bound)
+
+
+@pytest.mark.parametrize("isa", list(ISAS)[1:])
+@pytest.mark.parametrize("name", OTHER_ISAS)
+def test_other_instruction_sets(name: str, isa: str) -> None:
+    if isa not in list(ISAS)[list(ISAS).index(cpp.isa()) :]:
+        pytest.skip(f"no {isa} here")
+    with override(cpu_isa=isa):
+        cpu._linear.cache_clear()
+        check_every_m(Quantized(SCHEMES[name], torch.randn(SHAPE)), (1, 2, 7, 130))
+        check_identity(SCHEMES[name], (1, 7, 256))
+    cpu._linear.cache_clear()
 
 
 def _powers_of_two(name: str, values: Tensor) -> Tensor:
@@ -150,9 +225,12 @@ def _powers_of_two(name: str, values: Tensor) -> Tensor:
     return (power * torch.randint(-3, 4, values.shape) if name == "offset" else power).to(values.dtype)
 
 
-@pytest.mark.parametrize("m", [1, 130])
-def test_offsets_that_nearly_cancel_scaled_codes(m: int) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("m", [1, 300])
+def test_offsets_that_nearly_cancel_scaled_codes(m: int, compiled: bool, request: pytest.FixtureRequest) -> None:
     """Weights far smaller than their offsets: with either part rounded to bfloat16, nothing of them would be left."""
+    if not compiled:
+        request.getfixturevalue("no_compiler")
     scheme = parse_scheme({"weight": {"format": "uint8", "offset": True, "group_size": 32, "scale_dtype": "float32"}})
     layer = Quantized(scheme, torch.randn(SHAPE))
     scale = torch.rand(SHAPE[0], 8) + 0.5
@@ -182,19 +260,8 @@ def test_integer_products_are_exact(m: int) -> None:
     assert torch.equal(y.double(), oracle.linear(x.double(), layer.packed.codes.double()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("format_name", ["fp8_e4m3", "fp8_e5m2"])
-def test_every_float8_code(format_name: str, dtype: torch.dtype) -> None:
-    scheme = parse_scheme({"weight": {"format": format_name}}).weight
-    values = oracle.decode_values(format_name)
-    codes = torch.arange(256, dtype=torch.uint8)[values.isfinite()]
-    out = torch.empty(1, len(codes), dtype=dtype)
-    cpu._decoder(scheme.format, "rows8")(codes.view(scheme.format.native_dtype)[None], out)
-    assert torch.equal(out[0].double(), values[values.isfinite()])
-
-
-@pytest.mark.parametrize("shape", [(64, 32), (1, 64), (130, 576), (2100, 1024)])
-@pytest.mark.parametrize("name", ["int4", "int4_asym", "int3", "int8_weight_only", "fp8", "fp8_block", "int4_int8"])
+@pytest.mark.parametrize("shape", [(64, 32), (1, 64), (130, 336), (2100, 1024)])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only", "fp8_block", "int4_int8"])
 def test_shapes_that_fill_no_tile_and_those_of_many_chunks(name: str, shape: tuple[int, int]) -> None:
     layer = Quantized(PRESETS[name], torch.randn(shape))
     for m in (2, 64):
@@ -209,7 +276,7 @@ def test_rows_that_are_not_contiguous() -> None:
         assert torch.equal(layer(x), layer(x.contiguous())), name
 
 
-@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8", "int8_weight_only", "fp8", "fp8_block"])
+@pytest.mark.parametrize("name", ["int4", "int8", "int8_weight_only", "fp8_block"])
 def test_compiled(name: str, fresh_dynamo: None) -> None:
     layer = Quantized(PRESETS[name], torch.randn(SHAPE))
     compiled: Callable[[Tensor], Tensor] = torch.compile(lambda x: torch.relu(layer(x)), dynamic=True)
@@ -222,11 +289,14 @@ def test_compiled(name: str, fresh_dynamo: None) -> None:
             assert tolerance.sqnr(torch.relu(layer(x)), compiled(x)) > tolerance.sqnr_floor("int8", SHAPE[1])
 
 
-def test_names_say_which_kernel() -> None:
+def test_names_say_which_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def name(preset: str) -> str:
         return cpu.kernel_name(Quantized(PRESETS[preset], torch.randn(SHAPE)).spec)
 
-    assert name("int4").startswith("aten int4pack (bf16), decode + mm above M = ")
-    assert name("int8_weight_only").startswith("aten int8pack (bf16)")
     assert name("int8") == "aten int8 x int8 (int32)"
-    assert name("fp8") == name("int3") == name("int4_int8") == "decode + mm"
+    monkeypatch.setattr(cpp, "_processor", lambda: "amx")
+    assert name("int4") == name("fp8") == "C++ for amx, decode + mm above M = 256 in bf16"
+    with override(cpu_isa="avx2"):
+        assert name("int4") == "C++ for avx2, decode + mm above M = 32"
+    monkeypatch.setattr(cpp, "compiler", lambda: None)
+    assert name("int4") == "torch decode + mm (no C++ compiler)"

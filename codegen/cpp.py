@@ -1,0 +1,172 @@
+"""A weight's decoding as the text of a C++ file that multiplies by it: the template with its holes filled."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.printers import cpp_constant, to_cpp
+from qcompile.codegen.render import fill_hole
+from qcompile.expr import Expr, var
+from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.layouts import LAYOUTS
+from qcompile.linear_spec import LinearSpec
+from qcompile.scheme import WHOLE
+
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c")
+
+ISAS: dict[str, tuple[str, ...]] = {
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
+    "avx512_bf16": (*_AVX512, "avx512_bf16"),
+    "avx512": _AVX512,
+    "avx2": ("avx2", "fma", "f16c"),
+    "portable": (),
+}
+"""Instruction sets from the best to the least, by the features of a processor (as Linux names them) that they need."""
+
+_SCALES = {
+    "float32": "float",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float8_e8m0fnu": "float8_e8m0",
+    "float8_e4m3fn": "float8_e4m3",
+    "uint8": "std::uint8_t",
+    "int8": "std::int8_t",
+}
+_ELEMENTS = {"float32": "float", "bfloat16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CppSpec:
+    """Everything that decides a kernel's source. N, K and the columns of a group are arguments of the kernel.
+
+    Attributes:
+        weight: name of the weights' format.
+        zero_point, offset: what the scheme has.
+        scale_dtype: of scales and offsets.
+        super_dtype: of the scales of scales, or None.
+        unit: 32 or 16, a divisor of a group's columns.
+        element: "float32" or "bfloat16", of x, y and decoded weights.
+        isa: one of `ISAS`.
+    """
+
+    weight: str
+    zero_point: bool
+    offset: bool
+    scale_dtype: str
+    super_dtype: str | None
+    unit: int
+    element: str
+    isa: str
+
+    def encode(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str) -> CppSpec:
+    """The kernel for a linear whose weight is in layout `rows16`, for x and y of float32 or bfloat16."""
+    weight = spec.scheme.weight
+    assert LAYOUTS["rows16"].objection(spec.scheme, spec.shape) is None
+    return CppSpec(
+        weight=weight.format.name,
+        zero_point=not weight.symmetric and not weight.offset,
+        offset=weight.offset,
+        scale_dtype=weight.scale_dtype,
+        super_dtype=None if weight.super_scale is None else weight.super_scale.dtype,
+        unit=32 if weight.granularity.columns == WHOLE or weight.granularity.columns % 32 == 0 else 16,
+        element=str(dtype).removeprefix("torch."),
+        isa=isa,
+    )
+
+
+def _table(name: str, values: Tensor, entries: int) -> str:
+    """A table whose index may have more bits than a code: the values repeat."""
+    repeated = values.repeat(entries // len(values)).tolist()
+    rows = [", ".join(map(cpp_constant, repeated[i : i + 8])) for i in range(0, entries, 8)]
+    return f"constexpr {name} = {{{{\n" + "".join(f"    {row},\n" for row in rows) + "}};\n"
+
+
+_LOOKUP = """static inline f32 decode(i32 code) {
+  return lookup(code, VALUES);
+}
+"""
+_FORMULA = """static inline f32 decode(i32 code) {{
+  return {};
+}}
+"""
+_LOOKUP_PAIR = """static inline u32 decode_pair(u32 codes) {
+  return lookup(codes, PAIRS);
+}
+"""
+_FORMULA_PAIR = """static inline u32 decode_pair(u32 codes) {
+  u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
+  return low >> 16 | (high & 0xffff0000u);
+}
+"""
+
+
+def _decode(spec: CppSpec) -> tuple[str, bool]:
+    """The functions `decode` and `decode_pair`, and whether they need the bits above a code to be 0.
+
+    A format of few bits is a table of its values where the processor looks up 16 of them in one instruction; all others
+    compute the format's formula. Pairs come from a table of bfloat16, or are cut from float32, which is exact for the
+    formats that are left.
+    """
+    fmt = FORMATS[spec.weight]
+    values = fmt.decode(torch.arange(1 << fmt.bits, dtype=torch.int32))
+    assert isinstance(values, Tensor)
+    wide = "avx512f" in ISAS[spec.isa]
+    by_table = fmt.bits <= 4 and (wide or (spec.isa == "avx2" and not isinstance(fmt, IntegerFormat)))
+    pairs_by_table = fmt.bits <= 5 and wide
+    if by_table:
+        text = _table("Table VALUES", values, 16) + "\n" + _LOOKUP
+    else:
+        formula = fmt.decode(var("code"))
+        assert isinstance(formula, Expr)
+        text = _FORMULA.format(to_cpp(formula))
+    rounded = values.to(torch.bfloat16)
+    if pairs_by_table:
+        bits = rounded.view(torch.int16).int() & 0xFFFF
+        text += "\n" + _table("PairTable PAIRS", bits, 32) + "\n" + _LOOKUP_PAIR
+    else:
+        assert fmt.bits <= 5 or torch.equal(rounded.float().nan_to_num(), values.nan_to_num())
+        text += "\n" + _FORMULA_PAIR
+    unmasked = pairs_by_table and spec.element == "bfloat16"
+    return text, not (by_table and (unmasked or spec.element == "float32"))
+
+
+@functools.cache
+def _template(name: str) -> str:
+    return resources.files("qcompile.codegen.templates").joinpath("cpp").joinpath(name).read_text(encoding="utf-8")
+
+
+def render_cpp(spec: CppSpec) -> str:
+    """The kernel's source, one file without includes of its own.
+
+    All that comes from a checkpoint is chosen from registries and tables: names of types, and the numbers of a format.
+    """
+    decode, masked = _decode(spec)
+    constants = (
+        f"using Element = {_ELEMENTS[spec.element]};\n"
+        f"using Scale = {_SCALES[spec.scale_dtype]};\n"
+        f"using SuperScale = {_SCALES[spec.super_dtype or 'float32']};\n"
+        f"constexpr bool ZERO_POINT = {str(spec.zero_point).lower()};\n"
+        f"constexpr bool OFFSET = {str(spec.offset).lower()};\n"
+        f"constexpr bool SUPER_SCALE = {str(spec.super_dtype is not None).lower()};\n"
+        f"constexpr int BITS = {FORMATS[spec.weight].bits};\n"
+        f"constexpr int UNIT = {int(spec.unit)};\n"
+        f"constexpr bool MASKED = {str(masked).lower()};\n"
+    )
+    text = fill_hole(_template("gemm.cpp"), "constants", constants, comment="//")
+    text = fill_hole(text, "decode", decode, comment="//")
+    text = text.replace('#include "vector.h"\n', _template("vector.h"))
+    encoded = spec.encode()
+    assert encoded.isprintable()
+    return f"// Generated by qcompile from codegen/templates/cpp/gemm.cpp for {encoded}\n{text}"

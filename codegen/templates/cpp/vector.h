@@ -1,0 +1,175 @@
+// Vectors of LANES 32-bit numbers in the compiler's vector extension, and the few instructions that it has no operator
+// for, chosen by what the compiler is told to generate code for.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+using i64 = std::int64_t;
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int BLOCK = 16;  // rows whose codes lie side by side
+
+typedef float f32 __attribute__((vector_size(4 * LANES)));
+typedef std::int32_t i32 __attribute__((vector_size(4 * LANES)));
+typedef std::uint32_t u32 __attribute__((vector_size(4 * LANES)));
+typedef std::uint16_t u16 __attribute__((vector_size(2 * LANES)));
+typedef std::uint8_t u8 __attribute__((vector_size(LANES)));
+typedef std::int8_t i8 __attribute__((vector_size(LANES)));
+
+template <class To, class From>
+static inline To load(const From* from) {
+  To value;
+  static_assert(sizeof(value[0]) == sizeof(*from));
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+static inline f32 as_f32(u32 x) { return (f32)x; }
+static inline f32 as_f32(i32 x) { return (f32)x; }
+static inline u32 as_u32(f32 x) { return (u32)x; }
+static inline i32 as_i32(f32 x) { return (i32)x; }
+static inline f32 to_f32(i32 x) { return __builtin_convertvector(x, f32); }
+static inline f32 everywhere(float x) { return x - f32{}; }
+static inline u32 everywhere(std::uint32_t x) { return x + u32{}; }
+static inline f32 where(i32 condition, f32 a, f32 b) { return condition ? a : b; }
+static inline f32 where(i32 condition, float a, f32 b) { return condition ? everywhere(a) : b; }
+
+// 16 values of codes 0 to 15, and 32 of bfloat16 for codes 0 to 31; higher bits of a code are not looked at.
+struct Table {
+  float values[16];
+};
+struct PairTable {
+  std::uint16_t values[32];
+};
+
+static inline f32 lookup(i32 code, const Table& table) {
+#if defined(__AVX512F__)
+  return (f32)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(table.values));
+#elif defined(__AVX2__)
+  __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.values), (__m256i)code);
+  __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.values + 8), (__m256i)code);
+  return (f32)_mm256_blendv_ps(low, high, (__m256)(code << 28));
+#else
+  f32 value;
+  for (int lane = 0; lane < LANES; ++lane) value[lane] = table.values[code[lane] & 15];
+  return value;
+#endif
+}
+
+#if defined(__AVX512BW__)
+// Both halves of each lane at once.
+static inline u32 lookup(u32 pair, const PairTable& table) {
+  return (u32)_mm512_permutexvar_epi16((__m512i)pair, _mm512_loadu_si512(table.values));
+}
+#endif
+
+// sum + the products of the bfloat16 halves of each lane
+static inline f32 dot(f32 sum, u32 pair, u32 other) {
+#if defined(__AVX512BF16__)
+  return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)other);
+#else
+  sum += as_f32(pair << 16) * as_f32(other << 16);
+  return sum + as_f32(pair & 0xffff0000u) * as_f32(other & 0xffff0000u);
+#endif
+}
+
+// Stored types of scales.
+struct bfloat16 {
+  std::uint16_t bits;
+};
+struct float16 {
+  std::uint16_t bits;
+};
+struct float8_e8m0 {
+  std::uint8_t bits;
+};
+struct float8_e4m3 {
+  std::uint8_t bits;
+};
+
+static inline float number(float x) { return x; }
+static inline float number(bfloat16 x) {
+  std::uint32_t bits = (std::uint32_t)x.bits << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+static inline i32 widen(u16 x) { return __builtin_convertvector(x, i32); }
+static inline i32 widen(u8 x) { return __builtin_convertvector(x, i32); }
+static inline f32 values(const float* x) { return load<f32>(x); }
+static inline f32 values(const std::uint8_t* x) { return to_f32(widen(load<u8>(x))); }
+static inline f32 values(const std::int8_t* x) { return to_f32(__builtin_convertvector(load<i8>(x), i32)); }
+static inline f32 values(const bfloat16* x) { return as_f32(widen(load<u16>(&x->bits)) << 16); }
+static inline f32 values(const float8_e8m0* x) {
+  i32 exponent = widen(load<u8>(&x->bits));
+  f32 value = where(exponent == 0, 0x1p-127f, as_f32(exponent << 23));
+  return where(exponent == 255, __builtin_nanf(""), value);
+}
+
+// A sign and a magnitude of an exponent and MANTISSA bits, which also tell 0 from subnormal numbers.
+template <int SIGN, int MANTISSA, int BIAS>
+static inline f32 small_float(i32 bits) {
+  i32 magnitude = bits & ((1 << SIGN) - 1);
+  i32 sign = (bits >> SIGN) << 31;
+  f32 normal = as_f32((magnitude << (23 - MANTISSA)) + ((127 - BIAS) << 23));
+  f32 subnormal = to_f32(magnitude) * as_f32(i32{} + ((128 - BIAS - MANTISSA) << 23));
+  return as_f32(as_i32(where(magnitude < (1 << MANTISSA), subnormal, normal)) | sign);
+}
+
+static inline f32 values(const float16* x) {
+#if defined(__AVX512F__)
+  return (f32)_mm512_cvtph_ps((__m256i)load<u16>(&x->bits));
+#elif defined(__F16C__)
+  return (f32)_mm256_cvtph_ps((__m128i)load<u16>(&x->bits));
+#else
+  i32 bits = widen(load<u16>(&x->bits));
+  i32 magnitude = bits & 0x7fff;
+  f32 special = as_f32(((bits >> 15) << 31) | 0x7f800000 | (magnitude << 13));
+  return where(magnitude >= 0x7c00, special, small_float<15, 10, 15>(bits));
+#endif
+}
+static inline f32 values(const float8_e4m3* x) {
+  i32 bits = widen(load<u8>(&x->bits));
+  return where((bits & 0x7f) == 0x7f, __builtin_nanf(""), small_float<7, 3, 7>(bits));
+}
+
+// The nearest bfloat16, ties to even, in the lower half of each lane.
+static inline u32 to_bfloat16(f32 x) {
+  u32 bits = as_u32(x);
+  u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : everywhere(0x7fc0u);
+}
+
+// Up to LANES numbers to memory.
+static inline void store(float* to, f32 x, i64 count) {
+  std::memcpy(to, &x, count < LANES ? count * sizeof(float) : sizeof(x));
+}
+static inline void store(bfloat16* to, f32 x, i64 count) {
+  u16 bits = __builtin_convertvector(to_bfloat16(x), u16);
+  std::memcpy(to, &bits, count < LANES ? count * sizeof(bfloat16) : sizeof(bits));
+}
+
+// body(0) to body(COUNT - 1) with constants for arguments, so that all that is indexed by them stays in registers.
+template <int... INDEX, class Body>
+static inline void each(std::integer_sequence<int, INDEX...>, Body body) {
+  (body(std::integral_constant<int, INDEX>()), ...);
+}
+template <int COUNT, class Body>
+static inline void each(Body body) {
+  each(std::make_integer_sequence<int, COUNT>(), body);
+}
