@@ -21,6 +21,7 @@ from qcompile.checkpoint.loader import fill, open_checkpoint
 from qcompile.checkpoint.saving.save import quantized_state_dict
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, QCompileError
+from qcompile.experts import expert_modules, quantize_experts
 from qcompile.modules import QuantizedLinear
 from qcompile.quantize import is_conv1d, linear_modules, quantized_linear
 from qcompile.scheme import Scheme
@@ -113,7 +114,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     def _choose_schemes(self, model: nn.Module) -> None:
         assert self.online is not None
         modules = linear_modules(model)
-        self.online.check_used(modules)
+        self.online.check_used([*modules, *expert_modules(model)])
         for name, module in modules.items():
             scheme = self.online.scheme_for(name)
             if scheme is None:
@@ -155,6 +156,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             # A head that is tied to the embedding has no tensor of its own, so it is quantized only now.
             for name in linear_modules(model).keys() & self.schemes.keys():
                 self.replace(model, name)
+            for name, experts in expert_modules(model).items():
+                if (scheme := self.online.scheme_for(name)) is not None:
+                    model.set_submodule(name, quantize_experts(name, experts, scheme))
         model.requires_grad_(False)
 
     def is_serializable(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -215,6 +216,19 @@ def test_quantize_reaches_experts(kind: str, scheme: str) -> None:
             assert 10 < tolerance.sqnr(original, weight) < 60
             original.copy_(weight)
     check_same(model, expected)
+
+
+def test_from_pretrained_quantizes_experts_alike(tmp_path: Path) -> None:
+    model = make_moe("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    given = qcompile.TransformersConfig(EXPERTS_ONLY)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=given)
+    qcompile.quantize_(model, EXPERTS_ONLY, progress=False)
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert any(name.endswith("experts.down_proj.codes") for name in expected)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8)), name
 
 
 def test_saved_and_copied_experts_are_the_same() -> None:
