@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, method_for
 from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
-from qcompile.errors import CheckpointError, ConfigError, LayerError
+from qcompile.errors import CheckpointError, ConfigError, LayerError, shown
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
@@ -62,6 +63,7 @@ def open_checkpoint(path: str | Path) -> Source:
     config = None
     if "model_type" in described:
         config = _transformers_config(path)
+        _check_extents(path, config, store)
         store = renamed(store, config.model_type)
     return Source(store, method_for(quantization_config(path, described), store), config)
 
@@ -86,11 +88,32 @@ def _transformers_config(folder: Path) -> Any:
 
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of any kind, with a configuration of any content
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} makes no model of it ({error}); give "
             "the model yourself: qcompile.load(path, model=...)"
         ) from None
+
+
+_EXTENTS = ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
+
+
+def _check_extents(folder: Path, config: Any, store: TensorStore) -> None:
+    """A model is built before its tensors are read, so its description must not ask for more than the files hold.
+
+    Raises:
+        CheckpointError: more layers than tensors, or extents beyond all that is stored.
+    """
+    text = config.get_text_config()
+    names = store.names()
+    stored = sum(math.prod(store.info(name).shape) * store.info(name).dtype.itemsize * 8 for name in names)
+    for key, most in (("num_hidden_layers", len(names)), *((key, stored) for key in _EXTENTS)):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key} is {shown(value)}, but the files hold {len(names)} tensors of "
+                f"{stored // 8} bytes; they are of another model, or damaged"
+            )
 
 
 class _RenamedStore(TensorStore):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import json
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -42,6 +43,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_FILE_NAME = re.compile(r"[^/\\]{1,200}")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -192,7 +194,7 @@ def _sharded(folder: Path, index: Path) -> TensorStore:
         raise CheckpointError(f"{index}: has no weight_map from tensors to files")
     where: dict[str, Path] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or not file.isprintable() or {"/", "\\"} & set(file):
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file) or not file.isprintable() or file in (".", ".."):
             raise CheckpointError(f"{index}: {shown(name)} is in {shown(file)}; shards are files of the same folder")
         where[name] = folder / file
     files = sorted(set(where.values()))

@@ -291,7 +291,7 @@ def test_scales_of_the_kv_cache(shape, tmp_path):
     model = quantized("int4")
     model.model.layers[1].self_attn.kv_scales = attention.kv_scales
     for format in ("gptq", "gguf"):
-        with pytest.raises(CheckpointError, match="self_attn: .*KV cache"):
+        with pytest.raises(CheckpointError, match=r"self_attn: .*KV cache"):
             qcompile.save(model, tmp_path / format, format)
 
 
@@ -326,7 +326,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("scheme", "changes", "format", "words"), REFUSED)
 def test_what_a_format_cannot_hold_is_refused(scheme, changes, format, words, tmp_path):
-    rules = [{"layers": "*.up_proj", "scheme": replace(PRESETS[scheme], weight=replace(PRESETS[scheme].weight, **changes))}]
+    rules = [
+        {"layers": "*.up_proj", "scheme": replace(PRESETS[scheme], weight=replace(PRESETS[scheme].weight, **changes))}
+    ]
     model = qcompile.quantize_(llama(num_hidden_layers=1), {"rules": rules}, progress=False)
     with pytest.raises(CheckpointError) as error:
         qcompile.save(model, tmp_path, format)
