@@ -7,6 +7,7 @@ from qcompile.passes.context import Decline, GraphContext, Pass, Rewrite
 from qcompile.passes.fuse_epilogue import fuse_epilogue
 from qcompile.passes.merge_projections import merge_projections
 from qcompile.passes.normalize import normalize
+from qcompile.passes.quantize_attention import quantize_attention
 from qcompile.passes.quantize_linear import quantize_linear
 from qcompile.passes.verify import verify
 
@@ -15,6 +16,7 @@ PASSES: tuple[Pass, ...] = (
     annotate,
     merge_projections,
     quantize_linear,
+    quantize_attention,
     fuse_epilogue,
     verify,
 )

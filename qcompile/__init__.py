@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from qcompile.checkpoint.loader import load
@@ -12,16 +13,31 @@ from qcompile.quantize import quantize_
 from qcompile.report import explain
 
 if TYPE_CHECKING:
+    from qcompile.integrations.caches import TransformersCache, calibrate_kv_cache
     from qcompile.integrations.transformers import TransformersConfig
 
 __version__ = "0.1.0"
-__all__ = ["QuantConfig", "TransformersConfig", "explain", "load", "quantize_", "quantized", "save"]
+__all__ = [
+    "QuantConfig",
+    "TransformersCache",
+    "TransformersConfig",
+    "calibrate_kv_cache",
+    "explain",
+    "load",
+    "quantize_",
+    "quantized",
+    "save",
+]
+
+_NEEDS_TRANSFORMERS = {
+    "TransformersCache": "qcompile.integrations.caches",
+    "TransformersConfig": "qcompile.integrations.transformers",
+    "calibrate_kv_cache": "qcompile.integrations.caches",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`TransformersConfig`, which needs transformers, is imported when it is asked for."""
-    if name != "TransformersConfig":
+    """What needs transformers is imported when it is asked for."""
+    if name not in _NEEDS_TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qcompile.integrations.transformers import TransformersConfig
-
-    return TransformersConfig
+    return getattr(importlib.import_module(_NEEDS_TRANSFORMERS[name]), name)

@@ -149,6 +149,18 @@ def reset_compiler() -> None:
     torch._dynamo.reset()
 
 
+def mark_static(*tensors: Tensor) -> None:
+    """Promise that these tensors' addresses stay, so that CUDA graphs may change them in place.
+
+    While a graph is traced nothing is promised.
+    """
+    import torch._dynamo
+
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
 def without_torch_function() -> AbstractContextManager[None]:
     """A context in which tensor subclasses are taken as plain tensors."""
     return torch._C.DisableTorchFunctionSubclass()

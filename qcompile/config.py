@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.errors import ConfigError, shown
+from qcompile.kv_cache import KVScheme, parse_kv_cache
 from qcompile.scheme import Scheme, check_keys, parse_scheme, scheme_to_dict
 
 _RULE_KEYS = ("layers", "scheme", "optional")
-_CONFIG_KEYS = ("rules", "ignore")
+_CONFIG_KEYS = ("rules", "ignore", "kv_cache")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -44,9 +45,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Ordered rules. Frozen and hashable; `to_dict` and `from_dict` round-trip through JSON."""
+    """Ordered rules. Frozen and hashable; `to_dict` and `from_dict` round-trip through JSON.
+
+    Attributes:
+        rules: the first that matches a layer decides it.
+        kv_cache: what keys and values are stored as; None leaves the choice of a cache to the model.
+    """
 
     rules: tuple[Rule, ...]
+    kv_cache: KVScheme | None = None
 
     def scheme_for(self, name: str) -> Scheme | None:
         """The scheme of the first rule that matches a layer's name; None where none does or it says so."""
@@ -85,22 +92,24 @@ class QuantConfig:
         for rule in self.rules:
             scheme = None if rule.scheme is None else scheme_to_dict(rule.scheme)
             rules.append({"layers": rule.layers, "scheme": scheme} | ({"optional": True} if rule.optional else {}))
-        return {"rules": rules}
+        return {"rules": rules} | ({} if self.kv_cache is None else {"kv_cache": self.kv_cache.to_config()})
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> QuantConfig:
-        """From `{"rules": [{"layers": glob, "scheme": ...}, ...], "ignore": [glob, ...]}`.
+        """From `{"rules": [{"layers": glob, "scheme": ...}, ...], "ignore": [glob, ...], "kv_cache": ...}`.
 
-        `ignore` is short for leading rules whose scheme is None.
+        `ignore` is short for leading rules whose scheme is None. `kv_cache` is what `parse_kv_cache` takes; with it
+        there may be no rules, which leaves all layers as they are.
 
         Raises:
             ConfigError: unknown keys or values.
         """
         check_keys("config", given, _CONFIG_KEYS)
-        ignore, listed = given.get("ignore", []), given.get("rules")
+        kv_cache = parse_kv_cache(given.get("kv_cache"))
+        ignore, listed = given.get("ignore", []), given.get("rules", () if kv_cache is not None else None)
         if not isinstance(ignore, (list, tuple)) or not all(isinstance(glob, str) and glob for glob in ignore):
             raise ConfigError(f"config: ignore must be a list of globs, not {shown(ignore)}")
-        if not isinstance(listed, (list, tuple)) or not listed:
+        if not isinstance(listed, (list, tuple)) or (not listed and kv_cache is None):
             raise ConfigError('config needs rules, a list such as [{"layers": "*", "scheme": "int4"}]')
         rules = [Rule(layers=glob, scheme=None) for glob in ignore]
         for position, entry in enumerate(listed):
@@ -116,7 +125,7 @@ class QuantConfig:
             except ConfigError as error:
                 raise ConfigError(f"{what} ({entry['layers']}): {error}") from None
             rules.append(Rule(layers=entry["layers"], scheme=scheme, optional=optional))
-        return cls(tuple(rules))
+        return cls(tuple(rules), kv_cache)
 
 
 def _nearest(glob: str, names: list[str]) -> list[str]:

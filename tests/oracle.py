@@ -217,3 +217,56 @@ def quantize_activation(
             top = part.abs().max().item()
             scale[i, start:stop] = static_scale if static_scale is not None else (top / reach or 1.0)
     return nearest_values(format_name, x / scale), scale
+
+
+def kv_values(codes: Tensor, scale: Tensor, format_name: str, head_dim: int) -> Tensor:
+    """Keys or values [B, H, T, D] of a cache's bytes [B, H, T, width], in float64; scale [], [H] or [B, H, T]."""
+    width = codes.shape[-1]
+    table = decode_values(format_name)
+    if width == head_dim:
+        values = table[codes.long().cpu()]
+    else:
+        low, high = codes.long().cpu() % 16, codes.long().cpu() // 16
+        values = table[torch.cat([low, high], -1)]
+    scale = scale.to(torch.float64).cpu()
+    return values * {0: lambda: scale, 1: lambda: scale[:, None, None], 3: lambda: scale[..., None]}[scale.dim()]()
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    length: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(query key^T) value in float64, head by head.
+
+    Args:
+        query: [B, Hq, Q, D]; key, value: [B, H, T, D] and [B, H, T, Dv]; query head h reads head h // (Hq / H).
+        mask: boolean (True: attended) or added, broadcast to [B, Hq, Q, T].
+        length: positions from it on are not attended to.
+
+    Returns:
+        the result [B, Hq, Q, Dv], zeros where nothing is attended to; the weights and the scores [B, Hq, Q, T].
+    """
+    query, key, value = (t.to(torch.float64).cpu() for t in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    heads = torch.arange(query.shape[1]) // group
+    scores = query @ key[:, heads].mT * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = torch.ones(scores.shape, dtype=torch.bool)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed &= mask.cpu()
+    elif mask is not None:
+        added = mask.to(torch.float64).cpu()
+        scores, allowed = scores + added, allowed & (added != -math.inf)
+    if length is not None:
+        allowed &= torch.arange(key.shape[2]) < length
+    scores = scores.where(allowed, torch.tensor(-math.inf, dtype=torch.float64))
+    weights = torch.softmax(scores, -1).where(allowed.any(-1, keepdim=True), torch.zeros((), dtype=torch.float64))
+    kept = value if length is None else value[:, :, :length]
+    return weights[..., : kept.shape[2]] @ kept[:, heads], weights, scores

@@ -208,10 +208,7 @@ def attention_bound(
     batch, heads, context, _ = key.shape
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3)
     products = torch.stack(
-        [
-            torch.stack([gemm_bound(rows[b, h], key[b, h], compute_dtype) for h in range(heads)])
-            for b in range(batch)
-        ]
+        [torch.stack([gemm_bound(rows[b, h], key[b, h], compute_dtype) for h in range(heads)]) for b in range(batch)]
     ).reshape(scores.shape)
     live = weights > 0
     s = scores.where(live, torch.zeros_like(scores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from qcompile.experts import GroupedLinear, expert_modules
 from qcompile.layouts import LAYOUTS, to_layout
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import LOGICAL
-from qcompile.passes import Decline, GraphContext
+from qcompile.passes import Decline, GraphContext, Rewrite
 from qcompile.passes.context import Args, Layer
+from qcompile.passes.quantize_attention import RULE as ATTENTION_RULE
 from qcompile.pipeline import rewrite
 from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
@@ -56,11 +58,15 @@ class Explanation:
     """The layers in the order of the graph, and what passes declined to do, with their reasons.
 
     `print` shows a table; `to_json` gives all of it.
+
+    Attributes:
+        attention: the attentions that read a quantized KV cache directly.
     """
 
     layers: tuple[LayerReport, ...]
     declined: tuple[Decline, ...]
     graphs: int
+    attention: tuple[Rewrite, ...] = ()
 
     def to_json(self) -> str:
         """Everything as JSON."""
@@ -68,6 +74,7 @@ class Explanation:
             "graphs": self.graphs,
             "layers": [asdict(layer) for layer in self.layers],
             "declined": [asdict(decline) for decline in self.declined],
+            "attention": [asdict(rewrite) for rewrite in self.attention],
         }
         return json.dumps(content, indent=1)
 
@@ -100,7 +107,14 @@ class Explanation:
                 ", ".join(layer.epilogue),
                 layer.note,
             )
+        table.caption = self._attention() or None
         return table
+
+    def _attention(self) -> str:
+        """What became of attention over KV caches, in one line for each outcome."""
+        outcomes = [event.what for event in self.attention]
+        outcomes += [f"declined: {event.reason}" for event in self.declined if event.rule == ATTENTION_RULE]
+        return "\n".join(f"attention of {count} layers: {what}" for what, count in Counter(outcomes).items())
 
 
 def kernel_name(spec: LinearSpec, device_type: str) -> str:
@@ -178,6 +192,7 @@ def explain(
     parsed = None if config is None else parse_config(config)
     layers: list[LayerReport] = []
     declined: list[Decline] = []
+    attention: list[Rewrite] = []
     graphs = 0
 
     def dry_run(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
@@ -189,6 +204,7 @@ def explain(
         layers.extend(_report(context, n, context.layers[n]) for n in sorted(context.layers, key=order.__getitem__))
         layers.extend(LayerReport(name, None, None, note=reason) for name, reason in context.left.items())
         declined.extend(e for e in context.events if isinstance(e, Decline))
+        attention.extend(e for e in context.events if isinstance(e, Rewrite) and e.rule == ATTENTION_RULE)
         return graph_module.forward
 
     compat.reset_compiler()
@@ -197,4 +213,4 @@ def explain(
     compat.reset_compiler()
     if isinstance(model, nn.Module):
         layers.extend(_experts(model, parsed))
-    return Explanation(tuple(layers), tuple(declined), graphs)
+    return Explanation(tuple(layers), tuple(declined), graphs, tuple(attention))

@@ -1,0 +1,372 @@
+"""Attention that reads a quantized cache -> qcompile.attention, which never writes the dequantized cache
+
+    scaled_dot_product_attention(q, K, V, mask)    any scale, with enable_gqa or without
+    softmax(q @ K^T * scale + mask) @ V            also with cap * tanh(. / cap) before the mask (Gemma), with casts,
+                                                   and with masked_fill(mask, -inf) for the mask
+
+where K and V are `dequantize_kv` of one layer's cache, each through an optional `repeat_kv`. Attention to other keys is
+left to Inductor. What is not taken is declined with its reason; the cache is then dequantized for it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+import qcompile.attention  # noqa: F401  (registers the operators)
+from qcompile import compat
+from qcompile.kv_cache import AttentionSpec, decode_kv_spec
+from qcompile.passes.context import GraphContext, example, replace
+
+ATTENTION = torch.ops.qcompile.attention.default
+RULE = "quantize_attention"
+_READS = (torch.ops.qcompile.dequantize_kv, torch.ops.qcompile.dequantize_kv.default)
+_MATMULS = (torch.matmul, operator.matmul, "matmul")
+_SOFTMAX = (F.softmax, torch.softmax, "softmax")
+_ADD = (operator.add, torch.add, "add", operator.iadd)
+_MUL = (operator.mul, torch.mul, "mul", operator.imul)
+_DIV = (operator.truediv, torch.div, "div", operator.itruediv)
+_CASTS = ("to", "type", "type_as", "float", "bfloat16", "half")
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+class _No(Exception):
+    """Why an attention is not taken."""
+
+
+@dataclass
+class _Match:
+    """An attention and the nodes that it is made of, from its result backwards."""
+
+    query: Any
+    key: fx.Node
+    value: fx.Node
+    mask: Any = None
+    masked_out: bool = False
+    scale: float = 1.0
+    softcap: float = 0.0
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def _is(node: object, targets: tuple[Any, ...]) -> bool:
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
+
+
+def _named(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _repeated(node: Any) -> Any:
+    """What a node is a `repeat_kv` of: every head of [B, H, T, D] n times, one after another."""
+    shape = example(node).shape
+    if _is(node, ("repeat_interleave", torch.repeat_interleave)):
+        given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
+        return given["input"] if isinstance(given.get("repeats"), int) and given.get("dim") in (1, -3) else None
+    if not _is(node, ("reshape", "view", "flatten", torch.reshape, torch.flatten)):
+        return None
+    expanded = node.args[0]
+    if not _is(expanded, ("expand",)):
+        return None
+    inner = expanded.args[0]
+    source = inner.args[0] if isinstance(inner, fx.Node) and inner.args else None
+    whole = slice(None)
+    if _is(inner, (operator.getitem,)):
+        index = tuple(inner.args[1]) if isinstance(inner.args[1], (tuple, list)) else ()
+        if index[:3] != (whole, whole, None) or any(i not in (whole, Ellipsis) for i in index[3:]):
+            return None
+    elif not (_is(inner, ("unsqueeze", torch.unsqueeze)) and inner.args[1:] in ((2,), (-3,))):
+        return None
+    if example(source) is None or example(source).dim() != 4:
+        return None
+    batch, heads, length, size = example(source).shape
+    repeats = example(expanded).shape[2]
+    return source if shape == (batch, heads * repeats, length, size) else None
+
+
+def _read(node: Any, nodes: list[fx.Node]) -> fx.Node | None:
+    """The `dequantize_kv` behind keys or values; the nodes on the way are added to `nodes`."""
+    passed: list[fx.Node] = []
+    while isinstance(node, fx.Node) and example(node) is not None:
+        passed.append(node)
+        if _is(node, _READS):
+            nodes += passed
+            return node
+        if _is(node, ("contiguous",)):
+            node = node.args[0]
+        elif (source := _repeated(node)) is not None:
+            expanded: Any = node.args[0]
+            passed += [expanded, expanded.args[0]] if _is(expanded, ("expand",)) else []
+            node = source
+        else:
+            return None
+    return None
+
+
+def _touches(node: object, depth: int = 8) -> bool:
+    """Whether a quantized cache is read a few steps before a node."""
+    if not isinstance(node, fx.Node) or depth == 0:
+        return False
+    return _is(node, _READS) or any(_touches(i, depth - 1) for i in node.all_input_nodes)
+
+
+def _pair(key: object, value: object, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    keys, values = _read(key, nodes), _read(value, nodes)
+    if keys is None or values is None:
+        which = "keys" if keys is None else "values"
+        raise _No(f"its {which} are not the whole cache as it was read")
+    return keys, values
+
+
+def _number(value: object, what: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise _No(f"its {what} is computed in the graph")
+    return float(value)
+
+
+def _match_sdpa(node: fx.Node) -> _Match:
+    given: dict[str, Any] = dict(zip(_SDPA, node.args, strict=False)) | node.kwargs
+    nodes = [node]
+    if given.get("is_causal"):
+        raise _No("is_causal aligns queries with the cache's first keys, not its last; give a mask")
+    if given.get("dropout_p"):
+        raise _No("it has dropout")
+    keys, values = _pair(given["key"], given["value"], nodes)
+    scale = given.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(example(given["query"]).shape[-1])
+    return _Match(given["query"], keys, values, given.get("attn_mask"), scale=_number(scale, "scale"), nodes=nodes)
+
+
+def _only_reader(node: fx.Node, reader: fx.Node) -> None:
+    if list(node.users) != [reader]:
+        raise _No(f"what {_named(node)} gives is also read by others")
+
+
+def _transposed(node: object) -> Any:
+    """What a node swaps the last two dimensions of."""
+    if not isinstance(node, fx.Node) or not node.args:
+        return None
+    given = tuple(node.args[1:])
+    if _is(node, ("transpose", "swapaxes", "swapdims", torch.transpose)) and len(given) == 2:
+        return node.args[0] if {d % 4 for d in given if isinstance(d, int)} == {2, 3} else None
+    if _is(node, ("permute", torch.permute)):
+        order: Any = given[0] if len(given) == 1 else given
+        return node.args[0] if tuple(order) == (0, 1, 3, 2) else None
+    if _named(node) == "mT" or (node.target is getattr and given == ("mT",)):
+        return node.args[0]
+    return None
+
+
+def _split(node: Any, targets: tuple[Any, ...]) -> tuple[Any, Any] | None:
+    """(the scores, the other operand) of a binary operation."""
+    if not _is(node, targets) or len(node.args) != 2 or node.kwargs:
+        return None
+    left, right = node.args
+    if isinstance(left, fx.Node) and _scored(left):
+        return left, right
+    return (right, left) if isinstance(right, fx.Node) and _scored(right) and targets is not _DIV else None
+
+
+def _scored(node: fx.Node) -> bool:
+    """Whether a node's value comes from a product with keys of a cache, through elementwise steps."""
+    for _ in range(12):
+        if _is(node, _MATMULS):
+            return _touches(node.args[1])
+        inputs = [a for a in node.args if isinstance(a, fx.Node)]
+        if not inputs or node.op == "placeholder":
+            return False
+        scored = [i for i in inputs if i.op != "placeholder" and example(i) is not None]
+        ahead = next((i for i in scored if example(i).shape == example(node).shape), None)
+        if ahead is None:
+            return False
+        node = ahead
+    return False
+
+
+def _match_written_out(node: fx.Node) -> _Match:
+    """From `weights @ V` back to `q @ K^T`."""
+    weights: Any
+    weights, value = node.args
+    nodes = [node]
+    below = node
+
+    def step(following: Any) -> Any:
+        """On to the node before, which nothing else may read."""
+        nonlocal below
+        _only_reader(following, below)
+        nodes.append(following)
+        below = following
+        return following
+
+    while _is(weights, _CASTS):
+        weights = step(weights).args[0]
+    if _is(weights, (F.dropout, torch.dropout, "dropout")):
+        raise _No("it has dropout")
+    step(weights)
+    given: dict[str, Any] = dict(zip(("input", "dim"), weights.args, strict=False)) | weights.kwargs
+    if given.get("dim") not in (-1, 3):
+        raise _No("its softmax is not over the context")
+    scores = given["input"]
+    match = _Match(None, node, node, nodes=nodes)
+
+    def casts(scores: Any) -> Any:
+        while _is(scores, _CASTS):
+            scores = step(scores).args[0]
+        return scores
+
+    scores = casts(scores)
+    if _is(scores, ("masked_fill", torch.masked_fill)):
+        if len(scores.args) != 3 or scores.args[2] != -math.inf:
+            raise _No("masked_fill puts another value than -inf")
+        match.mask, match.masked_out = scores.args[1], True
+        scores = casts(step(scores).args[0])
+    elif (found := _split(scores, _ADD)) is not None:
+        if not isinstance(found[1], fx.Node):
+            raise _No("a number is added to its scores")
+        step(scores)
+        scores, match.mask = casts(found[0]), found[1]
+    if (found := _split(scores, _MUL)) is not None and _is(found[0], (torch.tanh, F.tanh, "tanh")):
+        match.softcap = _number(found[1], "soft cap")
+        step(scores)
+        capped = step(found[0]).args[0]
+        found = _split(capped, _DIV) or _split(capped, _MUL)
+        if found is None:
+            raise _No("its scores are not divided by the soft cap before tanh")
+        divisor = _number(found[1], "soft cap")
+        divisor = divisor if _is(capped, _DIV) else 1 / divisor
+        if not math.isclose(divisor, match.softcap, rel_tol=1e-6):
+            raise _No(f"its scores are divided by {divisor} before tanh and multiplied by {match.softcap} after it")
+        step(capped)
+        scores = found[0]
+    while not _is(scores, _MATMULS):
+        if (found := _split(scores, _MUL)) is not None:
+            match.scale *= _number(found[1], "scale")
+        elif (found := _split(scores, _DIV)) is not None:
+            match.scale /= _number(found[1], "scale")
+        else:
+            raise _No(f"{_named(scores)} stands between the product with the keys and the softmax")
+        step(scores)
+        scores = casts(found[0])
+    step(scores)
+    match.query, transposed = scores.args
+    key = _transposed(transposed)
+    if key is None:
+        raise _No("its keys are not transposed in the product with the queries")
+    nodes.append(transposed)
+    match.key, match.value = _pair(key, value, nodes)
+    return match
+
+
+def _weights_before(node: fx.Node) -> bool:
+    """Whether the first factor of a product is a softmax, cast or dropped out."""
+    weights: Any = node.args[0] if len(node.args) == 2 else None
+    while _is(weights, (*_CASTS, F.dropout, torch.dropout, "dropout")):
+        weights = weights.args[0]
+    return _is(weights, _SOFTMAX)
+
+
+def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while node is not last and node.op != "root":
+        yield node
+        node = node.next
+
+
+def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx.Node], Any, AttentionSpec]:
+    """The cache's tensors, the length and the spec."""
+    key_codes, key_scale, length, key_text = match.key.args[:4]
+    value_codes, value_scale, value_length, value_text = match.value.args[:4]
+    cache: list[Any] = [key_codes, key_scale, value_codes, value_scale]
+    keys, values = decode_kv_spec(str(key_text)), decode_kv_spec(str(value_text))
+    if keys.scheme != values.scheme or length is not value_length:
+        raise _No("its keys and values are of different caches")
+    query = example(match.query)
+    if query is None or query.dim() != 4 or query.shape[0] != example(key_codes).shape[0]:
+        raise _No("its query has another batch than the cache, or other dimensions than batch, heads, tokens, size")
+    mask = example(match.mask) if match.mask is not None else None
+    if match.mask is not None and (mask is None or not (mask.dtype == torch.bool or mask.is_floating_point())):
+        raise _No("its mask is neither boolean nor floating point")
+    if match.masked_out and mask is not None and mask.dtype != torch.bool:
+        raise _No("its mask is not boolean")
+    read = {n for n in (*cache, length) if isinstance(n, fx.Node)}
+    first = min((match.key, match.value), key=list(context.graph.nodes).index)
+    for other in _between(context.graph, first, node):
+        name = _named(other)
+        changes = "store_kv" in name or (other.op == "call_method" and name.endswith("_") and not name.endswith("__"))
+        if changes and read & set(other.all_input_nodes[:2]):
+            raise _No("its cache changes between being read and being attended to")
+    spec = AttentionSpec(key=keys, value=values, scale=match.scale, softcap=match.softcap)
+    return cache, length if match.mask is not None else None, spec
+
+
+def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str) -> None:
+    graph = context.graph
+    cache, length, spec = _check(context, node, match)
+    mask, added = match.mask, []
+    with graph.inserting_before(node):
+        if match.masked_out:
+            mask = graph.call_function(torch.logical_not, (mask,))
+            mask.meta["example_value"] = torch.logical_not(example(match.mask))
+            added.append(mask)
+        new = graph.call_function(ATTENTION, (match.query, cache, mask, length, spec.encode()))
+    with context.fake_mode, torch.no_grad():
+        made = ATTENTION(*fx.node.map_arg(new.args, example))
+    result = example(node)
+    if isinstance(result, Tensor) and (made.shape != result.shape or made.dtype != result.dtype):
+        for extra in (new, *added):
+            graph.erase_node(extra)
+        raise _No(f"it gives {result.dtype} {tuple(result.shape)}, not {made.dtype} {tuple(made.shape)}")
+    new.meta["example_value"] = made
+    replace(graph, node, new)
+    dead = [n for n in dict.fromkeys(match.nodes) if n is not node]
+    while gone := [n for n in dead if not n.users]:
+        for n in gone:
+            graph.erase_node(n)
+            dead.remove(n)
+    cap = f", soft cap {spec.softcap:g}" if spec.softcap else ""
+    context.rewrote(RULE, layer, f"reads its {spec.scheme.format.name} cache directly{cap}")
+
+
+def quantize_attention(context: GraphContext) -> None:
+    """See the module."""
+    told: set[str] = set()
+    wanted = None if context.config is None else context.config.kv_cache
+    for node in list(context.graph.nodes):
+        module = compat.module_of(node)
+        layer = (module[0] if module else "") or node.name
+        sdpa = node.target is F.scaled_dot_product_attention
+        flex = "flex_attention" in _named(node)
+        written = _is(node, _MATMULS) and _weights_before(node)
+        if not (sdpa or flex or written):
+            continue
+        if not any(_touches(i) for i in node.all_input_nodes):
+            if wanted is not None:
+                reason = (
+                    f"the configuration asks for a KV cache of {wanted}, but its keys come from no quantized cache: "
+                    "give the model one, such as qcompile.TransformersCache"
+                )
+                context.declined(RULE, layer, reason)
+            continue
+        try:
+            if flex:
+                raise _No("flex_attention is compiled to a kernel of its own")
+            _rewrite(context, node, _match_sdpa(node) if sdpa else _match_written_out(node), layer)
+        except _No as reason:
+            context.declined(RULE, layer, str(reason))
+        told.add(layer)
+    for node in context.graph.nodes:
+        if not _is(node, _READS):
+            continue
+        module = compat.module_of(node)
+        layer = (module[0] if module else "") or node.name
+        if layer not in told and node.users:
+            readers = ", ".join(sorted({_named(user) for user in node.users}))
+            context.declined(RULE, layer, f"its cache is read by {readers}, no attention that is known")
+            told.add(layer)

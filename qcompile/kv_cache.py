@@ -1,0 +1,264 @@
+"""Quantized keys and values: what a scheme means, how tensors become codes and come back, and specs for operators.
+
+Codes of a cache are uint8 [B, H, T, width]: a vector of `head_dim` numbers of one head and token takes `width` bytes.
+Scales are float32: [] (one for a tensor), [H] (one a head) or [B, H, T] (one a token and head). A number is its code's
+value times the scale.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import ConfigError, shown
+from qcompile.fingerprint import fingerprint
+from qcompile.formats import Format, get_format
+from qcompile.scheme import check_keys
+
+SCALES = ("tensor", "head", "token")
+"""What shares a scale: everything, a head, or one token of one head."""
+
+
+@dataclass(frozen=True)
+class KVFormat(ABC):
+    """How scaled vectors become bytes. Make one, `register` it, and name it in a configuration.
+
+    Attributes:
+        name: registry key.
+        absmax: the magnitude that a scale brings the largest element to.
+        scales: of `SCALES`, where a configuration names the format alone.
+    """
+
+    name: str
+    absmax: float
+    scales: str
+
+    @abstractmethod
+    def width(self, head_dim: int) -> int:
+        """Bytes of a vector.
+
+        Raises:
+            ConfigError: a length that the format cannot store.
+        """
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """uint8 [..., width] of float32 [..., head_dim] that is divided by its scale already; saturates."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, head_dim: int) -> Tensor:
+        """float32 [..., head_dim] of uint8 [..., width]."""
+
+
+@dataclass(frozen=True)
+class NumberFormat(KVFormat):
+    """Each number by itself, in a format of `qcompile.formats` with 8 or 4 bits.
+
+    Of 4-bit codes, byte i of a vector holds number i in its low half and number i + head_dim / 2 in its high half.
+
+    Attributes:
+        number: the format.
+    """
+
+    number: Format
+
+    def width(self, head_dim: int) -> int:
+        if head_dim * self.number.bits % 8 != 0:
+            raise ConfigError(f"{self.name} keys and values need an even head size, not {head_dim}")
+        return head_dim * self.number.bits // 8
+
+    def encode(self, x: Tensor) -> Tensor:
+        codes = self.number.encode(x)
+        if self.number.bits == 8:
+            return codes
+        low, high = codes.chunk(2, -1)
+        return low | (high << 4)
+
+    def decode(self, codes: Tensor, head_dim: int) -> Tensor:
+        dtype = self.number.native_dtype
+        if dtype is not None and dtype.is_floating_point:
+            return codes.view(dtype).to(torch.float32)
+        if self.number.bits == 4:
+            codes = torch.cat([codes & 15, codes >> 4], -1)
+        values = self.number.decode(codes.to(torch.int32))
+        assert isinstance(values, Tensor)
+        return values
+
+
+KV_FORMATS: dict[str, KVFormat] = {}
+ALIASES = {"fp8": "fp8_e4m3"}
+
+
+def register(fmt: KVFormat) -> KVFormat:
+    """Add a format; the name must be new."""
+    if fmt.name in KV_FORMATS or fmt.name in ALIASES:
+        raise ValueError(f"KV format {fmt.name!r} is registered already")
+    KV_FORMATS[fmt.name] = fmt
+    return fmt
+
+
+# Floating point keeps its precision whatever the scale, so one for all suffices; integers need one for each vector.
+for _name, _scales in (("fp8_e4m3", "tensor"), ("fp8_e5m2", "tensor"), ("int8", "token"), ("int4", "token")):
+    _number = get_format(_name)
+    register(NumberFormat(_name, _number.absmax, _scales, _number))
+
+
+def kv_format(name: object) -> KVFormat:
+    """The format of that name or alias.
+
+    Raises:
+        ConfigError: unknown name; the message lists the nearest ones.
+    """
+    found = KV_FORMATS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
+    if found is None:
+        known = [*KV_FORMATS, *ALIASES]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) if isinstance(name, str) else []
+        raise ConfigError(f"unknown KV cache format {shown(name)}; did you mean {', '.join(near or known)}?")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVScheme:
+    """What keys and values are stored as.
+
+    Attributes:
+        format: how vectors become bytes.
+        scales: of `SCALES`. "token" scales are computed as tokens are stored; the others come from calibration or from
+            a checkpoint, and are 1 for floating-point formats that have none.
+    """
+
+    format: KVFormat
+    scales: str
+
+    def __post_init__(self) -> None:
+        if self.scales not in SCALES:
+            raise ConfigError(f"kv_cache: scales must be one of {', '.join(SCALES)}, not {shown(self.scales)}")
+
+    def __str__(self) -> str:
+        return f"{self.format.name}, scales per {'token and head' if self.scales == 'token' else self.scales}"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are computed as tokens are stored."""
+        return self.scales == "token"
+
+    def to_config(self) -> str | dict[str, str]:
+        """As `parse_kv_cache` takes it: the name alone where that says it all."""
+        if self.scales == self.format.scales:
+            return self.format.name
+        return {"format": self.format.name, "scales": self.scales}
+
+
+def parse_kv_cache(given: object) -> KVScheme | None:
+    """A scheme from a format's name, an alias, `{"format": ..., "scales": ...}`, or a `KVScheme`; None stays None.
+
+    Raises:
+        ConfigError: anything else, or unknown names in it.
+    """
+    if given is None or isinstance(given, KVScheme):
+        return given
+    if isinstance(given, str):
+        fmt = kv_format(given)
+        return KVScheme(format=fmt, scales=fmt.scales)
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"kv_cache must be a name, a mapping or null, not {shown(given)}")
+    check_keys("kv_cache", given, ("format", "scales"))
+    if "format" not in given:
+        raise ConfigError('kv_cache needs a format, as in {"format": "fp8_e4m3", "scales": "head"}')
+    fmt = kv_format(given["format"])
+    return KVScheme(format=fmt, scales=given.get("scales", fmt.scales))
+
+
+def expand_scale(scale: Tensor) -> Tensor:
+    """A scale [], [H] or [B, H, T] as something to multiply [B, H, T, D] with."""
+    if scale.dim() == 1:
+        return scale[:, None, None]
+    return scale.unsqueeze(-1) if scale.dim() == 3 else scale
+
+
+def quantize(x: Tensor, scheme: KVScheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keys or values [B, H, T, D] as codes uint8 [B, H, T, width] and their scale.
+
+    Made of plain torch operators, so that a compiler fuses it with what made `x`. With scales a token, a vector that
+    holds NaN or infinity gets a scale that is not finite and decodes to NaN; with the others infinities saturate.
+
+    Args:
+        scale: float32 [] or [H]; given exactly if the scheme's scales are not computed here.
+
+    Returns:
+        the codes, and `scale`, or float32 [B, H, T].
+    """
+    values = x.to(torch.float32)
+    if scheme.dynamic:
+        scale = values.abs().amax(-1) / scheme.format.absmax
+        scale = scale.masked_fill(scale == 0, 1.0)
+    assert scale is not None
+    return scheme.format.encode(values / expand_scale(scale)), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, scheme: KVScheme, head_dim: int) -> Tensor:
+    """float32 [B, H, T, head_dim] of codes [B, H, T, width] and their scale."""
+    return scheme.format.decode(codes, head_dim) * expand_scale(scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSpec:
+    """What operators need to know of a cache of keys (or of values) beside its tensors."""
+
+    scheme: KVScheme
+    head_dim: int
+
+    def encode(self) -> str:
+        """One line of JSON, with the package's fingerprint, which keeps torch's caches on disk right."""
+        scheme = self.scheme
+        given = {"format": scheme.format.name, "scales": scheme.scales, "head_dim": self.head_dim}
+        return json.dumps({**given, "code": fingerprint()}, separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=256)
+def decode_kv_spec(text: str) -> KVSpec:
+    """The inverse of `KVSpec.encode`."""
+    given = json.loads(text)
+    scheme = KVScheme(format=kv_format(given["format"]), scales=given["scales"])
+    return KVSpec(scheme=scheme, head_dim=given["head_dim"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Attention over a quantized cache, without its tensors.
+
+    Attributes:
+        key, value: the two halves of the cache; one scheme for both.
+        scale: what products of queries and keys are multiplied with.
+        softcap: scaled products s become softcap * tanh(s / softcap) before the mask is added; 0 leaves them.
+    """
+
+    key: KVSpec
+    value: KVSpec
+    scale: float
+    softcap: float = 0.0
+
+    @property
+    def scheme(self) -> KVScheme:
+        return self.key.scheme
+
+    def encode(self) -> str:
+        """One line of JSON."""
+        given: dict[str, Any] = {"key": self.key.encode(), "value": self.value.encode(), "scale": self.scale}
+        return json.dumps(given | {"softcap": self.softcap}, separators=(",", ":"))
+
+
+@functools.lru_cache(maxsize=256)
+def decode_attention_spec(text: str) -> AttentionSpec:
+    """The inverse of `AttentionSpec.encode`."""
+    given = json.loads(text)
+    halves = {name: decode_kv_spec(given[name]) for name in ("key", "value")}
+    return AttentionSpec(**halves, scale=given["scale"], softcap=given["softcap"])

@@ -1,0 +1,186 @@
+"""Formats and schemes of quantized keys and values: codes, scales, the configuration's key, formats that users add."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qcompile.attention import reference
+from qcompile.config import QuantConfig, parse_config
+from qcompile.errors import ConfigError
+from qcompile.kv_cache import (
+    ALIASES,
+    KV_FORMATS,
+    SCALES,
+    AttentionSpec,
+    KVFormat,
+    KVScheme,
+    KVSpec,
+    decode_attention_spec,
+    dequantize,
+    kv_format,
+    parse_kv_cache,
+    quantize,
+    register,
+)
+from tests import oracle, tolerance
+from tests.strategies import FLOATS
+
+BUILT_IN = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
+
+
+def scheme(name: str, scales: str) -> KVScheme:
+    return KVScheme(format=kv_format(name), scales=scales)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_code_has_its_value_and_encodes_to_itself(name: str) -> None:
+    fmt = kv_format(name)
+    width = fmt.width(512)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2 * width // 512)[:width]
+    values = fmt.decode(codes, 512)
+    expected = oracle.kv_values(codes.reshape(1, 1, 1, width), torch.ones(()), name, 512).flatten()
+    assert torch.equal(values.double().nan_to_num(12345.0), expected.nan_to_num(12345.0))
+    finite = values.isfinite()
+    again = fmt.decode(fmt.encode(values.nan_to_num(0.0, 0.0, 0.0)), 512)
+    assert torch.equal(again[finite], values[finite])
+
+
+@given(
+    st.sampled_from(BUILT_IN),
+    st.sampled_from(SCALES),
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(0, 5), st.sampled_from([2, 16, 80])),
+    st.sampled_from(FLOATS),
+    st.floats(-20, 20),
+)
+def test_numbers_are_rounded_to_the_nearest(
+    name: str, scales: str, shape: tuple[int, int, int, int], dtype: torch.dtype, exponent: float
+) -> None:
+    x = (torch.randn(shape) * 2.0**exponent).to(dtype)
+    kind = scheme(name, scales)
+    given_scale = None
+    if not kind.dynamic:
+        top = x.float().abs().amax((0, 2, 3)) if x.numel() else torch.ones(shape[1])
+        given_scale = (top if scales == "head" else top.amax()).clamp(min=1e-30) / kind.format.absmax
+    codes, scale = quantize(x, kind, given_scale)
+    assert codes.dtype == torch.uint8
+    assert codes.shape == (*shape[:3], kind.format.width(shape[3]))
+    assert scale.shape == {"tensor": (), "head": shape[1:2], "token": shape[:3]}[scales]
+    values = dequantize(codes, scale, kind, shape[3])
+    assert torch.allclose(values.double(), oracle.kv_values(codes, scale, name, shape[3]), rtol=tolerance.U32, atol=0)
+    if x.numel():
+        each = {0: scale, 1: scale.view(-1, 1, 1), 3: scale.unsqueeze(-1)}[scale.dim()].expand(shape)
+        bound = tolerance.weight_bound(oracle.decode_values(name), x, each, torch.float32)
+        tolerance.assert_within(values, x.double(), bound)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_zeros_and_values_that_are_not_finite(name: str) -> None:
+    x = torch.zeros(1, 1, 3, 16)
+    x[0, 0, 1, 3], x[0, 0, 2, 4] = torch.inf, torch.nan
+    codes, scale = quantize(x, scheme(name, "token"))
+    values = dequantize(codes, scale, scheme(name, "token"), 16)
+    assert torch.equal(values[0, 0, 0], torch.zeros(16))
+    assert not values[0, 0, 1:].isfinite().any()
+    saturated = dequantize(*quantize(x[:, :, :2], scheme(name, "tensor"), torch.ones(())), scheme(name, "tensor"), 16)
+    assert saturated.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, *ALIASES])
+def test_a_name_takes_the_scales_of_its_format(name: str) -> None:
+    parsed = parse_kv_cache(name)
+    assert parsed is not None
+    assert parsed.format.name == ALIASES.get(name, name)
+    assert parsed.scales == ("token" if "int" in name else "tensor")
+    assert parse_kv_cache(parsed) is parsed
+    assert parse_kv_cache({"format": name}) == parsed
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ("fp9", r"unknown KV cache format 'fp9'; did you mean fp8"),
+        (8, "kv_cache must be a name, a mapping or null, not 8"),
+        ({"scales": "head"}, "kv_cache needs a format"),
+        ({"format": "fp8", "scale": "head"}, r"unknown key 'scale' in kv_cache; did you mean 'scales'\?"),
+        ({"format": "fp8", "scales": "channel"}, "scales must be one of tensor, head, token, not 'channel'"),
+        ({"format": ["fp8"]}, r"unknown KV cache format \['fp8'\]"),
+    ],
+)
+def test_what_is_no_kv_cache_says_so(given_: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_kv_cache(given_)
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"rules": [{"layers": "*", "scheme": "int4"}], "kv_cache": given_})
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_key_of_a_configuration_round_trips(name: str, scales: str) -> None:
+    given_ = {"rules": [{"layers": "*", "scheme": "int4"}], "kv_cache": {"format": name, "scales": scales}}
+    config = parse_config(given_)
+    assert config.kv_cache == scheme(name, scales)
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(parse_config(given_))
+    alone = parse_config({"kv_cache": name})
+    assert alone.rules == ()
+    assert QuantConfig.from_dict(alone.to_dict()) == alone
+
+
+def test_no_rules_need_a_kv_cache() -> None:
+    with pytest.raises(ConfigError, match="config needs rules"):
+        parse_config({"rules": [], "kv_cache": None})
+
+
+def test_an_odd_head_size_does_not_fit_half_bytes() -> None:
+    with pytest.raises(ConfigError, match="int4 keys and values need an even head size, not 15"):
+        kv_format("int4").width(15)
+
+
+@dataclass(frozen=True)
+class Negated(KVFormat):
+    """int8 of the negated vector, back to front."""
+
+    def width(self, head_dim: int) -> int:
+        return head_dim
+
+    def encode(self, x: Tensor) -> Tensor:
+        return ((-x.flip(-1)).round().clamp(-127, 127) + 128).to(torch.uint8)
+
+    def decode(self, codes: Tensor, head_dim: int) -> Tensor:
+        return -(codes.flip(-1).float() - 128)
+
+
+@pytest.fixture
+def added() -> Iterator[str]:
+    register(Negated("negated", 127.0, "token"))
+    yield "negated"
+    del KV_FORMATS["negated"]
+
+
+def test_a_format_that_users_add(added: str) -> None:
+    with pytest.raises(ValueError, match="'negated' is registered already"):
+        register(Negated(added, 127.0, "token"))
+    kind = parse_kv_cache(added)
+    assert kind is not None
+    x = torch.randn(1, 2, 4, 8)
+    codes, scale = quantize(x, kind)
+    values = dequantize(codes, scale, kind, 8)
+    tolerance.assert_within(
+        values, x.double(), tolerance.weight_bound(oracle.decode_values("int8"), x, scale[..., None].expand(x.shape), torch.float32)
+    )  # fmt: skip
+    half = KVSpec(scheme=kind, head_dim=8)
+    spec = AttentionSpec(key=half, value=half, scale=0.5)
+    assert decode_attention_spec(spec.encode()) == spec
+    query = torch.randn(1, 2, 1, 8)
+    y = torch.ops.qcompile.attention(query, [codes, scale, codes, scale], None, None, spec.encode())
+    tolerance.assert_within(
+        y, reference(query, [codes, scale] * 2, None, None, spec.encode()).double(), tolerance.float_bound(y, 32, torch.float32, values.abs().amax().expand(y.shape))
+    )  # fmt: skip
