@@ -68,6 +68,10 @@ class LinearSpec:
         It carries the package's fingerprint: torch caches compiled graphs on disk by what they call, and knows an
         operator that is traced through by its arguments alone.
         """
+        return self._encoded
+
+    @functools.cached_property
+    def _encoded(self) -> str:
         scheme = _plain(self.scheme)
         given: dict[str, Any] = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
         if self.epilogue:
