@@ -57,14 +57,15 @@ def stack(weights: Sequence[PackedWeight], layer: str = "experts") -> PackedWeig
 
     def joined(name: str) -> Tensor:
         parts = []
+        dtype = getattr(first, name).dtype
         for weight in weights:
             values: Tensor = getattr(weight, name)
+            values = values.view(torch.uint8) if values.element_size() == 1 else values
             if per_row and name in ("scale", "zero_point", "offset"):
                 values = values.repeat_interleave(height, 0)[:n]
-            blocked = name in ("scale", "zero_point", "offset") and scheme.granularity.rows > 1
-            missing = 0 if blocked else padded_rows(n) - n
-            parts += [values, values[:1].expand(missing, -1)]
-        return torch.cat(parts)
+            rows = scheme.granularity.rows if name in ("scale", "zero_point", "offset") else 1
+            parts += [values, values[:1].expand(padded_rows(n) // rows - values.shape[0], -1)]
+        return torch.cat(parts).view(dtype)
 
     shape = (len(weights) * padded_rows(n), k)
     return PackedWeight.from_tensors([joined(name) for name in scheme.fields], shape, scheme)

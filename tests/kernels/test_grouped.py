@@ -16,6 +16,7 @@ from qcompile.codegen.cost_model import device_of
 from qcompile.codegen.spec import GroupedSpec, Tile, grouped_spec, kernel_spec
 from qcompile.errors import LayerError
 from qcompile.flags import override
+from qcompile.formats import get_format
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
@@ -42,7 +43,7 @@ def kernels_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def gguf_like(format_name: str, columns: int, scale: str, *, offset: bool = False) -> Scheme:
     """Groups in super-blocks of 256, as K-quants have them."""
     weight = WeightScheme(
-        format=preset("int4").weight.format if format_name == "int4" else preset("q4_1").weight.format,
+        format=get_format(format_name),
         granularity=Granularity.group(columns),
         symmetric=not offset,
         offset=offset,
@@ -54,6 +55,7 @@ def gguf_like(format_name: str, columns: int, scale: str, *, offset: bool = Fals
 
 SCHEMES = {name: scheme for name, scheme in PRESETS.items() if name != "fp8_static"} | {
     "k-quant": gguf_like("uint4", 32, "uint8", offset=True),
+    "small tiles": Scheme(weight=WeightScheme(format=get_format("fp8_e4m3"), granularity=Granularity.block(32, 32))),
     "k-quant without offsets": gguf_like("int4", 16, "int8"),
 }
 
@@ -214,6 +216,11 @@ def test_kernel(
     given_ = problem(SCHEMES[name].fit("layer", (n, k)), counts, n, k, dtype, bias=bias)
     y = given_.interpret(target, tile, dtype)
     given_.check(y, torch.bfloat16 if given_.spec.scheme.activation else dtype)
+
+
+def test_many_experts() -> None:
+    given_ = problem(SCHEMES["mxfp4"], torch.randint(0, 3, (70,)).tolist(), 64, 64)
+    given_.check(given_.interpret("sm_90", SMALL, torch.bfloat16), torch.bfloat16)
 
 
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=300), st.sampled_from([16, 32, 64, 128]))
