@@ -176,6 +176,8 @@ def register(method: _MethodClass) -> _MethodClass:
     Raises:
         ValueError: a name that is taken.
     """
+    if not method.__module__.startswith("qcompile."):
+        _load_methods()
     for name in (method.name, *method.aliases):
         if name in METHODS:
             raise ValueError(f"quantization method {name!r} is registered already")

@@ -224,6 +224,14 @@ def test_columns_sorted_by_group(format, tmp_path):
         assert torch.equal(weights(reloaded(model, folder))["m.l"], oracle.dequantize(own))
 
 
+def test_tiles_of_fp8_with_scales_that_are_powers_of_two(tmp_path):
+    model = random_layer(
+        Scheme(weight=replace(PRESETS["fp8_block"].weight, scale_dtype="float8_e8m0fnu"), method="checkpoint"), 200, 300
+    )
+    qcompile.save(model, tmp_path)
+    assert torch.equal(weights(reloaded(model, tmp_path))["m.l"], weights(model)["m.l"])
+
+
 def test_layers_of_several_schemes(tmp_path):
     rules = [
         {"layers": "*.0.mlp.*", "scheme": "int8_weight_only"},

@@ -368,8 +368,9 @@ def strict(tmp_path):
 
 
 def test_methods_of_ones_own(strict, monkeypatch):
-    with pytest.raises(ValueError, match="registered already"):
-        register(Strict)
+    for name in ("test-strict", "gptq"):
+        with pytest.raises(ValueError, match=f"'{name}' is registered already"):
+            register(type("Second", (Strict,), {"name": name}))
     assert isinstance(method_for({"quant_method": "test-strict"}, open_store(strict)), Strict)
     with pytest.raises(CheckpointError, match=r"'test-strikt' is unknown; did you mean test-strict"):
         method_for({"quant_method": "test-strikt"}, open_store(strict))

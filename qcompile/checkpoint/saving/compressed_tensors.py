@@ -30,6 +30,7 @@ _MX = {
     "fp6_e2m3": "mxfp6-pack-quantized",
     "fp8_e4m3": "mxfp8-quantized",
 }
+_FP8_SCALES = (*FLOAT_SCALES, "float8_e8m0fnu")
 _NVFP4 = "nvfp4-pack-quantized"
 
 
@@ -55,7 +56,9 @@ class CompressedTensors(Target):
         elif form == "int-quantized":
             tensors |= _bytes(weight)
         elif form == "float-quantized":
-            tensors["weight"] = weight.codes.view(torch.float8_e4m3fn)
+            exponents = scale.dtype == torch.float8_e8m0fnu  # powers of two, which float32 holds
+            codes = weight.codes.view(torch.float8_e4m3fn)
+            tensors |= {"weight": codes, "weight_scale": scale.float() if exponents else scale}
         elif form == "mxfp8-quantized":
             tensors |= {"weight": weight.codes.view(torch.float8_e4m3fn), "weight_scale": scale.view(torch.uint8)}
         elif form == _NVFP4:
@@ -124,7 +127,7 @@ def _format(layer: Layer) -> str:
     elif above is not None and (kind, scheme.scale_dtype, block) == nvfp4:
         if (above.columns, above.dtype) == (WHOLE, "float32") and layer.shape[1] % 16 == 0:
             return _NVFP4
-    elif above is None and kind == "fp8_e4m3" and scheme.scale_dtype in FLOAT_SCALES and not block.is_group:
+    elif above is None and kind == "fp8_e4m3" and scheme.scale_dtype in _FP8_SCALES and not block.is_group:
         return "float-quantized"
     raise Unsavable(
         f"its weight is {scheme} with {scheme.scale_dtype} scales" + (" under other scales" if above else "")
@@ -187,7 +190,7 @@ def _weights(scheme: WeightScheme) -> dict[str, Any]:
     }
     if scheme.super_scale is not None:
         args |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
-    elif scheme.scale_dtype == "float8_e8m0fnu":
+    elif scheme.scale_dtype == "float8_e8m0fnu" and scheme.granularity.is_group:
         args["scale_dtype"] = "torch.uint8"
     if scheme.act_order:
         args["actorder"] = "group"
