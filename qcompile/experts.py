@@ -169,7 +169,7 @@ class QuantizedExperts(nn.Module):
         product = self.gating.join([self.get_submodule(name)(rows, expert_ids) for name in self.first])
         y = self.down_proj(self.gating(product), expert_ids)
         weighted = y * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(1)
-        summed = weighted.index_select(0, order.argsort()).view(tokens, top_k, -1).sum(1)
+        summed = weighted.index_select(0, order.argsort()).view(tokens, top_k, y.shape[1]).sum(1)
         return summed.to(hidden_states.dtype)
 
 

@@ -256,6 +256,14 @@ def test_one_expert_can_be_taken_out() -> None:
     assert torch.equal(dequantize(packed), projection.weight[2])
 
 
+def test_no_tokens() -> None:
+    model = make_moe("gpt_oss")
+    qcompile.quantize_(model, EXPERTS_ONLY, progress=False)
+    nothing = torch.empty(0, 2)
+    y = model.model.layers[0].mlp.experts(torch.empty(0, 64), nothing.long(), nothing)
+    assert y.shape == (0, 64)
+
+
 def test_static_activations_of_experts_need_a_stated_scale() -> None:
     model = make_moe("mixtral")
     with pytest.raises(LayerError, match=r"experts\.gate_up_proj: static activation scales of experts"):
