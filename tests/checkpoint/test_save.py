@@ -158,7 +158,7 @@ GPTQMODEL = [
     for entry in fixture_layers("gptq", "gptqmodel", "autoround")
     if entry[2].get("pack_dtype", "int32") == "int32"
     and entry[2]["bits"] in (2, 3, 4, 8)
-    and not any(word in entry[1] for word in ("planar", "awq", "ragged", "negative"))
+    and not any(word in entry[1] for word in ("planar", "awq", "negative"))
 ]
 
 

@@ -287,7 +287,7 @@ def test_any_quantization_config(tmp_path, config):
             open_checkpoint(tmp_path)
 
 
-@fuzz
+@settings(fuzz, max_examples=30)
 @given(config=anything, name=st.sampled_from(["model_type", "text_config", "num_hidden_layers", "architectures"]))
 def test_any_config(tmp_path, config, name):
     """Never anything but a model's configuration or an error of ours."""

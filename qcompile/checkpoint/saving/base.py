@@ -138,8 +138,12 @@ def common_objection(layer: Layer, *, activations: bool) -> str | None:
     return None
 
 
-def integer_objection(layer: Layer, bits: Sequence[int]) -> str | None:
-    """Why a format of integers, with float scales for groups or channels, does not hold a layer's weight."""
+def integer_objection(layer: Layer, bits: Sequence[int], *, ragged: bool = False) -> str | None:
+    """Why a format of integers, with float scales for groups or channels, does not hold a layer's weight.
+
+    Args:
+        ragged: the last group of a row may be shorter.
+    """
     weight = layer.scheme.weight
     if not isinstance(weight.format, IntegerFormat) or weight.format.bits not in bits:
         return f"its weight is {weight.format.name}, no integer of {' or '.join(map(str, bits))} bits"
@@ -148,7 +152,7 @@ def integer_objection(layer: Layer, bits: Sequence[int]) -> str | None:
     block = weight.granularity
     if block.rows != 1 and block != Granularity.tensor():
         return f"its scales are per {block}"
-    if block.is_group and layer.shape[1] % block.columns:
+    if block.is_group and layer.shape[1] % block.columns and not ragged:
         return f"its last group is shorter: {block.columns} does not divide {layer.shape[1]}"
     return None
 

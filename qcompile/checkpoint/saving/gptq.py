@@ -37,7 +37,7 @@ class GPTQ(Target):
         self.exact_zeros = any(bool((zero == 0).any()) for zero in zeros if zero is not None)
 
     def objection(self, layer: Layer) -> str | None:
-        found = common_objection(layer, activations=False) or integer_objection(layer, _BITS)
+        found = common_objection(layer, activations=False) or integer_objection(layer, _BITS, ragged=True)
         if found is None and any(extent * layer.scheme.weight.format.bits % 32 for extent in layer.shape):
             return f"codes of its shape {layer.shape} do not fill words of 32 bits"
         return found
