@@ -23,6 +23,7 @@ from torch import Tensor, fx
 import qcompile.attention  # noqa: F401  (registers the operators)
 from qcompile import compat
 from qcompile.kv_cache import AttentionSpec, decode_kv_spec
+from qcompile.passes.context import OP as LINEAR
 from qcompile.passes.context import GraphContext, example, replace
 
 ATTENTION = torch.ops.qcompile.attention.default
@@ -109,11 +110,16 @@ def _read(node: Any, nodes: list[fx.Node]) -> fx.Node | None:
     return None
 
 
-def _touches(node: object, depth: int = 8) -> bool:
-    """Whether a quantized cache is read a few steps before a node."""
-    if not isinstance(node, fx.Node) or depth == 0:
-        return False
-    return _is(node, _READS) or any(_touches(i, depth - 1) for i in node.all_input_nodes)
+def _reads(*nodes: object) -> set[fx.Node]:
+    """The reads of quantized caches before nodes, up to the next linear."""
+    seen: set[fx.Node] = set()
+    waiting = [node for node in nodes if isinstance(node, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen and node.target not in (F.linear, LINEAR):
+            seen.add(node)
+            waiting += [] if _is(node, _READS) else node.all_input_nodes
+    return {node for node in seen if _is(node, _READS)}
 
 
 def _pair(key: object, value: object, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
@@ -178,7 +184,7 @@ def _scored(node: fx.Node) -> bool:
     """Whether a node's value comes from a product with keys of a cache, through elementwise steps."""
     for _ in range(12):
         if _is(node, _MATMULS):
-            return _touches(node.args[1])
+            return bool(_reads(node.args[1]))
         inputs = [a for a in node.args if isinstance(a, fx.Node)]
         if not inputs or node.op == "placeholder":
             return False
@@ -334,19 +340,23 @@ def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str) ->
     context.rewrote(RULE, layer, f"reads its {spec.scheme.format.name} cache directly{cap}")
 
 
+def _layer(node: fx.Node) -> str:
+    module = compat.module_of(node)
+    return (module[0] if module else "") or node.name
+
+
 def quantize_attention(context: GraphContext) -> None:
     """See the module."""
-    told: set[str] = set()
+    told: set[fx.Node] = set()
     wanted = None if context.config is None else context.config.kv_cache
     for node in list(context.graph.nodes):
-        module = compat.module_of(node)
-        layer = (module[0] if module else "") or node.name
+        layer = _layer(node)
         sdpa = node.target is F.scaled_dot_product_attention
         flex = "flex_attention" in _named(node)
-        written = _is(node, _MATMULS) and _weights_before(node)
-        if not (sdpa or flex or written):
+        if not (sdpa or flex or (_is(node, _MATMULS) and _weights_before(node))):
             continue
-        if not any(_touches(i) for i in node.all_input_nodes):
+        reads = _reads(node)
+        if not reads:
             if wanted is not None:
                 reason = (
                     f"the configuration asks for a KV cache of {wanted}, but its keys come from no quantized cache: "
@@ -358,15 +368,13 @@ def quantize_attention(context: GraphContext) -> None:
             if flex:
                 raise _No("flex_attention is compiled to a kernel of its own")
             _rewrite(context, node, _match_sdpa(node) if sdpa else _match_written_out(node), layer)
-        except _No as reason:
-            context.declined(RULE, layer, str(reason))
-        told.add(layer)
+        except _No as why:
+            context.declined(RULE, layer, str(why))
+            told |= reads
+    unknown: dict[str, set[str]] = {}
     for node in context.graph.nodes:
-        if not _is(node, _READS):
-            continue
-        module = compat.module_of(node)
-        layer = (module[0] if module else "") or node.name
-        if layer not in told and node.users:
-            readers = ", ".join(sorted({_named(user) for user in node.users}))
-            context.declined(RULE, layer, f"its cache is read by {readers}, no attention that is known")
-            told.add(layer)
+        if _is(node, _READS) and node not in told and node.users:
+            unknown.setdefault(_layer(node) if compat.module_of(node) else "", set()).update(map(_named, node.users))
+    for layer, readers in unknown.items():
+        reason = f"its cache is read by {', '.join(sorted(readers))}, no attention that is known"
+        context.declined(RULE, layer, reason)

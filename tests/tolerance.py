@@ -187,7 +187,7 @@ def attention_bound(
     weight_dtype: torch.dtype = torch.float32,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Greatest error of softmax(query key^T) value against the float64 result for the same keys: float64 [B, Hq, Q, Dv].
+    """Greatest error of softmax(query key^T) value against float64 for the same keys: float64 [B, Hq, Q, Dv].
 
     * A score errs by e: `gemm_bound` of its product times the scale; gamma32(4) |s| for the scales; for a soft cap c,
       whose slope is at most 1, FUNCTION_ERROR c and gamma32(3) |s| more; u32 (|s| + e) where a mask is added. (A finite
@@ -196,10 +196,11 @@ def attention_bound(
     * exp in float32: 4 u32 (|s - max| + 2), for numerator and denominator. Sums are rescaled when the greatest score so
       far changes; along T / 16 + 64 blocks and splits these factors add up to 4 u32 (R + 2 blocks), R the range of
       scores that have weight.
-    * Weights are rounded to `weight_dtype`; values are dequantized with 3 roundings; both sums take T + blocks additions.
+    * Weights are rounded to `weight_dtype`; values are dequantized with 3 roundings; both sums take T + blocks
+      additions.
 
-    So |error| <= (exp(2 E) (1 + exp parts)^2 (1 + u_w) (1 + gamma32(3)) / (1 - gamma(T + blocks))^2 - 1) sum p |v|, then
-    rounding.
+    So |error| <= (exp(2 E) (1 + exp parts)^2 (1 + u_w) (1 + gamma32(3)) / (1 - gamma(T + blocks))^2 - 1) sum p |v|,
+    then rounding.
 
     Args:
         key, value: float64 as the oracle dequantized them; weights, scores: the oracle's.

@@ -19,8 +19,16 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from qcompile.integrations.caches import QuantizedSlidingLayer, QuantizedStaticLayer, use_kv_cache
 
-SCHEMES: tuple[Any, ...] = ("fp8", "fp8_e5m2", "int8", "int4", {"format": "fp8", "scales": "head"}, {"format": "fp8", "scales": "token"})  # fmt: skip
+SCHEMES: tuple[Any, ...] = (
+    "fp8",
+    "fp8_e5m2",
+    "int8",
+    "int4",
+    {"format": "fp8", "scales": "head"},
+    {"format": "fp8", "scales": "token"},
+)
 SCALES = KVScales(k_scale=torch.tensor([0.01, 0.02]), v_scale=torch.tensor([0.03, 0.01]))
+GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -113,14 +121,19 @@ def test_addresses_stay() -> None:
     assert [t.data_ptr() for t in (layer.keys, layer.values, layer.key_scale, layer.value_scale)] == before
 
 
-@pytest.mark.parametrize(("kv_cache", "factor"), [("fp8", 1.0), ("fp8_e5m2", 448 / 57344), ({"format": "int8", "scales": "head"}, 448 / 127.5)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("kv_cache", "factor"),
+    [("fp8", 1.0), ("fp8_e5m2", 448 / 57344), ({"format": "int8", "scales": "head"}, 448 / 127.5)],
+    ids=str,
+)
 def test_scales_of_a_checkpoint_are_taken(kv_cache: Any, factor: float) -> None:
     layer = QuantizedStaticLayer(8, parse_kv_cache(kv_cache), SCALES)
     key, value = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16)
     keys, values = layer.update(key, value)
     assert torch.equal(layer.key_scale, SCALES.k_scale * factor)
-    assert torch.equal(keys[:, :, :3], rounded(key, {"format": layer.kv_cache.format.name, "scales": "head"}, SCALES.k_scale * factor))  # fmt: skip
-    assert torch.equal(values[:, :, :3], rounded(value, {"format": layer.kv_cache.format.name, "scales": "head"}, SCALES.v_scale * factor))  # fmt: skip
+    per_head = {"format": layer.kv_cache.format.name, "scales": "head"}
+    assert torch.equal(keys[:, :, :3], rounded(key, per_head, SCALES.k_scale * factor))
+    assert torch.equal(values[:, :, :3], rounded(value, per_head, SCALES.v_scale * factor))
 
 
 def test_scales_that_cannot_be_are_refused() -> None:
@@ -167,7 +180,7 @@ def test_a_configuration_without_a_kv_cache_is_refused() -> None:
 def test_generate_takes_the_cache_both_ways() -> None:
     model = llama()
     ids = torch.randint(1, 128, (2, 6))
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}  # fmt: skip
+    options = GREEDY | {"max_new_tokens": 8, "attention_mask": torch.ones_like(ids)}
     given = qcompile.TransformersCache(model, "int8", max_cache_len=16)
     first = model.generate(ids, past_key_values=given, **options)
     use_kv_cache(model, "int8")
@@ -179,14 +192,16 @@ def test_generate_takes_the_cache_both_ways() -> None:
 def test_beams_reorder_the_cache() -> None:
     model = llama()
     ids = torch.randint(1, 128, (2, 6))
-    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}  # fmt: skip
+    options = GREEDY | {"max_new_tokens": 6, "num_beams": 3, "attention_mask": torch.ones_like(ids)}
     exact = model.generate(ids, **options)
     cache = qcompile.TransformersCache(model, "int8", max_cache_len=16)
     assert torch.equal(model.generate(ids, past_key_values=cache, **options), exact)
 
 
 def test_layers_of_other_kinds_stay() -> None:
-    config = transformers.Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=4, layer_types=["sliding_attention", "full_attention"])  # fmt: skip
+    config = transformers.Gemma3TextConfig(
+        **SHAPE, head_dim=16, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     cache = qcompile.TransformersCache(model, "fp8", max_cache_len=16)
     assert [type(layer) for layer in cache.layers] == [QuantizedSlidingLayer, QuantizedStaticLayer]

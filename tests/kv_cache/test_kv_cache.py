@@ -173,14 +173,15 @@ def test_a_format_that_users_add(added: str) -> None:
     x = torch.randn(1, 2, 4, 8)
     codes, scale = quantize(x, kind)
     values = dequantize(codes, scale, kind, 8)
-    tolerance.assert_within(
-        values, x.double(), tolerance.weight_bound(oracle.decode_values("int8"), x, scale[..., None].expand(x.shape), torch.float32)
-    )  # fmt: skip
+    each = scale[..., None].expand(x.shape)
+    bound = tolerance.weight_bound(oracle.decode_values("int8"), x, each, torch.float32)
+    tolerance.assert_within(values, x.double(), bound)
     half = KVSpec(scheme=kind, head_dim=8)
     spec = AttentionSpec(key=half, value=half, scale=0.5)
     assert decode_attention_spec(spec.encode()) == spec
     query = torch.randn(1, 2, 1, 8)
     y = torch.ops.qcompile.attention(query, [codes, scale, codes, scale], None, None, spec.encode())
-    tolerance.assert_within(
-        y, reference(query, [codes, scale] * 2, None, None, spec.encode()).double(), tolerance.float_bound(y, 32, torch.float32, values.abs().amax().expand(y.shape))
-    )  # fmt: skip
+    expected = reference(query, [codes, scale] * 2, None, None, spec.encode())
+    magnitude = values.abs().amax().expand(y.shape)
+    bound = tolerance.float_bound(y, 32, torch.float32, magnitude)
+    tolerance.assert_within(y, expected.double(), bound)
