@@ -105,6 +105,11 @@ _LOOKUP_PAIR = """static inline u32 decode_pair(u32 codes) {
   return lookup(codes, PAIRS);
 }
 """
+_ROUNDED_PAIR = """static inline u32 decode_pair(u32 codes) {
+  f32 low = decode((i32)(codes & 255)), high = decode((i32)(codes >> 16 & 255));
+  return to_bfloat16(low) | to_bfloat16(high) << 16;
+}
+"""
 _FORMULA_PAIR = """static inline u32 decode_pair(u32 codes) {
   u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
   return low >> 16 | (high & 0xffff0000u);
@@ -112,12 +117,11 @@ _FORMULA_PAIR = """static inline u32 decode_pair(u32 codes) {
 """
 
 
-def _decode(spec: CppSpec) -> tuple[str, bool]:
+def decode_functions(spec: CppSpec) -> tuple[str, bool]:
     """The functions `decode` and `decode_pair`, and whether they need the bits above a code to be 0.
 
     A format of few bits is a table of its values where the processor looks up 16 of them in one instruction; all others
-    compute the format's formula. Pairs come from a table of bfloat16, or are cut from float32, which is exact for the
-    formats that are left.
+    compute the format's formula. Pairs come from a table of bfloat16, or are cut from float32 where that is exact.
     """
     fmt = FORMATS[spec.weight]
     values = fmt.decode(torch.arange(1 << fmt.bits, dtype=torch.int32))
@@ -136,8 +140,8 @@ def _decode(spec: CppSpec) -> tuple[str, bool]:
         bits = rounded.view(torch.int16).int() & 0xFFFF
         text += "\n" + _table("PairTable PAIRS", bits, 32) + "\n" + _LOOKUP_PAIR
     else:
-        assert fmt.bits <= 5 or torch.equal(rounded.float().nan_to_num(), values.nan_to_num())
-        text += "\n" + _FORMULA_PAIR
+        exact = torch.equal(rounded.float().nan_to_num(), values.nan_to_num())
+        text += "\n" + (_FORMULA_PAIR if exact else _ROUNDED_PAIR)
     unmasked = pairs_by_table and spec.element == "bfloat16"
     return text, not (by_table and (unmasked or spec.element == "float32"))
 
@@ -152,7 +156,7 @@ def render_cpp(spec: CppSpec) -> str:
 
     All that comes from a checkpoint is chosen from registries and tables: names of types, and the numbers of a format.
     """
-    decode, masked = _decode(spec)
+    decode, masked = decode_functions(spec)
     constants = (
         f"using Element = {_ELEMENTS[spec.element]};\n"
         f"using Scale = {_SCALES[spec.scale_dtype]};\n"
