@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import struct
 from importlib import resources
 
 import torch
@@ -131,11 +132,11 @@ def lookup_assembly(fmt: TableFormat, dtype: str) -> str:
     A byte permutation whose selector is a word of 4-bit codes looks four of them up, in a table of eight bytes: so
     there is one for the low and one for the high bytes of either half of the table, and the codes' last bits choose.
     """
-    values = torch.tensor(fmt.values).to(getattr(torch, dtype)).view(torch.uint8).view(2, 8, 2)
+    values = [_bits(value, dtype) for value in fmt.values]
 
     def table(half: int, byte: int) -> str:
-        entries = values[half, :, byte].tolist()
-        return ", ".join(f"{int.from_bytes(bytes(entries[i : i + 4]), 'little'):#x}" for i in (0, 4))
+        entries = bytes(value >> (8 * byte) & 0xFF for value in values[8 * half : 8 * half + 8])
+        return ", ".join(f"{word:#x}" for word in struct.unpack("<II", entries))
 
     lines = [".reg .b32 c, m, f, a, b, l0, h0, l1, h1, p, q", "and.b32 c, $4, 0x77777777"]
     lines += ["shr.b32 m, $4, 3", "and.b32 m, m, 0x11111111"]
@@ -194,10 +195,19 @@ def _constants(values: dict[str, object]) -> str:
 
 def _holds(dtype: str, fmt: Format) -> bool:
     """Whether a floating-point type holds a format's values exactly."""
-    if not isinstance(fmt, TableFormat):
+    if dtype not in _FIELDS or not isinstance(fmt, TableFormat):
         return True
-    values = torch.tensor(fmt.values)
-    return torch.equal(values.to(getattr(torch, dtype)).to(torch.float32), values)
+    if dtype == "bfloat16":
+        return all(struct.unpack("<f", struct.pack("<HH", 0, _bits(v, dtype)))[0] == v for v in fmt.values)
+    return all(struct.unpack("<e", struct.pack("<e", value))[0] == value for value in fmt.values)
+
+
+def _bits(value: float, dtype: str) -> int:
+    """The 16 bits of a finite number in bfloat16 or float16. Tracing makes fakes of tensors, so this uses none."""
+    if dtype == "float16":
+        return int.from_bytes(struct.pack("<e", value), "little")
+    bits = int.from_bytes(struct.pack("<f", value), "little")
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
 
 def _significant_bits(fmt: Format) -> int:

@@ -21,12 +21,12 @@ def calls(*arguments: str) -> list[str]:
     return result.stdout.strip().split("\n")
 
 
-@pytest.mark.parametrize("preset", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("preset", ["int4", "nf4", "int8", "fp8"])
 def test_one_length_inlines_the_kernel_and_quantization_joins_the_norm(preset):
     norm, product = calls(preset, "static")
     assert norm.startswith("triton_")
     assert "rsqrt" in norm or "rms_norm" in norm
-    assert ("amax" in norm) == (preset != "int4")
+    assert ("amax" in norm) == (preset in ("int8", "fp8"))
     assert product.startswith("kernel_")
 
 

@@ -75,11 +75,11 @@ def test_traced_kernel_writes_only_its_output(sm_90: None, name: str, layout: st
     assert output.args[0].args[1] == "y"
 
 
-def test_source_that_compilers_copy_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["int3", "nf4", "nvfp4", "q4_1"])
+def test_source_that_compilers_copy_is_whole(name: str, tmp_path: Path) -> None:
     """Inductor copies a kernel, its functions and its constants into a file of its own."""
-    given = problem(
-        preset("int3").fit("layer", (128, 256)), "fragment", 4, 128, 256, epilogue=("bias", "gelu_tanh", "mul")
-    )
+    steps = ("bias", "gelu_tanh", "mul")
+    given = problem(preset(name).fit("layer", (128, 256)), "fragment", 4, 128, 256, epilogue=steps)
     kernel = given.kernel("sm_90", Tile(m=16, n=64, k=64, split=2, warps=4, stages=2))
     with override(cache_dir=tmp_path):
         text = user_defined_triton_kernel_transitive_closure_source_code(cache.load(kernel).kernel)
