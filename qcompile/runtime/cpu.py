@@ -41,6 +41,9 @@ FEW_ROWS = 32
 FEW_ROWS_AMX = 256
 """Its largest M where it multiplies bfloat16 by the matrix unit."""
 
+WEIGHTS_PER_THREAD = 1 << 15
+"""Fewer are multiplied sooner than another thread starts."""
+
 BUFFER_ELEMENTS = 1 << 20
 """Weights decoded at a time: 2 MB of bfloat16."""
 
@@ -148,19 +151,15 @@ def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Ke
     m, k = x.shape
     dtype = x.dtype
     element = torch.bfloat16 if kernel.spec.element == "bfloat16" else torch.float32
-    x = x.to(element)
+    if dtype != element:
+        x = x.to(element)
     x = F.pad(x, (0, -k % 32)) if k % 32 else x.contiguous()
-    y = torch.empty((m, linear.spec.out_features), dtype=element)
-    scratch = torch.empty(m * (x.shape[1] - (-k // linear.columns)))
-    kernel.gemm(
-        x.data_ptr(),
-        m,
-        x.shape[1],
-        linear.weight(tensors),
-        scratch.data_ptr(),
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
+    n, stride = linear.spec.out_features, x.shape[1]
+    y = torch.empty((m, n), dtype=element)
+    scratch = torch.empty(m * (stride - (-k // linear.columns)))
+    threads = max(1, min(torch.get_num_threads(), n * k // WEIGHTS_PER_THREAD))
+    weight = linear.weight(tensors)
+    kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), threads)
     return y.to(torch.bfloat16) if dtype == torch.bfloat16 else y
 
 
