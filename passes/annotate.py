@@ -2,7 +2,8 @@
 
 A layer's name is its module's qualified name, relative to what is compiled; a linear that no linear module makes is
 named by its parameter (`proj.weight` is `proj`). Linears whose weight is computed in the graph are declined. A weight
-that came quantized (a tensor of torchao's) keeps its own scheme, with a configuration or without.
+that came quantized (a tensor of torchao's) keeps its own scheme, with a configuration or without. Routers of mixtures of
+experts, whose errors change which experts run, take a rule that names them: "*" leaves them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def _layer_name(node: fx.Node, weight: fx.Node | None) -> str:
         return module[0] or node.name
     source = compat.source_name(weight) if weight is not None else None
     return compat.qualified_name(source).removesuffix(".weight") if source else node.name
+
+
+def _is_router(node: fx.Node) -> bool:
+    module = compat.module_of(node)
+    return module is not None and module[1].__name__.endswith("Router")
 
 
 def _take_prepared(context: GraphContext, node: fx.Node, name: str, weight: WeightRef) -> None:
@@ -74,6 +80,9 @@ def annotate(context: GraphContext) -> None:
         scheme = context.config.scheme_for(name)
         if scheme is None:
             context.left[name] = "no rule gives it a scheme"
+        elif _is_router(node) and (rule := context.config.rule_for(name)) is not None and rule.layers == "*":
+            context.left[name] = "it chooses experts; a rule that names it quantizes it"
+            context.declined(_RULE, name, context.left[name])
         elif weight is None:
             context.left[name] = "its weight is computed in the graph, or is no parameter"
             context.declined(_RULE, name, context.left[name])

@@ -57,7 +57,12 @@ class QuantConfig:
 
     def scheme_for(self, name: str) -> Scheme | None:
         """The scheme of the first rule that matches a layer's name; None where none does or it says so."""
-        return next((rule.scheme for rule in self.rules if rule.matches(name)), None)
+        rule = self.rule_for(name)
+        return None if rule is None else rule.scheme
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule that matches a layer's name."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
 
     def check_used(self, names: Iterable[str]) -> None:
         """Refuse rules that decide no layer.

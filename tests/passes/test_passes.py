@@ -281,3 +281,19 @@ def test_in_place_methods_survive():
     model = Counter()
     capture(model, torch.randn(2, WIDTH), config="int8")
     assert model.calls == 1
+
+
+def test_routers_take_a_rule_that_names_them():
+    class TopRouter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, WIDTH))
+
+        def forward(self, x):
+            return F.linear(x, self.weight)
+
+    model = Function(lambda m, x: m.router(m.fc(x)), router=TopRouter(), fc=nn.Linear(WIDTH, WIDTH))
+    x = torch.randn(3, WIDTH)
+    assert "chooses experts" in capture(model, x, config=INT8).declined("annotate")[0]
+    named = {"rules": [{"layers": "router", "scheme": INT8}, {"layers": "*", "scheme": INT8}]}
+    assert not capture(model, x, config=named).declined("annotate")
