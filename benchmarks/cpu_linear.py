@@ -31,7 +31,8 @@ from qcompile.scheme import PRESETS
 
 SHAPES = [(4096, 4096), (576, 576), (1536, 576), (576, 1536), (49152, 576)]
 TOKENS = [1, 4, 32, 512]
-SCHEMES = ["int4", "int4_asym", "int8", "int8_weight_only", "fp8", "fp8_weight_only", "int3", "int4_int8"]
+SCHEMES = ["int4", "int4_asym", "int3", "nf4", "mxfp4", "nvfp4", "q4_1", "q5_0", "int8_weight_only", "fp8_weight_only"]
+SCHEMES += ["int8", "fp8", "int4_int8"]
 COLD_BYTES = 96 << 20
 MAX_COPIES = 24
 
@@ -109,11 +110,11 @@ def measure(
 def main() -> None:
     """Measure every shape and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, and nothing is written")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds of one shape, and nothing is written")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     rows = []
-    for n, k in SHAPES:
+    for n, k in SHAPES[:1] if quick else SHAPES:
         candidates = _candidates(n, k)
         for tokens in TOKENS:
             rounds = 3 if quick else (7 if tokens * n > 1 << 20 else 15)
