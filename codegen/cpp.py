@@ -146,6 +146,12 @@ def decode_functions(spec: CppSpec) -> tuple[str, bool]:
     return text, not (by_table and (unmasked or spec.element == "float32"))
 
 
+_CODES = """extern "C" void decode_int8(const Weight* weight, i64 first, i64 count, std::int8_t* out, int threads) {
+  decode_all(*weight, first, count, out, threads);
+}
+"""
+
+
 @functools.cache
 def _template(name: str) -> str:
     return resources.files("qcompile.codegen.templates").joinpath("cpp").joinpath(name).read_text(encoding="utf-8")
@@ -170,6 +176,8 @@ def render_cpp(spec: CppSpec) -> str:
     )
     text = fill_hole(_template("gemm.cpp"), "constants", constants, comment="//")
     text = fill_hole(text, "decode", decode, comment="//")
+    native = FORMATS[spec.weight].native_dtype == torch.int8
+    text = fill_hole(text, "codes", _CODES if native else "", comment="//")
     text = text.replace('#include "vector.h"\n', _template("vector.h"))
     encoded = spec.encode()
     assert encoded.isprintable()

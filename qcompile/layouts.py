@@ -266,13 +266,13 @@ def integer_product(scheme: Scheme, shape: tuple[int, int]) -> bool:
 def choose_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
     """The layout whose kernel serves a layer best on a kind of device.
 
-    On GPUs 8-bit weights with 8-bit activations are `rows8` and all others `fragment`; on CPUs int8 weights whose codes
-    int8 activations multiply are `rows8` and all others `rows16`. What these do not take is `logical`.
+    On GPUs 8-bit weights with 8-bit activations are `rows8` and all others `fragment`; on CPUs all are `rows16`. What
+    these do not take is `logical`.
     """
     if device_type == "cuda":
         order = ["rows8", "fragment"] if scheme.activation is not None else ["fragment"]
     else:
-        order = ["rows8"] if integer_product(scheme, shape) else ["rows16"]
+        order = ["rows16"]
     for name in order:
         if LAYOUTS[name].objection(scheme, shape) is None:
             return LAYOUTS[name]

@@ -60,6 +60,10 @@ class Kernel:
         self.decode = library.decode
         self.decode.argtypes = (weight, size, size, pointer, integer)
         self.decode.restype = None
+        if hasattr(library, "decode_int8"):
+            self.decode_int8 = library.decode_int8
+            self.decode_int8.argtypes = self.decode.argtypes
+            self.decode_int8.restype = None
 
 
 @functools.cache

@@ -1,12 +1,11 @@
 """Quantized products on CPUs: a generated C++ kernel for every packed weight in layout `rows16`.
 
-| layout and activations             | few rows of x (M)                      | more rows                        |
-| ---------------------------------- | -------------------------------------- | -------------------------------- |
-| `rows8` int8, int8 activations (1) | aten int8 x int8 -> int32, exact       | the same                         |
-| `rows16`                           | generated, to M = FEW_ROWS(_AMX)       | generated decoder + mm           |
-| `logical`, or no C++ compiler      | torch decodes + mm                     | the same                         |
+| layout                     | few rows of x (M)                | more rows                                            |
+| -------------------------- | -------------------------------- | ---------------------------------------------------- |
+| `rows16`                   | generated, to M = FEW_ROWS(_AMX) | generated decoder + mm; int8 codes (1) + aten's mm   |
+| others, or no C++ compiler | torch decodes + mm               | the same                                             |
 
-(1) with one scale a row or tensor on both sides; other granularities go the general way.
+(1) int8 activations and weights with one scale a row or tensor on both sides; sums are int32, exact.
 
 The generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in float32.
 "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and multiplies
@@ -48,17 +47,12 @@ BUFFER_ELEMENTS = 1 << 20
 """Weights decoded at a time: 2 MB of bfloat16."""
 
 
-def _integer_product(spec: LinearSpec) -> bool:
-    return spec.layout == "rows8" and integer_product(spec.scheme, spec.shape)
-
-
 def kernel_name(spec: LinearSpec) -> str:
     """What multiplies by a weight of this spec, for reports."""
-    if _integer_product(spec):
-        return "aten int8 x int8 (int32)"
     if spec.layout == "rows16" and cpp.compiler() is not None:
         few = f"{FEW_ROWS_AMX} in bf16" if "amx_bf16" in ISAS[cpp.isa()] else str(FEW_ROWS)
-        return f"C++ for {cpp.isa()}, decode + mm above M = {few}"
+        more = "int8 mm" if integer_product(spec.scheme, spec.shape) else "mm"
+        return f"C++ for {cpp.isa()}, decode + {more} above M = {few}"
     return "torch decode + mm" + (" (no C++ compiler)" if spec.layout == "rows16" else "")
 
 
@@ -74,20 +68,17 @@ def product(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], parsed: Lin
         raise DeviceError(
             "weights in layout fragment are for GPUs; move the module with .to('cpu'), which lays them out anew"
         )
-    if _integer_product(parsed):
-        y = torch._int_mm(x, weight[0].t()).to(torch.float32) * weight[1].reshape(-1).to(torch.float32)
-    else:
-        if x_scale is not None:
-            assert parsed.scheme.activation is not None
-            if parsed.scheme.activation.granularity.is_group:
-                x, x_scale = dequantize_activation(x, x_scale, parsed.scheme.activation), None
-            x = x.to(torch.bfloat16)
-        y = torch.ops.qcompile.gemm_cpu(x, weight, parsed.encode())
+    if x_scale is not None and not (parsed.layout == "rows16" and integer_product(parsed.scheme, parsed.shape)):
+        assert parsed.scheme.activation is not None
+        if parsed.scheme.activation.granularity.is_group:
+            x, x_scale = dequantize_activation(x, x_scale, parsed.scheme.activation), None
+        x = x.to(torch.bfloat16)
+    y = torch.ops.qcompile.gemm_cpu(x, weight, parsed.encode())
     return y if x_scale is None else y.to(torch.float32) * x_scale
 
 
 def gemm(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
-    """x [M, K] in floating point times the packed weight of a spec, as `LinearSpec.encode` writes it.
+    """x [M, K], floating point or int8, times the packed weight of a spec, as `LinearSpec.encode` writes it.
 
     Returns:
         [M, N] in bfloat16 if x is, else in float32.
@@ -96,6 +87,10 @@ def gemm(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     m, dtype = x.shape[0], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if m == 0:
         return x.new_empty((0, linear.spec.out_features), dtype=dtype)
+    if x.dtype == torch.int8:
+        if linear.direct(torch.bfloat16, m) is None and (kernel := linear.kernel(torch.bfloat16)) is not None:
+            return _decode_int8_mm(x, weight, linear, kernel)
+        return gemm(x.to(torch.bfloat16), weight, spec).to(torch.float32)
     if (kernel := linear.direct(dtype, m)) is not None:
         return _generated(x, weight, linear, kernel)
     return _decode_mm(x.to(dtype), weight, linear)
@@ -182,6 +177,24 @@ def _decode_mm(x: Tensor, tensors: list[Tensor], linear: _Linear) -> Tensor:
         kernel.decode(weight, first, count, columns.data_ptr(), threads)
         part = y[:, first : first + count]
         torch.mm(x, columns[:, : part.shape[1]], out=part)
+    return y
+
+
+def _decode_int8_mm(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Kernel) -> Tensor:
+    """Codes times codes, then the scale of each row of the weight: float32."""
+    n, k = linear.spec.shape
+    padded = n + -n % LAYOUTS[linear.spec.layout].tile
+    step = max(64, 2 * BUFFER_ELEMENTS // k // 64 * 64)
+    y = torch.empty(x.shape[0], n)
+    weight, scale = linear.weight(tensors), tensors[1].reshape(-1).to(torch.float32)
+    buffer = torch.empty(min(step, padded) * k, dtype=torch.int8)
+    for first in range(0, n, step):
+        count = min(step, padded - first)
+        columns = buffer[: k * count].view(k, count)
+        kernel.decode_int8(weight, first, count, columns.data_ptr(), torch.get_num_threads())
+        part = y[:, first : first + count]
+        sums = torch._int_mm(x, columns)[:, : part.shape[1]]
+        torch.mul(sums, scale[first : first + part.shape[1]], out=part)
     return y
 
 

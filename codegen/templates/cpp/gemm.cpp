@@ -360,8 +360,9 @@ extern "C" void gemm(
   multiply(x, m, stride, *weight, scratch, y, threads);
 }
 
-// weight[first : first + count].T as Element [K, count], where count is a multiple of 16.
-[[gnu::flatten]] static void decode_rows(const Weight& w, i64 row, Element* out, i64 count) {
+// weight[first : first + count].T as Element [K, count], or its codes as int8 without scales; count is a multiple of 16.
+template <class Out>
+[[gnu::flatten]] static void decode_rows(const Weight& w, i64 row, Out* out, i64 count) {
   const std::uint32_t* codes = codes_of(w, row);
   i64 unit = 0;
   for (i64 group = 0; group < w.groups(); ++group) {
@@ -373,15 +374,24 @@ extern "C" void gemm(
         u32 here = quad<step>(codes, unit);
         each<4>([&](auto j) {
           i64 k = unit * UNIT + 4 * step + j;
-          if (k < w.k) store(out + k * count, g.weight(value<j>(here)), LANES);
+          f32 weight = value<j>(here);
+          if constexpr (!std::is_same_v<Out, std::int8_t>) weight = g.weight(weight);
+          if (k < w.k) store(out + k * count, weight, LANES);
         });
       });
     }
   }
 }
 
-extern "C" void decode(const Weight* weight, i64 first, i64 count, Element* out, int threads) {
-  const Weight w = *weight;
+template <class Out>
+static void decode_all(const Weight& w, i64 first, i64 count, Out* out, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (i64 row = 0; row < count; row += LANES) decode_rows(w, first + row, out + row, count);
 }
+
+extern "C" void decode(const Weight* weight, i64 first, i64 count, Element* out, int threads) {
+  decode_all(*weight, first, count, out, threads);
+}
+
+// <codes>
+// </codes>

@@ -164,6 +164,11 @@ static inline void store(bfloat16* to, f32 x, i64 count) {
   std::memcpy(to, &bits, count < LANES ? count * sizeof(bfloat16) : sizeof(bits));
 }
 
+static inline void store(std::int8_t* to, f32 x, i64 count) {
+  i8 bits = __builtin_convertvector(__builtin_convertvector(x, i32), i8);
+  std::memcpy(to, &bits, count < LANES ? count : sizeof(bits));
+}
+
 // body(0) to body(COUNT - 1) with constants for arguments, so that all that is indexed by them stays in registers.
 template <int... INDEX, class Body>
 static inline void each(std::integer_sequence<int, INDEX...>, Body body) {
