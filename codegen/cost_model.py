@@ -114,8 +114,8 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
     largest = 32 if like.compute == "float32" else 128
     cover = next((size for size in (16, 32, 64, 128) if size >= min(m, largest)), 128)
     fragment = like.template == "gemm_fragment"
-    # 8-bit values that become bfloat16 take twice the registers.
-    deepest = 64 if not fragment and like.compute == "bfloat16" else 128
+    # 8-bit values that become wider take as many times the registers.
+    deepest = {"bfloat16": 64, "float16": 64, "float32": 32}.get(like.compute, 128)
     found = []
     for block_m in (64, 128) if cover == 128 else (cover,):
         for block_n in (64, 128):
@@ -126,7 +126,7 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
             else:
                 depths = [next(d for d in (32, 64, 128) if d >= min(like.columns, deepest))]
                 # Sums of blocks have a second accumulator beside the total.
-                crowded = like.groups > 1 and block_m * block_n >= 64 * 128
+                crowded = (like.groups > 1 and block_m * block_n >= 64 * 128) or like.compute == "float32"
                 warps = 8 if block_m > 64 or crowded else 4
             for block_k in depths:
                 for split in (1, 2, 4, 8):

@@ -220,12 +220,18 @@ def _significant_bits(fmt: Format) -> int:
 def _scale_type(spec: KernelSpec) -> str:
     """The type in which scales multiply weights: `spec.compute` where all products are exact in it, else float32."""
     digits = {"float8_e4m3fn": 4, "float8_e8m0fnu": 1}.get(spec.scale_dtype, 24)
-    apart = spec.super_columns in (0, spec.k)  # what is above the scales does not multiply weights
+    apart = spec.super_columns == 0 or _super_last(spec)
     kept = {"bfloat16": 8, "float16": 11}.get(spec.compute, 0)
     if spec.compute == "float16" and spec.scale_dtype != "float8_e4m3fn":
         kept = 0  # its exponents are too few
     exact = spec.symmetric and apart and _significant_bits(FORMATS[spec.weight]) + digits <= kept
     return _DTYPES[spec.compute if exact else "float32"]
+
+
+def _super_last(spec: KernelSpec) -> bool:
+    """Whether the scale above all scales of a row may multiply sums, and weights not yet scaled by it fit."""
+    small = spec.compute != "float16" or spec.scale_dtype in ("float8_e4m3fn", "int8", "uint8")
+    return spec.super_columns >= spec.k and not spec.offset and small
 
 
 def _fragment(spec: KernelSpec) -> dict[str, str]:
@@ -256,6 +262,7 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "CHUNK": chunk,
         "RUN": run,
         "SCALE_TYPE": _scale_type(spec),
+        "SUPER_LAST": run < 64 and _super_last(spec),
         "LOOKUP": table,
         "SPLIT": spec.tile.split,
     }

@@ -10,7 +10,7 @@ factor that is unknown at compile time before it is added.
 
 Scales of blocks that span a product multiply it in float32. Scales of narrower blocks, and all that have offsets,
 multiply the weights: in float32, where the offset is added too, so that it cancels nothing that was rounded; or in
-COMPUTE where that is exact.
+COMPUTE where that is exact. One scale above all of a row's may multiply the products then (SUPER_LAST).
 """
 
 # mypy: ignore-errors
@@ -34,6 +34,7 @@ BLOCK_K = tl.constexpr(128)
 CHUNK = tl.constexpr(128)
 RUN = tl.constexpr(128)
 SCALE_TYPE = tl.constexpr(tl.float32)
+SUPER_LAST = tl.constexpr(False)
 LOOKUP = tl.constexpr("")
 SPLIT = tl.constexpr(1)
 # </constants>
@@ -43,8 +44,6 @@ SUPER_GROUPS = tl.constexpr(0 if SUPER_COLUMNS.value == 0 else -(-K.value // SUP
 ZERO_POINTS = tl.constexpr(not SYMMETRIC.value and not OFFSET.value)
 SCALE_WEIGHTS = tl.constexpr(OFFSET.value or RUN.value < 64)
 """Scales multiply the weights, else products of CHUNK columns. A scale and what is above it are of RUN columns."""
-SUPER_LAST = tl.constexpr(SCALE_WEIGHTS.value and not OFFSET.value and SUPER_GROUPS.value == 1)
-"""Scales multiply the weights, and the one scale above them the products."""
 ONE_SCALE = tl.constexpr(GROUPS.value == 1 and SUPER_GROUPS.value <= 1)
 TILES_K = (K + 63) // 64
 TILES_N = (N + 63) // 64
