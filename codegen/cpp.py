@@ -14,7 +14,7 @@ from torch import Tensor
 from qcompile.codegen.printers import cpp_constant, to_cpp
 from qcompile.codegen.render import fill_hole
 from qcompile.expr import Expr, var
-from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.formats import FORMATS, FloatFormat, IntegerFormat
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
 from qcompile.scheme import WHOLE
@@ -121,14 +121,15 @@ def decode_functions(spec: CppSpec) -> tuple[str, bool]:
     """The functions `decode` and `decode_pair`, and whether they need the bits above a code to be 0.
 
     A format of few bits is a table of its values where the processor looks up 16 of them in one instruction; all others
-    compute the format's formula. Pairs come from a table of bfloat16, or are cut from float32 where that is exact.
+    compute the format's formula. Pairs come from a table of bfloat16, for floats of 8 bits one of those without a sign,
+    or are cut from float32 where that is exact.
     """
     fmt = FORMATS[spec.weight]
     values = fmt.decode(torch.arange(1 << fmt.bits, dtype=torch.int32))
     assert isinstance(values, Tensor)
     wide = "avx512f" in ISAS[spec.isa]
     by_table = fmt.bits <= 4 and (wide or (spec.isa == "avx2" and not isinstance(fmt, IntegerFormat)))
-    pairs_by_table = fmt.bits <= 5 and wide
+    entries = (32 if fmt.bits <= 5 else 64 if fmt.bits == 6 else 128 if isinstance(fmt, FloatFormat) else 0) * wide
     if by_table:
         text = _table("Table VALUES", values, 16) + "\n" + _LOOKUP
     else:
@@ -136,13 +137,13 @@ def decode_functions(spec: CppSpec) -> tuple[str, bool]:
         assert isinstance(formula, Expr)
         text = _FORMULA.format(to_cpp(formula))
     rounded = values.to(torch.bfloat16)
-    if pairs_by_table:
-        bits = rounded.view(torch.int16).int() & 0xFFFF
-        text += "\n" + _table("PairTable PAIRS", bits, 32) + "\n" + _LOOKUP_PAIR
+    if entries:
+        bits = rounded[:entries].view(torch.int16).int() & 0xFFFF
+        text += "\n" + _table(f"PairTable<{entries}> PAIRS", bits, entries) + "\n" + _LOOKUP_PAIR
     else:
         exact = torch.equal(rounded.float().nan_to_num(), values.nan_to_num())
         text += "\n" + (_FORMULA_PAIR if exact else _ROUNDED_PAIR)
-    unmasked = pairs_by_table and spec.element == "bfloat16"
+    unmasked = entries > 0 and spec.element == "bfloat16"
     return text, not (by_table and (unmasked or spec.element == "float32"))
 
 

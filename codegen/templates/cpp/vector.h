@@ -48,12 +48,14 @@ static inline u32 everywhere(std::uint32_t x) { return x + u32{}; }
 static inline f32 where(i32 condition, f32 a, f32 b) { return condition ? a : b; }
 static inline f32 where(i32 condition, float a, f32 b) { return condition ? everywhere(a) : b; }
 
-// 16 values of codes 0 to 15, and 32 of bfloat16 for codes 0 to 31; higher bits of a code are not looked at.
+// 16 values of codes 0 to 15; and those of 32 or 64 codes, or of the 128 whose sign bit is 0, as bfloat16. Higher bits of
+// a code are not looked at, but for the sign.
 struct Table {
   float values[16];
 };
+template <int COUNT>
 struct PairTable {
-  std::uint16_t values[32];
+  std::uint16_t values[COUNT];
 };
 
 static inline f32 lookup(i32 code, const Table& table) {
@@ -72,8 +74,20 @@ static inline f32 lookup(i32 code, const Table& table) {
 
 #if defined(__AVX512BW__)
 // Both halves of each lane at once.
-static inline u32 lookup(u32 pair, const PairTable& table) {
-  return (u32)_mm512_permutexvar_epi16((__m512i)pair, _mm512_loadu_si512(table.values));
+template <int COUNT>
+static inline u32 lookup(u32 pair, const PairTable<COUNT>& table) {
+  __m512i codes = (__m512i)pair, part[COUNT / 32];
+  for (int i = 0; i < COUNT / 32; ++i) part[i] = _mm512_loadu_si512(table.values + 32 * i);
+  if constexpr (COUNT == 32) {
+    return (u32)_mm512_permutexvar_epi16(codes, part[0]);
+  } else if constexpr (COUNT == 64) {
+    return (u32)_mm512_permutex2var_epi16(part[0], codes, part[1]);
+  } else {
+    __m512i low = _mm512_permutex2var_epi16(part[0], codes, part[1]);
+    __m512i high = _mm512_permutex2var_epi16(part[2], codes, part[3]);
+    __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+    return (u32)_mm512_mask_blend_epi16(upper, low, high) | (pair & 0x00800080u) << 8;
+  }
 }
 #endif
 
