@@ -10,6 +10,7 @@ from importlib import resources
 
 import torch
 
+from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8
 from qcompile.expr import Expr, var
@@ -326,6 +327,10 @@ def _grouped(spec: KernelSpec) -> dict[str, str]:
     return {"fragment": shared, **_fragment(spec), "experts": _constants(experts)}
 
 
+def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
+    return {"constants": _constants(spec.constants()), "decode": decode_formula(FORMATS[spec.number]) + "\n\n"}
+
+
 _FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped}
 
 
@@ -334,18 +339,20 @@ def _template(name: str) -> str:
     return resources.files("qcompile.codegen.templates").joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
-def render(spec: KernelSpec) -> str:
+def render(spec: KernelSpec | AttentionKernelSpec) -> str:
     """The kernel's source, which begins with the spec and how to make the file again.
 
     All that a user's configuration contributes is numbers and names of registries, and the header's JSON is one comment
     line.
     """
     text = _template(spec.template)
-    for name, content in _FILL[spec.template](spec).items():
+    holes = _attention(spec) if isinstance(spec, AttentionKernelSpec) else _FILL[spec.template](spec)
+    for name, content in holes.items():
         text = fill_hole(text, name, content)
-    text = fill_hole(text, "epilogue", _epilogue(spec))
-    operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
-    text = text.replace("operand_0,", f"{operands},")
+    if isinstance(spec, KernelSpec):
+        text = fill_hole(text, "epilogue", _epilogue(spec))
+        operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
+        text = text.replace("operand_0,", f"{operands},")
     encoded = spec.encode()
     assert encoded.isprintable()
     header = (

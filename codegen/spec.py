@@ -6,11 +6,15 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from qcompile.linear_spec import LinearSpec
 from qcompile.scheme import WHOLE, Granularity
+
+if TYPE_CHECKING:
+    from qcompile.codegen.attention_spec import AttentionKernelSpec
 
 TEMPLATES = {"fragment": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
@@ -124,9 +128,13 @@ class GroupedSpec(KernelSpec):
     experts: int
 
 
-def decode_kernel_spec(text: str) -> KernelSpec:
-    """The inverse of `KernelSpec.encode`."""
+def decode_kernel_spec(text: str) -> KernelSpec | AttentionKernelSpec:
+    """The inverse of `KernelSpec.encode`, and of `AttentionKernelSpec.encode`."""
+    from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, decode_attention_kernel_spec
+
     given = json.loads(text)
+    if given["template"] == ATTENTION_TEMPLATE:
+        return decode_attention_kernel_spec(text)
     kind = GroupedSpec if given["template"] == GROUPED_TEMPLATE else KernelSpec
     return kind(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})
 

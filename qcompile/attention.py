@@ -21,6 +21,7 @@ _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("store_kv(Tensor(a!) codes, Tensor(b!) scale, Tensor x, Tensor position, str spec) -> ()")
 _library.define("dequantize_kv(Tensor codes, Tensor scale, Tensor? length, str spec, ScalarType dtype) -> Tensor")
 _library.define("attention(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
+_library.define("attention_dynamic(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
 _library.define("attention_cpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
 
 
@@ -105,7 +106,15 @@ def _attention(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: 
     if query.device.type == "cpu":
         return torch.ops.qcompile.attention_cpu(query, cache, mask, length, spec)
     if query.device.type == "cuda":
-        return reference(query, cache, mask, length, spec)
+        from qcompile.runtime import attention_gpu
+
+        parsed = decode_attention_spec(spec)
+        group, queries = query.shape[1] // cache[0].shape[1], query.shape[2]
+        if not isinstance(queries, int) or not attention_gpu.has_kernel(parsed, queries, group, query.dtype):
+            return attention_gpu.many_queries(query, cache, mask, length, parsed)
+        fixed = all(isinstance(size, int) for size in (*query.shape, *cache[0].shape))
+        operator = attention_gpu.attention_operator() if fixed else torch.ops.qcompile.attention_dynamic
+        return operator(query, cache, mask, length, spec)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {query.device.type}")
 
 
@@ -115,12 +124,22 @@ def _attention_cpu(query: Tensor, cache: list[Tensor], mask: Tensor | None, leng
     return attention_cpu.attention(query, cache, mask, length, decode_attention_spec(spec))
 
 
+def _attention_dynamic(
+    query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str
+) -> Tensor:
+    from qcompile.runtime import attention_gpu
+
+    return attention_gpu.attention(query, cache, mask, length, decode_attention_spec(spec))
+
+
 _library.impl("store_kv", _store_kv, "CompositeImplicitAutograd")
 _library.impl("dequantize_kv", _dequantize_kv, "CompositeImplicitAutograd")
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
 _library.impl("attention_cpu", _attention_cpu, "CPU")
+_library.impl("attention_dynamic", _attention_dynamic, "CUDA")
 
 
 @torch.library.register_fake("qcompile::attention_cpu", lib=_library)
+@torch.library.register_fake("qcompile::attention_dynamic", lib=_library)
 def _(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str) -> Tensor:
     return query.new_empty((*query.shape[:3], decode_attention_spec(spec).value.head_dim))

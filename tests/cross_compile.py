@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.spec import KernelSpec, decode_kernel_spec, native_fp8
 
 _POINTERS = {
@@ -64,7 +66,23 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     return {name: types.get(name, out) for name in names}
 
 
-def compile_spec(spec: KernelSpec) -> dict[str, Any]:
+def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:
+    """Types of arguments as `attention_gpu.launch` passes them; an added mask is of the queries' type."""
+    native = {"fp8_e4m3": "*fp8e4nv", "fp8_e5m2": "*fp8e5"}
+    codes = native[spec.number] if spec.constants()["NATIVE"] else "*u8"
+    types = {
+        "key_codes": codes,
+        "value_codes": codes,
+        "mask": {"boolean": "*u8", "added": _POINTERS[spec.x_dtype]}.get(spec.mask, "*fp32"),
+        "length": "*i64" if spec.length else "*fp32",
+        "arrived": "*i32" if spec.tile.split > 1 else "*fp32",
+        **dict.fromkeys(("query", "y"), _POINTERS[spec.x_dtype]),
+        **dict.fromkeys(("context", "mask_batch", "mask_head", "mask_query"), "i32"),
+    }
+    return {name: types.get(name, "*fp32") for name in names}
+
+
+def compile_spec(spec: KernelSpec | AttentionKernelSpec) -> dict[str, Any]:
     """Compile in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -73,7 +91,8 @@ def compile_spec(spec: KernelSpec) -> dict[str, Any]:
     from qcompile.runtime import cache
 
     kernel = cache.load(spec).kernel
-    types = signature(spec, kernel.arg_names)
+    attends = isinstance(spec, AttentionKernelSpec)
+    types = attention_signature(spec, kernel.arg_names) if attends else signature(spec, kernel.arg_names)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
     nvidia = spec.target.startswith("sm_")
@@ -119,7 +138,7 @@ def _amd(code: str) -> dict[str, Any]:
     }
 
 
-def measure(specs: list[KernelSpec], limit: float = 240) -> list[dict[str, Any]]:
+def measure(specs: Sequence[KernelSpec | AttentionKernelSpec], limit: float = 240) -> list[dict[str, Any]]:
     """Compile in another process.
 
     Raises:

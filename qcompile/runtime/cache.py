@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.render import render
 from qcompile.codegen.spec import KernelSpec
 from qcompile.flags import flags
@@ -57,7 +58,7 @@ def store(source: str) -> Path:
 
 
 @functools.cache
-def load(spec: KernelSpec) -> ModuleType:
+def load(spec: KernelSpec | AttentionKernelSpec) -> ModuleType:
     """The module of a kernel, whose `kernel` is the Triton function."""
     source = render(spec)
     path = store(source)

@@ -1,8 +1,8 @@
-"""Attention over a quantized cache, against float64: the operator on CPUs, and its meaning in plain torch."""
+"""Attention over a quantized cache, against float64: the operator on CPUs, its meaning in plain torch, the kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,15 +12,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompile.attention import reference
+from qcompile.codegen.attention_spec import AttentionKernelSpec, AttentionTile, attention_kernel_spec
+from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.render import render
+from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.errors import GradientError
+from qcompile.flags import override
 from qcompile.kv_cache import SCALES, AttentionSpec, KVScheme, KVSpec, kv_format, quantize
-from qcompile.runtime import attention_cpu
+from qcompile.runtime import attention_cpu, attention_gpu, cache
 from tests import oracle, tolerance
+from tests.cross_compile import measure
 from tests.strategies import FLOATS
+from tests.triton_interpreter import interpret
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
 MASKS = ("none", "causal", "padding", "additive", "least finite", "per head", "empty rows", "empty")
 Cache = list[Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with override(cache_dir=tmp_path_factory.mktemp("cache")):
+        yield
+    cache.load.cache_clear()
 
 
 @dataclass
@@ -32,6 +46,23 @@ class Problem:
     mask: Tensor | None
     length: Tensor | None
     spec: AttentionSpec
+
+    def kernel(self, target: str, tile: AttentionTile) -> AttentionKernelSpec:
+        heads, queries = self.cache[0].shape[1], self.query.shape[2]
+        group, mask = self.query.shape[1] // heads, attention_gpu.mask_kind(self.mask)
+        length = self.length is not None
+        return attention_kernel_spec(self.spec, heads, group, queries, mask, length, self.query.dtype, target, tile)
+
+    def interpret(self, target: str, tile: AttentionTile) -> Tensor:
+        """Run the generated kernel on the CPU."""
+        kernel = self.kernel(target, tile)
+        function = interpret(cache.load(kernel).kernel)
+        return attention_gpu.launch(kernel, function, self.query, self.cache, self.mask, self.length)
+
+    def check_kernel(self, y: Tensor) -> None:
+        """`check` with the types that the kernel multiplies in."""
+        half = self.query.dtype != torch.float32
+        self.check(y, self.query.dtype, torch.bfloat16 if half else torch.float32)
 
     def check(self, y: Tensor, compute: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> None:
         """Every element within the derived bound, zeros where nothing is attended to."""
@@ -212,3 +243,83 @@ def test_the_operator_traces() -> None:
     assert given_.mask is not None
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(given_.query, given_.cache, given_.mask), on_cpu(given_))
+
+
+SMALL = AttentionTile(context=16, split=1, warps=4, stages=2)
+tiles = st.builds(
+    AttentionTile,
+    context=st.sampled_from([16, 32, 64]),
+    split=st.sampled_from([1, 2, 4]),
+    warps=st.just(4),
+    stages=st.just(2),
+)
+
+
+@given(problems(), tiles, st.sampled_from(["sm_80", "sm_90", "gfx942"]))
+def test_kernel(given_: Problem, tile: AttentionTile, target: str) -> None:
+    given_.check_kernel(given_.interpret(target, tile))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_kernel_with_every_mask(mask: str) -> None:
+    given_ = problem("int4", mask=mask, queries=3)
+    given_.check_kernel(given_.interpret("sm_90", replace(SMALL, split=2)))
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_kernel_decodes_every_code(kv: str, target: str) -> None:
+    """One position attended to by each query gives its value."""
+    count = 8
+    given_ = problem(kv, "tensor", batch=1, heads=1, group=1, queries=count, context=count, size=64)
+    for codes in (given_.cache[0], given_.cache[2]):
+        codes.view(-1).copy_(torch.arange(codes.numel()) % 256)
+    given_ = replace(given_, mask=torch.eye(count, dtype=torch.bool))
+    value = oracle.kv_values(given_.cache[2], torch.ones(()), kv, 64)
+    for codes in (given_.cache[0], given_.cache[2]):
+        codes.masked_fill_(~value.isfinite() if codes.shape[-1] == 64 else torch.tensor(False), 0)
+    value = oracle.kv_values(given_.cache[2], given_.cache[3], kv, 64)
+    y = given_.interpret(target, SMALL)
+    assert torch.equal(y.double(), value.float().double())
+
+
+def test_the_kernels_file_makes_itself_again() -> None:
+    kernel = problem().kernel("sm_90", SMALL)
+    source = render(kernel)
+    line = next(line for line in source.splitlines() if line.startswith("# {"))
+    assert decode_kernel_spec(line.removeprefix("# ")) == kernel
+    assert render(kernel) == source
+
+
+@given(st.integers(1, 4096), st.integers(1, 1 << 18), st.sampled_from([64, 128, 256]), st.integers(1, 64))
+def test_every_part_of_the_context_has_work(pairs: int, context: int, size: int, rows: int) -> None:
+    tile = attention_gpu.tile_of(pairs, context, size, rows, "sm_90")
+    assert tile.split == 1 or tile.split * tile.context <= context
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
+    kernels = []
+    for kv, scales, size, group, queries, mask in (
+        ("fp8_e4m3", "tensor", 128, 4, 1, "causal"),
+        ("fp8_e5m2", "token", 64, 8, 8, "causal"),
+        ("int8", "token", 256, 2, 1, "additive"),
+        ("int4", "head", 128, 8, 4, "causal"),
+    ):
+        given_ = problem(
+            kv,
+            scales,
+            heads=8,
+            group=group,
+            queries=queries,
+            size=size,
+            mask=mask,
+            length=1,
+            dtype=torch.bfloat16,
+        )
+        kernels.append(given_.kernel(target, attention_gpu.tile_of(8, 16384, size, group * queries, target)))
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, found
+        assert found["spills"] == 0, (kernel, found)
+        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["mma"], f"no matrix instruction in {kernel}"

@@ -1,0 +1,154 @@
+"""Everything that decides the source of a kernel for attention over a quantized cache, as one hashable value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import torch
+
+from qcompile.codegen.spec import dtype_name, native_fp8
+from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
+
+ATTENTION_TEMPLATE = "attention_decode"
+MOST_QUERIES = 8
+"""Tokens of a sequence that are attended from at once."""
+MOST_ROWS = 64
+"""Queries of a sequence that share a head of keys: tokens times query heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionTile:
+    """How the work is cut: a program takes a head of keys and a `split`-th of the context, `context` tokens a time."""
+
+    context: int
+    split: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionKernelSpec:
+    """A kernel for one shape of attention and one kind of device; batch and context are its arguments.
+
+    Attributes:
+        number: name of the number format of keys and values, of 8 or 4 bits.
+        bits: of a code.
+        scales: see `KVScheme`.
+        heads, group, queries: heads of keys; query heads for each; tokens attended from.
+        key_size, value_size: of a head.
+        scale, softcap: see `AttentionSpec`.
+        mask: "none", "boolean" or "added".
+        length: whether there is one.
+        x_dtype: of queries and results.
+        target: see `KernelSpec`.
+    """
+
+    number: str
+    bits: int
+    scales: str
+    heads: int
+    group: int
+    queries: int
+    key_size: int
+    value_size: int
+    scale: float
+    softcap: float
+    mask: str
+    length: bool
+    x_dtype: str
+    target: str
+    tile: AttentionTile
+    template: str = ATTENTION_TEMPLATE
+
+    @property
+    def rows(self) -> int:
+        """Queries of a program, rounded up to what matrix units take."""
+        return _power(self.group * self.queries)
+
+    @property
+    def columns(self) -> int:
+        """Results of a query as programs hold them: padded, and in two halves if a byte holds two values."""
+        halves = 8 // self.bits
+        return halves * _power(self.value_size // halves)
+
+    def constants(self) -> dict[str, object]:
+        """Those of the template."""
+        half = self.x_dtype != "float32"
+        return {
+            "BITS": self.bits,
+            "NATIVE": self.number.startswith("fp8") and native_fp8(self.target),
+            "SCALES": self.scales,
+            "HEADS": self.heads,
+            "GROUP": self.group,
+            "QUERIES": self.queries,
+            "KEY_SIZE": self.key_size,
+            "VALUE_SIZE": self.value_size,
+            "SCALE": self.scale,
+            "SOFTCAP": self.softcap,
+            "MASK": self.mask,
+            "LENGTH": self.length,
+            "COMPUTE": f"tl.{self.x_dtype}",
+            # Weights times scales may lie below what float16 holds.
+            "WEIGHTS": "tl.bfloat16" if half else "tl.float32",
+            "PRECISION": "tf32x3" if self.target.startswith("sm_") else "ieee",
+            "ROWS": self.rows,
+            "BLOCK_D": _power(self.key_size * self.bits // 8),
+            "BLOCK_V": _power(self.value_size * self.bits // 8),
+            "BLOCK_T": self.tile.context,
+            "SPLIT": self.tile.split,
+        }
+
+    def encode(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def _power(size: int) -> int:
+    """The power of two from 16 on that holds a size."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
+    """The inverse of `AttentionKernelSpec.encode`."""
+    given = json.loads(text)
+    return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"])})
+
+
+def has_number(fmt: KVFormat) -> bool:
+    """Whether the template decodes a format."""
+    return isinstance(fmt, NumberFormat)
+
+
+def attention_kernel_spec(
+    spec: AttentionSpec,
+    heads: int,
+    group: int,
+    queries: int,
+    mask: str,
+    length: bool,
+    x_dtype: torch.dtype,
+    target: str,
+    tile: AttentionTile,
+) -> AttentionKernelSpec:
+    """The kernel for attention with `has_number` and at most `MOST_QUERIES` and `MOST_ROWS`."""
+    fmt = spec.scheme.format
+    assert isinstance(fmt, NumberFormat)
+    return AttentionKernelSpec(
+        number=fmt.number.name,
+        bits=fmt.number.bits,
+        scales=spec.scheme.scales,
+        heads=heads,
+        group=group,
+        queries=queries,
+        key_size=spec.key.head_dim,
+        value_size=spec.value.head_dim,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        mask=mask,
+        length=length,
+        x_dtype=dtype_name(x_dtype),
+        target=target,
+        tile=tile,
+    )

@@ -1,0 +1,224 @@
+"""y [B, Hq, Q, Dv] = softmax(query [B, Hq, Q, D] key^T + mask) value for a few queries and a quantized cache.
+
+All queries that read a head of keys are rows of one product, so each byte of the cache is read once. Programs that
+share a head (SPLIT) each take a part of the context; the last to arrive puts the parts together in their order, so
+results do not depend on timing. Codes become values in registers; scales multiply scores and weights, not the values.
+
+Where a byte holds two codes, its low half is of the first half of a vector: both halves are attended to by themselves.
+Products are multiplied by a factor that is unknown at compile time before they are added (see `gemm_fragment`).
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+# <constants>
+BITS = tl.constexpr(8)
+NATIVE = tl.constexpr(True)
+SCALES = tl.constexpr("tensor")
+HEADS = tl.constexpr(8)
+GROUP = tl.constexpr(4)
+QUERIES = tl.constexpr(1)
+KEY_SIZE = tl.constexpr(128)
+VALUE_SIZE = tl.constexpr(128)
+SCALE = tl.constexpr(0.08838834764831845)
+SOFTCAP = tl.constexpr(0.0)
+MASK = tl.constexpr("none")
+LENGTH = tl.constexpr(False)
+COMPUTE = tl.constexpr(tl.bfloat16)
+WEIGHTS = tl.constexpr(tl.bfloat16)
+PRECISION = tl.constexpr("tf32x3")
+ROWS = tl.constexpr(16)
+BLOCK_D = tl.constexpr(128)
+BLOCK_V = tl.constexpr(128)
+BLOCK_T = tl.constexpr(64)
+SPLIT = tl.constexpr(8)
+# </constants>
+
+HALVES = tl.constexpr(8 // BITS.value)
+KEY_WIDTH = tl.constexpr(KEY_SIZE.value // HALVES.value)
+"""Bytes of a key."""
+VALUE_WIDTH = tl.constexpr(VALUE_SIZE.value // HALVES.value)
+LIVE_ROWS = tl.constexpr(GROUP.value * QUERIES.value)
+PART = tl.constexpr(ROWS.value * (HALVES.value * BLOCK_V.value + 2))
+"""What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
+
+
+# <decode>
+@triton.jit
+def decode(code):
+    return code.to(tl.float32)
+
+
+# </decode>
+
+
+@triton.jit
+def values_of(codes, DTYPE: tl.constexpr):
+    """Of bytes with one code each."""
+    return codes.to(DTYPE) if NATIVE else decode(codes.to(tl.int32)).to(DTYPE)
+
+
+@triton.jit
+def load_codes(codes, t, d, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Bytes of vectors t, of which those that are not inside are 0."""
+    if WIDTH != BLOCK:
+        inside = inside & (d < WIDTH)
+    return tl.load(codes + t.to(tl.int64) * WIDTH + d, mask=inside, other=0.0 if NATIVE else 0)
+
+
+@triton.jit
+def masked(scores, mask, row, t, inside, mask_head, mask_query):
+    """Scores [ROWS, BLOCK_T], -inf where nothing is attended to."""
+    allowed = inside[None, :]
+    if MASK != "none":
+        offsets = row // QUERIES * mask_head + row % QUERIES * mask_query
+        allowed = allowed & (row < LIVE_ROWS)[:, None]
+        given = tl.load(mask + offsets[:, None] + t[None, :], mask=allowed, other=0)
+        if MASK == "boolean":
+            allowed = allowed & (given != 0)
+        else:
+            scores += given.to(tl.float32)
+    return tl.where(allowed, scores, float("-inf"))
+
+
+@triton.jit
+def finite(top):
+    """Something to subtract from scores of which `top` is the greatest."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def finish(y, sums, total, row, first: tl.constexpr):
+    """Store weighted means; zeros where nothing is attended to."""
+    d = tl.arange(0, BLOCK_V)
+    mean = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    stored = (row < LIVE_ROWS)[:, None] & (d < VALUE_WIDTH)[None, :]
+    tl.store(y + row[:, None] * VALUE_SIZE + first + d[None, :], mean.to(y.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["context", "mask_batch", "mask_head", "mask_query"])
+def kernel(
+    query,
+    key_codes,
+    key_scale,
+    value_codes,
+    value_scale,
+    mask,
+    length,
+    y,
+    partial,
+    arrived,
+    context,
+    mask_batch,
+    mask_head,
+    mask_query,
+):
+    """Grid: (B * HEADS, SPLIT).
+
+    context: positions of the cache. mask_batch, mask_head, mask_query: steps between elements of the mask; those of one
+    query lie side by side. partial: float32, PART a program, and arrived: int32, 0 for each head; both only for
+    SPLIT > 1. Pointers that the constants make needless are not read.
+    """
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    batch, head = pair // HEADS, pair % HEADS
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_V)
+    query += pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE) + row[:, None] * KEY_SIZE + d[None, :]
+    wanted = (row < LIVE_ROWS)[:, None] & (d < KEY_WIDTH)[None, :]
+    rows = tl.load(query, mask=wanted, other=0.0)
+    if HALVES == 2:
+        rows_high = tl.load(query + KEY_WIDTH, mask=wanted, other=0.0)
+    vectors = pair.to(tl.int64) * context
+    key_codes += vectors * KEY_WIDTH
+    value_codes += vectors * VALUE_WIDTH
+    mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
+    if SCALES == "token":
+        key_scale += vectors
+        value_scale += vectors
+        key_factor = SCALE
+        value_factor = (key_scale.to(tl.int64) != 0).to(tl.float32)  # 1, which no compiler knows
+    else:
+        place = head if SCALES == "head" else 0
+        key_factor = tl.load(key_scale + place) * SCALE
+        value_factor = tl.load(value_scale + place)
+    end = context
+    if LENGTH:
+        end = tl.minimum(tl.load(length), context).to(tl.int32)
+    blocks = (end + BLOCK_T - 1) // BLOCK_T
+    share = (blocks + SPLIT - 1) // SPLIT
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    sums_high = sums
+    for block in tl.range(split * share, tl.minimum((split + 1) * share, blocks)):
+        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+        inside = t < end
+        codes = load_codes(key_codes, t[None, :], d[:, None], inside[None, :], KEY_WIDTH, BLOCK_D)
+        if HALVES == 1:
+            scores = tl.dot(rows, values_of(codes, COMPUTE), input_precision=PRECISION)
+        else:
+            scores = tl.dot(rows, values_of(codes & 15, COMPUTE), input_precision=PRECISION)
+            scores += tl.dot(rows_high, values_of(codes >> 4, COMPUTE), input_precision=PRECISION)
+        scores *= key_factor
+        if SCALES == "token":
+            scores *= tl.load(key_scale + t, mask=inside, other=0.0)[None, :]
+        if SOFTCAP != 0.0:
+            scores = SOFTCAP * (2.0 * tl.sigmoid(scores * (2.0 / SOFTCAP)) - 1.0)
+        scores = masked(scores, mask, row, t, inside, mask_head, mask_query)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = finite(higher)
+        weights = tl.exp(scores - base[:, None])
+        rescale = tl.exp(top - base)
+        top = higher
+        total = total * rescale + tl.sum(weights, 1)
+        if SCALES == "token":
+            weights *= tl.load(value_scale + t, mask=inside, other=0.0)[None, :]
+        weights = weights.to(WEIGHTS)
+        codes = load_codes(value_codes, t[:, None], dv[None, :], inside[:, None], VALUE_WIDTH, BLOCK_V)
+        if HALVES == 1:
+            part = tl.dot(weights, values_of(codes, WEIGHTS), input_precision=PRECISION)
+        else:
+            part = tl.dot(weights, values_of(codes & 15, WEIGHTS), input_precision=PRECISION)
+            part_high = tl.dot(weights, values_of(codes >> 4, WEIGHTS), input_precision=PRECISION)
+            sums_high = sums_high * rescale[:, None] + part_high * value_factor
+        sums = sums * rescale[:, None] + part * value_factor
+    y += pair.to(tl.int64) * (LIVE_ROWS * VALUE_SIZE)
+    if SPLIT == 1:
+        finish(y, sums, total, row, 0)
+        if HALVES == 2:
+            finish(y, sums_high, total, row, VALUE_WIDTH)
+    else:
+        place = row[:, None] * BLOCK_V + dv[None, :]
+        partial += pair.to(tl.int64) * (SPLIT * PART)
+        own = partial + split * PART
+        tl.store(own + place, sums, cache_modifier=".cg")
+        if HALVES == 2:
+            tl.store(own + ROWS * BLOCK_V + place, sums_high, cache_modifier=".cg")
+        tl.store(own + ROWS * HALVES * BLOCK_V + row, top, cache_modifier=".cg")
+        tl.store(own + ROWS * (HALVES * BLOCK_V + 1) + row, total, cache_modifier=".cg")
+        tl.debug_barrier()  # all stores of this program come before its arrival
+        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            top = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            sums = tl.zeros((ROWS, BLOCK_V), tl.float32)
+            sums_high = sums
+            for other in tl.range(0, SPLIT):
+                given = partial + other * PART
+                its_top = tl.load(given + ROWS * HALVES * BLOCK_V + row, cache_modifier=".cg")
+                higher = tl.maximum(top, its_top)
+                base = finite(higher)
+                rescale, its_rescale = tl.exp(top - base), tl.exp(its_top - base)
+                top = higher
+                its_total = tl.load(given + ROWS * (HALVES * BLOCK_V + 1) + row, cache_modifier=".cg")
+                total = total * rescale + its_total * its_rescale
+                part = tl.load(given + place, cache_modifier=".cg")
+                sums = sums * rescale[:, None] + part * its_rescale[:, None]
+                if HALVES == 2:
+                    part = tl.load(given + ROWS * BLOCK_V + place, cache_modifier=".cg")
+                    sums_high = sums_high * rescale[:, None] + part * its_rescale[:, None]
+            finish(y, sums, total, row, 0)
+            if HALVES == 2:
+                finish(y, sums_high, total, row, VALUE_WIDTH)

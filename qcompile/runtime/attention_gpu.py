@@ -1,0 +1,199 @@
+"""Attention over a quantized cache on GPUs: a generated Triton kernel for few queries, torch's own for many."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qcompile.attention import reference
+from qcompile.codegen.attention_spec import (
+    MOST_QUERIES,
+    MOST_ROWS,
+    AttentionKernelSpec,
+    AttentionTile,
+    attention_kernel_spec,
+    has_number,
+)
+from qcompile.codegen.cost_model import device_of
+from qcompile.errors import DeviceError
+from qcompile.kv_cache import AttentionSpec, decode_attention_spec, dequantize
+from qcompile.runtime import cache
+from qcompile.runtime.gpu import target_of
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_SPLITS = 64
+
+
+def has_kernel(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
+    """Whether the template attends from so many tokens, without spilling registers."""
+    if not has_number(spec.scheme.format) or queries > MOST_QUERIES:
+        return False
+    wide = x_dtype == torch.float32 and max(spec.key.head_dim, spec.value.head_dim) > 128
+    return queries * group <= (16 if wide else MOST_ROWS)
+
+
+def tile_of(
+    pairs: int, context: int, size: int, rows: int, target: str, x_dtype: torch.dtype = torch.bfloat16
+) -> AttentionTile:
+    """Parts of the context until every processor has a few programs to read for.
+
+    Args:
+        pairs: sequences times heads of keys.
+        size: of a key or a value, whichever is greater.
+        rows: queries of a program.
+    """
+    wide = x_dtype == torch.float32
+    # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
+    nvidia = target.startswith("sm_")
+    block = 64 if nvidia else 32
+    if size > 128:
+        block = 32 if nvidia and not wide and rows <= 32 else 16
+    warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
+    enough, split = 2 * device_of(target).processors, 1
+    while split < _MOST_SPLITS and pairs * split < enough and 4 * split * block <= context:
+        split *= 2
+    return AttentionTile(context=block, split=split, warps=warps, stages=3)
+
+
+@functools.cache
+def choose(
+    spec: AttentionSpec,
+    batch: int,
+    heads: int,
+    group: int,
+    queries: int,
+    context: int,
+    mask: str,
+    length: bool,
+    x_dtype: torch.dtype,
+    target: str,
+) -> AttentionKernelSpec:
+    """The kernel for a shape."""
+    size = max(spec.key.head_dim, spec.value.head_dim)
+    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype)
+    return attention_kernel_spec(spec, heads, group, queries, mask, length, x_dtype, target, tile)
+
+
+def mask_kind(mask: Tensor | None) -> str:
+    """As `AttentionKernelSpec.mask` says it."""
+    return "none" if mask is None else "boolean" if mask.dtype == torch.bool else "added"
+
+
+def launch(
+    kernel: AttentionKernelSpec,
+    function: Any,
+    query: Tensor,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    length: Tensor | None,
+) -> Tensor:
+    """Allocate the result and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    key_codes, key_scale, value_codes, value_scale = (t.contiguous() for t in tensors)
+    batch, heads, context, _ = key_codes.shape
+    y = query.new_empty((*query.shape[:3], kernel.value_size))
+    if y.numel() == 0:
+        return y
+    if kernel.constants()["NATIVE"]:
+        native = torch.float8_e4m3fn if kernel.number == "fp8_e4m3" else torch.float8_e5m2
+        key_codes, value_codes = key_codes.view(native), value_codes.view(native)
+    steps = [0, 0, 0]
+    if mask is not None:
+        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(*query.shape[:3], context)
+        mask = mask if mask.stride(-1) == 1 or context == 1 else mask.contiguous()
+        steps = list(mask.stride()[:3])
+    pairs, split = batch * heads, kernel.tile.split
+    partial = arrived = key_scale
+    if split > 1:
+        numbers = kernel.rows * (kernel.columns + 2)
+        partial = query.new_empty(pairs * split * numbers, dtype=torch.float32)
+        arrived = torch.zeros(pairs, dtype=torch.int32, device=query.device)
+    # Pointers that a kernel does not use get some input, so that one signature serves all; never an output.
+    function[(pairs, split)](
+        query.contiguous(),
+        key_codes,
+        key_scale,
+        value_codes,
+        value_scale,
+        key_scale if mask is None else mask,
+        key_scale if length is None else length,
+        y,
+        partial,
+        arrived,
+        context,
+        *steps,
+        num_warps=kernel.tile.warps,
+        num_stages=kernel.tile.stages,
+    )
+    return y
+
+
+def attention(
+    query: Tensor,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    length: Tensor | None,
+    spec: AttentionSpec,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """See `qcompile.attention.reference`; for queries that `has_kernel` takes.
+
+    Args:
+        wrap: `torch.library.wrap_triton` while tracing.
+
+    Raises:
+        DeviceError: queries of another type than float32, bfloat16 and float16.
+    """
+    if query.dtype not in _DTYPES:
+        raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 queries, not {query.dtype}: cast the model")
+    batch, heads, context, _ = tensors[0].shape
+    group, queries = query.shape[1] // heads, query.shape[2]
+    kind = mask_kind(mask)
+    kernel = choose(
+        spec, batch, heads, group, queries, context, kind, length is not None, query.dtype, target_of(query.device)
+    )
+    function = wrap(cache.load(kernel).kernel)
+    # Triton launches on the current device.
+    guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+    with guard:
+        return launch(kernel, function, query, tensors, mask, length)
+
+
+def many_queries(
+    query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """Dequantize all keys and values, then torch's attention; made of plain torch operators."""
+    if spec.softcap:
+        return reference(query, tensors, mask, length, spec.encode())
+    key_codes, key_scale, value_codes, value_scale = tensors
+    key = dequantize(key_codes, key_scale, spec.scheme, spec.key.head_dim).to(query.dtype)
+    value = dequantize(value_codes, value_scale, spec.scheme, spec.value.head_dim).to(query.dtype)
+    if length is not None:
+        inside = torch.arange(key.shape[2], device=query.device) < length
+        value = value.masked_fill(~inside[:, None], 0.0)
+        if mask is None:
+            mask = inside.expand(query.shape[2], -1)
+        else:
+            mask = mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, -torch.inf)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)
+
+
+@functools.cache
+def attention_operator() -> Any:
+    """`torch.ops.qcompile.attention_decode`, registered at the first call: compilers see through it to the kernel."""
+
+    @torch.library.triton_op("qcompile::attention_decode", mutates_args={})
+    def attention_decode_op(
+        query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str
+    ) -> Tensor:
+        wrap = torch.library.wrap_triton
+        return attention(query, tensors, mask, length, decode_attention_spec(spec), wrap)
+
+    return torch.ops.qcompile.attention_decode

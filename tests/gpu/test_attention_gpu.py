@@ -1,0 +1,111 @@
+"""Attention over quantized caches on a GPU, against float64, and bit for bit the same at every launch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qcompile.runtime import attention_gpu, cache
+from qcompile.runtime.gpu import target_of
+from tests.kernels.test_attention import FORMATS, MASKS, Problem, problem
+
+pytestmark = pytest.mark.gpu
+
+LAUNCHES = 50
+
+
+def on_gpu(given: Problem) -> Problem:
+    return replace(
+        given,
+        query=given.query.cuda(),
+        cache=[t.cuda() for t in given.cache],
+        mask=None if given.mask is None else given.mask.cuda(),
+        length=None if given.length is None else given.length.cuda(),
+    )
+
+
+def run(given: Problem) -> torch.Tensor:
+    """The operator's result, after calling it many times and comparing bits."""
+    moved = on_gpu(given)
+
+    def call() -> torch.Tensor:
+        y: torch.Tensor = torch.ops.qcompile.attention(
+            moved.query, moved.cache, moved.mask, moved.length, moved.spec.encode()
+        )
+        return y
+
+    first = call()
+    for _ in range(LAUNCHES):
+        assert torch.equal(first.view(torch.uint8), call().view(torch.uint8)), "launches differ"
+    return first.cpu()
+
+
+@pytest.mark.parametrize("scales", ["tensor", "head", "token"])
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_decoding(kv: str, scales: str, dtype: torch.dtype) -> None:
+    given = problem(kv, scales, heads=4, group=4, context=1000, size=128, dtype=dtype, length=777)
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5, 8])
+@pytest.mark.parametrize("size", [16, 64, 80, 96, 256])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_shapes(size: int, group: int, queries: int) -> None:
+    given = problem(
+        "fp8_e4m3", "token", heads=3, group=group, queries=queries, context=333, size=size, dtype=torch.bfloat16
+    )
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kv", ["fp8_e5m2", "int4"])
+def test_masks(kv: str, mask: str) -> None:
+    given = problem(kv, "token", queries=4, context=500, size=64, mask=mask, softcap=7.0, dtype=torch.bfloat16)
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("context", [1, 63, 4096, 65536])
+def test_contexts(context: int) -> None:
+    given = problem("fp8_e4m3", "head", batch=1, context=context, size=128, dtype=torch.bfloat16)
+    given.check_kernel(run(given))
+
+
+def test_many_queries_are_attended_from_by_torch() -> None:
+    given = problem("fp8_e4m3", "token", queries=40, context=300, size=64, dtype=torch.float32, length=280)
+    assert not attention_gpu.has_kernel(given.spec, 40, 2, torch.float32)
+    moved = on_gpu(given)
+    y = torch.ops.qcompile.attention(moved.query, moved.cache, moved.mask, moved.length, moved.spec.encode())
+    given.check(y.cpu())
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_compiled_operator_equals_eager(kv: str) -> None:
+    given = on_gpu(problem(kv, "token", context=900, size=128, dtype=torch.bfloat16, length=800))
+    spec = given.spec.encode()
+
+    def call(
+        query: torch.Tensor, tensors: list[torch.Tensor], mask: torch.Tensor, length: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.ops.qcompile.attention(query, tensors, mask, length, spec)
+
+    assert given.mask is not None
+    assert given.length is not None
+    expected = call(given.query, given.cache, given.mask, given.length)
+    compiled = torch.compile(call, fullgraph=True)
+    assert torch.equal(compiled(given.query, given.cache, given.mask, given.length), expected)
+
+
+def test_every_split_gives_the_same_within_the_bound() -> None:
+    given = problem("int8", "token", context=2000, size=128, dtype=torch.bfloat16)
+    moved, target = on_gpu(given), target_of(torch.device("cuda", 0))
+    for split in (1, 2, 8, 64):
+        for block in (16, 32, 64, 128):
+            for warps in (4, 8):
+                tile = replace(attention_gpu.tile_of(4, 2000, 128, 2, target), split=split, context=block, warps=warps)
+                kernel = given.kernel(target, tile)
+                function = cache.load(kernel).kernel
+                y = attention_gpu.launch(kernel, function, moved.query, moved.cache, moved.mask, moved.length)
+                given.check_kernel(y.cpu())
