@@ -79,7 +79,10 @@ GENERATED = [
     *("q4_k", "q6_k", "int7,False,16", "fp8_e5m2,[64, 48]", "int4_int8"),
 ]
 """Names of SCHEMES, of which every part of the template has one."""
-OTHER_ISAS = ["int3", "q5_1", "nvfp4", "fp8_weight_only"]
+OTHER_ISAS = [
+    *(("avx512_bf16", "int3"), ("avx512_bf16", "nvfp4"), ("avx512", "q5_1"), ("avx2", "q5_1"), ("avx2", "nvfp4")),
+    *(("portable", "int3"), ("portable", "fp8_weight_only")),
+]
 
 
 @pytest.fixture
@@ -205,9 +208,8 @@ def test_generated_kernels_in_float32(name: str) -> None:
             tolerance.assert_within(layer(x), oracle.linear(x, layer.weight()), bound)
 
 
-@pytest.mark.parametrize("isa", list(ISAS)[1:])
-@pytest.mark.parametrize("name", OTHER_ISAS)
-def test_other_instruction_sets(name: str, isa: str) -> None:
+@pytest.mark.parametrize(("isa", "name"), OTHER_ISAS)
+def test_other_instruction_sets(isa: str, name: str) -> None:
     if isa not in list(ISAS)[list(ISAS).index(cpp.isa()) :]:
         pytest.skip(f"no {isa} here")
     with override(cpu_isa=isa):
