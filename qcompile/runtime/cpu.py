@@ -37,8 +37,9 @@ from qcompile.scheme import Granularity
 FEW_ROWS = 32
 """Largest M of the generated kernel: its time grows with M while decoding costs the same for any."""
 
-FEW_ROWS_AMX = 256
-"""Its largest M where it multiplies bfloat16 by the matrix unit."""
+FEW_ROWS_AMX = 1024
+"""Its largest M where it multiplies bfloat16 by the matrix unit, for groups of 128 columns and more; in proportion for
+smaller ones, whose scales take their time for every row."""
 
 WEIGHTS_PER_THREAD = 1 << 15
 """Fewer are multiplied sooner than another thread starts."""
@@ -50,7 +51,7 @@ BUFFER_ELEMENTS = 1 << 20
 def kernel_name(spec: LinearSpec) -> str:
     """What multiplies by a weight of this spec, for reports."""
     if spec.layout == "rows16" and cpp.compiler() is not None:
-        few = f"{FEW_ROWS_AMX} in bf16" if "amx_bf16" in ISAS[cpp.isa()] else str(FEW_ROWS)
+        few = f"{FEW_ROWS_AMX} (bf16)" if "amx_bf16" in ISAS[cpp.isa()] else str(FEW_ROWS)
         more = "int8 mm" if integer_product(spec.scheme, spec.shape) else "mm"
         return f"C++ for {cpp.isa()}, decode + {more} above M = {few}"
     return "torch decode + mm" + (" (no C++ compiler)" if spec.layout == "rows16" else "")
@@ -125,7 +126,7 @@ class _Linear:
         if found is not None and dtype == torch.bfloat16:
             features = ISAS[found.spec.isa]
             if "amx_bf16" in features:
-                return found if m <= FEW_ROWS_AMX else None
+                return found if m <= min(FEW_ROWS_AMX, FEW_ROWS_AMX * self.columns // 128) else None
             if "avx512_bf16" not in features:
                 found = self.kernel(torch.float32)
         return found if m <= FEW_ROWS else None
