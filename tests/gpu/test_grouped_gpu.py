@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -100,7 +101,8 @@ def test_one_graph_that_is_captured_and_replayed() -> None:
         graph.replay()
         torch.cuda.synchronize()
         expected = experts(x, chosen, weights)
-        assert tolerance.sqnr(expected, y) > tolerance.float_sqnr_floor(7) - 6  # bfloat16 in another order
+        # Either side rounds to bfloat16 four times (two products, their gating, the sum of experts); noises add up.
+    assert tolerance.sqnr(expected, y) > tolerance.float_sqnr_floor(7) - 10 * math.log10(8)
     torch.cuda.set_sync_debug_mode("error")
     try:
         experts(x, chosen, weights)
