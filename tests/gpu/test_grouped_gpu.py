@@ -102,7 +102,7 @@ def test_one_graph_that_is_captured_and_replayed() -> None:
         torch.cuda.synchronize()
         expected = experts(x, chosen, weights)
         # Either side rounds to bfloat16 four times (two products, their gating, the sum of experts); noises add up.
-    assert tolerance.sqnr(expected, y) > tolerance.float_sqnr_floor(7) - 10 * math.log10(8)
+        assert tolerance.sqnr(expected, y) > tolerance.float_sqnr_floor(7) - 10 * math.log10(8)
     torch.cuda.set_sync_debug_mode("error")
     try:
         experts(x, chosen, weights)
