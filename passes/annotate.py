@@ -2,8 +2,8 @@
 
 A layer's name is its module's qualified name, relative to what is compiled; a linear that no linear module makes is
 named by its parameter (`proj.weight` is `proj`). Linears whose weight is computed in the graph are declined. A weight
-that came quantized (a tensor of torchao's) keeps its own scheme, with a configuration or without. Routers of mixtures of
-experts, whose errors change which experts run, take a rule that names them: "*" leaves them.
+that came quantized (a tensor of torchao's) keeps its own scheme, with a configuration or without. Routers of mixtures
+of experts, whose errors change which experts run, take a rule that names them: "*" leaves them.
 """
 
 from __future__ import annotations

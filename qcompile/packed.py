@@ -76,7 +76,8 @@ class PackedWeight:
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> PackedWeight:
         """The weight whose tensors are `function(name, tensor)`."""
-        changed: dict[str, Any] = {name: function(name, tensor) for name, tensor in zip(self.scheme.fields, self.tensors, strict=True)}
+        named = zip(self.scheme.fields, self.tensors, strict=True)
+        changed: dict[str, Any] = {name: function(name, tensor) for name, tensor in named}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> PackedWeight:

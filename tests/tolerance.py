@@ -310,7 +310,7 @@ _MANTISSAS = {"fp8_e4m3": 3, "fp8_e5m2": 2}
 
 
 def table_sqnr_floor(values: Tensor, block: int) -> float:
-    """Least SQNR in dB of Gaussian weights rounded to the nearest of `values`, scaled so that the greatest reaches them.
+    """Least SQNR in dB of Gaussian weights rounded to the nearest of `values`, scaled to reach the greatest.
 
     The expected noise of a Gaussian whose deviation is the greatest value over the crest factor, by numerical
     integration; less 0.3 dB for 16-bit scales, and 0.3 for the spread of the greatest magnitude about its mean.
@@ -343,7 +343,7 @@ def rewrite_sqnr_floor(depth: int, inner: int) -> float:
 
 
 def half_sqnr_floor(depth: int) -> float:
-    """Least SQNR in dB where one side looks up `depth` functions in a row in tables of float16, the other computes them.
+    """Least SQNR in dB where one side looks `depth` functions in a row up in float16, the other computes them.
 
     The input is rounded to float16 and so is the output; a function like GELU passes relative errors on at most
     doubled, in norm: 3 units of roundoff a function.

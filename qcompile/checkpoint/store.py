@@ -111,7 +111,7 @@ class SafetensorsStore(TensorStore):
         self.metadata = metadata
         for name, file in (where or {}).items():
             if name not in self._infos or self._infos[name].file != file:
-                raise CheckpointError(f"{path / INDEX}: says that {name} is in {file.name}, but it is not; get it again")
+                raise CheckpointError(f"{path / INDEX}: says that {name} is in {file.name}; it is not. Get it again")
 
     def _open(self, file: Path, metadata: dict[str, str]) -> None:
         try:
@@ -121,7 +121,8 @@ class SafetensorsStore(TensorStore):
             raise CheckpointError(f"{file}: no safetensors file, or a damaged one ({error}); get it again") from None
         for name, part in entries:
             if name in self._infos:
-                raise CheckpointError(f"{file}: {name} is also in {self._infos[name].file.name}; remove one of the files")
+                other = self._infos[name].file.name
+                raise CheckpointError(f"{file}: {name} is also in {other}; remove one of the files")
             dtype = _DTYPES.get(part.get_dtype())
             if dtype is None:
                 raise CheckpointError(f"{file}: {name} has dtype {part.get_dtype()}, which qcompile does not read")
