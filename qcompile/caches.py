@@ -114,14 +114,14 @@ class KVCache(nn.Module):
         self._key_text, self._value_text = self.key_spec.encode(), self.value_spec.encode()
 
     def update(self, position: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values [batch, heads, n, size] at `position`, int64 [n], ascending; return the whole cache.
+        """Store keys and values [batch, heads, n, size] at `position`, int64 [n]; return the whole cache.
 
         What is returned behind the last position is not specified: attention needs a mask that leaves it out.
         """
         ops = torch.ops.qcompile
         ops.store_kv(self.key_codes, self.key_scale, key, position, self._key_text)
         ops.store_kv(self.value_codes, self.value_scale, value, position, self._value_text)
-        length = position[-1] + 1
+        length = position.amax() + 1
         return (
             ops.dequantize_kv(self.key_codes, self.key_scale, length, self._key_text, self.dtype),
             ops.dequantize_kv(self.value_codes, self.value_scale, length, self._value_text, self.dtype),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,8 +307,7 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     for kv, scales, size, group, queries, mask in (
         ("fp8_e4m3", "tensor", 128, 4, 1, "causal"),
         ("fp8_e5m2", "token", 64, 8, 8, "causal"),
-        ("int8", "token", 256, 2, 1, "additive"),
-        ("int4", "head", 128, 8, 4, "causal"),
+        ("int4", "head", 256, 2, 1, "additive"),
     ):
         given_ = problem(
             kv,
@@ -323,3 +326,20 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         assert found["spills"] == 0, (kernel, found)
         assert found["shared"] <= device_of(target).shared, (kernel, found)
         assert found["mma"], f"no matrix instruction in {kernel}"
+
+
+def test_inductor_takes_the_kernel_into_its_wrapper() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kv_cache.fake_gpu_step", "fp8", "3"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    launched = [line for line in done.stdout.splitlines() if ".run(" in line]
+    assert launched[-1].startswith("kernel_")
+    assert all(line.startswith("triton_poi_") for line in launched[:-1])
+    assert "scaled_dot_product" not in done.stdout

@@ -231,9 +231,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-CASES = [(name, spelling, True) for name in MODELS for spelling in ("sdpa", "eager")]
-CASES.remove(("gemma2", "sdpa", True))  # transformers has no such attention
-CASES += [("llama", "sdpa", False), ("mistral", "eager", False)]
+CASES = [
+    ("llama", "sdpa", True),
+    ("llama", "sdpa", False),
+    ("llama", "eager", True),
+    ("multi-query", "sdpa", True),
+    ("qwen2", "eager", True),
+    ("qwen3", "sdpa", True),
+    ("mistral", "sdpa", True),
+    ("mistral", "eager", False),
+    ("gemma", "eager", True),
+    ("gemma2", "eager", True),  # transformers has no other
+    ("gemma3", "sdpa", True),
+    ("gpt2", "sdpa", True),
+    ("gpt2", "eager", True),
+]
 
 
 @pytest.mark.parametrize(("name", "spelling", "padded"), CASES)
