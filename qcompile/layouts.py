@@ -13,6 +13,7 @@ N and K are padded to the tile where a layout has one. The first dimension of ev
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
@@ -284,4 +285,18 @@ def to_layout(weight: PackedWeight, layout: Layout) -> PackedWeight:
     if weight.layout == layout.name:
         return weight
     logical = LAYOUTS[weight.layout].unpack(weight)
-    return layout.pack(logical)
+    n, k = logical.shape
+    unit = math.lcm(layout.tile, max(1, logical.scheme.granularity.rows))
+    step = unit * max(1, _CHUNK // (unit * k))
+    if layout.tile == 1 or step >= n:
+        return layout.pack(logical)
+    parts = [layout.pack(logical.rows(first, first + step)) for first in range(0, n, step)]
+
+    def joined(name: str, tensor: Tensor) -> Tensor:
+        return tensor if name == "perm" else torch.cat([getattr(part, name) for part in parts])
+
+    return replace(parts[0].map(joined), shape=logical.shape)
+
+
+_CHUNK = 1 << 22
+"""Weights that are laid out at a time, so that the copies this makes of a large layer stay small."""

@@ -164,7 +164,7 @@ class QuantizedLinear(PackedModule):
 
         For code that looks at a linear's weight, or multiplies with it itself; `forward` does not decode it so.
         """
-        return dequantize(self.logical()).to(self.dtype)
+        return dequantize(self.logical(), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.qcompile.linear.default(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcompile.bitpack import pack_bits, packed_width, unpack_bits
 from qcompile.errors import LayerError
-from qcompile.scheme import SCALE_DTYPES, Granularity, WeightScheme
+from qcompile.scheme import SCALE_DTYPES, WHOLE, Granularity, WeightScheme
 
 LOGICAL = "logical"
 
@@ -83,6 +83,18 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on another device."""
         return self.map(lambda _, tensor: tensor.to(device))
+
+    def rows(self, first: int, last: int) -> PackedWeight:
+        """Some rows of the logical layout, from one that begins a block of rows."""
+        block = self.scheme.granularity.rows
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            if name == "perm" or (block == WHOLE and name in ("scale", "zero_point", "offset")):
+                return tensor
+            size = block if name in ("scale", "zero_point", "offset") else 1
+            return tensor[first // size : -(-last // size)]
+
+        return replace(self.map(part), shape=(min(last, self.shape[0]) - first, self.shape[1]))
 
     @classmethod
     def from_codes(

@@ -67,7 +67,7 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
 
 
 _CHUNK = 1 << 22
-"""Weights that are quantized at a time, so that the float32 copies of a large layer stay small."""
+"""Weights that are quantized or decoded at a time, so that the float32 copies of a large layer stay small."""
 
 
 def _super_scale(rows: tuple[Tensor, ...], scheme: WeightScheme, layer: str) -> Tensor | None:
@@ -139,8 +139,21 @@ def power_of_two(top: Tensor, largest: float) -> Tensor:
     return (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def dequantize(packed: PackedWeight) -> Tensor:
-    """The float32 weight [N, K] that a packed one in the logical layout stands for (see `PackedWeight`)."""
+def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [N, K] that a packed one in the logical layout stands for (see `PackedWeight`), rounded to `dtype`."""
+    n, k = packed.shape
+    block_rows = packed.scheme.granularity.block_of(packed.shape)[0]
+    step = max(1, _CHUNK // max(1, k * block_rows)) * block_rows
+    if step >= n:
+        return _decode(packed).to(dtype)
+    weight = torch.empty(n, k, dtype=dtype, device=packed.device)
+    for first in range(0, n, step):
+        weight[first : first + step] = _decode(packed.rows(first, first + step))
+    return weight
+
+
+def _decode(packed: PackedWeight) -> Tensor:
+    """float32 [N, K], at once."""
     scheme, shape = packed.scheme, packed.shape
     values = scheme.format.decode(packed.unpack_codes().to(torch.int32))
     assert isinstance(values, Tensor)

@@ -10,7 +10,7 @@ import torch
 from qcompile.formats import FORMATS
 from qcompile.layouts import LAYOUTS, choose_layout, plane_widths, to_layout
 from qcompile.packed import PackedWeight, concatenate
-from qcompile.reference import quantize_weight
+from qcompile.reference import dequantize, quantize_weight
 from qcompile.scheme import PRESETS, Granularity, Scheme, WeightScheme
 
 SHAPES = [(64, 128), (1, 128), (65, 192), (130, 64), (3, 80)]
@@ -130,3 +130,17 @@ def test_objections(layout, scheme, shape, reason):
 def test_every_preset_has_a_layout(name, device):
     layout = choose_layout(PRESETS[name], (96, 256), device)
     assert layout.objection(PRESETS[name], (96, 256)) is None
+
+
+@pytest.mark.parametrize("layout", ["fragment", "rows16"])
+@pytest.mark.parametrize(
+    "granularity", [Granularity.tensor(), Granularity.group(32), Granularity.block(96, 32)], ids=str
+)
+def test_large_weights_are_laid_out_in_parts(layout, granularity, monkeypatch):
+    packed = quantize_weight(torch.randn(700, 64), scheme_of("fp8_e4m3", granularity).weight)
+    whole = to_layout(packed, LAYOUTS[layout])
+    decoded = dequantize(packed)
+    monkeypatch.setattr("qcompile.layouts._CHUNK", 64 * 130)
+    monkeypatch.setattr("qcompile.reference._CHUNK", 64 * 130)
+    assert equal(to_layout(packed, LAYOUTS[layout]), whole)
+    assert torch.equal(dequantize(packed), decoded)

@@ -327,7 +327,7 @@ def _load_embeddings(
         found = method.linear(tensors, (rows, columns)) if tensors.suffixes() else None
         if found is None:
             continue
-        weight = found if isinstance(found, Tensor) else dequantize(found.weight)
+        weight = found if isinstance(found, Tensor) else dequantize(found.weight, dtype)
         module.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
         used |= tensors.taken
 
