@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcompile.errors import ConfigError, shown
 from qcompile.fingerprint import fingerprint
-from qcompile.formats import Format, get_format
+from qcompile.formats import Format, IntegerFormat, get_format
 from qcompile.scheme import check_keys
 
 SCALES = ("tensor", "head", "token")
@@ -86,8 +86,12 @@ class NumberFormat(KVFormat):
         dtype = self.number.native_dtype
         if dtype is not None and dtype.is_floating_point:
             return codes.view(dtype).to(torch.float32)
+        if dtype is not None:
+            return (codes ^ 128).view(dtype).to(torch.float32)
         if self.number.bits == 4:
             codes = torch.cat([codes & 15, codes >> 4], -1)
+            if isinstance(self.number, IntegerFormat):  # bytes, as long as that goes
+                return (codes.view(torch.int8) - self.number.offset).to(torch.float32)
         values = self.number.decode(codes.to(torch.int32))
         assert isinstance(values, Tensor)
         return values

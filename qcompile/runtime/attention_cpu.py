@@ -1,19 +1,43 @@
-"""Attention over a quantized cache on CPUs: a stretch of the context at a time, with a running softmax."""
+"""Attention over a quantized cache on CPUs: a stretch of the context at a time, with a running softmax.
+
+Scales multiply scores and weights, of which there are fewer than keys and values.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from qcompile.attention import scores_of
-from qcompile.kv_cache import AttentionSpec, dequantize
+from qcompile.kv_cache import AttentionSpec, KVSpec, NumberFormat
 
 BLOCK = 512
 """Positions that are decoded at once: their keys stay in the second-level cache."""
 
 
-def _part(scale: Tensor, start: int, end: int) -> Tensor:
-    return scale[:, :, start:end] if scale.dim() == 3 else scale
+@functools.cache
+def _table(dtype: torch.dtype) -> Tensor:
+    """The values of all codes of an 8-bit type."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)
+
+
+def _values(codes: Tensor, half: KVSpec) -> Tensor:
+    """float32 values of codes, before their scale."""
+    fmt = half.scheme.format
+    dtype = fmt.number.native_dtype if isinstance(fmt, NumberFormat) else None
+    if dtype is None or not dtype.is_floating_point:
+        return fmt.decode(codes, half.head_dim)
+    # torch converts these one by one.
+    return _table(dtype).index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
+
+
+def _factor(scale: Tensor, start: int, stop: int) -> Tensor:
+    """A scale as something to multiply [B, H, rows, stop - start] with."""
+    if scale.dim() == 3:
+        return scale[:, :, None, start:stop]
+    return scale[:, None, None] if scale.dim() == 1 else scale
 
 
 def attention(
@@ -31,17 +55,16 @@ def attention(
     y = rows.new_zeros((batch, *query.shape[1:3], spec.value.head_dim))
     for start in range(0, end, BLOCK):
         stop = min(start + BLOCK, end)
-        key = dequantize(key_codes[:, :, start:stop], _part(key_scale, start, stop), spec.scheme, spec.key.head_dim)
-        products = torch.matmul(rows, key.transpose(-1, -2)).reshape(*query.shape[:3], stop - start)
+        key = _values(key_codes[:, :, start:stop], spec.key)
+        products = torch.matmul(rows, key.transpose(-1, -2)) * _factor(key_scale, start, stop)
+        products = products.reshape(*query.shape[:3], stop - start)
         scores = scores_of(products, None if mask is None else mask[..., start:stop], spec)
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == -torch.inf, 0.0)
         weights, rescale = torch.exp(scores - base), torch.exp(top - base)
-        value = dequantize(
-            value_codes[:, :, start:stop], _part(value_scale, start, stop), spec.scheme, spec.value.head_dim
-        )
-        part = torch.matmul(weights.reshape(batch, heads, -1, stop - start), value)
-        y = y * rescale + part.reshape(y.shape)
+        value = _values(value_codes[:, :, start:stop], spec.value)
+        scaled = weights.reshape(batch, heads, -1, stop - start) * _factor(value_scale, start, stop)
+        y = y * rescale + torch.matmul(scaled, value).reshape(y.shape)
         total = total * rescale + weights.sum(-1, keepdim=True)
         top = higher
     return (y / total.masked_fill(total == 0, 1.0)).to(query.dtype)
