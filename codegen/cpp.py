@@ -71,7 +71,7 @@ class CppSpec:
 
 
 def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str) -> CppSpec:
-    """The kernel for a linear whose weight is in layout `rows16`, for x and y of float32 or bfloat16."""
+    """The kernel for a linear whose weight is in layout `rows16`, for x of float32 or bfloat16."""
     weight = spec.scheme.weight
     assert LAYOUTS["rows16"].objection(spec.scheme, spec.shape) is None
     return CppSpec(

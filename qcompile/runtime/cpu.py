@@ -10,10 +10,10 @@
 The generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in float32.
 "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and multiplies
 by them, so a weight is never held whole in a wide dtype; scale and offset are combined in float32 before the weight is
-rounded. Both compute in bfloat16 (float32 sums, the product rounded to bfloat16) for bfloat16 and for quantized
-activations, and in float32 for float32 and float16. Where the processor has no bfloat16 products the kernel for few
-rows computes in float32. Quantized activations enter as exact codes, except those with a scale a group, which are
-rounded to bfloat16.
+rounded. Both multiply bfloat16, for bfloat16 and for quantized activations, or float32, for float32 and float16. Sums are
+float32; a product of bfloat16 is rounded to it, and so is one of quantized activations where the weight is decoded first.
+Where the processor has no bfloat16 products the kernel for few rows multiplies float32. Quantized activations enter as
+exact codes, except those with a scale a group, which are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -69,17 +69,16 @@ def product(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], parsed: Lin
         raise DeviceError(
             "weights in layout fragment are for GPUs; move the module with .to('cpu'), which lays them out anew"
         )
-    if x_scale is not None and not (parsed.layout == "rows16" and integer_product(parsed.scheme, parsed.shape)):
+    if x_scale is not None:
         assert parsed.scheme.activation is not None
         if parsed.scheme.activation.granularity.is_group:
-            x, x_scale = dequantize_activation(x, x_scale, parsed.scheme.activation), None
-        x = x.to(torch.bfloat16)
+            x, x_scale = dequantize_activation(x, x_scale, parsed.scheme.activation).to(torch.bfloat16), None
     y = torch.ops.qcompile.gemm_cpu(x, weight, parsed.encode())
     return y if x_scale is None else y.to(torch.float32) * x_scale
 
 
 def gemm(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
-    """x [M, K], floating point or int8, times the packed weight of a spec, as `LinearSpec.encode` writes it.
+    """x [M, K], floating point or codes of 8 bits, times the packed weight of a spec, as `LinearSpec.encode` writes it.
 
     Returns:
         [M, N] in bfloat16 if x is, else in float32.
@@ -88,13 +87,13 @@ def gemm(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     m, dtype = x.shape[0], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if m == 0:
         return x.new_empty((0, linear.spec.out_features), dtype=dtype)
-    if x.dtype == torch.int8:
-        if linear.direct(torch.bfloat16, m) is None and (kernel := linear.kernel(torch.bfloat16)) is not None:
-            return _decode_int8_mm(x, weight, linear, kernel)
-        return gemm(x.to(torch.bfloat16), weight, spec).to(torch.float32)
-    if (kernel := linear.direct(dtype, m)) is not None:
-        return _generated(x, weight, linear, kernel)
-    return _decode_mm(x.to(dtype), weight, linear)
+    multiplied = torch.bfloat16 if x.element_size() == 1 else dtype  # which holds every code
+    if (kernel := linear.direct(multiplied, m)) is not None:
+        return _generated(x, weight, linear, kernel).to(dtype)
+    exact = x.dtype == torch.int8 and integer_product(linear.spec.scheme, linear.spec.shape)
+    if exact and (kernel := linear.kernel(multiplied)) is not None:
+        return _decode_int8_mm(x, weight, linear, kernel)
+    return _decode_mm(x.to(multiplied), weight, linear).to(dtype)
 
 
 class _Linear:
@@ -111,7 +110,7 @@ class _Linear:
         self.indices = [(name, weight.fields.index(name)) for name in names if name in weight.fields]
 
     def kernel(self, dtype: torch.dtype) -> cpp.Kernel | None:
-        """For x, y and decoded weights of this type; None if there is none."""
+        """For x and decoded weights of this type; None if there is none."""
         if dtype not in self.kernels:
             there = self.spec.layout == "rows16"
             self.kernels[dtype] = cpp.load(cpp_spec(self.spec, dtype, cpp.isa())) if there else None
@@ -144,19 +143,17 @@ def _linear(spec: str) -> _Linear:
 
 
 def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Kernel) -> Tensor:
+    """float32 [M, N]."""
     m, k = x.shape
-    dtype = x.dtype
-    element = torch.bfloat16 if kernel.spec.element == "bfloat16" else torch.float32
-    if dtype != element:
-        x = x.to(element)
+    x = x.to(torch.bfloat16 if kernel.spec.element == "bfloat16" else torch.float32)
     x = F.pad(x, (0, -k % 32)) if k % 32 else x.contiguous()
     n, stride = linear.spec.out_features, x.shape[1]
-    y = torch.empty((m, n), dtype=element)
+    y = torch.empty(m, n)
     scratch = torch.empty(m * (stride - (-k // linear.columns)))
     threads = max(1, min(torch.get_num_threads(), n * k // WEIGHTS_PER_THREAD))
     weight = linear.weight(tensors)
     kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), threads)
-    return y.to(torch.bfloat16) if dtype == torch.bfloat16 else y
+    return y
 
 
 def _decode_mm(x: Tensor, tensors: list[Tensor], linear: _Linear) -> Tensor:

@@ -133,7 +133,7 @@ static inline f32 value(u32 quad) {
 // Rows of x times the weight's rows from `first` on.
 template <int VECTORS, int ROWS>
 [[gnu::flatten]] static void tile(
-    const Weight& w, const Element* x, i64 stride, const float* sums, i64 first, Element* y) {
+    const Weight& w, const Element* x, i64 stride, const float* sums, i64 first, float* y) {
   const std::uint32_t* codes[VECTORS];
   each<VECTORS>([&](auto v) { codes[v] = codes_of(w, first + v * LANES); });
   f32 total[VECTORS][ROWS] = {};
@@ -198,7 +198,7 @@ static void sum_groups(const Weight& w, const Element* x, i64 m, i64 stride, flo
 
 // The product by vectors.
 static void multiply(
-    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, Element* y, int threads) {
+    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
   const i64 groups = w.groups(), padded = w.padded(), chunk = 4 * LANES;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -245,7 +245,7 @@ static void configure_tiles(int rows) {
 // As `tile`, for x [units, rows, UNIT].
 template <int BLOCKS, int HALVES>
 [[gnu::flatten]] static void square(
-    const Weight& w, const Element* x, int rows, const float* sums, i64 first, Element* y) {
+    const Weight& w, const Element* x, int rows, const float* sums, i64 first, float* y) {
   const std::uint32_t* codes[BLOCKS];
   each<BLOCKS>([&](auto b) { codes[b] = codes_of(w, first + b * BLOCK); });
   alignas(64) std::uint32_t decoded[2][BLOCKS][UNIT / 2][BLOCK];
@@ -305,7 +305,7 @@ template <int BLOCKS, int HALVES>
 }
 
 static void multiply_by_squares(
-    const Element* x, int rows, i64 stride, const Weight& w, float* scratch, Element* y, int threads) {
+    const Element* x, int rows, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
   const i64 padded = w.padded();
   Element* arranged = reinterpret_cast<Element*>(scratch + rows * w.groups());
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -347,7 +347,7 @@ extern "C" int prepare() {
 // x is [m, stride], where stride is K rounded up to a multiple of 32 and columns from K on are 0; scratch is of
 // m (stride + groups) floats.
 extern "C" void gemm(
-    const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, Element* y, int threads) {
+    const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, float* y, int threads) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<Element, bfloat16>) {
     for (i64 row = 0; row < m; row += 32) {
