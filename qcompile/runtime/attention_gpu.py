@@ -104,7 +104,7 @@ def launch(
         key_codes, value_codes = key_codes.view(native), value_codes.view(native)
     steps = [0, 0, 0]
     if mask is not None:
-        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask).expand(*query.shape[:3], context)
+        mask = (mask.to(torch.uint8) if mask.dtype == torch.bool else mask).expand(*query.shape[:3], context)
         mask = mask if mask.stride(-1) == 1 or context == 1 else mask.contiguous()
         steps = list(mask.stride()[:3])
     pairs, split = batch * heads, kernel.tile.split

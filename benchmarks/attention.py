@@ -1,0 +1,111 @@
+"""Time of attention from one token over a KV cache on a GPU: quantized caches against torch's own over bfloat16.
+
+    python benchmarks/attention.py
+
+Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B: 32 of queries, 8 of keys, of size
+128. Times are taken as in linear.py: CUDA graphs over several copies of the cache, so that it comes from memory;
+medians. torch's attention is cuDNN's, or FlashAttention where cuDNN refuses. `error` is |y - y'| / |y'| (Frobenius) of
+the first sequence, where y' is the float64 attention over what the cache stands for. `floor_us` is reading the cache
+once, at the rate under `ceilings`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from linear import COLD_BYTES, ceilings, machine_name, microseconds
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qcompile.caches import KVCache
+from qcompile.kv_cache import AttentionSpec, dequantize
+
+HEADS, GROUP, SIZE = 8, 4, 128
+CONTEXTS = [(1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (64, 4096), (64, 16384)]
+CACHES = ["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
+SCALES = {"fp8_e4m3": "tensor", "fp8_e5m2": "tensor", "int8": "token", "int4": "token"}
+
+
+def copies(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Enough of a cache that together they are far larger than the GPU's own cache; at most 32."""
+    count = min(32, max(1, -(-COLD_BYTES // sum(t.nbytes for t in tensors))))
+    return [[t.clone() for t in tensors] for _ in range(count)]
+
+
+def error(y: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
+    """Of the first sequence."""
+    expected = F.scaled_dot_product_attention(query[:1].double(), key.double(), value.double(), enable_gqa=True)
+    return round(((y[:1].double() - expected).norm() / expected.norm()).item(), 5)
+
+
+def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]]:
+    """The rows of one batch and context."""
+    shape = (batch, HEADS, context, SIZE)
+    query = torch.randn(batch, HEADS * GROUP, 1, SIZE, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def row(impl: str, kv: str, us: float, wrong: float, nbytes: int) -> dict[str, object]:
+        return {
+            "bench": "attention",
+            "impl": impl,
+            "kv": kv,
+            "batch": batch,
+            "context": context,
+            "us": round(us, 2),
+            "error": wrong,
+            "floor_us": round(1e6 * nbytes / rate, 2),
+        }
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        plain = [partial(F.scaled_dot_product_attention, query, *t, enable_gqa=True) for t in copies([key, value])]
+        yield row("SDPA", "bfloat16", microseconds(plain), error(plain[0](), query, key[:1], value[:1]), 2 * key.nbytes)
+    del plain
+    for name in CACHES:
+        cache = KVCache(batch, HEADS, context, SIZE, {"format": name, "scales": SCALES[name]}, device="cuda")
+        for first in range(0, context, 4096):
+            positions = torch.arange(first, min(first + 4096, context), device="cuda")
+            ops, part = torch.ops.qcompile, slice(first, first + 4096)
+            ops.store_kv(cache.key_codes, cache.key_scale, key[:, :, part], positions, cache.key_spec.encode())
+            ops.store_kv(cache.value_codes, cache.value_scale, value[:, :, part], positions, cache.value_spec.encode())
+        spec = AttentionSpec(key=cache.key_spec, value=cache.value_spec, scale=SIZE**-0.5).encode()
+        tensors = [cache.key_codes, cache.key_scale, cache.value_codes, cache.value_scale]
+        restored = [
+            dequantize(codes[:1], scale[:1] if scale.dim() == 3 else scale, cache.key_spec.scheme, SIZE)
+            for codes, scale in (tensors[:2], tensors[2:])
+        ]
+        attention = torch.ops.qcompile.attention
+        calls = [partial(attention, query, t, None, None, spec) for t in copies(tensors)]
+        wrong = error(calls[0](), query, *restored)
+        yield row("qcompile", name, microseconds(calls), wrong, sum(t.nbytes for t in tensors))
+
+
+def main() -> None:
+    """Measure, write the results and print a table."""
+    torch.manual_seed(0)
+    rates = ceilings()
+    rows = [row for batch, context in CONTEXTS for row in measure(batch, context, rates["memory"])]
+    result = {
+        "machine": machine_name(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "gpu": torch.cuda.get_device_name()},
+        "ceilings": rates,
+        "rows": rows,
+    }
+    path = Path(__file__).parent / "results" / f"{machine_name()}.attention.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        share = float(str(row["floor_us"])) / float(str(row["us"]))
+        fields = (f"{row[key]!s:>10}" for key in ("batch", "context", "impl", "kv", "us", "error"))
+        print(*fields, f"{share:>6.0%} of floor")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
