@@ -99,8 +99,7 @@ def config_of(scheme: str) -> QuantConfig:
     A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it chooses the token.
     """
     config = parse_config(scheme)
-    layer = config.rules[0].scheme
-    if scheme not in (*PRESETS, *ALIASES) or layer is None or layer.weight.format.bits >= 8:
+    if scheme not in (*PRESETS, *ALIASES) or PRESETS[ALIASES.get(scheme, scheme)].weight.format.bits >= 8:
         return config
     return QuantConfig((Rule(layers="lm_head", scheme=PRESETS["int8_weight_only"]), *config.rules))
 
