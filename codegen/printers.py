@@ -9,7 +9,7 @@ from qcompile.expr import Expr
 
 _DTYPES = {"f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16", "i32": "tl.int32"}
 
-_TRITON: dict[str, Callable[..., str]] = {
+_OPERATORS: dict[str, Callable[..., str]] = {
     "add": "({} + {})".format,
     "sub": "({} - {})".format,
     "mul": "({} * {})".format,
@@ -18,6 +18,10 @@ _TRITON: dict[str, Callable[..., str]] = {
     "shl": "({} << {})".format,
     "shr": "({} >> {})".format,
     "eq": "({} == {})".format,
+}
+"""What Triton and C++ write alike."""
+
+_TRITON: dict[str, Callable[..., str]] = _OPERATORS | {
     "where": "tl.where({}, {}, {})".format,
     "exp": "tl.exp({})".format,
     "erf": "tl.math.erf({})".format,
@@ -83,15 +87,7 @@ def to_triton(formula: Expr) -> str:
     return _TRITON[formula.op](*operands)
 
 
-_CPP: dict[str, Callable[..., str]] = {
-    "add": "({} + {})".format,
-    "sub": "({} - {})".format,
-    "mul": "({} * {})".format,
-    "and": "({} & {})".format,
-    "or": "({} | {})".format,
-    "shl": "({} << {})".format,
-    "shr": "({} >> {})".format,
-    "eq": "({} == {})".format,
+_CPP: dict[str, Callable[..., str]] = _OPERATORS | {
     "where": "where({}, {}, {})".format,
     "cast": "to_f32({})".format,
     "bitcast": "as_f32({})".format,

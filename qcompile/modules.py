@@ -63,6 +63,7 @@ class PackedModule(nn.Module):
         self.spec = self._spec().encode()
 
     def _spec(self) -> LinearSpec:
+        """The product's spec in the layout that is stored now: subclasses say."""
         raise NotImplementedError
 
     def packed(self) -> PackedWeight:
