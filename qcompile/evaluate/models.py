@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.gguf import DEMO_REMEDY, load_decoded, load_tokenizer
+from qcompile.checkpoint.gguf import DEMO_REMEDY, load_decoded
+from qcompile.checkpoint.gguf_tokenizer import load_tokenizer
 from qcompile.errors import CheckpointError
 
 # The shape of SmolLM2-135M.

@@ -18,8 +18,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qcompile.checkpoint.gguf import GgufStore, gguf_source, load_decoded, load_tokenizer, smollm2_path
+from qcompile.checkpoint.gguf import GgufStore, gguf_source, load_decoded, smollm2_path
 from qcompile.checkpoint.gguf_blocks import BLOCK_TYPES
+from qcompile.checkpoint.gguf_tokenizer import load_tokenizer
 from qcompile.checkpoint.loader import load
 from qcompile.errors import CheckpointError
 from qcompile.evaluate.models import sample_text

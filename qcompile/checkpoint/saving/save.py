@@ -306,8 +306,8 @@ def _describe(model: nn.Module, target: Target, staging: Staging) -> None:
 def _tokenizer_of_gguf(source: Path, staging: Staging) -> None:
     import tempfile
 
-    from qcompile.checkpoint.gguf import load_tokenizer
     from qcompile.checkpoint.gguf_file import open_gguf
+    from qcompile.checkpoint.gguf_tokenizer import load_tokenizer
 
     if open_gguf(source).metadata.get("tokenizer.ggml.model") in (None, "no_vocab", "none"):
         return
