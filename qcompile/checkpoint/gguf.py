@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qcompile.checkpoint.gguf_blocks import BLOCK_TYPES, PLAIN_TYPES, pack_rows
 from qcompile.checkpoint.gguf_file import GgufFile, GgufTensor, open_gguf
-from qcompile.checkpoint.loader import Source, fill, skeleton
+from qcompile.checkpoint.loader import Source, check_installed, fill, skeleton
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
 from qcompile.checkpoint.store import TensorInfo, TensorStore
 from qcompile.errors import CheckpointError, shown
@@ -542,10 +542,9 @@ def gguf_source(path: Path, *, decode: bool = False) -> Source:
     Raises:
         CheckpointError: see `GgufStore`; also a configuration that transformers refuses, or transformers is missing.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise CheckpointError(f'reading {path} needs transformers: `pip install "qcompile[hf]"`') from None
+    check_installed(path)
+    import transformers
+
     store = GgufStore(path, share_codes=not decode)
     settings = dict(store.config)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -83,7 +84,19 @@ def quantization_config(folder: Path, described: Mapping[str, Any]) -> dict[str,
     return None
 
 
+def check_installed(path: Path) -> None:
+    """transformers makes the model; accelerate keeps its parameters on the meta device until they are read.
+
+    Raises:
+        CheckpointError: one of them is not installed.
+    """
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise CheckpointError(f'{path}: making its model needs {package}: `pip install "qcompile[hf]"`')
+
+
 def _transformers_config(folder: Path) -> Any:
+    check_installed(folder)
     import transformers
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickle
@@ -381,3 +382,14 @@ def test_methods_of_ones_own(strict, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ConfigError, match=r"compute capability 9\.0, and cuda has 8\.9"):
         qcompile.load(strict, model=nn.Linear(2, 2), device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("package", ["transformers", "accelerate"])
+@pytest.mark.parametrize("name", ["config.json", "model.gguf"])
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch, package, name):
+    (tmp_path / name).write_text('{"model_type": "llama"}')
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda what: None if what == package else found(what))
+    with pytest.raises(CheckpointError, match=rf"needs {package}: `pip install \"qcompile\[hf\]\"`"):
+        qcompile.load(tmp_path if name == "config.json" else tmp_path / name)
