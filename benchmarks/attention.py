@@ -11,16 +11,12 @@ once, at the rate under `ceilings`.
 
 from __future__ import annotations
 
-import datetime
-import json
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-from linear import COLD_BYTES, ceilings, machine_name, microseconds
+from linear import COLD_BYTES, ceilings, microseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -92,15 +88,7 @@ def main() -> None:
     torch.manual_seed(0)
     rates = ceilings()
     rows = [row for batch, context in CONTEXTS for row in measure(batch, context, rates["memory"])]
-    result = {
-        "machine": machine_name(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__, "gpu": torch.cuda.get_device_name()},
-        "ceilings": rates,
-        "rows": rows,
-    }
-    path = Path(__file__).parent / "results" / f"{machine_name()}.attention.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write("attention", rows, rates)
     for row in rows:
         share = float(str(row["floor_us"])) / float(str(row["us"]))
         fields = (f"{row[key]!s:>10}" for key in ("batch", "context", "impl", "kv", "us", "error"))

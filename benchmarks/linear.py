@@ -270,6 +270,19 @@ def summary(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def write(bench: str, rows: list[dict[str, object]], rates: dict[str, float]) -> None:
+    """The results file of a benchmark on this machine."""
+    result = {
+        "machine": machine_name(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "gpu": torch.cuda.get_device_name()},
+        "ceilings": rates,
+        "rows": rows,
+    }
+    path = Path(__file__).parent / "results" / f"{machine_name()}.{bench}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure every shape, write the results and print sums over the shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -281,15 +294,7 @@ def main() -> None:
     shapes, tokens = (SHAPES[:1], [1, 64, 1024]) if quick else (SHAPES, TOKENS)
     rows = list(itertools.chain.from_iterable(measure(n, k, tokens, rates) for n, k in shapes))
     if not quick:
-        result = {
-            "machine": machine_name(),
-            "date": datetime.date.today().isoformat(),
-            "versions": {"torch": torch.__version__, "triton": triton.__version__, "gpu": torch.cuda.get_device_name()},
-            "ceilings": rates,
-            "rows": rows,
-        }
-        path = Path(__file__).parent / "results" / f"{machine_name()}.linear.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write("linear", rows, rates)
     print(summary(rows))
 
 
