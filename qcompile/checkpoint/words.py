@@ -60,13 +60,3 @@ def unpack_planes(words: Tensor, bits: int, dim: int = -1) -> Tensor:
         codes |= unpack_words(runs[..., low : low + width], width) << low
         low += width
     return codes.flatten(-2).movedim(-1, dim)
-
-
-def pack_planes(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
-    """The inverse of `unpack_planes`: uint8 codes, a multiple of 32 of them along `dim`, to int32 words."""
-    runs = codes.movedim(dim, -1).unflatten(-1, (-1, 32))
-    planes, low = [], 0
-    for width in PLANES[bits]:
-        planes.append(pack_words((runs >> low) & ((1 << width) - 1), width))
-        low += width
-    return torch.cat(planes, -1).flatten(-2).movedim(-1, dim).contiguous()
