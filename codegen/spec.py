@@ -25,7 +25,15 @@ GROUPED_TEMPLATE = "gemm_grouped"
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How the work is cut: a program computes `n` x `m` outputs over a `split`-th of K, `k` columns at a time."""
+    """How the work is cut: a program computes `n` x `m` outputs over a `split`-th of K, `k` columns at a time.
+
+    Attributes:
+        warps, stages: of a program; of its pipeline.
+        form: "loop", or "slab": all weights of a program are in registers before it multiplies.
+        scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
+        overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
+            fragments.
+    """
 
     m: int
     n: int
@@ -33,6 +41,9 @@ class Tile:
     split: int
     warps: int
     stages: int
+    form: str = "loop"
+    scales: str = "products"
+    overlap: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +153,11 @@ def decode_kernel_spec(text: str) -> KernelSpec | AttentionKernelSpec:
 def native_fp8(target: str) -> bool:
     """Whether a target converts and multiplies OCP fp8: NVIDIA from sm_89, AMD gfx950 and gfx12."""
     return int(target[3:]) >= 89 if target.startswith("sm_") else target.startswith(("gfx950", "gfx12"))
+
+
+def overlaps(target: str) -> bool:
+    """Whether a kernel may begin before the one before it has ended: programmatic dependent launch, from sm_90."""
+    return target.startswith("sm_") and int(target[3:]) >= 90
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.cost_model import candidates, rank
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8, overlaps
 from qcompile.errors import DeviceError
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
@@ -53,6 +53,11 @@ def by_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
 
 
+def counters(kernel: KernelSpec, m: int) -> int:
+    """How many counters a launch for M = `m` needs: one for each output tile if its parts of K are added, else 0."""
+    return 0 if kernel.tile.split == 1 else -(-m // kernel.tile.m) * -(-kernel.n // kernel.tile.n)
+
+
 def launch(
     kernel: KernelSpec,
     function: Any,
@@ -62,41 +67,48 @@ def launch(
     bias: Tensor | None,
     operands: list[Tensor],
     out_dtype: torch.dtype,
+    workspace: Tensor | None = None,
 ) -> Tensor:
-    """Allocate the output [M, N] and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    """Allocate the output [M, N] and run `function`, the Triton function of `kernel`'s module, over its grid.
+
+    Args:
+        workspace: see `gemm`; used if it has `counters` numbers.
+    """
     m, tile = x.shape[0], kernel.tile
     y = x.new_empty((m, kernel.n), dtype=out_dtype)
     if m == 0:
         return y
-    tiles_m, tiles_n = -(-m // tile.m), -(-kernel.n // tile.n)
-    fragment = kernel.template == "gemm_fragment"
+    tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
     native = native_fp8(kernel.target)
     codes = weight.codes if native else by_bytes(weight.codes)
 
     def stored(tensor: Tensor | None) -> Tensor:
-        # Pointers that a kernel does not use get some input, so that one signature serves all. Never an output:
-        # compilers that clone what a kernel writes would give each of its names a copy of its own.
+        # Pointers that a kernel does not use get some input, so that one signature serves all.
         return codes if tensor is None else by_bytes(tensor)
 
     partial = arrived = codes
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.split > 1:
-        partial = x.new_empty(tiles_m * tiles_n * tile.split * tile.m * tile.n, dtype=torch.float32)
-        arrived = x.new_zeros(tiles_m * tiles_n, dtype=torch.int32)
-    more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset) if fragment else ()
-    function[(tiles_n, tiles_m, tile.split) if fragment else (tiles_m * tiles_n, 1, tile.split)](
+        partial = x.new_empty(tiles * tile.split * tile.m * tile.n, dtype=torch.float32)
+        needed = counters(kernel, m)
+        fits = workspace is not None and workspace.shape[0] >= needed
+        arrived = workspace if workspace is not None and fits else x.new_zeros(needed, dtype=torch.int32)
+    if workspace is not None and overlaps(kernel.target):
+        options["launch_pdl"] = True
+    more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
+    function[(tiles * tile.split,)](
         x.contiguous() if native else by_bytes(x.contiguous()),
         stored(None if x_scale is None else x_scale.contiguous()),
         codes,
         stored(weight.scale),
-        *map(stored, more),
+        *(map(stored, more) if kernel.template == "gemm_fragment" else ()),
         stored(bias),
         *([operand.contiguous() for operand in operands] or [codes]),
         y,
         partial,
         arrived,
         m,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **options,
     )
     return y
 

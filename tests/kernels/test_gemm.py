@@ -160,6 +160,8 @@ tiles = st.builds(
     split=st.sampled_from([1, 1, 2, 3]),
     warps=st.just(4),
     stages=st.just(2),
+    form=st.sampled_from(["loop", "slab"]),
+    scales=st.sampled_from(["products", "fragments"]),
 )
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 300))
 epilogues = st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda steps: steps.count("bias") <= 1)
