@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.cost_model import candidates, rank
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache
+from qcompile.runtime import cache, vendor
+from qcompile.runtime.tuning import Chosen, choose, gpu_family
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_BUCKET = 4096
@@ -42,10 +42,9 @@ def bucket(m: int) -> int:
 
 
 @functools.cache
-def choose(spec: LinearSpec, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str) -> KernelSpec:
-    """The kernel for M up to `m`, a `bucket`, by the cost model."""
-    like = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
-    return rank(candidates(like, m), m)[0]
+def name_of(device: torch.device) -> str:
+    """The key of the tables of choices: "nvidia-h100"; "" where there is no GPU."""
+    return gpu_family(torch.cuda.get_device_name(device)) if torch.cuda.is_available() else ""
 
 
 def by_bytes(tensor: Tensor) -> Tensor:
@@ -159,12 +158,30 @@ def gemm(
     packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
     if not has_kernel(spec):
         return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
-    kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))
-    function = wrap(cache.load(kernel).kernel)
+    chosen = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device), name_of(x.device))
+    return execute(chosen, x, x_scale, packed, bias, operands, spec, wrap)
+
+
+def execute(
+    chosen: Chosen,
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    spec: LinearSpec,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """`gemm` with a choice that is made."""
+    out_dtype = getattr(torch, chosen.kernel.out_dtype)
     # Triton launches on the current device.
     guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, x, x_scale, packed, bias, operands, out_dtype)
+        if chosen.vendor is None or x.shape[0] == 0:
+            function = wrap(cache.load(chosen.kernel).kernel)
+            return launch(chosen.kernel, function, x, x_scale, weight, bias, operands, out_dtype)
+        product = vendor.PATHS[chosen.vendor](x, x_scale, weight, chosen.kernel, wrap)
+        return vendor.finish(product, bias, operands, spec, out_dtype)
 
 
 @functools.cache

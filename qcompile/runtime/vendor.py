@@ -1,0 +1,127 @@
+"""Torch's own ways to multiply by a quantized weight, which take the place of a generated kernel where they are faster.
+
+Each is a function of the arguments below that returns a product, and the scales with which it still has to be
+multiplied; `finish` does that and applies the epilogue, in plain torch, so that Inductor makes one kernel of it.
+
+    x: [M, K], floating point, or 8-bit codes if `x_scale` is given.
+    x_scale: float32 [M, 1] or [], as `quantize_activation` makes it.
+    weight: in the layout of the template whose place this takes.
+    kernel: that template's kernel; `tile` does not matter.
+
+`objection(name, kernel, m)` says why one of them cannot take a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.spec import KernelSpec
+from qcompile.linear_spec import LinearSpec
+from qcompile.packed import PackedWeight
+
+Product: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""[M, N], and the float32 scales that still multiply it: of rows, [M, 1] or [], and of columns, [N] or [1]."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def scaled_mm(x: Tensor, x_scale: Tensor | None, weight: PackedWeight, kernel: KernelSpec, wrap: Any) -> Product:
+    """`torch._scaled_mm`: fp8 times fp8, by cuBLAS or CUTLASS. Returns `kernel.out_dtype`, with all scales applied.
+
+    Takes weights of the layout `rows8` with a scale a tensor or a row, activations with a scale a tensor or a row. With
+    one scale each it takes any of e4m3 and e5m2 but e5m2 times e5m2; else both are expanded to one a row, and it takes
+    e4m3 only and returns bfloat16 only. K and N are multiples of 16. It runs from sm_89, with scales of rows from
+    sm_90. `use_fast_accum` stays off: its sums lose up to a quarter of a long sum of one sign.
+    """
+    assert x_scale is not None
+    m, n = x.shape[0], kernel.n
+    scale = weight.scale.to(torch.float32)
+    if x_scale.numel() == 1 and scale.numel() == 1 and kernel.activation_scale == "tensor":
+        x_scale, scale = x_scale.reshape(()), scale.reshape(())
+    else:
+        x_scale, scale = x_scale.expand(m, 1).contiguous(), scale.reshape(-1).expand(n).contiguous()[None, :]
+    y = torch._scaled_mm(
+        x.contiguous(), weight.codes.t(), x_scale, scale, out_dtype=_DTYPES[kernel.out_dtype], use_fast_accum=False
+    )
+    return y, None, None
+
+
+def _scaled_mm_objection(kernel: KernelSpec, m: int) -> str | None:
+    if not kernel.weight.startswith("fp8") or not (kernel.activation or "").startswith("fp8"):
+        return "weights and activations are not both fp8"
+    if (objection := _rows8_objection(kernel)) is not None:
+        return objection
+    if kernel.k % 16 or kernel.n % 16:
+        return "K or N is no multiple of 16"
+    whole = kernel.activation_scale == "tensor" and kernel.rows >= kernel.n
+    if not kernel.target.startswith("sm_") or int(kernel.target[3:]) < (89 if whole else 90):
+        return f"{kernel.target} does not multiply fp8 {'' if whole else 'with scales of rows'}".strip()
+    if whole:
+        return "e5m2 times e5m2" if kernel.weight == kernel.activation == "fp8_e5m2" else None
+    if "fp8_e5m2" in (kernel.weight, kernel.activation):
+        return "e5m2 with scales of rows"
+    return None if kernel.out_dtype == "bfloat16" else f"{kernel.out_dtype} with scales of rows"
+
+
+def int_mm(x: Tensor, x_scale: Tensor | None, weight: PackedWeight, kernel: KernelSpec, wrap: Any) -> Product:
+    """`torch._int_mm`: int8 times int8, by cuBLAS. Returns int32, which both scales still have to multiply.
+
+    Takes weights of the layout `rows8` with a scale a tensor or a row, activations with a scale a tensor or a row.
+    M is greater than 16, K at least 16, and K and N are multiples of 8; K is less than 2**17, so that sums fit.
+    """
+    assert x_scale is not None
+    return torch._int_mm(x.contiguous(), weight.codes.t()), x_scale, weight.scale.to(torch.float32).reshape(-1)
+
+
+def _int_mm_objection(kernel: KernelSpec, m: int) -> str | None:
+    if kernel.weight != "int8" or kernel.activation != "int8":
+        return "weights and activations are not both int8"
+    if (objection := _rows8_objection(kernel)) is not None:
+        return objection
+    if m <= 16:
+        return "M is 16 or less"
+    if kernel.k % 8 or kernel.n % 8 or not 16 <= kernel.k < 2**17:
+        return "K or N is no multiple of 8, or K is not between 16 and 2**17"
+    return None if kernel.target.startswith("sm_") else f"not for {kernel.target}"
+
+
+def _rows8_objection(kernel: KernelSpec) -> str | None:
+    if kernel.template != "gemm_rows8":
+        return "codes are not in rows"
+    if kernel.groups > 1 or kernel.activation_scale == "group":
+        return "a scale is of less than a row"
+    if kernel.rows not in (1, kernel.n):
+        return "a scale is of several rows"
+    return None if kernel.symmetric else "zero points"
+
+
+PATHS: dict[str, Callable[[Tensor, Tensor | None, PackedWeight, KernelSpec, Any], Product]] = {
+    "scaled_mm": scaled_mm,
+    "int_mm": int_mm,
+}
+_OBJECTIONS = {"scaled_mm": _scaled_mm_objection, "int_mm": _int_mm_objection}
+
+
+def objection(name: str, kernel: KernelSpec, m: int) -> str | None:
+    """Why a path of `PATHS` cannot take the place of a kernel for up to `m` rows (a `gpu.bucket`); None if it can."""
+    return _OBJECTIONS[name](kernel, m)
+
+
+def finish(
+    product: Product, bias: Tensor | None, operands: list[Tensor], spec: LinearSpec, out_dtype: torch.dtype
+) -> Tensor:
+    """The product times its scales, and the epilogue of `spec`, both in float32: [M, N]."""
+    from qcompile.ops import apply_epilogue
+
+    y, *scales = product
+    given = [scale for scale in scales if scale is not None]
+    if not given and not spec.epilogue:
+        return y.to(out_dtype)
+    y = y.to(torch.float32)
+    for scale in given:
+        y = y * scale
+    return apply_epilogue(y, bias, operands, spec).to(out_dtype)
