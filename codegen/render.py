@@ -235,18 +235,16 @@ def _super_last(spec: KernelSpec) -> bool:
     return spec.super_columns >= spec.k and not spec.offset and small
 
 
-def _fragment(spec: KernelSpec) -> dict[str, str]:
+def _fragment_constants(spec: KernelSpec) -> dict[str, object]:
     # The largest power of two that divides the columns that share everything.
     aligned = spec.unit & -spec.unit or spec.tile.k
     chunk = 64 if spec.compute == "float32" else min(spec.tile.k, aligned if aligned >= 64 else 128)
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
-    # Values that are scaled before their products are summed are not rounded before.
-    decoded = "float32" if (spec.offset or run < 64) and not _holds(spec.compute, fmt) else spec.compute
     table = ""
-    if isinstance(fmt, TableFormat) and decoded != "float32" and spec.target.startswith("sm_"):
-        table = lookup_assembly(fmt, decoded)
-    constants: dict[str, object] = {
+    if isinstance(fmt, TableFormat) and _decoded(spec, run) != "float32" and spec.target.startswith("sm_"):
+        table = lookup_assembly(fmt, _decoded(spec, run))
+    return {
         "N": spec.n,
         "K": spec.k,
         "BITS": fmt.bits,
@@ -267,9 +265,22 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "LOOKUP": table,
         "SPLIT": spec.tile.split,
     }
+
+
+def _decoded(spec: KernelSpec, run: int) -> str:
+    """The type of decoded weights: values that are scaled before their products are summed are not rounded before."""
+    exact = _holds(spec.compute, FORMATS[spec.weight])
+    return "float32" if (spec.offset or run < 64) and not exact else spec.compute
+
+
+def _fragment(spec: KernelSpec) -> dict[str, str]:
+    constants = _fragment_constants(spec)
+    run = constants["RUN"]
+    assert isinstance(run, int)
+    decoded = _decoded(spec, run)
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
-        _split_pair(decoded) if table else pair_decoder(fmt, decoded),
+        _split_pair(decoded) if constants["LOOKUP"] else pair_decoder(FORMATS[spec.weight], decoded),
         _convert("decode_x", spec.activation, spec),
     )
     return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
@@ -318,20 +329,47 @@ def _scale_decoder(scale_dtype: str, target: str) -> str:
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
     assert isinstance(spec, GroupedSpec)
-    fragment = _template("gemm_fragment")
-    shared = fragment[fragment.index("# <constants>") : fragment.index("@triton.jit(do_not_specialize")]
     experts: dict[str, object] = {
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
-    return {"fragment": shared, **_fragment(spec), "experts": _constants(experts)}
+    return {"fragment": _fragment_functions(), **_fragment(spec), "experts": _constants(experts)}
+
+
+def _decode(spec: KernelSpec) -> dict[str, str]:
+    fmt = FORMATS[spec.weight]
+    decoded = spec.compute if _holds(spec.compute, fmt) else "float32"
+    # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
+    constants = _fragment_constants(spec) | {
+        "CHUNK": spec.tile.k,
+        "RUN": min(spec.unit & -spec.unit or spec.tile.k, spec.tile.k),
+        "SCALE_TYPE": "tl.float32",
+        "SUPER_LAST": False,
+        "LOOKUP": "",
+    }
+    decoders = (
+        _scale_decoder(spec.scale_dtype, spec.target),
+        pair_decoder(fmt, decoded),
+        _convert("decode_x", None, spec),
+    )
+    return {
+        "fragment": _fragment_functions(),
+        "constants": _constants(constants),
+        "decode": "\n\n".join(decoders) + "\n\n",
+    }
+
+
+def _fragment_functions() -> str:
+    """The constants and functions of `gemm_fragment`, with its holes."""
+    text = _template("gemm_fragment")
+    return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "decode": decode_formula(FORMATS[spec.number]) + "\n\n"}
 
 
-_FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped}
+_FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped, "decode_fragment": _decode}
 
 
 @functools.cache

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TEMPLATES = {"fragment": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
 
+DECODE_TEMPLATE = "decode_fragment"
+"""The template that writes the weight out in a 16-bit type, for torch to multiply by."""
+
 GROUPED_TEMPLATE = "gemm_grouped"
 """The template that multiplies stacks of experts."""
 
@@ -185,6 +188,20 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
         epilogue=spec.epilogue,
         target=target,
         tile=tile,
+    )
+
+
+def decoding_spec(kernel: KernelSpec) -> KernelSpec:
+    """The kernel that writes out the weight of `kernel`, of `gemm_fragment`, in the type that this computes in."""
+    return dataclasses.replace(
+        kernel,
+        template=DECODE_TEMPLATE,
+        activation=None,
+        activation_scale="",
+        x_dtype=kernel.compute,
+        out_dtype=kernel.compute,
+        epilogue=(),
+        tile=dataclasses.replace(kernel.tile, m=16, n=64, k=128, split=1, warps=4, stages=1),
     )
 
 

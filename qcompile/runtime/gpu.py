@@ -19,6 +19,7 @@ from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache, vendor
 from qcompile.runtime.tuning import Chosen, choose, gpu_family
+from qcompile.tensors import by_bytes
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_BUCKET = 4096
@@ -45,11 +46,6 @@ def bucket(m: int) -> int:
 def name_of(device: torch.device) -> str:
     """The key of the tables of choices: "nvidia-h100"; "" where there is no GPU."""
     return gpu_family(torch.cuda.get_device_name(device)) if torch.cuda.is_available() else ""
-
-
-def by_bytes(tensor: Tensor) -> Tensor:
-    """8-bit floats as uint8."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
 
 
 def launch(

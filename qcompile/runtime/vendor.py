@@ -19,9 +19,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import KernelSpec, decoding_spec
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
+from qcompile.runtime import cache
+from qcompile.tensors import by_bytes
 
 Product: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 """[M, N], and the float32 scales that still multiply it: of rows, [M, 1] or [], and of columns, [N] or [1]."""
@@ -89,6 +91,43 @@ def _int_mm_objection(kernel: KernelSpec, m: int) -> str | None:
     return None if kernel.target.startswith("sm_") else f"not for {kernel.target}"
 
 
+def decode_mm(x: Tensor, x_scale: Tensor | None, weight: PackedWeight, kernel: KernelSpec, wrap: Any) -> Product:
+    """The weight written out in the activations' type by a generated kernel, then `torch.mm`. Returns that type.
+
+    Takes weights of the layout `fragment` of every format, and bfloat16 or float16 activations; or 8-bit activations
+    with a scale a tensor or a row, which become bfloat16 (that holds their codes) and whose product has yet to be
+    multiplied by that scale; the output is bfloat16 then. The decoded weight, 2 N K bytes, lives as long as the
+    product takes. Weights are rounded once to that type, and so is the product before the epilogue, as in a linear
+    that is not quantized.
+    """
+    decoded = decode(weight, decoding_spec(kernel), wrap)
+    return torch.mm(x.to(decoded.dtype), decoded.t()), x_scale, None
+
+
+def decode(weight: PackedWeight, kernel: KernelSpec, wrap: Any = lambda function: function) -> Tensor:
+    """[N, K] in `kernel.out_dtype`, by a kernel of the template `decode_fragment`."""
+    decoded = weight.codes.new_empty((kernel.n, kernel.k), dtype=_DTYPES[kernel.out_dtype])
+    more = (weight.scale, weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
+    # A pointer that the kernel does not use gets some input, so that one signature serves all.
+    stored = [weight.codes if tensor is None else by_bytes(tensor) for tensor in more]
+    grid = (-(-kernel.k // kernel.tile.k), -(-kernel.n // kernel.tile.n))
+    function = wrap(cache.load(kernel).kernel)
+    function[grid](weight.codes, *stored, decoded, num_warps=kernel.tile.warps, num_stages=kernel.tile.stages)
+    return decoded
+
+
+def _decode_mm_objection(kernel: KernelSpec, m: int) -> str | None:
+    if kernel.template != "gemm_fragment":
+        return "codes are not in fragments"
+    if kernel.activation_scale == "group":
+        return "activations have a scale a group"
+    if kernel.compute not in ("bfloat16", "float16"):
+        return f"{kernel.compute} activations, which torch multiplies without tensor cores"
+    if kernel.out_dtype != kernel.compute:
+        return f"{kernel.out_dtype} of a product that is rounded to {kernel.compute}"
+    return None
+
+
 def _rows8_objection(kernel: KernelSpec) -> str | None:
     if kernel.template != "gemm_rows8":
         return "codes are not in rows"
@@ -102,8 +141,9 @@ def _rows8_objection(kernel: KernelSpec) -> str | None:
 PATHS: dict[str, Callable[[Tensor, Tensor | None, PackedWeight, KernelSpec, Any], Product]] = {
     "scaled_mm": scaled_mm,
     "int_mm": int_mm,
+    "decode_mm": decode_mm,
 }
-_OBJECTIONS = {"scaled_mm": _scaled_mm_objection, "int_mm": _int_mm_objection}
+_OBJECTIONS = {"scaled_mm": _scaled_mm_objection, "int_mm": _int_mm_objection, "decode_mm": _decode_mm_objection}
 
 
 def objection(name: str, kernel: KernelSpec, m: int) -> str | None:

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from qcompile.codegen.predict import EXPRESSIONS, predict
 from qcompile.codegen.spec import KernelSpec, Tile
 from qcompile.flags import override
-from qcompile.runtime import cache, gpu, measure, tuning, vendor
+from qcompile.runtime import cache, gpu, measure, tuning
 from qcompile.scheme import PRESETS, preset
 from tests.triton_interpreter import interpret
 
@@ -343,11 +342,3 @@ def test_a_kernel_that_takes_too_long_to_compile_is_a_note(monkeypatch: pytest.M
     given = job("int4", SMALL)
     with measure.compilers(1) as running:
         assert "not compiled within" in running.submit(given.like("sm_90"), given.spec).result(60)
-
-
-@pytest.mark.parametrize("name", EXPRESSIONS)
-def test_vendors_are_predicted(name: str) -> None:
-    assert set(EXPRESSIONS) >= set(vendor.PATHS)
-    like = kernel("int8" if name == "int_mm" else "fp8" if name == "scaled_mm" else "int4")
-    times = [predict(like, m, name) for m in (16, 256, 4096)]
-    assert 0 < times[0] <= times[1] < times[2] < 1e-3
