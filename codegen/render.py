@@ -235,16 +235,18 @@ def _super_last(spec: KernelSpec) -> bool:
     return spec.super_columns >= spec.k and not spec.offset and small
 
 
-def _fragment_constants(spec: KernelSpec) -> dict[str, object]:
+def _fragment(spec: KernelSpec) -> dict[str, str]:
     # The largest power of two that divides the columns that share everything.
     aligned = spec.unit & -spec.unit or spec.tile.k
     chunk = 64 if spec.compute == "float32" else min(spec.tile.k, aligned if aligned >= 64 else 128)
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
+    # Values that are scaled before their products are summed are not rounded before.
+    decoded = "float32" if (spec.offset or run < 64) and not _holds(spec.compute, fmt) else spec.compute
     table = ""
-    if isinstance(fmt, TableFormat) and _decoded(spec, run) != "float32" and spec.target.startswith("sm_"):
-        table = lookup_assembly(fmt, _decoded(spec, run))
-    return {
+    if isinstance(fmt, TableFormat) and decoded != "float32" and spec.target.startswith("sm_"):
+        table = lookup_assembly(fmt, decoded)
+    constants: dict[str, object] = {
         "N": spec.n,
         "K": spec.k,
         "BITS": fmt.bits,
@@ -265,22 +267,9 @@ def _fragment_constants(spec: KernelSpec) -> dict[str, object]:
         "LOOKUP": table,
         "SPLIT": spec.tile.split,
     }
-
-
-def _decoded(spec: KernelSpec, run: int) -> str:
-    """The type of decoded weights: values that are scaled before their products are summed are not rounded before."""
-    exact = _holds(spec.compute, FORMATS[spec.weight])
-    return "float32" if (spec.offset or run < 64) and not exact else spec.compute
-
-
-def _fragment(spec: KernelSpec) -> dict[str, str]:
-    constants = _fragment_constants(spec)
-    run = constants["RUN"]
-    assert isinstance(run, int)
-    decoded = _decoded(spec, run)
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
-        _split_pair(decoded) if constants["LOOKUP"] else pair_decoder(FORMATS[spec.weight], decoded),
+        _split_pair(decoded) if table else pair_decoder(fmt, decoded),
         _convert("decode_x", spec.activation, spec),
     )
     return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
@@ -337,26 +326,23 @@ def _grouped(spec: KernelSpec) -> dict[str, str]:
 
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
-    fmt = FORMATS[spec.weight]
-    decoded = spec.compute if _holds(spec.compute, fmt) else "float32"
     # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
-    constants = _fragment_constants(spec) | {
+    changed: dict[str, object] = {
         "CHUNK": spec.tile.k,
         "RUN": min(spec.unit & -spec.unit or spec.tile.k, spec.tile.k),
         "SCALE_TYPE": "tl.float32",
         "SUPER_LAST": False,
         "LOOKUP": "",
     }
+    lines = _fragment(spec)["constants"].splitlines(keepends=True)
+    constants = "".join(line for line in lines if line.split(" = ")[0] not in changed) + _constants(changed)
+    fmt = FORMATS[spec.weight]
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
-        pair_decoder(fmt, decoded),
+        pair_decoder(fmt, spec.compute if _holds(spec.compute, fmt) else "float32"),
         _convert("decode_x", None, spec),
     )
-    return {
-        "fragment": _fragment_functions(),
-        "constants": _constants(constants),
-        "decode": "\n\n".join(decoders) + "\n\n",
-    }
+    return {"fragment": _fragment_functions(), "constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
 
 
 def _fragment_functions() -> str:

@@ -45,7 +45,7 @@ def scaled_mm(x: Tensor, x_scale: Tensor | None, weight: PackedWeight, kernel: K
     if x_scale.numel() == 1 and scale.numel() == 1 and kernel.activation_scale == "tensor":
         x_scale, scale = x_scale.reshape(()), scale.reshape(())
     else:
-        x_scale, scale = x_scale.expand(m, 1).contiguous(), scale.reshape(-1).expand(n).contiguous()[None, :]
+        x_scale, scale = x_scale.expand(m, 1).contiguous(), scale.reshape(1, -1).expand(1, n).contiguous()
     y = torch._scaled_mm(
         x.contiguous(), weight.codes.t(), x_scale, scale, out_dtype=_DTYPES[kernel.out_dtype], use_fast_accum=False
     )
