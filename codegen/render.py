@@ -351,11 +351,28 @@ def _fragment_functions() -> str:
     return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
 
 
+def _finish(spec: KernelSpec) -> dict[str, str]:
+    constants: dict[str, object] = {
+        "N": spec.n,
+        "X_SCALE": spec.activation_scale,
+        "SCALED": spec.rows == 1,
+        "BLOCK_M": spec.tile.m,
+        "BLOCK_N": spec.tile.n,
+    }
+    return {"constants": _constants(constants)}
+
+
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "decode": decode_formula(FORMATS[spec.number]) + "\n\n"}
 
 
-_FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped, "decode_fragment": _decode}
+_FILL = {
+    "gemm_fragment": _fragment,
+    "gemm_rows8": _rows8,
+    "gemm_grouped": _grouped,
+    "decode_fragment": _decode,
+    "finish_product": _finish,
+}
 
 
 @functools.cache

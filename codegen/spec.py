@@ -22,6 +22,9 @@ TEMPLATES = {"fragment": "gemm_fragment", "rows8": "gemm_rows8"}
 DECODE_TEMPLATE = "decode_fragment"
 """The template that writes the weight out in a 16-bit type, for torch to multiply by."""
 
+FINISH_TEMPLATE = "finish_product"
+"""The template that does what is left to do after a product of torch's."""
+
 GROUPED_TEMPLATE = "gemm_grouped"
 """The template that multiplies stacks of experts."""
 
@@ -202,6 +205,25 @@ def decoding_spec(kernel: KernelSpec) -> KernelSpec:
         out_dtype=kernel.compute,
         epilogue=(),
         tile=dataclasses.replace(kernel.tile, m=16, n=64, k=128, split=1, warps=4, stages=1),
+    )
+
+
+def finishing_spec(kernel: KernelSpec, product: torch.dtype, *, x_scale: bool, scale: bool) -> KernelSpec:
+    """The kernel that multiplies a product of torch's, in place of `kernel`, by its scales, and applies the epilogue.
+
+    Args:
+        product: the product's type.
+        x_scale: whether the activations' scales are still to be applied.
+        scale: whether those of the weight's rows are; the result's `rows` is 1 then, else 0.
+    """
+    return dataclasses.replace(
+        kernel,
+        template=FINISH_TEMPLATE,
+        rows=int(scale),
+        activation=None,
+        activation_scale=kernel.activation_scale if x_scale else "",
+        x_dtype=dtype_name(product),
+        tile=dataclasses.replace(kernel.tile, m=8, n=256, k=64, split=1, warps=4, stages=1),
     )
 
 

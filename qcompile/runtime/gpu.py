@@ -177,7 +177,7 @@ def execute(
             function = wrap(cache.load(chosen.kernel).kernel)
             return launch(chosen.kernel, function, x, x_scale, weight, bias, operands, out_dtype)
         product = vendor.PATHS[chosen.vendor](x, x_scale, weight, chosen.kernel, wrap)
-        return vendor.finish(product, bias, operands, spec, out_dtype)
+        return vendor.finish(product, bias, operands, spec, chosen.kernel, wrap)
 
 
 @functools.cache

@@ -47,6 +47,9 @@ Key: TypeAlias = tuple[int, int, int]
 REACH = 2.0
 """Greatest distance of a shape from which a choice is taken over: a factor of four in all."""
 
+MANY = 128
+"""Rows from which one of torch's products is taken that was not timed: before, the time is that of reading weights."""
+
 SHIPPED, TUNED, PREDICTED = "shipped table", "tuned", "cost model"
 
 
@@ -113,6 +116,11 @@ def options(like: KernelSpec, m: int) -> list[Choice]:
     choices: list[tuple[float, Choice]] = [(predict(k, m), k.tile) for k in rank(kernels, m, keep=len(kernels))]
     choices += [(predict(like, m, name), name) for name in vendor.PATHS if vendor.objection(name, like, m) is None]
     return [choice for _, choice in sorted(choices, key=lambda pair: pair[0])]
+
+
+def predicted(like: KernelSpec, m: int) -> Choice:
+    """The legal choice that is predicted fastest; one of torch's only for `MANY` rows or more."""
+    return next(choice for choice in options(like, m) if m >= MANY or isinstance(choice, Tile))
 
 
 def plain(choice: Choice) -> Any:
@@ -263,7 +271,7 @@ def choose(
     """
     like = any_kernel(spec, x_dtype, out_dtype, target)
     found = _look_up(like, m, gpu) if gpu else None
-    choice, origin, us = found or (options(like, m)[0], PREDICTED, None)
+    choice, origin, us = found or (predicted(like, m), PREDICTED, None)
     return chosen(choice, like, m, origin, us)
 
 

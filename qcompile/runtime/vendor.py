@@ -1,7 +1,7 @@
 """Torch's own ways to multiply by a quantized weight, which take the place of a generated kernel where they are faster.
 
 Each is a function of the arguments below that returns a product, and the scales with which it still has to be
-multiplied; `finish` does that and applies the epilogue, in plain torch, so that Inductor makes one kernel of it.
+multiplied; `finish` does that and applies the epilogue.
 
     x: [M, K], floating point, or 8-bit codes if `x_scale` is given.
     x_scale: float32 [M, 1] or [], as `quantize_activation` makes it.
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec, decoding_spec
+from qcompile.codegen.spec import KernelSpec, decoding_spec, finishing_spec
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
 from qcompile.runtime import cache
@@ -152,16 +152,47 @@ def objection(name: str, kernel: KernelSpec, m: int) -> str | None:
 
 
 def finish(
+    product: Product,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    spec: LinearSpec,
+    kernel: KernelSpec,
+    wrap: Callable[[Any], Any],
+) -> Tensor:
+    """The product times its scales, and the epilogue of `spec`, both in float32: [M, N].
+
+    While a compiler traces, this is plain torch, which it fuses with what follows; else it is one generated kernel.
+    """
+    y, x_scale, scale = product
+    out_dtype = _DTYPES[kernel.out_dtype]
+    if x_scale is None and scale is None and not spec.epilogue:
+        return y.to(out_dtype)
+    if type(y) is not Tensor:
+        return finish_in_torch(product, bias, operands, spec, out_dtype)
+    last = finishing_spec(kernel, y.dtype, x_scale=x_scale is not None, scale=scale is not None)
+    m, n = y.shape
+    finished = y.new_empty((m, n), dtype=out_dtype)
+    given = [y if t is None else t.contiguous() for t in (x_scale, None if scale is None else scale.expand(n), bias)]
+    function = wrap(cache.load(last).kernel)
+    function[(-(-m // last.tile.m), -(-n // last.tile.n))](
+        y,
+        *given,
+        *([operand.contiguous() for operand in operands] or [y]),
+        finished,
+        m,
+        num_warps=last.tile.warps,
+        num_stages=last.tile.stages,
+    )
+    return finished
+
+
+def finish_in_torch(
     product: Product, bias: Tensor | None, operands: list[Tensor], spec: LinearSpec, out_dtype: torch.dtype
 ) -> Tensor:
-    """The product times its scales, and the epilogue of `spec`, both in float32: [M, N]."""
+    """`finish` as torch computes it."""
     from qcompile.ops import apply_epilogue
 
-    y, *scales = product
-    given = [scale for scale in scales if scale is not None]
-    if not given and not spec.epilogue:
-        return y.to(out_dtype)
-    y = y.to(torch.float32)
-    for scale in given:
-        y = y * scale
+    y = product[0].to(torch.float32)
+    for scale in product[1:]:
+        y = y if scale is None else y * scale
     return apply_epilogue(y, bias, operands, spec).to(out_dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.codegen.cost_model import device_of
 from qcompile.codegen.predict import EXPRESSIONS, predict
-from qcompile.codegen.spec import KernelSpec, Tile, decoding_spec
+from qcompile.codegen.spec import KernelSpec, Tile, decoding_spec, finishing_spec
 from qcompile.flags import override
 from qcompile.formats import FORMATS, get_format
 from qcompile.layouts import LAYOUTS, choose_layout
@@ -70,11 +70,14 @@ def test_decoding_every_preset(name: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_cross_compiled_decoders_do_not_spill(target: str) -> None:
+def test_cross_compiled_kernels_around_products_do_not_spill(target: str) -> None:
     kernels = []
     for name in ["int4", "int4_asym", "int3", "nf4", "mxfp4", "nvfp4", "fp8_weight_only", "q4_k", "q6_k", "q5_1"]:
         given_ = problem(shipped(name, (256, 512)), "fragment", 1, 256, 512)
         kernels.append(decoding_spec(kernel_of(given_, target)))
+    given_ = problem(preset("int8"), "rows8", 1, 256, 512, epilogue=("bias", "gelu_tanh", "mul", "add"))
+    for dtype in (torch.int32, torch.bfloat16):
+        kernels.append(finishing_spec(kernel_of(given_, target), dtype, x_scale=True, scale=dtype == torch.int32))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         print(kernel.weight, target, found)
         assert "error" not in found, found
@@ -116,6 +119,37 @@ def test_decode_mm(name: str, steps: list[str], m: int, dtype: torch.dtype) -> N
     dtype = torch.bfloat16 if scheme.activation else dtype
     given_ = problem(scheme, "fragment", m, 72, 256, dtype, steps)
     check("decode_mm", given_, run("decode_mm", given_))
+
+
+@given(
+    epilogues,
+    st.tuples(st.integers(1, 20), st.integers(1, 300)),
+    st.sampled_from(["", "token", "tensor"]),
+    st.booleans(),
+    st.sampled_from([torch.int32, *HALVES, torch.float32]),
+    st.sampled_from([*HALVES, torch.float32]),
+)
+def test_finishing_by_a_kernel_equals_torch(
+    steps: list[str], shape: tuple[int, int], per: str, scaled: bool, dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    """Both within the same derived bound of float64."""
+    m, n = shape
+    given_ = problem(preset("int8").fit("layer", (n, 64)), "rows8", m, n, 64, out_dtype, steps)
+    kernel = replace(kernel_of(given_), activation_scale=per)
+    y = (torch.randn(m, n) * 100).to(dtype)
+    x_scale = {"": None, "token": torch.rand(m, 1) / 100, "tensor": torch.tensor(0.01)}[per]
+    product = (y, x_scale, torch.rand(n) if scaled else None)
+    actual = vendor.finish(product, given_.bias, given_.operands, given_.spec, kernel, interpret)
+    scales = [scale.double() for scale in product[1:] if scale is not None]
+    exact = y.double()
+    for scale in scales:
+        exact = exact * scale
+    rounded = exact.abs() * tolerance.gamma(len(scales), tolerance.U32)
+    bound = tolerance.epilogue_bound(exact, rounded, given_.bias, steps, given_.operands, out_dtype)
+    expected = oracle.epilogue(exact, given_.bias, steps, given_.operands)
+    tolerance.assert_within(actual, expected, bound)
+    in_torch = vendor.finish_in_torch(product, given_.bias, given_.operands, given_.spec, out_dtype)
+    tolerance.assert_within(in_torch, expected, bound)
 
 
 @given(st.booleans(), st.booleans(), epilogues, st.integers(17, 40), st.sampled_from([*HALVES, torch.float32]))
