@@ -105,6 +105,14 @@ def _product(
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
 
 
+def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Time the kernels for a linear of so many rows, unless that was done before; only GPUs have a choice."""
+    if device.type == "cuda":
+        from qcompile.runtime import gpu
+
+        gpu.tune(decode_spec(spec), gpu.bucket(rows), dtype, device)
+
+
 def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     from qcompile.runtime import cpu
 

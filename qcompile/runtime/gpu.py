@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, native_fp8
 from qcompile.errors import DeviceError
+from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
@@ -154,8 +155,33 @@ def gemm(
     packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
     if not has_kernel(spec):
         return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
-    chosen = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device), name_of(x.device))
+    m = bucket(x.shape[0])
+    if flags.tune and may_time(x):
+        tune(spec, m, x.dtype if x_scale is None else out_dtype, x.device)
+    chosen = choose(spec, m, x.dtype, out_dtype, target_of(x.device), name_of(x.device))
     return execute(chosen, x, x_scale, packed, bias, operands, spec, wrap)
+
+
+def may_time(x: Tensor) -> bool:
+    """Whether kernels may be timed now: on a GPU, while no compiler traces and nothing is captured."""
+    return type(x) is Tensor and x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Time the kernels for a linear, once a process, unless the user's table has this shape and bucket.
+
+    Args:
+        m: a `bucket`.
+        dtype: of the activations before they are quantized.
+
+    Raises:
+        OSError: the table cannot be written.
+    """
+    if has_kernel(spec) and dtype in _X_DTYPES:
+        from qcompile.runtime import measure
+
+        measure.tune(measure.Job(name="", spec=replace(spec, epilogue=()), m=m, dtype=dtype), device)
 
 
 def execute(

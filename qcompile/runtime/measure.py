@@ -33,7 +33,7 @@ from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
 from qcompile.runtime import cache, gpu
-from qcompile.runtime.tuning import Choice, any_kernel, chosen, options
+from qcompile.runtime.tuning import Choice, any_kernel, chosen, is_tuned, options, record, show
 from qcompile.scheme import SCALE_DTYPES, Scheme, WeightScheme
 
 LIMIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-12}
@@ -341,13 +341,6 @@ class Outcome:
         return "\n".join([head, *(f"  dropped {show(t.choice)}: {t.note}" for t in self.timings if t.note)])
 
 
-def show(choice: Choice) -> str:
-    """A choice in few words."""
-    if isinstance(choice, str):
-        return choice
-    return " ".join(f"{name}={value}" for name, value in vars(choice).items())
-
-
 def measure(given: Job, choices: Iterable[Choice], device: torch.device) -> Outcome:
     """Time choices for a job, one after another."""
     with torch.no_grad():
@@ -358,6 +351,22 @@ def measure(given: Job, choices: Iterable[Choice], device: torch.device) -> Outc
                 return Outcome(given, best, tuple(timings))
             timings[timings.index(best)] = replace(best, note="launches differ")
     return Outcome(given, None, tuple(timings))
+
+
+def tune(given: Job, device: torch.device, keep: int = 5) -> Outcome | None:
+    """Time the shortlist of a job here and now, and put the fastest into the user's table; None if that has the job.
+
+    Raises:
+        OSError: the table cannot be written.
+    """
+    target, name = gpu.target_of(device), gpu.name_of(device)
+    like = given.like(target)
+    if is_tuned(like, given.m, name):
+        return None
+    outcome = measure(given, shortlist(given, target, keep), device)
+    if outcome.best is not None:
+        record(name, like, given.m, outcome.best.choice, round(outcome.best.us, 3))
+    return outcome
 
 
 def shortlist(given: Job, target: str, keep: int) -> list[Choice]:

@@ -35,7 +35,7 @@ from qcompile.codegen.predict import predict
 from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec
 from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
-from qcompile.linear_spec import LinearSpec
+from qcompile.linear_spec import LinearSpec, generation
 from qcompile.runtime import cache, vendor
 
 Choice: TypeAlias = Tile | str
@@ -126,6 +126,13 @@ def predicted(like: KernelSpec, m: int) -> Choice:
 def plain(choice: Choice) -> Any:
     """A choice as JSON holds it."""
     return choice if isinstance(choice, str) else dataclasses.asdict(choice)
+
+
+def show(choice: Choice) -> str:
+    """A choice in few words."""
+    if isinstance(choice, str):
+        return choice
+    return " ".join(f"{name}={value}" for name, value in vars(choice).items())
 
 
 def resolve(given: Any, like: KernelSpec, m: int) -> Choice | None:
@@ -222,6 +229,7 @@ def record(gpu: str, like: KernelSpec, m: int, choice: Choice, us: float) -> Pat
     cache.write_file(path, json.dumps(entry, indent=1) + "\n")
     cache.write_file(flags.cache_dir / "tuned" / "generation", uuid.uuid4().hex)
     choose.cache_clear()
+    generation.cache_clear()
     return path
 
 

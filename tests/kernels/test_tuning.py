@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.codegen.spec import KernelSpec, Tile
 from qcompile.flags import override
+from qcompile.linear_spec import decode_spec, generation
 from qcompile.runtime import cache, gpu, measure, tuning
 from qcompile.scheme import PRESETS, preset
 from tests.triton_interpreter import interpret
@@ -29,8 +31,10 @@ LOAD = cache.load
 def empty_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tuning, "shipped", lambda gpu: {})
     tuning.choose.cache_clear()
+    generation.cache_clear()
     with override(cache_dir=tmp_path):
         yield tmp_path
+    generation.cache_clear()
     tuning.choose.cache_clear()
     LOAD.cache_clear()
 
@@ -342,3 +346,57 @@ def test_a_kernel_that_takes_too_long_to_compile_is_a_note(monkeypatch: pytest.M
     given = job("int4", SMALL)
     with measure.compilers(1) as running:
         assert "not compiled within" in running.submit(given.like("sm_90"), given.spec).result(60)
+
+
+def test_graphs_on_disk_do_not_outlive_a_choice(empty_tables: Path) -> None:
+    """Compilers know an operator by its arguments, so the spec says which choices it stands for."""
+    spec = job().spec
+    before = spec.encode()
+    tuning.record(GPU, kernel(), 16, tiles(kernel())[1], 7.0)
+    between = spec.encode()
+    tuning.record(GPU, kernel(), 16, tiles(kernel())[2], 6.0)
+    assert len({before, between, spec.encode()}) == 3
+    assert decode_spec(before) == decode_spec(between) == decode_spec(spec.encode()) == spec
+    (empty_tables / "tuned" / "generation").write_text('", "layout": "')
+    generation.cache_clear()
+    assert spec.encode() == before
+
+
+def test_a_first_use_is_timed_if_asked_once_and_outside_of_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    monkeypatch.setattr(gpu, "name_of", lambda device: GPU)
+    monkeypatch.setattr(gpu, "may_time", lambda x: allowed)
+    gpu.tune.cache_clear()
+    given = job("int4", SMALL)
+    problem = measure.problem(given, "cpu")
+    spec = given.spec.with_epilogue("relu")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return gpu.gemm(x, None, list(problem.weight.tensors), None, [], spec, BF16)
+
+    allowed = True
+    run(problem.x)
+    assert not tuning.is_tuned(given.like("sm_90"), 16, GPU)
+    with override(tune=True):
+        allowed = False
+        run(problem.x)
+        assert not tuning.is_tuned(given.like("sm_90"), 16, GPU)
+        allowed = True
+        y = run(problem.x)
+        assert tuning.is_tuned(given.like("sm_90"), 16, GPU)
+        assert problem.expected is not None
+        assert float((y.double() - problem.expected.relu()).norm() / problem.expected.norm()) < measure.LIMIT[BF16]
+        monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("it was timed already"))
+        run(problem.x)
+        gpu.tune.cache_clear()
+        run(problem.x)
+    gpu.tune.cache_clear()
+    chosen = tuning.choose(given.spec, 16, BF16, BF16, "sm_90", GPU)
+    assert chosen.origin == tuning.TUNED
+    assert chosen.us == chosen.kernel.tile.split
+
+
+def test_nothing_is_timed_without_a_gpu_or_while_tracing() -> None:
+    assert not gpu.may_time(torch.empty(1))
+    with FakeTensorMode():
+        assert not gpu.may_time(torch.empty(1))
