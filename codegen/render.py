@@ -12,7 +12,7 @@ import torch
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.printers import HELPERS, operations, to_triton
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8, overlaps
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8, overlaps, scales_of, super_last
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.linear_spec import ACTIVATIONS
@@ -39,9 +39,11 @@ def decode_pair(pair):
 
 _MAGIC_ASSEMBLY = """@triton.jit
 def decode_pair(pair):
-    \"\"\"Codes in the two halves of an int32, as values: low half, high half. {number} + code in {dtype}, less that.\"\"\"
+    \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
+    # {number} + code in {dtype}, less that number and what the format subtracts
     low, high = tl.inline_asm_elementwise(
-        "{{ .reg .b32 t, z; or.b32 t, $2, {bits:#x}; mov.b32 z, {negative:#x}; add.rn.{packed} t, t, z; mov.b32 {{$0, $1}}, t; }}",
+        "{{ .reg .b32 t, z; or.b32 t, $2, {bits:#x}; mov.b32 z, {negative:#x}; "
+        "add.rn.{packed} t, t, z; mov.b32 {{$0, $1}}, t; }}",
         "=h,=h,r",
         [pair],
         dtype=(tl.int16, tl.int16),
@@ -130,9 +132,7 @@ def pair_decoder(fmt: Format, dtype: str, target: str = "") -> str:
             if overlaps(target):  # has 16-bit additions of both types
                 negative = _bits(-offset, dtype) * 0x10001
                 packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
-                return _MAGIC_ASSEMBLY.format(
-                    bits=bits, number=number, dtype=dtype, negative=negative, packed=packed
-                )
+                return _MAGIC_ASSEMBLY.format(bits=bits, number=number, dtype=dtype, negative=negative, packed=packed)
             return _MAGIC_PAIR.format(bits=bits, number=number, dtype=dtype, offset=offset)
         if fmt.signed:
             return _SIGNED_BYTE_PAIR
@@ -291,7 +291,7 @@ def _significant_bits(fmt: Format) -> int:
 def _scale_type(spec: KernelSpec) -> str:
     """The type in which scales multiply weights: `spec.compute` where all products are exact in it, else float32."""
     digits = {"float8_e4m3fn": 4, "float8_e8m0fnu": 1}.get(spec.scale_dtype, 24)
-    apart = spec.super_columns == 0 or _super_last(spec)
+    apart = spec.super_columns == 0 or super_last(spec)
     kept = {"bfloat16": 8, "float16": 11}.get(spec.compute, 0)
     if spec.compute == "float16" and spec.scale_dtype != "float8_e4m3fn":
         kept = 0  # its exponents are too few
@@ -299,35 +299,9 @@ def _scale_type(spec: KernelSpec) -> str:
     return _DTYPES[spec.compute if exact else "float32"]
 
 
-def _super_last(spec: KernelSpec) -> bool:
-    """Whether the scale above all scales of a row may multiply sums, and weights not yet scaled by it fit."""
-    small = spec.compute != "float16" or spec.scale_dtype in ("float8_e4m3fn", "int8", "uint8")
-    return spec.super_columns >= spec.k and not spec.offset and small
-
-
-def _fragments_hold(spec: KernelSpec) -> bool:
-    """Whether scales are exact in the type that multiplies, so that weights may be scaled there."""
-    exact = {
-        "bfloat16": ("bfloat16", "float8_e8m0fnu", "float8_e4m3fn"),
-        "float16": ("float16", "float8_e4m3fn"),
-    }.get(spec.compute, ())
-    return spec.scale_dtype in exact and not spec.offset and (spec.super_columns == 0 or _super_last(spec))
-
-
-def _scales(spec: KernelSpec, aligned: int) -> str:
-    """Where scales go; see the template. `aligned` columns from any multiple of it share a scale."""
-    divisible = aligned >= 64 or (aligned >= 16 and FORMATS[spec.weight].bits in (4, 8))
-    if spec.offset or not divisible:
-        return "weights"
-    if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
-        return "total"
-    return "fragments" if spec.tile.scales == "fragments" and _fragments_hold(spec) else "products"
-
-
 def _fragment(spec: KernelSpec) -> dict[str, str]:
-    # The largest power of two that divides the columns that share everything.
-    aligned = spec.unit & -spec.unit or spec.tile.k
-    scales = _scales(spec, aligned)
+    aligned = spec.aligned or spec.tile.k
+    scales = scales_of(spec, spec.tile.scales)
     # With overlap a turn of the loop has two chunks at least.
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
@@ -360,7 +334,7 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "RUN": run,
         "SCALES": scales,
         "SCALE_TYPE": _scale_type(spec),
-        "SUPER_LAST": scales in ("weights", "fragments") and _super_last(spec),
+        "SUPER_LAST": scales in ("weights", "fragments") and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
         "SPLIT": spec.tile.split,
@@ -421,20 +395,64 @@ def _scale_decoder(scale_dtype: str, target: str) -> str:
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
     assert isinstance(spec, GroupedSpec)
-    fragment = _template("gemm_fragment")
-    shared = fragment[fragment.index("# <constants>") : fragment.index("@triton.jit(do_not_specialize")]
     experts: dict[str, object] = {
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
-    return {"fragment": shared, **_fragment(spec), "experts": _constants(experts)}
+    return {"fragment": _fragment_functions(), **_fragment(spec), "experts": _constants(experts)}
+
+
+def _decode(spec: KernelSpec) -> dict[str, str]:
+    # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
+    changed: dict[str, object] = {
+        "CHUNK": spec.tile.k,
+        "RUN": min(spec.aligned or spec.tile.k, spec.tile.k),
+        "SCALE_TYPE": "tl.float32",
+        "SUPER_LAST": False,
+        "SCALES": "weights",
+        "WORDS": "",
+        "SLAB": False,
+        "OVERLAP": False,
+    }
+    lines = _fragment(spec)["constants"].splitlines(keepends=True)
+    constants = "".join(line for line in lines if line.split(" = ")[0] not in changed) + _constants(changed)
+    fmt = FORMATS[spec.weight]
+    decoders = (
+        _scale_decoder(spec.scale_dtype, spec.target),
+        pair_decoder(fmt, spec.compute if _holds(spec.compute, fmt) else "float32"),
+        _convert("decode_x", None, spec),
+    )
+    return {"fragment": _fragment_functions(), "constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
+
+
+def _fragment_functions() -> str:
+    """The constants and functions of `gemm_fragment`, with its holes."""
+    text = _template("gemm_fragment")
+    return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
+
+
+def _finish(spec: KernelSpec) -> dict[str, str]:
+    constants: dict[str, object] = {
+        "N": spec.n,
+        "X_SCALE": spec.activation_scale,
+        "SCALED": spec.rows == 1,
+        "BLOCK_M": spec.tile.m,
+        "BLOCK_N": spec.tile.n,
+    }
+    return {"constants": _constants(constants)}
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "decode": decode_formula(FORMATS[spec.number]) + "\n\n"}
 
 
-_FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped}
+_FILL = {
+    "gemm_fragment": _fragment,
+    "gemm_rows8": _rows8,
+    "gemm_grouped": _grouped,
+    "decode_fragment": _decode,
+    "finish_product": _finish,
+}
 
 
 @functools.cache

@@ -18,9 +18,9 @@ Where scales go (SCALES):
 
 With the first operand in registers, a product that is still under way reads registers, and Triton 3.6 lets it run into
 the next turn of the loop, where they are overwritten. So the sum is `settled` at the end of a turn: all products in it
-are done. With OVERLAP a turn is of two chunks, each with registers of its own: Triton waits for the first product before
-the code after it, and the second is under way while the next turn decodes its first chunk. That code is kept in its
-place by `in_order`.
+are done. With OVERLAP a turn is of two chunks, each with registers of its own: Triton waits for the first product
+before what follows it, and the second is under way while the next turn decodes its first chunk. `in_order` keeps what follows
+in its place.
 """
 
 # mypy: ignore-errors

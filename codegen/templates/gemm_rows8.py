@@ -1,9 +1,9 @@
 """y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) for 8-bit weights in rows, int8 or fp8, and activations alike.
 
-The weight is the first operand, y^T = weight x^T, so that few tokens still fill the tensor cores. Scales: a weight's per
-tensor, channel or block, an activation's per tensor, token or group. int8 products without blocks are summed in int32,
-exactly. All others are added in float32 after each BLOCK_K columns, times the scales of their blocks; that is also what
-keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
+The weight is the first operand, y^T = weight x^T, so that few tokens still fill the tensor cores. Scales: a weight's
+per tensor, channel or block, an activation's per tensor, token or group. int8 products without blocks are summed in
+int32, exactly. All others are added in float32 after each BLOCK_K columns, times the scales of their blocks; that is
+also what keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
 
 Programs that share an output tile (SPLIT) each sum a part of K; the last to arrive adds the parts in their order. A
 kernel may begin before the one before it has ended: it has sent its first weights to the L2 cache when it waits for its

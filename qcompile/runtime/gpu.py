@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.cost_model import candidates, rank
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8, overlaps
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, native_fp8, overlaps
 from qcompile.errors import DeviceError
+from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache
+from qcompile.runtime import cache, vendor
+from qcompile.runtime.counters import zeros_kept_zero
+from qcompile.runtime.tuning import Chosen, choose, gpu_family
+from qcompile.tensors import by_bytes
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_BUCKET = 4096
@@ -42,20 +45,9 @@ def bucket(m: int) -> int:
 
 
 @functools.cache
-def choose(spec: LinearSpec, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str) -> KernelSpec:
-    """The kernel for M up to `m`, a `bucket`, by the cost model."""
-    like = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
-    return rank(candidates(like, m), m)[0]
-
-
-def by_bytes(tensor: Tensor) -> Tensor:
-    """8-bit floats as uint8."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
-
-
-def counters(kernel: KernelSpec, m: int) -> int:
-    """How many counters a launch for M = `m` needs: one for each output tile if its parts of K are added, else 0."""
-    return 0 if kernel.tile.split == 1 else -(-m // kernel.tile.m) * -(-kernel.n // kernel.tile.n)
+def name_of(device: torch.device) -> str:
+    """The key of the tables of choices: "nvidia-h100"; "" where there is no GPU."""
+    return gpu_family(torch.cuda.get_device_name(device)) if torch.cuda.is_available() else ""
 
 
 def launch(
@@ -67,13 +59,8 @@ def launch(
     bias: Tensor | None,
     operands: list[Tensor],
     out_dtype: torch.dtype,
-    workspace: Tensor | None = None,
 ) -> Tensor:
-    """Allocate the output [M, N] and run `function`, the Triton function of `kernel`'s module, over its grid.
-
-    Args:
-        workspace: see `gemm`; used if it has `counters` numbers.
-    """
+    """Allocate the output [M, N] and run `function`, the Triton function of `kernel`'s module, over its grid."""
     m, tile = x.shape[0], kernel.tile
     y = x.new_empty((m, kernel.n), dtype=out_dtype)
     if m == 0:
@@ -87,13 +74,11 @@ def launch(
         return codes if tensor is None else by_bytes(tensor)
 
     partial = arrived = codes
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.split > 1:
         partial = x.new_empty(tiles * tile.split * tile.m * tile.n, dtype=torch.float32)
-        needed = counters(kernel, m)
-        fits = workspace is not None and workspace.shape[0] >= needed
-        arrived = workspace if workspace is not None and fits else x.new_zeros(needed, dtype=torch.int32)
-    if workspace is not None and overlaps(kernel.target):
+        arrived = zeros_kept_zero(tiles, x.device)
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if overlaps(kernel.target) and x.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
     function[(tiles * tile.split,)](
@@ -145,7 +130,6 @@ def gemm(
     operands: list[Tensor],
     spec: LinearSpec,
     out_dtype: torch.dtype,
-    wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
     """The product of activations and a packed weight, with the epilogue of `spec`.
 
@@ -156,7 +140,6 @@ def gemm(
         bias: [N].
         operands: of the epilogue's steps, each [M, N].
         out_dtype: float32, bfloat16 or float16.
-        wrap: `torch.library.wrap_triton` while tracing.
 
     Returns:
         [M, N].
@@ -164,27 +147,91 @@ def gemm(
     Raises:
         DeviceError: activations of another type than float32, bfloat16 and float16.
     """
+    check_dtypes(x, x_scale, out_dtype)
+    packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
+    if not has_kernel(spec):
+        return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
+    if flags.tune and may_time(x):
+        tune(spec, bucket(x.shape[0]), x.dtype if x_scale is None else out_dtype, x.device)
+    return execute(choice_for(x, spec, out_dtype), x, x_scale, packed, bias, operands, spec)
+
+
+def check_dtypes(x: Tensor, x_scale: Tensor | None, out_dtype: torch.dtype) -> None:
+    """
+    Raises:
+        DeviceError: activations of another type than float32, bfloat16 and float16.
+    """
     if x_scale is None and x.dtype not in _X_DTYPES:
         raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 activations, not {x.dtype}: cast the model")
     if out_dtype not in _X_DTYPES:
         raise DeviceError(f"GPU kernels return float32, bfloat16 or float16, not {out_dtype}: cast the model")
-    packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
-    if not has_kernel(spec):
-        return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
-    kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))
-    function = wrap(cache.load(kernel).kernel)
-    # Triton launches on the current device.
-    guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
-    with guard:
-        return launch(kernel, function, x, x_scale, packed, bias, operands, out_dtype)
+
+
+def choice_for(x: Tensor, spec: LinearSpec, out_dtype: torch.dtype) -> Chosen:
+    """What multiplies activations like `x` (which the scheme has quantized, if it does that)."""
+    return choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device), name_of(x.device))
+
+
+def may_time(x: Tensor) -> bool:
+    """Whether kernels may be timed now: on a GPU, while no compiler traces and nothing is captured."""
+    return type(x) is Tensor and x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
-def gemm_operator() -> Any:
-    """`torch.ops.qcompile.gemm`, registered at the first call: compilers see through it to the Triton kernel."""
+def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Time the kernels for a linear, once a process, unless the user's table has this shape and bucket.
 
-    @torch.library.triton_op("qcompile::gemm", mutates_args={})
-    def gemm_op(
+    Args:
+        m: a `bucket`.
+        dtype: of the activations before they are quantized.
+
+    Raises:
+        OSError: the table cannot be written.
+    """
+    if has_kernel(spec) and dtype in _X_DTYPES:
+        from qcompile.runtime import measure
+
+        measure.tune(measure.Job(name="", spec=replace(spec, epilogue=()), m=m, dtype=dtype), device)
+
+
+def execute(
+    chosen: Chosen,
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    spec: LinearSpec,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """`gemm` with a choice that is made."""
+    out_dtype = getattr(torch, chosen.kernel.out_dtype)
+    # Triton launches on the current device.
+    guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+    with guard:
+        if chosen.vendor is None or x.shape[0] == 0:
+            function = wrap(cache.load(chosen.kernel).kernel)
+            return launch(chosen.kernel, function, x, x_scale, weight, bias, operands, out_dtype)
+        product = vendor.PATHS[chosen.vendor](x, x_scale, weight, chosen.kernel, wrap)
+        return vendor.finish(product, bias, operands, spec, chosen.kernel, wrap)
+
+
+def torch_multiplies(x: Tensor, x_scale: Tensor | None, spec: LinearSpec, out_dtype: torch.dtype) -> bool:
+    """Whether the product of `gemm` is one of torch's own, which compilers can fuse with what surrounds it."""
+    check_dtypes(x, x_scale, out_dtype)
+    return not has_kernel(spec) or choice_for(x, spec, out_dtype).vendor is not None
+
+
+@functools.cache
+def visible_gemm() -> Any:
+    """`torch.ops.qcompile.visible_gemm`, registered at the first call: a `gemm` that compilers see through.
+
+    For products of torch's own. Our kernels are launched in ways that compilers do not know of: before the kernel
+    before has ended, and with counters that are zero before and after.
+    """
+
+    @torch.library.triton_op("qcompile::visible_gemm", mutates_args={})
+    def visible(
         x: Tensor,
         x_scale: Tensor | None,
         weight: list[Tensor],
@@ -193,10 +240,13 @@ def gemm_operator() -> Any:
         spec: str,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        wrap = torch.library.wrap_triton
-        return gemm(x, x_scale, weight, bias, operands, decode_spec(spec), out_dtype, wrap)
+        parsed, wrap = decode_spec(spec), torch.library.wrap_triton
+        packed = PackedWeight.from_tensors(weight, parsed.shape, parsed.scheme.weight, parsed.layout)
+        if not has_kernel(parsed):
+            return _decoded(x, x_scale, packed, bias, operands, parsed, out_dtype)
+        return execute(choice_for(x, parsed, out_dtype), x, x_scale, packed, bias, operands, parsed, wrap)
 
-    return torch.ops.qcompile.gemm
+    return torch.ops.qcompile.visible_gemm
 
 
 def kernel_name(spec: LinearSpec) -> str:

@@ -18,8 +18,9 @@ from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache
-from qcompile.runtime.gpu import bucket, by_bytes, target_of
+from qcompile.runtime.gpu import bucket, target_of
 from qcompile.stacks import padded_rows
+from qcompile.tensors import by_bytes
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

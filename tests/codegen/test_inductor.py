@@ -30,6 +30,25 @@ def test_one_length_inlines_the_kernel_and_quantization_joins_the_norm(preset):
     assert product.startswith("kernel_")
 
 
+def test_a_long_input_decodes_the_weight_and_the_epilogue_follows_torchs_product():
+    decode, norm, product, epilogue = calls("int4", "static", "2048", "4096", "4096")
+    assert decode.startswith("kernel_")
+    assert "rsqrt" in norm
+    assert product.startswith("extern_kernels.mm(")
+    assert epilogue.startswith("triton_poi_")
+    assert "sigmoid" in epilogue
+    assert "mul" in epilogue
+
+
+def test_long_fp8_inputs_are_multiplied_by_torch_between_two_fused_kernels():
+    norm, product, epilogue = calls("fp8", "static", "2048", "4096", "4096")
+    assert "rsqrt" in norm
+    assert "amax" in norm
+    assert product.startswith("extern_kernels._scaled_mm(")
+    assert "use_fast_accum=False" in product
+    assert "sigmoid" in epilogue
+
+
 def test_any_length_takes_one_graph_that_chooses_at_run_time():
     norm, product = calls("fp8", "dynamic")
     assert "rsqrt" in norm or "rms_norm" in norm

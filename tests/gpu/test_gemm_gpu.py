@@ -97,7 +97,7 @@ def test_codes_of_8_bits_times_floats(dtype: torch.dtype, m: int) -> None:
 def test_groups(columns: int, dtype: torch.dtype) -> None:
     scheme = Scheme(weight=weight_scheme("uint4", Granularity.group(columns), "bfloat16"))
     given = problem(scheme, "fragment", 20, 200, 576, dtype)
-    kernel = gpu.choose(given.spec, 32, dtype, dtype, TARGET)
+    kernel = gpu.choose(given.spec, 32, dtype, dtype, TARGET).kernel
     given.check(run(given, kernel), dtype)
 
 

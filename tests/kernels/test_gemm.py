@@ -162,7 +162,8 @@ tiles = st.builds(
     stages=st.just(2),
     form=st.sampled_from(["loop", "slab"]),
     scales=st.sampled_from(["products", "fragments"]),
-)
+    overlap=st.booleans(),
+).map(lambda tile: replace(tile, overlap=tile.overlap and tile.k >= 128))
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 300))
 epilogues = st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda steps: steps.count("bias") <= 1)
 targets = st.sampled_from(["sm_80", "sm_90", "gfx942"])
