@@ -340,7 +340,7 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "SPLIT": spec.tile.split,
         "SLAB": spec.tile.form == "slab" and scales != "weights",
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments"),
-        "OVERLAPS": overlaps(spec.target),
+        "OVERLAPS": overlaps(spec.target) and not isinstance(spec, GroupedSpec),
         "HOPPER": spec.target == "sm_90",
     }
     decoders = (

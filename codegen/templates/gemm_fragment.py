@@ -19,8 +19,8 @@ Where scales go (SCALES):
 With the first operand in registers, a product that is still under way reads registers, and Triton 3.6 lets it run into
 the next turn of the loop, where they are overwritten. So the sum is `settled` at the end of a turn: all products in it
 are done. With OVERLAP a turn is of two chunks, each with registers of its own: Triton waits for the first product
-before what follows it, and the second is under way while the next turn decodes its first chunk. `in_order` keeps what follows
-in its place.
+before what follows it, and the second is under way while the next turn decodes its first chunk. `in_order` keeps that
+decoding in its place.
 """
 
 # mypy: ignore-errors
@@ -155,9 +155,10 @@ def ordered(planes):
 def prefetch(codes, tile_n, tile_k):
     """Send the first codes of each tile of 64 rows to the L2 cache, from column tile `tile_k`."""
     slot = tl.arange(0, NT * 128)
-    first = (tl.minimum(tile_n + slot // 128, TILES_N - 1).to(tl.int64) * TILES_K + tile_k) * (128 * BITS)
-    last = tl.maximum((TILES_K - tile_k) * (128 * BITS) - PREFETCH // 4, 0)
-    address = codes + first + tl.minimum(slot % 128 * (PREFETCH // 4), last)
+    place = tile_k * (128 * BITS) + slot % 128 * (PREFETCH // 4)
+    place = tl.minimum(place, TILES_K * (128 * BITS) - PREFETCH // 4)
+    row = tl.minimum(tile_n + slot // 128, TILES_N - 1).to(tl.int64) * (TILES_K * (128 * BITS))
+    address = codes + row + place
     tl.inline_asm_elementwise(PREFETCH_PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -393,7 +394,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
     x_scale_rows = x_scale + tl.arange(0, BLOCK_M) * GROUPS
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if OVERLAPS:
-        prefetch(codes, tile_n, tl.minimum(first_k // 64, TILES_K - 1))
+        prefetch(codes, tile_n, first_k // 64)
     wait_for_inputs()
     if SLAB:
         words = ()
