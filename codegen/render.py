@@ -328,7 +328,8 @@ def _grouped(spec: KernelSpec) -> dict[str, str]:
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    return {"constants": _constants(spec.constants()), "decode": decode_formula(FORMATS[spec.number]) + "\n\n"}
+    decoder = _function("decode(code):", "code") if spec.plain else decode_formula(FORMATS[spec.number])
+    return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
 
 
 _FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped}

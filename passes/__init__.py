@@ -9,6 +9,7 @@ from qcompile.passes.merge_projections import merge_projections
 from qcompile.passes.normalize import normalize
 from qcompile.passes.quantize_attention import quantize_attention
 from qcompile.passes.quantize_linear import quantize_linear
+from qcompile.passes.share_heads import share_heads
 from qcompile.passes.verify import verify
 
 PASSES: tuple[Pass, ...] = (
@@ -17,6 +18,7 @@ PASSES: tuple[Pass, ...] = (
     merge_projections,
     quantize_linear,
     quantize_attention,
+    share_heads,
     fuse_epilogue,
     verify,
 )
