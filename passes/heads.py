@@ -1,15 +1,16 @@
-"""What passes over attention share: calls, layers' names, and keys or values that are repeated for query heads."""
+"""What passes over attention share: calls, layers' names, repeated keys and values, and how far a mask reaches."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from qcompile import compat
-from qcompile.passes.context import example
+from qcompile.passes.context import GraphContext, example
 
 SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -55,3 +56,56 @@ def layer_of(node: fx.Node) -> str:
     """The module that a node comes from, or its own name."""
     module = compat.module_of(node)
     return (module[0] if module else "") or node.name
+
+
+def _is_range(node: Any, length: int) -> bool:
+    """Whether a node's elements are 0 to length - 1, in order."""
+    while isinstance(node, fx.Node):
+        if node.target is torch.arange:
+            return node.args == (length,) and not set(node.kwargs) - {"device", "dtype"}
+        if is_call(node, (operator.add,)) and node.args[1] == 0 and isinstance(node.args[1], int):
+            node = node.args[0]
+        elif is_call(node, (operator.getitem,)) and isinstance(node.args[1], tuple):
+            if any(part not in (None, slice(None)) for part in node.args[1]):
+                return False
+            node = node.args[0]
+        else:
+            return False
+    return False
+
+
+def is_prefix(mask: fx.Node) -> bool:
+    """Whether a mask is `positions <= last` for one number `last`: then its length says it all."""
+    node: Any = mask
+    while is_call(node, ("expand",)):
+        node = node.args[0]
+    if not is_call(node, (operator.le,)) or not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    positions, last = node.args
+    length = example(mask).shape[-1]
+    whole = isinstance(length, int) and example(positions).numel() == length == example(positions).shape[-1]
+    return whole and example(last).numel() == 1 and _is_range(positions, length)
+
+
+def add_call(context: GraphContext, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A call at the place of insertion, with its example value."""
+    node = context.graph.call_function(target, args, kwargs)
+    with context.fake_mode, torch.no_grad():
+        node.meta["example_value"] = target(*fx.node.map_arg(args, example), **kwargs)
+    return node
+
+
+def attended_length(context: GraphContext, mask: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """One more than the last position that a boolean mask lets any query attend to: int64 [].
+
+    Args:
+        known: what this returned for other masks of the graph. The reduction is written out once, and compilers keep
+            its result in memory, from where all layers read it.
+    """
+    if mask not in known:
+        placeholders, value = context.placeholders(), example(mask)
+        after = placeholders[-1] if mask.op == "placeholder" else mask
+        with context.graph.inserting_before(after.next):
+            positions = add_call(context, torch.arange, 1, value.shape[-1] + 1, device=value.device, dtype=torch.int64)
+            known[mask] = add_call(context, torch.amax, add_call(context, torch.where, mask, positions, 0))
+    return known[mask]

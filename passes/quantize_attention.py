@@ -25,7 +25,7 @@ from qcompile import compat
 from qcompile.kv_cache import AttentionSpec, decode_kv_spec
 from qcompile.passes.context import OP as LINEAR
 from qcompile.passes.context import GraphContext, example, replace
-from qcompile.passes.heads import SDPA_ARGUMENTS, is_call, layer_of, named, repeated
+from qcompile.passes.heads import SDPA_ARGUMENTS, attended_length, is_call, is_prefix, layer_of, named, repeated
 
 ATTENTION = torch.ops.qcompile.attention.default
 RULE = "quantize_attention"
@@ -277,10 +277,13 @@ def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx
     return cache, length if match.mask is not None else None, spec
 
 
-def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str) -> None:
+def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, lengths: dict[fx.Node, fx.Node]) -> None:
     graph = context.graph
     cache, length, spec = _check(context, node, match)
     mask, added = match.mask, []
+    if mask is not None and not match.masked_out and is_prefix(mask):
+        # Positions behind the cache's own length are not specified, so that the mask's length serves as well.
+        length, mask = attended_length(context, mask, lengths), None
     with graph.inserting_before(node):
         if match.masked_out:
             mask = graph.call_function(torch.logical_not, (mask,))
@@ -308,6 +311,7 @@ def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str) ->
 def quantize_attention(context: GraphContext) -> None:
     """See the module."""
     told: set[fx.Node] = set()
+    lengths: dict[fx.Node, fx.Node] = {}
     wanted = None if context.config is None else context.config.kv_cache
     for node in list(context.graph.nodes):
         layer = layer_of(node)
@@ -327,7 +331,8 @@ def quantize_attention(context: GraphContext) -> None:
         try:
             if flex:
                 raise _No("flex_attention is compiled to a kernel of its own")
-            _rewrite(context, node, _match_sdpa(node) if sdpa else _match_written_out(node), layer)
+            match = _match_sdpa(node) if sdpa else _match_written_out(node)
+            _rewrite(context, node, match, layer, lengths)
         except _No as why:
             context.declined(RULE, layer, str(why))
             told |= reads

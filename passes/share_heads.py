@@ -5,7 +5,8 @@
 
 on GPUs, for up to 8 tokens. torch has no kernel that takes a mask and shared heads: either keys and values are written
 out once more for each query head that shares them, or scores are. `length` is made of a boolean mask, once a graph: one
-more than the last position that any query attends to, so that the empty part of a static cache is not read.
+more than the last position that any query attends to, so that the empty part of a static cache is not read. A mask of
+one token that says no more than that (`positions <= last`) is left out.
 
 Without a mask and with `enable_gqa` torch's own kernels share heads, and such attention is left to them. What is not
 taken is declined with its reason. Attention that reads a quantized cache was taken before, by `quantize_attention`.
@@ -14,7 +15,7 @@ taken is declined with its reason. Attention that reads a quantized cache was ta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,16 @@ from torch import Tensor, fx
 
 import qcompile.attention  # noqa: F401  (registers the operators)
 from qcompile.passes.context import GraphContext, example, replace
-from qcompile.passes.heads import SDPA_ARGUMENTS, is_call, layer_of, named, repeated
+from qcompile.passes.heads import (
+    SDPA_ARGUMENTS,
+    add_call,
+    attended_length,
+    is_call,
+    is_prefix,
+    layer_of,
+    named,
+    repeated,
+)
 
 ATTENTION = torch.ops.qcompile.attention_plain.default
 RULE = "share_heads"
@@ -86,29 +96,6 @@ def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, give
     return None
 
 
-def _add(context: GraphContext, target: Callable[..., Any], *args: Any) -> fx.Node:
-    """A call at the place of insertion, with its example value."""
-    node = context.graph.call_function(target, args)
-    with context.fake_mode, torch.no_grad():
-        node.meta["example_value"] = target(*fx.node.map_arg(args, lambda n: example(n)))
-    return node
-
-
-def _length(context: GraphContext, mask: fx.Node) -> fx.Node:
-    """One more than the last position that a boolean mask lets any query attend to: int64 []."""
-    placeholders = context.placeholders()
-    after = placeholders[-1] if mask.op == "placeholder" else mask
-    value = example(mask)
-    with context.graph.inserting_before(after.next):
-        positions = context.graph.call_function(
-            torch.arange, (1, value.shape[-1] + 1), {"device": value.device, "dtype": torch.int64}
-        )
-        with context.fake_mode:
-            positions.meta["example_value"] = torch.arange(1, value.shape[-1] + 1, device=value.device)
-        attended = _add(context, torch.where, mask, positions, 0)
-        return _add(context, torch.amax, attended)
-
-
 def _rewrite(context: GraphContext, node: fx.Node, lengths: dict[fx.Node, fx.Node]) -> str | None:
     """Take an attention; or the reason why not, or None where torch has a kernel for it."""
     given: dict[str, Any] = dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
@@ -125,10 +112,11 @@ def _rewrite(context: GraphContext, node: fx.Node, lengths: dict[fx.Node, fx.Nod
         return "something is written between its keys and itself"
     length = None
     if mask is not None and example(mask).dtype == torch.bool:
-        length = lengths.get(mask) or lengths.setdefault(mask, _length(context, mask))
+        length = attended_length(context, mask, lengths)
+        mask = None if is_prefix(mask) else mask
     scale = given.get("scale") or 1 / math.sqrt(example(given["query"]).shape[-1])
     with context.graph.inserting_before(node):
-        new = _add(context, ATTENTION, given["query"], key, value, mask, length, scale)
+        new = add_call(context, ATTENTION, given["query"], key, value, mask, length, scale)
     replace(context.graph, node, new)
     while gone := [n for n in dict.fromkeys(passed) if not n.users]:
         for n in gone:

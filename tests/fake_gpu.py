@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
@@ -151,10 +152,11 @@ def wrapper_source(preset: str, dynamic: bool) -> str:
         return generated(run, x, gate, *weight)
 
 
-def generated(run: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> str:
+def generated(run: Callable[..., torch.Tensor], *inputs: Any, backend: str = "inductor") -> str:
     """The source of Inductor's wrapper for a function of fake tensors."""
+    torch._dynamo.reset()
     try:
-        torch.compile(run, fullgraph=True)(*inputs)
+        torch.compile(run, fullgraph=True, backend=backend)(*inputs)
     except Exception as error:
         found: BaseException | None = error
         while found is not None and not isinstance(found, Generated):
