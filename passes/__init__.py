@@ -5,6 +5,7 @@ assert __name__ == "qcompile.passes", "import this package as qcompile.passes"
 from qcompile.passes.annotate import annotate
 from qcompile.passes.context import Decline, GraphContext, Pass, Rewrite
 from qcompile.passes.fuse_epilogue import fuse_epilogue
+from qcompile.passes.merge_counters import merge_counters
 from qcompile.passes.merge_projections import merge_projections
 from qcompile.passes.normalize import normalize
 from qcompile.passes.quantize_attention import quantize_attention
@@ -19,6 +20,7 @@ PASSES: tuple[Pass, ...] = (
     quantize_linear,
     quantize_attention,
     share_heads,
+    merge_counters,
     fuse_epilogue,
     verify,
 )
