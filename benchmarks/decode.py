@@ -70,7 +70,7 @@ TOY = {
     "max_position_embeddings": 4096,
 }
 LINEAR = re.compile(
-    r"^kernel|qcompile_gemm|gemm_|gemv|nvjet|tinygemm|cutlass|cublas|splitKreduce|_scaled_mm|int8pack|int4pack"
+    r"qcompile_gemm|gemm_|gemv|nvjet|tinygemm|cutlass|cublas|splitKreduce|_scaled_mm|int8pack|int4pack"
     r"|triton_(red|per|poi|tem)\w*fused\w*_mm(_|$)"
 )
 """Names of kernels that multiply by weights."""
@@ -289,11 +289,13 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, flo
     return float((y - given).norm() / given.norm()), float((y.argmax(-1) == given.argmax(-1)).float().mean())
 
 
-def compiled(model: Any, job: Job, mode: str | None) -> Any:
+def compiled(model: Any, job: Job, mode: str | None, options: dict[str, bool]) -> Any:
     """The model compiled by the job's backend; one compilation for each shape."""
     torch._dynamo.reset()
     backend = "qcompile" if job.impl == OURS else "inductor"
-    return torch.compile(model, backend=backend, mode=mode, fullgraph=True, dynamic=False)
+    if options and mode is not None:  # which `torch.compile` does not take together
+        options, mode = torch._inductor.list_mode_options(mode) | options, None
+    return torch.compile(model, backend=backend, mode=mode, options=options or None, fullgraph=True, dynamic=False)
 
 
 def time_loop(decoder: Decoder, run: Any, count: int, device: str) -> float:
@@ -411,6 +413,11 @@ class Worker:
     def device(self) -> str:
         return "cpu" if self.options.toy else "cuda"
 
+    @property
+    def inductor(self) -> dict[str, bool]:
+        """Options of Inductor's to switch on."""
+        return dict.fromkeys(self.options.inductor, True)
+
     def run(self) -> None:
         """Build the model, then measure every batch and mode, and prefill."""
         torch.manual_seed(0)
@@ -454,13 +461,16 @@ class Worker:
     def row(self, bench: str, batch: int) -> Row:
         row: Row = {"bench": bench, "impl": self.job.impl, "scheme": self.job.scheme, "batch": batch}
         row["layers"] = self.options.layers
+        if self.options.inductor:
+            row["inductor"] = "+".join(self.options.inductor)
         if self.job.impl == OURS:
             row |= {"head": self.options.head or "bfloat16", "kv": self.options.kv or "bfloat16"}
         return row
 
     def compile_step(self, decoder: Decoder, mode: str) -> tuple[Any, float]:
         """The compiled model, and the seconds of its first call."""
-        run = compiled(decoder.model, self.job, "reduce-overhead" if mode == "reduce-overhead" else None)
+        named = "reduce-overhead" if mode == "reduce-overhead" else None
+        run = compiled(decoder.model, self.job, named, self.inductor)
         synchronize(self.device)
         start = time.perf_counter()
         decoder.follow(run, [decoder.first])
@@ -526,7 +536,7 @@ class Worker:
         with self.turns.building():
             decoder = Decoder.start(model, 1, count, count + 8, kv, self.device)
             ids = torch.randint(model.config.vocab_size, (1, count)).to(self.device)
-            run = compiled(model, self.job, None)
+            run = compiled(model, self.job, None, self.inductor)
 
             def once(function: Any) -> Tensor:
                 for layer in decoder.cache.layers:
@@ -553,7 +563,7 @@ class Worker:
 
 def key_of(row: Row) -> tuple[Any, ...]:
     """What a row is about: a new one takes the place of an old one with the same key."""
-    names = ("bench", "impl", "scheme", "batch", "mode", "tokens", "layers", "head", "kv")
+    names = ("bench", "impl", "scheme", "batch", "mode", "tokens", "layers", "head", "kv", "inductor")
     return tuple(row.get(name) for name in names)
 
 
@@ -612,6 +622,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, help="tokens of the prompt that is measured; 2048, and 0 for none")
     parser.add_argument("--head", help="ours: a scheme for the output head")
     parser.add_argument("--kv", help="ours: a format for the cache, such as fp8")
+    parser.add_argument("--inductor", type=listed(str), default=[], help="options to switch on, such as combo_kernels")
     parser.add_argument("--warm", action="store_true", help="also compile in a second process, from the caches")
     parser.add_argument("--jobs", type=int, default=1, help="processes that build and compile at the same time")
     parser.add_argument("--timeout", type=float, default=400, help="seconds for one implementation")

@@ -354,6 +354,9 @@ def render(spec: KernelSpec | AttentionKernelSpec) -> str:
         text = fill_hole(text, "epilogue", _epilogue(spec))
         operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
         text = text.replace("operand_0,", f"{operands},")
+    # Profilers and Inductor show the function's own name.
+    name = f"qcompile_{spec.template}"
+    text = text.replace("\ndef kernel(", f"\ndef {name}(") + f"\n\nkernel = {name}\n"
     encoded = spec.encode()
     assert encoded.isprintable()
     header = (

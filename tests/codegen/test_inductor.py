@@ -27,7 +27,7 @@ def test_one_length_inlines_the_kernel_and_quantization_joins_the_norm(preset):
     assert norm.startswith("triton_")
     assert "rsqrt" in norm or "rms_norm" in norm
     assert ("amax" in norm) == (preset in ("int8", "fp8"))
-    assert product.startswith("kernel_")
+    assert product.startswith("qcompile_")
 
 
 def test_any_length_takes_one_graph_that_chooses_at_run_time():
@@ -42,8 +42,8 @@ def test_experts_are_one_kernel_a_projection_and_nothing_is_read_back():
     assert "sort" in sort
     assert "searchsorted" in offsets
     assert "index_select" in gather
-    assert up.startswith("kernel_")
+    assert up.startswith("qcompile_")
     assert "silu" in gate
-    assert down.startswith("kernel_")
+    assert down.startswith("qcompile_")
     assert "index_select" in combine
     assert "sum" in combine

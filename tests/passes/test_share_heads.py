@@ -214,7 +214,7 @@ def test_a_decoding_step_of_transformers() -> None:
 
 
 def test_a_decoding_step_on_a_gpu_launches_few_kernels() -> None:
-    """Of a layer with int4 weights: norms (2), linears (4), rotary and stores (3), attention, SiLU, zeroed counters (3)."""
+    """Of a layer: norms (2), linears (4), rotary and stores (3), attention, SiLU, zeroed counters of splits (3)."""
     pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, "-m", "tests.fake_decode", "int4", "3"],
