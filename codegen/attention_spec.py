@@ -1,4 +1,4 @@
-"""Everything that decides the source of a kernel for attention over a quantized cache, as one hashable value."""
+"""Everything that decides the source of a kernel for attention from a few tokens over a cache, as one value."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class AttentionKernelSpec:
     """A kernel for one shape of attention and one kind of device; batch and context are its arguments.
 
     Attributes:
-        number: name of the number format of keys and values, of 8 or 4 bits.
+        number: name of the number format of keys and values, of 8 or 4 bits; or `x_dtype`, for a cache of that type.
         bits: of a code.
-        scales: see `KVScheme`.
+        scales: see `KVScheme`; "none" for a cache that is not quantized.
         heads, group, queries: heads of keys; query heads for each; tokens attended from.
         key_size, value_size: of a head.
         scale, softcap: see `AttentionSpec`.
@@ -70,15 +70,20 @@ class AttentionKernelSpec:
     @property
     def columns(self) -> int:
         """Results of a query as programs hold them: padded, and in two halves if a byte holds two values."""
-        halves = 8 // self.bits
+        halves = 2 if self.bits == 4 else 1
         return halves * _power(self.value_size // halves)
+
+    @property
+    def plain(self) -> bool:
+        """Whether keys and values are numbers of `x_dtype` themselves."""
+        return self.scales == "none"
 
     def constants(self) -> dict[str, object]:
         """Those of the template."""
         half = self.x_dtype != "float32"
         return {
             "BITS": self.bits,
-            "NATIVE": self.number.startswith("fp8") and native_fp8(self.target),
+            "NATIVE": self.plain or (self.number.startswith("fp8") and native_fp8(self.target)),
             "SCALES": self.scales,
             "HEADS": self.heads,
             "GROUP": self.group,
@@ -91,11 +96,11 @@ class AttentionKernelSpec:
             "LENGTH": self.length,
             "COMPUTE": f"tl.{self.x_dtype}",
             # Weights times scales may lie below what float16 holds.
-            "WEIGHTS": "tl.bfloat16" if half else "tl.float32",
+            "WEIGHTS": f"tl.{self.x_dtype}" if self.plain else "tl.bfloat16" if half else "tl.float32",
             "PRECISION": "tf32x3" if self.target.startswith("sm_") else "ieee",
             "ROWS": self.rows,
-            "BLOCK_D": _power(self.key_size * self.bits // 8),
-            "BLOCK_V": _power(self.value_size * self.bits // 8),
+            "BLOCK_D": _power(self.key_size * min(self.bits, 8) // 8),
+            "BLOCK_V": _power(self.value_size * min(self.bits, 8) // 8),
             "BLOCK_T": self.tile.context,
             "SPLIT": self.tile.split,
         }
@@ -149,6 +154,43 @@ def attention_kernel_spec(
         mask=mask,
         length=length,
         x_dtype=dtype_name(x_dtype),
+        target=target,
+        tile=tile,
+    )
+
+
+def plain_kernel_spec(
+    heads: int,
+    group: int,
+    queries: int,
+    sizes: tuple[int, int],
+    scale: float,
+    mask: str,
+    length: bool,
+    x_dtype: torch.dtype,
+    target: str,
+    tile: AttentionTile,
+) -> AttentionKernelSpec:
+    """The kernel for keys and values that are bfloat16 or float16, as queries are.
+
+    Args:
+        sizes: of a key and of a value.
+    """
+    name = dtype_name(x_dtype)
+    return AttentionKernelSpec(
+        number=name,
+        bits=16,
+        scales="none",
+        heads=heads,
+        group=group,
+        queries=queries,
+        key_size=sizes[0],
+        value_size=sizes[1],
+        scale=scale,
+        softcap=0.0,
+        mask=mask,
+        length=length,
+        x_dtype=name,
         target=target,
         tile=tile,
     )

@@ -443,7 +443,8 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    return {"constants": _constants(spec.constants()), "decode": decode_formula(FORMATS[spec.number]) + "\n\n"}
+    decoder = _function("decode(code):", "code") if spec.plain else decode_formula(FORMATS[spec.number])
+    return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
 
 
 _FILL = {
@@ -474,6 +475,9 @@ def render(spec: KernelSpec | AttentionKernelSpec) -> str:
         text = fill_hole(text, "epilogue", _epilogue(spec))
         operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
         text = text.replace("operand_0,", f"{operands},")
+    # Profilers and Inductor show the function's own name.
+    name = f"qcompile_{spec.template}"
+    text = text.replace("\ndef kernel(", f"\ndef {name}(") + f"\n\nkernel = {name}\n"
     encoded = spec.encode()
     assert encoded.isprintable()
     header = (

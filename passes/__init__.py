@@ -5,10 +5,12 @@ assert __name__ == "qcompile.passes", "import this package as qcompile.passes"
 from qcompile.passes.annotate import annotate
 from qcompile.passes.context import Decline, GraphContext, Pass, Rewrite
 from qcompile.passes.fuse_epilogue import fuse_epilogue
+from qcompile.passes.merge_counters import merge_counters
 from qcompile.passes.merge_projections import merge_projections
 from qcompile.passes.normalize import normalize
 from qcompile.passes.quantize_attention import quantize_attention
 from qcompile.passes.quantize_linear import quantize_linear
+from qcompile.passes.share_heads import share_heads
 from qcompile.passes.verify import verify
 
 PASSES: tuple[Pass, ...] = (
@@ -17,6 +19,8 @@ PASSES: tuple[Pass, ...] = (
     merge_projections,
     quantize_linear,
     quantize_attention,
+    share_heads,
+    merge_counters,
     fuse_epilogue,
     verify,
 )

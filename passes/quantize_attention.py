@@ -25,6 +25,7 @@ from qcompile import compat
 from qcompile.kv_cache import AttentionSpec, decode_kv_spec
 from qcompile.passes.context import OP as LINEAR
 from qcompile.passes.context import GraphContext, example, replace
+from qcompile.passes.heads import SDPA_ARGUMENTS, attended_length, is_call, is_prefix, layer_of, named, repeated
 
 ATTENTION = torch.ops.qcompile.attention.default
 RULE = "quantize_attention"
@@ -35,7 +36,6 @@ _ADD = (operator.add, torch.add, "add", operator.iadd)
 _MUL = (operator.mul, torch.mul, "mul", operator.imul)
 _DIV = (operator.truediv, torch.div, "div", operator.itruediv)
 _CASTS = ("to", "type", "type_as", "float", "bfloat16", "half")
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class _No(Exception):
@@ -56,54 +56,19 @@ class _Match:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def _is(node: object, targets: tuple[Any, ...]) -> bool:
-    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
-
-
-def _named(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _repeated(node: Any) -> Any:
-    """What a node is a `repeat_kv` of: every head of [B, H, T, D] n times, one after another."""
-    shape = example(node).shape
-    if _is(node, ("repeat_interleave", torch.repeat_interleave)):
-        given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
-        return given["input"] if isinstance(given.get("repeats"), int) and given.get("dim") in (1, -3) else None
-    if not _is(node, ("reshape", "view", "flatten", torch.reshape, torch.flatten)):
-        return None
-    expanded = node.args[0]
-    if not _is(expanded, ("expand",)):
-        return None
-    inner = expanded.args[0]
-    source = inner.args[0] if isinstance(inner, fx.Node) and inner.args else None
-    whole = slice(None)
-    if _is(inner, (operator.getitem,)):
-        index = tuple(inner.args[1]) if isinstance(inner.args[1], (tuple, list)) else ()
-        if index[:3] != (whole, whole, None) or any(i not in (whole, Ellipsis) for i in index[3:]):
-            return None
-    elif not (_is(inner, ("unsqueeze", torch.unsqueeze)) and inner.args[1:] in ((2,), (-3,))):
-        return None
-    if example(source) is None or example(source).dim() != 4:
-        return None
-    batch, heads, length, size = example(source).shape
-    repeats = example(expanded).shape[2]
-    return source if shape == (batch, heads * repeats, length, size) else None
-
-
 def _read(node: Any, nodes: list[fx.Node]) -> fx.Node | None:
     """The `dequantize_kv` behind keys or values; the nodes on the way are added to `nodes`."""
     passed: list[fx.Node] = []
     while isinstance(node, fx.Node) and example(node) is not None:
         passed.append(node)
-        if _is(node, _READS):
+        if is_call(node, _READS):
             nodes += passed
             return node
-        if _is(node, ("contiguous",)):
+        if is_call(node, ("contiguous",)):
             node = node.args[0]
-        elif (source := _repeated(node)) is not None:
+        elif (source := repeated(node)) is not None:
             expanded: Any = node.args[0]
-            passed += [expanded, expanded.args[0]] if _is(expanded, ("expand",)) else []
+            passed += [expanded, expanded.args[0]] if is_call(expanded, ("expand",)) else []
             node = source
         else:
             return None
@@ -118,8 +83,8 @@ def _reads(*nodes: object) -> set[fx.Node]:
         node = waiting.pop()
         if node not in seen and node.target not in (F.linear, LINEAR):
             seen.add(node)
-            waiting += [] if _is(node, _READS) else node.all_input_nodes
-    return {node for node in seen if _is(node, _READS)}
+            waiting += [] if is_call(node, _READS) else node.all_input_nodes
+    return {node for node in seen if is_call(node, _READS)}
 
 
 def _pair(key: object, value: object, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
@@ -137,7 +102,7 @@ def _number(value: object, what: str) -> float:
 
 
 def _match_sdpa(node: fx.Node) -> _Match:
-    given: dict[str, Any] = dict(zip(_SDPA, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
     nodes = [node]
     if given.get("is_causal"):
         raise _No("is_causal aligns queries with the cache's first keys, not its last; give a mask")
@@ -152,7 +117,7 @@ def _match_sdpa(node: fx.Node) -> _Match:
 
 def _only_reader(node: fx.Node, reader: fx.Node) -> None:
     if list(node.users) != [reader]:
-        raise _No(f"what {_named(node)} gives is also read by others")
+        raise _No(f"what {named(node)} gives is also read by others")
 
 
 def _transposed(node: object) -> Any:
@@ -160,19 +125,19 @@ def _transposed(node: object) -> Any:
     if not isinstance(node, fx.Node) or not node.args:
         return None
     given = tuple(node.args[1:])
-    if _is(node, ("transpose", "swapaxes", "swapdims", torch.transpose)) and len(given) == 2:
+    if is_call(node, ("transpose", "swapaxes", "swapdims", torch.transpose)) and len(given) == 2:
         return node.args[0] if {d % 4 for d in given if isinstance(d, int)} == {2, 3} else None
-    if _is(node, ("permute", torch.permute)):
+    if is_call(node, ("permute", torch.permute)):
         order: Any = given[0] if len(given) == 1 else given
         return node.args[0] if tuple(order) == (0, 1, 3, 2) else None
-    if _named(node) == "mT" or (node.target is getattr and given == ("mT",)):
+    if named(node) == "mT" or (node.target is getattr and given == ("mT",)):
         return node.args[0]
     return None
 
 
 def _split(node: Any, targets: tuple[Any, ...]) -> tuple[Any, Any] | None:
     """(the scores, the other operand) of a binary operation."""
-    if not _is(node, targets) or len(node.args) != 2 or node.kwargs:
+    if not is_call(node, targets) or len(node.args) != 2 or node.kwargs:
         return None
     left, right = node.args
     if isinstance(left, fx.Node) and _scored(left):
@@ -183,7 +148,7 @@ def _split(node: Any, targets: tuple[Any, ...]) -> tuple[Any, Any] | None:
 def _scored(node: fx.Node) -> bool:
     """Whether a node's value comes from a product with keys of a cache, through elementwise steps."""
     for _ in range(12):
-        if _is(node, _MATMULS):
+        if is_call(node, _MATMULS):
             return bool(_reads(node.args[1]))
         inputs = [a for a in node.args if isinstance(a, fx.Node)]
         if not inputs or node.op == "placeholder":
@@ -211,9 +176,9 @@ def _match_written_out(node: fx.Node) -> _Match:
         below = following
         return following
 
-    while _is(weights, _CASTS):
+    while is_call(weights, _CASTS):
         weights = step(weights).args[0]
-    if _is(weights, (F.dropout, torch.dropout, "dropout")):
+    if is_call(weights, (F.dropout, torch.dropout, "dropout")):
         raise _No("it has dropout")
     step(weights)
     given: dict[str, Any] = dict(zip(("input", "dim"), weights.args, strict=False)) | weights.kwargs
@@ -223,12 +188,12 @@ def _match_written_out(node: fx.Node) -> _Match:
     match = _Match(None, node, node, nodes=nodes)
 
     def casts(scores: Any) -> Any:
-        while _is(scores, _CASTS):
+        while is_call(scores, _CASTS):
             scores = step(scores).args[0]
         return scores
 
     scores = casts(scores)
-    if _is(scores, ("masked_fill", torch.masked_fill)):
+    if is_call(scores, ("masked_fill", torch.masked_fill)):
         if len(scores.args) != 3 or scores.args[2] != -math.inf:
             raise _No("masked_fill puts another value than -inf")
         match.mask, match.masked_out = scores.args[1], True
@@ -238,7 +203,7 @@ def _match_written_out(node: fx.Node) -> _Match:
             raise _No("a number is added to its scores")
         step(scores)
         scores, match.mask = casts(found[0]), found[1]
-    if (found := _split(scores, _MUL)) is not None and _is(found[0], (torch.tanh, F.tanh, "tanh")):
+    if (found := _split(scores, _MUL)) is not None and is_call(found[0], (torch.tanh, F.tanh, "tanh")):
         match.softcap = _number(found[1], "soft cap")
         step(scores)
         capped = step(found[0]).args[0]
@@ -246,18 +211,18 @@ def _match_written_out(node: fx.Node) -> _Match:
         if found is None:
             raise _No("its scores are not divided by the soft cap before tanh")
         divisor = _number(found[1], "soft cap")
-        divisor = divisor if _is(capped, _DIV) else 1 / divisor
+        divisor = divisor if is_call(capped, _DIV) else 1 / divisor
         if not math.isclose(divisor, match.softcap, rel_tol=1e-6):
             raise _No(f"its scores are divided by {divisor} before tanh and multiplied by {match.softcap} after it")
         step(capped)
         scores = found[0]
-    while not _is(scores, _MATMULS):
+    while not is_call(scores, _MATMULS):
         if (found := _split(scores, _MUL)) is not None:
             match.scale *= _number(found[1], "scale")
         elif (found := _split(scores, _DIV)) is not None:
             match.scale /= _number(found[1], "scale")
         else:
-            raise _No(f"{_named(scores)} stands between the product with the keys and the softmax")
+            raise _No(f"{named(scores)} stands between the product with the keys and the softmax")
         step(scores)
         scores = casts(found[0])
     step(scores)
@@ -273,9 +238,9 @@ def _match_written_out(node: fx.Node) -> _Match:
 def _weights_before(node: fx.Node) -> bool:
     """Whether the first factor of a product is a softmax, cast or dropped out."""
     weights: Any = node.args[0] if len(node.args) == 2 else None
-    while _is(weights, (*_CASTS, F.dropout, torch.dropout, "dropout")):
+    while is_call(weights, (*_CASTS, F.dropout, torch.dropout, "dropout")):
         weights = weights.args[0]
-    return _is(weights, _SOFTMAX)
+    return is_call(weights, _SOFTMAX)
 
 
 def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
@@ -304,7 +269,7 @@ def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx
     read = {n for n in (*cache, length) if isinstance(n, fx.Node)}
     first = min((match.key, match.value), key=list(context.graph.nodes).index)
     for other in _between(context.graph, first, node):
-        name = _named(other)
+        name = named(other)
         changes = "store_kv" in name or (other.op == "call_method" and name.endswith("_") and not name.endswith("__"))
         if changes and read & set(other.all_input_nodes[:2]):
             raise _No("its cache changes between being read and being attended to")
@@ -312,10 +277,13 @@ def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx
     return cache, length if match.mask is not None else None, spec
 
 
-def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str) -> None:
+def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, lengths: dict[fx.Node, fx.Node]) -> None:
     graph = context.graph
     cache, length, spec = _check(context, node, match)
     mask, added = match.mask, []
+    if mask is not None and not match.masked_out and is_prefix(mask):
+        # Positions behind the cache's own length are not specified, so that the mask's length serves as well.
+        length, mask = attended_length(context, mask, lengths), None
     with graph.inserting_before(node):
         if match.masked_out:
             mask = graph.call_function(torch.logical_not, (mask,))
@@ -340,20 +308,16 @@ def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str) ->
     context.rewrote(RULE, layer, f"reads its {spec.scheme.format.name} cache directly{cap}")
 
 
-def _layer(node: fx.Node) -> str:
-    module = compat.module_of(node)
-    return (module[0] if module else "") or node.name
-
-
 def quantize_attention(context: GraphContext) -> None:
     """See the module."""
     told: set[fx.Node] = set()
+    lengths: dict[fx.Node, fx.Node] = {}
     wanted = None if context.config is None else context.config.kv_cache
     for node in list(context.graph.nodes):
-        layer = _layer(node)
+        layer = layer_of(node)
         sdpa = node.target is F.scaled_dot_product_attention
-        flex = "flex_attention" in _named(node)
-        if not (sdpa or flex or (_is(node, _MATMULS) and _weights_before(node))):
+        flex = "flex_attention" in named(node)
+        if not (sdpa or flex or (is_call(node, _MATMULS) and _weights_before(node))):
             continue
         reads = _reads(node)
         if not reads:
@@ -367,14 +331,15 @@ def quantize_attention(context: GraphContext) -> None:
         try:
             if flex:
                 raise _No("flex_attention is compiled to a kernel of its own")
-            _rewrite(context, node, _match_sdpa(node) if sdpa else _match_written_out(node), layer)
+            match = _match_sdpa(node) if sdpa else _match_written_out(node)
+            _rewrite(context, node, match, layer, lengths)
         except _No as why:
             context.declined(RULE, layer, str(why))
             told |= reads
     unknown: dict[str, set[str]] = {}
     for node in context.graph.nodes:
-        if _is(node, _READS) and node not in told and node.users:
-            unknown.setdefault(_layer(node) if compat.module_of(node) else "", set()).update(map(_named, node.users))
+        if is_call(node, _READS) and node not in told and node.users:
+            unknown.setdefault(layer_of(node) if compat.module_of(node) else "", set()).update(map(named, node.users))
     for layer, readers in unknown.items():
         reason = f"its cache is read by {', '.join(sorted(readers))}, no attention that is known"
         context.declined(RULE, layer, reason)

@@ -1,17 +1,19 @@
-"""The operators of quantized KV caches: storing tokens, reading them all back, and attention that does both at once.
+"""The operators of KV caches: storing tokens quantized, reading them all back, and attention that reads for itself.
 
     store_kv(codes, scale, x, position, spec)        x [B, H, n, D] goes to positions `position` of a static cache
     dequantize_kv(codes, scale, length, spec, dtype) the whole cache [B, H, T, D]
     attention(query, cache, mask, length, spec)      softmax(query key^T) value, without that tensor
+    attention_plain(query, key, value, mask, length, scale)   the same over keys and values that are not quantized
 
-All three are composite. The first two are plain torch, so that Inductor fuses quantization with the rotary embedding
-before it; the third is one operator on CPUs, and on GPUs one Triton kernel for few queries and plain torch for many.
+All are composite. The first two are plain torch, so that Inductor fuses quantization with the rotary embedding before
+it; attention is one operator on CPUs, and on GPUs one Triton kernel for few queries and plain torch for many.
 What `dequantize_kv` gives at positions from `length` on is not specified.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
@@ -21,6 +23,9 @@ _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("store_kv(Tensor(a!) codes, Tensor(b!) scale, Tensor x, Tensor position, str spec) -> ()")
 _library.define("dequantize_kv(Tensor codes, Tensor scale, Tensor? length, str spec, ScalarType dtype) -> Tensor")
 _library.define("attention(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
+_library.define(
+    "attention_plain(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
+)
 _library.define("attention_dynamic(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
 _library.define("attention_cpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
 
@@ -118,6 +123,32 @@ def _attention(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: 
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {query.device.type}")
 
 
+def _attention_plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+) -> Tensor:
+    """softmax(query key^T * scale) value, each head of keys read once for all query heads that share it.
+
+    Args:
+        query: [B, Hq, Q, D], with key and value of its dtype.
+        key, value: [B, H, T, D] and [B, H, T, Dv]; query head h reads head h // (Hq / H).
+        mask, length: as in `reference`.
+    """
+    if query.device.type == "cuda":
+        from qcompile.runtime import attention_gpu
+
+        fixed = all(isinstance(size, int) for size in (*query.shape, *key.shape))
+        group = query.shape[1] // key.shape[1]
+        if fixed and attention_gpu.has_plain_kernel(query.shape[2], group, key.shape[3], value.shape[3], query.dtype):
+            return attention_gpu.plain_operator()(query, key, value, mask, length, scale)
+    if length is not None:
+        inside = torch.arange(key.shape[2], device=query.device) < length
+        if mask is None or mask.dtype == torch.bool:
+            mask = inside.expand(query.shape[2], -1) if mask is None else mask & inside
+        else:
+            mask = mask.masked_fill(~inside, -torch.inf)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
 def _attention_cpu(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str) -> Tensor:
     from qcompile.runtime import attention_cpu
 
@@ -135,6 +166,7 @@ def _attention_dynamic(
 _library.impl("store_kv", _store_kv, "CompositeImplicitAutograd")
 _library.impl("dequantize_kv", _dequantize_kv, "CompositeImplicitAutograd")
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
+_library.impl("attention_plain", _attention_plain, "CompositeImplicitAutograd")
 _library.impl("attention_cpu", _attention_cpu, "CPU")
 _library.impl("attention_dynamic", _attention_dynamic, "CUDA")
 

@@ -71,17 +71,21 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:
     """Types of arguments as `attention_gpu.launch` passes them; an added mask is of the queries' type."""
     native = {"fp8_e4m3": "*fp8e4nv", "fp8_e5m2": "*fp8e5"}
-    codes = native[spec.number] if spec.constants()["NATIVE"] else "*u8"
+    codes = native.get(spec.number, _POINTERS[spec.x_dtype]) if spec.constants()["NATIVE"] else "*u8"
+    scale = codes if spec.plain else "*fp32"
     types = {
         "key_codes": codes,
         "value_codes": codes,
-        "mask": {"boolean": "*u8", "added": _POINTERS[spec.x_dtype]}.get(spec.mask, "*fp32"),
-        "length": "*i64" if spec.length else "*fp32",
-        "arrived": "*i32" if spec.tile.split > 1 else "*fp32",
+        "key_scale": scale,
+        "value_scale": scale,
+        "mask": {"boolean": "*i1", "added": _POINTERS[spec.x_dtype]}.get(spec.mask, scale),
+        "length": "*i64" if spec.length else scale,
+        "partial": "*fp32" if spec.tile.split > 1 else scale,
+        "arrived": "*i32" if spec.tile.split > 1 else scale,
         **dict.fromkeys(("query", "y"), _POINTERS[spec.x_dtype]),
         **dict.fromkeys(("context", "mask_batch", "mask_head", "mask_query"), "i32"),
     }
-    return {name: types.get(name, "*fp32") for name in names}
+    return {name: types[name] for name in names}
 
 
 def compile_spec(spec: KernelSpec | AttentionKernelSpec) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
@@ -70,11 +71,26 @@ _python_getitem = torch.Tensor.__getitem__
 
 
 def _getitem(self: torch.Tensor, key: object) -> torch.Tensor:
-    """Indexing by tensors without the switch to the device that Python's indexing makes."""
-    parts = key if isinstance(key, tuple) else (key,)
-    if self.device.type != "cuda" or not any(isinstance(part, torch.Tensor) for part in parts):
+    """Indexing without the switch to the device that Python's indexing makes."""
+    if self.device.type != "cuda":
         return _python_getitem(self, key)
-    return torch.ops.aten.index.Tensor(self, [part if isinstance(part, torch.Tensor) else None for part in parts])
+    parts = list(key) if isinstance(key, tuple) else [key]
+    if any(part is Ellipsis for part in parts):
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        taken = sum(part is not None and part is not Ellipsis for part in parts)
+        parts[place : place + 1] = [slice(None)] * (self.dim() - taken)
+    found, dim, tensors = self, 0, []
+    for part in parts:
+        if isinstance(part, int):
+            found = found.select(dim, part)
+            continue
+        if part is None:
+            found = found.unsqueeze(dim)
+        elif isinstance(part, slice) and part != slice(None):
+            found = torch.ops.aten.slice(found, dim, part.start, part.stop, part.step or 1)
+        tensors.append(part if isinstance(part, torch.Tensor) else None)
+        dim += 1
+    return torch.ops.aten.index.Tensor(found, tensors) if any(t is not None for t in tensors) else found
 
 
 def install() -> None:
@@ -96,6 +112,7 @@ def install() -> None:
     # Both would run small tensors on the device.
     joint_graph.lazy_init = post_grad.lazy_init = lambda *_, **__: None
     torch.Tensor.__getitem__ = _getitem
+    torch.Tensor.copy_ = lambda self, source, non_blocking=False: torch.ops.aten.copy_(self, source, non_blocking)
     inductor_config.joint_graph_constant_folding = False
     inductor_config.force_disable_caches = True
     inductor_config.compile_threads = 1
@@ -134,10 +151,11 @@ def wrapper_source(preset: str, dynamic: bool, m: int = 7, n: int = 256, k: int 
         return generated(run, x, gate, *weight)
 
 
-def generated(run: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> str:
+def generated(run: Callable[..., torch.Tensor], *inputs: Any, backend: str = "inductor") -> str:
     """The source of Inductor's wrapper for a function of fake tensors."""
+    torch._dynamo.reset()
     try:
-        torch.compile(run, fullgraph=True)(*inputs)
+        torch.compile(run, fullgraph=True, backend=backend)(*inputs)
     except Exception as error:
         found: BaseException | None = error
         while found is not None and not isinstance(found, Generated):

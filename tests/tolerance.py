@@ -196,11 +196,12 @@ def attention_bound(
     * exp in float32: 4 u32 (|s - max| + 2), for numerator and denominator. Sums are rescaled when the greatest score so
       far changes; along T / 16 + 64 blocks and splits these factors add up to 4 u32 (R + 2 blocks), R the range of
       scores that have weight.
-    * Weights are rounded to `weight_dtype`; values are dequantized with 3 roundings; both sums take T + blocks
+    * Weights are rounded to `weight_dtype`, of which the greatest is 1 and the sum at least that, so that what is
+      subnormal loses at most eta_w / 2 of the sum; values are dequantized with 3 roundings; both sums take T + blocks
       additions.
 
     So |error| <= (exp(2 E) (1 + exp parts)^2 (1 + u_w) (1 + gamma32(3)) / (1 - gamma(T + blocks))^2 - 1) sum p |v|,
-    then rounding.
+    and eta_w / 2 sum |v|, then rounding.
 
     Args:
         key, value: float64 as the oracle dequantized them; weights, scores: the oracle's.
@@ -229,7 +230,8 @@ def attention_bound(
     spread_heads = torch.arange(query.shape[1]) // group
     total = weights @ value[:, spread_heads].abs()
     result = (weights @ value[:, spread_heads]).abs()
-    return factor * total + rounding(result + factor * total, out_dtype)
+    bound = factor * total + eta(weight_dtype) / 2 * (live.to(torch.float64) @ value[:, spread_heads].abs())
+    return bound + rounding(result + bound, out_dtype)
 
 
 def scale_bound(spread: Tensor, scale_dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ share a head (SPLIT) each take a part of the context; the last to arrive puts th
 results do not depend on timing. Codes become values in registers; scales multiply scores and weights, not the values.
 
 Where a byte holds two codes, its low half is of the first half of a vector: both halves are attended to by themselves.
+Keys and values of 16 bits are multiplied as they are, and have no scales.
 Products are multiplied by a factor that is unknown at compile time before they are added (see `gemm_fragment`).
 """
 
@@ -35,9 +36,9 @@ BLOCK_T = tl.constexpr(64)
 SPLIT = tl.constexpr(8)
 # </constants>
 
-HALVES = tl.constexpr(8 // BITS.value)
+HALVES = tl.constexpr(2 if BITS.value == 4 else 1)
 KEY_WIDTH = tl.constexpr(KEY_SIZE.value // HALVES.value)
-"""Bytes of a key."""
+"""Stored elements of a key, which are bytes or 16-bit numbers."""
 VALUE_WIDTH = tl.constexpr(VALUE_SIZE.value // HALVES.value)
 LIVE_ROWS = tl.constexpr(GROUP.value * QUERIES.value)
 PART = tl.constexpr(ROWS.value * (HALVES.value * BLOCK_V.value + 2))
@@ -140,6 +141,9 @@ def kernel(
         value_scale += vectors
         key_factor = SCALE
         value_factor = (key_scale.to(tl.int64) != 0).to(tl.float32)  # 1, which no compiler knows
+    elif SCALES == "none":
+        key_factor = SCALE
+        value_factor = (key_codes.to(tl.int64) != 0).to(tl.float32)  # the same
     else:
         place = head if SCALES == "head" else 0
         key_factor = tl.load(key_scale + place) * SCALE

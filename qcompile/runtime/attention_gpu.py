@@ -1,4 +1,4 @@
-"""Attention over a quantized cache on GPUs: a generated Triton kernel for few queries, torch's own for many."""
+"""Attention over a cache on GPUs: a generated Triton kernel for few queries, torch's own for many."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qcompile.codegen.attention_spec import (
     AttentionTile,
     attention_kernel_spec,
     has_number,
+    plain_kernel_spec,
 )
 from qcompile.codegen.cost_model import device_of
 from qcompile.errors import DeviceError
@@ -93,18 +94,22 @@ def launch(
     mask: Tensor | None,
     length: Tensor | None,
 ) -> Tensor:
-    """Allocate the result and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    """Allocate the result and run `function`, the Triton function of `kernel`'s module, over its grid.
+
+    Args:
+        tensors: of the cache; where it has no scales, anything stands for them.
+    """
     key_codes, key_scale, value_codes, value_scale = (t.contiguous() for t in tensors)
     batch, heads, context, _ = key_codes.shape
     y = query.new_empty((*query.shape[:3], kernel.value_size))
     if y.numel() == 0:
         return y
-    if kernel.constants()["NATIVE"]:
+    if kernel.bits == 8 and kernel.constants()["NATIVE"]:
         native = torch.float8_e4m3fn if kernel.number == "fp8_e4m3" else torch.float8_e5m2
         key_codes, value_codes = key_codes.view(native), value_codes.view(native)
     steps = [0, 0, 0]
     if mask is not None:
-        mask = (mask.to(torch.uint8) if mask.dtype == torch.bool else mask).expand(*query.shape[:3], context)
+        mask = mask.expand(*query.shape[:3], context)
         mask = mask if mask.stride(-1) == 1 or context == 1 else mask.contiguous()
         steps = list(mask.stride()[:3])
     pairs, split = batch * heads, kernel.tile.split
@@ -162,6 +167,71 @@ def attention(
     guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
         return launch(kernel, function, query, tensors, mask, length)
+
+
+def has_plain_kernel(queries: int, group: int, key_size: int, value_size: int, x_dtype: torch.dtype) -> bool:
+    """Whether the template attends from so many tokens to keys and values of the queries' type."""
+    half = x_dtype in (torch.bfloat16, torch.float16)
+    return half and queries <= MOST_QUERIES and queries * group <= MOST_ROWS and max(key_size, value_size) <= 256
+
+
+@functools.cache
+def choose_plain(
+    batch: int,
+    heads: int,
+    group: int,
+    queries: int,
+    context: int,
+    sizes: tuple[int, int],
+    scale: float,
+    mask: str,
+    length: bool,
+    x_dtype: torch.dtype,
+    target: str,
+) -> AttentionKernelSpec:
+    """The kernel for a shape; `sizes` are those of a key and of a value."""
+    tile = tile_of(batch * heads, context, max(sizes), group * queries, target, x_dtype)
+    return plain_kernel_spec(heads, group, queries, sizes, scale, mask, length, x_dtype, target, tile)
+
+
+def attention_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: Tensor | None,
+    scale: float,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """Attention to keys and values that are not quantized; see `qcompile.attention`, for what `has_plain_kernel` takes.
+
+    Args:
+        wrap: `torch.library.wrap_triton` while tracing.
+    """
+    batch, heads, context, size = key.shape
+    group, queries = query.shape[1] // heads, query.shape[2]
+    kind, target = mask_kind(mask), target_of(query.device)
+    sizes = (size, value.shape[3])
+    kernel = choose_plain(
+        batch, heads, group, queries, context, sizes, scale, kind, length is not None, query.dtype, target
+    )
+    function = wrap(cache.load(kernel).kernel)
+    guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+    with guard:
+        return launch(kernel, function, query, [key, key, value, value], mask, length)
+
+
+@functools.cache
+def plain_operator() -> Any:
+    """`torch.ops.qcompile.attention_plain_decode`, registered at the first call, as `attention_operator`."""
+
+    @torch.library.triton_op("qcompile::attention_plain_decode", mutates_args={})
+    def attention_plain_decode_op(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+    ) -> Tensor:
+        return attention_plain(query, key, value, mask, length, scale, torch.library.wrap_triton)
+
+    return torch.ops.qcompile.attention_plain_decode
 
 
 def many_queries(

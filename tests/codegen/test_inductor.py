@@ -32,7 +32,7 @@ def test_quantization_joins_the_norm_and_the_product_is_one_call(preset):
 
 def test_a_long_input_decodes_the_weight_and_the_epilogue_follows_torchs_product():
     decode, norm, product, epilogue = calls("int4", "static", "2048", "4096", "4096")
-    assert decode.startswith("kernel_")
+    assert decode.startswith("qcompile_")
     assert "rsqrt" in norm
     assert product.startswith("extern_kernels.mm(")
     assert epilogue.startswith("triton_poi_")
@@ -61,8 +61,8 @@ def test_experts_are_one_kernel_a_projection_and_nothing_is_read_back():
     assert "sort" in sort
     assert "searchsorted" in offsets
     assert "index_select" in gather
-    assert up.startswith("kernel_")
+    assert up.startswith("qcompile_")
     assert "silu" in gate
-    assert down.startswith("kernel_")
+    assert down.startswith("qcompile_")
     assert "index_select" in combine
     assert "sum" in combine

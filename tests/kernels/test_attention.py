@@ -303,7 +303,14 @@ def test_every_part_of_the_context_has_work(pairs: int, context: int, size: int,
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
-    kernels = []
+    kernels = [
+        plain_problem(heads=8, group=group, queries=queries, size=size, mask="causal", dtype=dtype).kernel(target)
+        for group, queries, size, dtype in (
+            (4, 1, 128, torch.bfloat16),
+            (8, 8, 64, torch.float16),
+            (2, 1, 256, torch.float16),
+        )
+    ]
     for kv, scales, size, group, queries, mask in (
         ("fp8_e4m3", "tensor", 128, 4, 1, "causal"),
         ("fp8_e5m2", "token", 64, 8, 8, "causal"),
@@ -328,6 +335,124 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         assert found["mma"], f"no matrix instruction in {kernel}"
 
 
+@dataclass
+class Plain:
+    """Queries, and keys and values of their type."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    length: Tensor | None
+    scale: float
+
+    def kernel(self, target: str, tile: AttentionTile | None = None) -> AttentionKernelSpec:
+        batch, heads, context, size = self.key.shape
+        sizes, group = (size, self.value.shape[3]), self.query.shape[1] // heads
+        queries, kind = self.query.shape[2], attention_gpu.mask_kind(self.mask)
+        kernel = attention_gpu.choose_plain(
+            batch,
+            heads,
+            group,
+            queries,
+            context,
+            sizes,
+            self.scale,
+            kind,
+            self.length is not None,
+            self.query.dtype,
+            target,
+        )
+        return kernel if tile is None else replace(kernel, tile=tile)
+
+    def interpret(self, target: str, tile: AttentionTile) -> Tensor:
+        """Run the generated kernel on the CPU."""
+        kernel, tensors = self.kernel(target, tile), [self.key, self.key, self.value, self.value]
+        function = interpret(cache.load(kernel).kernel)
+        return attention_gpu.launch(kernel, function, self.query, tensors, self.mask, self.length)
+
+    def operator(self) -> Tensor:
+        """What `qcompile.attention_plain` gives where the tensors are."""
+        y: Tensor = torch.ops.qcompile.attention_plain(
+            self.query, self.key, self.value, self.mask, self.length, self.scale
+        )
+        return y
+
+    def check(self, y: Tensor) -> None:
+        """Every element within the derived bound, zeros where nothing is attended to."""
+        length = None if self.length is None else int(self.length)
+        expected, p, s = oracle.attention(self.query, self.key, self.value, self.mask, length=length, scale=self.scale)
+        bound = tolerance.attention_bound(
+            self.query,
+            self.key.double(),
+            self.value.double(),
+            p,
+            s,
+            compute_dtype=y.dtype,
+            weight_dtype=y.dtype,
+            out_dtype=y.dtype,
+            scale=self.scale,
+        )
+        tolerance.assert_within(y, expected, bound)
+        assert not y[(p == 0).all(-1)].any()
+
+
+def plain_problem(
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    group: int = 2,
+    queries: int = 1,
+    context: int = 40,
+    size: int = 32,
+    value_size: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    mask: str = "causal",
+    length: int | None = None,
+) -> Plain:
+    return Plain(
+        query=torch.randn(batch, heads * group, queries, size).to(dtype),
+        key=torch.randn(batch, heads, context, size).to(dtype),
+        value=torch.randn(batch, heads, context, value_size or size).to(dtype),
+        mask=make_mask(mask, batch, heads * group, queries, context, dtype),
+        length=None if length is None else torch.tensor(length),
+        scale=size**-0.5,
+    )
+
+
+@st.composite
+def plain_problems(draw: st.DrawFn) -> Plain:
+    sizes = st.sampled_from([2, 16, 24, 64])
+    context = draw(st.sampled_from([1, 2, 15, 64, 65, 130]))
+    return plain_problem(
+        batch=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 3)),
+        group=draw(st.sampled_from([1, 2, 3, 8])),
+        queries=draw(st.sampled_from([1, 1, 2, 5, 8])),
+        context=context,
+        size=draw(sizes),
+        value_size=draw(st.none() | sizes),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16])),
+        mask=draw(st.sampled_from(MASKS)),
+        length=draw(st.none() | st.integers(0, context)),
+    )
+
+
+@given(plain_problems(), tiles, st.sampled_from(["sm_80", "sm_90", "gfx942"]))
+def test_kernel_for_a_cache_that_is_not_quantized(given_: Plain, tile: AttentionTile, target: str) -> None:
+    given_.check(given_.interpret(target, tile))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_plain_keys_behind_the_length_are_not_read(split: int) -> None:
+    given_ = plain_problem(length=17, mask="none")
+    tile = replace(SMALL, split=split)
+    before = given_.interpret("sm_90", tile)
+    for tensor in (given_.key, given_.value):
+        tensor[:, :, 17:] = torch.nan
+    assert torch.equal(given_.interpret("sm_90", tile), before)
+
+
 def test_inductor_takes_the_kernel_into_its_wrapper() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.kv_cache.fake_gpu_step", "fp8", "3"],
@@ -340,6 +465,6 @@ def test_inductor_takes_the_kernel_into_its_wrapper() -> None:
     )
     assert done.returncode == 0, done.stderr
     launched = [line for line in done.stdout.splitlines() if ".run(" in line]
-    assert launched[-1].startswith("kernel_")
+    assert launched[-1].startswith("qcompile_")
     assert all(line.startswith("triton_poi_") for line in launched[:-1])
     assert "scaled_dot_product" not in done.stdout

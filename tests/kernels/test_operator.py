@@ -81,7 +81,8 @@ def test_source_that_compilers_copy_is_whole(name: str, tmp_path: Path) -> None:
     path.write_text("import triton\nimport triton.language as tl\n" + text)
     namespace: dict[str, Any] = {}
     exec(compile(path.read_text(), str(path), "exec"), namespace)
-    y = gpu.launch(kernel, interpret(triton.jit(namespace["kernel"])), *given.arguments(), given.out_dtype)
+    function = interpret(triton.jit(namespace["qcompile_gemm_fragment"]))
+    y = gpu.launch(kernel, function, *given.arguments(), given.out_dtype)
     assert torch.equal(y, expected)
 
 

@@ -1,0 +1,111 @@
+"""What passes over attention share: calls, layers' names, repeated keys and values, and how far a mask reaches."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile import compat
+from qcompile.passes.context import GraphContext, example
+
+SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def is_call(node: object, targets: tuple[Any, ...]) -> bool:
+    """Whether a node calls one of some functions or methods."""
+    return isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
+
+
+def named(node: fx.Node) -> str:
+    """The name of what a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def repeated(node: Any) -> Any:
+    """What a node is a `repeat_kv` of: every head of [B, H, T, D] n times, one after another."""
+    shape = example(node).shape
+    if is_call(node, ("repeat_interleave", torch.repeat_interleave)):
+        given = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
+        return given["input"] if isinstance(given.get("repeats"), int) and given.get("dim") in (1, -3) else None
+    if not is_call(node, ("reshape", "view", "flatten", torch.reshape, torch.flatten)):
+        return None
+    expanded = node.args[0]
+    if not is_call(expanded, ("expand",)):
+        return None
+    inner = expanded.args[0]
+    source = inner.args[0] if isinstance(inner, fx.Node) and inner.args else None
+    whole = slice(None)
+    if is_call(inner, (operator.getitem,)):
+        index = tuple(inner.args[1]) if isinstance(inner.args[1], (tuple, list)) else ()
+        if index[:3] != (whole, whole, None) or any(i not in (whole, Ellipsis) for i in index[3:]):
+            return None
+    elif not (is_call(inner, ("unsqueeze", torch.unsqueeze)) and inner.args[1:] in ((2,), (-3,))):
+        return None
+    if example(source) is None or example(source).dim() != 4:
+        return None
+    batch, heads, length, size = example(source).shape
+    repeats = example(expanded).shape[2]
+    return source if shape == (batch, heads * repeats, length, size) else None
+
+
+def layer_of(node: fx.Node) -> str:
+    """The module that a node comes from, or its own name."""
+    module = compat.module_of(node)
+    return (module[0] if module else "") or node.name
+
+
+def _is_range(node: Any, length: int) -> bool:
+    """Whether a node's elements are 0 to length - 1, in order."""
+    while isinstance(node, fx.Node):
+        if node.target is torch.arange:
+            return node.args == (length,) and not set(node.kwargs) - {"device", "dtype"}
+        if is_call(node, (operator.add,)) and node.args[1] == 0 and isinstance(node.args[1], int):
+            node = node.args[0]
+        elif is_call(node, (operator.getitem,)) and isinstance(node.args[1], tuple):
+            if any(part not in (None, slice(None)) for part in node.args[1]):
+                return False
+            node = node.args[0]
+        else:
+            return False
+    return False
+
+
+def is_prefix(mask: fx.Node) -> bool:
+    """Whether a mask is `positions <= last` for one number `last`: then its length says it all."""
+    node: Any = mask
+    while is_call(node, ("expand",)):
+        node = node.args[0]
+    if not is_call(node, (operator.le,)) or not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    positions, last = node.args
+    length = example(mask).shape[-1]
+    whole = isinstance(length, int) and example(positions).numel() == length == example(positions).shape[-1]
+    return whole and example(last).numel() == 1 and _is_range(positions, length)
+
+
+def add_call(context: GraphContext, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A call at the place of insertion, with its example value."""
+    node = context.graph.call_function(target, args, kwargs)
+    with context.fake_mode, torch.no_grad():
+        node.meta["example_value"] = target(*fx.node.map_arg(args, example), **kwargs)
+    return node
+
+
+def attended_length(context: GraphContext, mask: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """One more than the last position that a boolean mask lets any query attend to: int64 [].
+
+    Args:
+        known: what this returned for other masks of the graph. The reduction is written out once, and compilers keep
+            its result in memory, from where all layers read it.
+    """
+    if mask not in known:
+        placeholders, value = context.placeholders(), example(mask)
+        after = placeholders[-1] if mask.op == "placeholder" else mask
+        with context.graph.inserting_before(after.next):
+            positions = add_call(context, torch.arange, 1, value.shape[-1] + 1, device=value.device, dtype=torch.int64)
+            known[mask] = add_call(context, torch.amax, add_call(context, torch.where, mask, positions, 0))
+    return known[mask]

@@ -1,0 +1,141 @@
+"""Attention from a few tokens to keys that heads share -> qcompile.attention_plain, which reads each key once
+
+    scaled_dot_product_attention(q, repeat_kv(K), repeat_kv(V), mask)     -> attention_plain(q, K, V, mask, length)
+    scaled_dot_product_attention(q, K, V, mask, enable_gqa=True)          -> the same
+
+on GPUs, for up to 8 tokens. torch has no kernel that takes a mask and shared heads: either keys and values are written
+out once more for each query head that shares them, or scores are. `length` is made of a boolean mask, once a graph: one
+more than the last position that any query attends to, so that the empty part of a static cache is not read. A mask of
+one token that says no more than that (`positions <= last`) is left out.
+
+Without a mask and with `enable_gqa` torch's own kernels share heads, and such attention is left to them. What is not
+taken is declined with its reason. Attention that reads a quantized cache was taken before, by `quantize_attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+import qcompile.attention  # noqa: F401  (registers the operators)
+from qcompile.passes.context import GraphContext, example, replace
+from qcompile.passes.heads import (
+    SDPA_ARGUMENTS,
+    add_call,
+    attended_length,
+    is_call,
+    is_prefix,
+    layer_of,
+    named,
+    repeated,
+)
+
+ATTENTION = torch.ops.qcompile.attention_plain.default
+RULE = "share_heads"
+DEVICES = ("cuda",)
+MOST_QUERIES, MOST_ROWS, MOST_SIZE = 8, 64, 256
+"""What the kernel takes: tokens; tokens times query heads for each head of keys; elements of a key or value."""
+
+
+def _source(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
+    """What keys or values are repeated of, or they themselves; nodes on the way are added to `nodes`."""
+    source = repeated(node)
+    if source is None:
+        return node
+    nodes.append(node)
+    expanded = node.args[0]
+    if is_call(expanded, ("expand",)):
+        assert isinstance(expanded, fx.Node)
+        nodes.append(expanded)
+        assert isinstance(expanded.args[0], fx.Node)
+        nodes.append(expanded.args[0])
+    return source
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    while first is not last and first.op != "root":
+        yield first
+        first = first.next
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether a node may write to a tensor that was there before."""
+    name = named(node)
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("setitem", "store_kv.default") or "out" in node.kwargs
+
+
+def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]) -> str | None:
+    """Why an attention over these sources is left alone; None if it is taken."""
+    sizes = (*query.shape, *key.shape, *value.shape)
+    if not all(isinstance(size, int) for size in sizes):
+        return "its shape is not fixed"
+    if query.dim() != 4 or key.dim() != 4 or key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+        return "its query, keys and values are not of one batch, or have other dimensions than four"
+    if query.shape[1] % key.shape[1] != 0 or query.shape[1] == key.shape[1]:
+        return "no query heads share its keys"
+    if query.shape[2] > MOST_QUERIES or query.shape[2] * query.shape[1] // key.shape[1] > MOST_ROWS:
+        return f"it is from {query.shape[2]} tokens, which torch's own kernels are for"
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
+        return "its query, keys and values are not all bfloat16 or all float16"
+    if max(key.shape[3], value.shape[3]) > MOST_SIZE:
+        return f"its heads have more than {MOST_SIZE} elements"
+    if not (key.is_contiguous() and value.is_contiguous()):
+        return "its keys or values do not lie one after another in memory"
+    if mask is not None and mask.dtype not in (torch.bool, query.dtype):
+        return "its mask is neither boolean nor of the query's type"
+    if given.get("dropout_p") or given.get("is_causal"):
+        return "it has dropout, or is_causal aligns its queries with the first keys"
+    if given.get("scale") is not None and not isinstance(given["scale"], float):
+        return "its scale is computed in the graph"
+    return None
+
+
+def _rewrite(context: GraphContext, node: fx.Node, lengths: dict[fx.Node, fx.Node]) -> str | None:
+    """Take an attention; or the reason why not, or None where torch has a kernel for it."""
+    given: dict[str, Any] = dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
+    passed: list[fx.Node] = []
+    key, value = (_source(given[name], passed) for name in ("key", "value"))
+    mask = given.get("attn_mask")
+    if not passed and (mask is None or not given.get("enable_gqa")):
+        return None
+    reason = _reason(example(given["query"]), example(key), example(value), example(mask), given)
+    if reason is not None:
+        return reason
+    order = list(context.graph.nodes)
+    if passed and any(map(_changes, _between(min(passed, key=order.index), node))):
+        return "something is written between its keys and itself"
+    length = None
+    if mask is not None and example(mask).dtype == torch.bool:
+        length = attended_length(context, mask, lengths)
+        mask = None if is_prefix(mask) else mask
+    scale = given.get("scale") or 1 / math.sqrt(example(given["query"]).shape[-1])
+    with context.graph.inserting_before(node):
+        new = add_call(context, ATTENTION, given["query"], key, value, mask, length, scale)
+    replace(context.graph, node, new)
+    while gone := [n for n in dict.fromkeys(passed) if not n.users]:
+        for n in gone:
+            context.graph.erase_node(n)
+            passed = [p for p in passed if p is not n]
+    return ""
+
+
+def share_heads(context: GraphContext) -> None:
+    """See the module."""
+    lengths: dict[fx.Node, fx.Node] = {}
+    for node in list(context.graph.nodes):
+        if node.target is not F.scaled_dot_product_attention or example(node) is None:
+            continue
+        if example(node).device.type not in DEVICES:
+            continue
+        layer = layer_of(node)
+        reason = _rewrite(context, node, lengths)
+        if reason == "":
+            context.rewrote(RULE, layer, "reads each key once for all query heads that share it")
+        elif reason is not None:
+            context.declined(RULE, layer, reason)
