@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qcompile.codegen.predict import limit, predict
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, native_fp8, overlaps
 from qcompile.errors import DeviceError
 from qcompile.flags import flags
@@ -20,7 +21,7 @@ from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache, vendor
 from qcompile.runtime.counters import zeros_kept_zero
-from qcompile.runtime.tuning import Chosen, choose, gpu_family
+from qcompile.runtime.tuning import Chosen, choose, gpu_family, show
 from qcompile.tensors import by_bytes
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -247,6 +248,43 @@ def visible_gemm() -> Any:
         return execute(choice_for(x, parsed, out_dtype), x, x_scale, packed, bias, operands, parsed, wrap)
 
     return torch.ops.qcompile.visible_gemm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs a linear for a number of rows, for reports.
+
+    Attributes:
+        kernel: the template and its tile, or torch's product.
+        origin: where the choice comes from (`tuning.Chosen`).
+        predicted_us: by the cost model.
+        measured_us: of this shape and bucket of M, if it was timed.
+        limit_us: what the device could do at best, by its nominal rates.
+    """
+
+    kernel: str
+    origin: str
+    predicted_us: float
+    measured_us: float | None
+    limit_us: float
+
+
+def plan(spec: LinearSpec, rows: int, dtype: torch.dtype, device: torch.device) -> Plan | None:
+    """The plan for activations of `dtype`, before they are quantized; None for layouts without a kernel."""
+    if not has_kernel(spec) or dtype not in _X_DTYPES:
+        return None
+    activation = spec.scheme.activation
+    x_dtype = dtype if activation is None else activation.format.native_dtype
+    assert x_dtype is not None
+    chosen = choose(spec, bucket(rows), x_dtype, dtype, target_of(device), name_of(device))
+    tile = show(chosen.kernel.tile) if chosen.vendor is None else ""
+    return Plan(
+        kernel=f"{chosen.name} {tile}".strip(),
+        origin=chosen.origin,
+        predicted_us=1e6 * predict(chosen.kernel, rows, chosen.vendor),
+        measured_us=chosen.us,
+        limit_us=1e6 * limit(chosen.kernel, rows if chosen.us is None else bucket(rows)),
+    )
 
 
 def kernel_name(spec: LinearSpec) -> str:

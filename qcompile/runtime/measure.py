@@ -16,7 +16,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -383,7 +383,7 @@ def tune_all(
     keep: int,
     workers: int | None = None,
     seconds: float = math.inf,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Time the shortlists of jobs in their order, while other processes compile the kernels of later ones.
 
     Args:

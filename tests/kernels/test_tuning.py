@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qcompile.codegen.spec import KernelSpec, Tile
 from qcompile.flags import override
 from qcompile.linear_spec import decode_spec, generation
+from qcompile.report.explain import Explanation, LayerReport, _plan
 from qcompile.runtime import cache, gpu, measure, tuning
 from qcompile.scheme import PRESETS, preset
 from tests.triton_interpreter import interpret
@@ -400,3 +401,33 @@ def test_nothing_is_timed_without_a_gpu_or_while_tracing() -> None:
     assert not gpu.may_time(torch.empty(1))
     with FakeTensorMode():
         assert not gpu.may_time(torch.empty(1))
+
+
+def test_explain_tells_the_choice_its_origin_and_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "target_of", lambda device: "sm_90")
+    monkeypatch.setattr(gpu, "name_of", lambda device: GPU)
+    device = torch.device("cuda", 0)
+    spec = job("int4").spec
+    told = _plan(spec, 1, BF16, device)
+    assert told["kernel"].startswith("gemm_fragment m=16 n=")
+    assert (told["origin"], told["measured_us"]) == (tuning.PREDICTED, None)
+    assert 0 < told["of_limit"] < 1
+    tuning.record(GPU, kernel(), 16, tiles(kernel())[1], 8.0)
+    told = _plan(spec, 1, BF16, device)
+    assert (told["origin"], told["measured_us"]) == (tuning.TUNED, 8.0)
+    # 8.4 MB of codes at 3.3 TB/s take 2.5 us, and 16 rows of inputs and outputs, 0.3 MB, 0.1 us.
+    assert told["of_limit"] == pytest.approx(2.6 / 8.0, rel=0.02)
+    long = _plan(spec, 4096, BF16, device)
+    assert (long["kernel"], long["origin"]) == ("decode_mm", tuning.PREDICTED)
+    assert _plan(replace(spec, layout="logical"), 1, BF16, device) == {}
+    layers = (
+        LayerReport("up", (4096, 4096), "int4", **told),
+        LayerReport("down", (4096, 4096), "int4", **long),
+        LayerReport("head", None, None, note="left"),
+    )
+    table = str(Explanation(layers, (), 1))
+    assert "8.0" in table
+    assert f"~{long['predicted_us']:.1f}" in table
+    assert "cost model" in table
+    assert "33%" in table
+    assert "of limit" not in str(Explanation(layers[2:], (), 1))
