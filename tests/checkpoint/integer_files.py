@@ -154,7 +154,8 @@ def write_llama(folder: Path, config: dict[str, Any], pack: Pack, **sizes: int) 
             if packed:
                 module.weight.data = weight
                 del tensors[f"{name}.weight"]
-                tensors |= {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+                copies = {s: t.clone(memory_format=torch.contiguous_format) for s, t in packed.items()}
+                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in copies.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     described = {**description.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": config}
     (folder / "config.json").write_text(json.dumps(described))

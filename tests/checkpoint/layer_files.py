@@ -110,11 +110,14 @@ def check_model(folder: Path, expected: nn.Module) -> nn.Module:
     return model
 
 
-def check_logits(model: nn.Module, expected: nn.Module) -> None:
+def check_logits(model: nn.Module, expected: nn.Module, rounding_floor: float = LLAMA_FLOOR) -> None:
     """A model with quantized linears computes nearly the logits of one without.
 
     Two evaluations in float32 differ by rounding; where inputs are quantized, each linear adds their noise, and noises
     are independent.
+
+    Args:
+        rounding_floor: the least SQNR in dB where no inputs are quantized.
     """
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(quantized) >= 7
@@ -122,7 +125,7 @@ def check_logits(model: nn.Module, expected: nn.Module) -> None:
     worst = min(
         (float_sqnr_floor(3) if a.format.name.startswith("fp8") else INT8_FLOOR for a in activations), default=0
     )
-    floor = worst - 10 * math.log10(len(quantized)) if activations else LLAMA_FLOOR
+    floor = worst - 10 * math.log10(len(quantized)) if activations else rounding_floor
     with torch.no_grad():
         tokens = torch.arange(12, device=next(expected.parameters()).device).view(1, 12)
         assert sqnr(expected(tokens).logits, model(tokens).logits) >= floor

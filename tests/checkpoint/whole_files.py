@@ -27,16 +27,16 @@ from tests.checkpoint.integer_files import (
 from tests.checkpoint.layer_files import fp8_tensors
 
 Writer = Callable[[Path], nn.Module]
-E8M0 = torch.float8_e8m0fnu
 
 
 def gptq(bits: int, *, act_order: bool = False, group: int = 32, **more: Any) -> Writer:
     """Zero points less 1, as version 1 has them."""
 
     def pack(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
-        groups = torch.arange(shape[1]) // group
+        size = shape[1] if group == -1 else group
+        groups = torch.arange(shape[1]) // size
         groups = groups[torch.randperm(shape[1])] if act_order else groups
-        p = problem(bits, *shape, group, symmetric=more.get("sym", False), groups=groups)
+        p = problem(bits, *shape, size, symmetric=more.get("sym", False), groups=groups)
         return gptq_tensors(p, bits), p.weight
 
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": False, "desc_act": act_order} | more
@@ -51,22 +51,17 @@ def awq(symmetric: bool) -> Writer:
     return lambda folder: write_llama(folder, {**test_awq.GEMM, "zero_point": not symmetric}, pack)
 
 
-def fp8(
-    tile: Callable[[tuple[int, int]], tuple[int, int]] | None, more: dict[str, Tensor] | None = None, **given: Any
-) -> Writer:
-    """The words of the configuration and of `fp8_tensors`, told apart by their names."""
-    tensors = {key: given.pop(key) for key in ("suffix", "dtype", "scale_dtype") if key in given}
-    config = {"quant_method": "fp8", "activation_scheme": "dynamic"} | given
+def fp8(tile: tuple[int, int] | None, config: dict[str, Any] | None = None, **options: Any) -> Writer:
+    """See `fp8_tensors`, also for the options; -1 columns are all. Fixed scales of inputs are 0.05."""
+    described = {"quant_method": "fp8", "activation_scheme": "dynamic"} | (config or {})
+    inputs = {"input_scale": torch.tensor(0.05)} if described["activation_scheme"] == "static" else {}
 
     def pack(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
-        stored, weight = fp8_tensors(shape, tile and tile(shape), **tensors)
-        return stored | (more or {}), weight
+        whole = tile and (tile[0], shape[1] if tile[1] == -1 else tile[1])
+        stored, weight = fp8_tensors(shape, whole, **options)
+        return stored | inputs, weight
 
-    return lambda folder: write_llama(folder, config, pack)
-
-
-def fp8_tiles(rows: int, columns: int, **given: Any) -> Writer:
-    return fp8(lambda shape: (rows, columns), weight_block_size=[rows, columns], **given)
+    return lambda folder: write_llama(folder, described, pack)
 
 
 def compressed(stored_as: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> Writer:
@@ -98,9 +93,7 @@ def repeated(make: Callable[[], Layer]) -> Writer:
         rows, columns = weight.shape
 
         def pack(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
-            if name.endswith(("o_proj", "down_proj")):
-                return {}, weight
-            return {suffix: tensor.clone() for suffix, tensor in tensors.items()}, weight
+            return ({}, weight) if name.endswith(("o_proj", "down_proj")) else (tensors, weight)
 
         sizes = {"hidden_size": columns, "intermediate_size": rows, "head_dim": rows, "num_attention_heads": 1}
         return write_llama(folder, config, pack, **sizes)
@@ -161,11 +154,13 @@ LLAMAS: dict[str, Writer] = {
     "awq gemm without zero points": awq(True),
     "fp8 tensor": fp8(None),
     "fp8 tensor e5m2": fp8(None, dtype=torch.float8_e5m2),
-    "fp8 tensor, fixed scales of inputs": fp8(None, {"input_scale": torch.tensor(0.05)}, activation_scheme="static"),
-    "fp8 channel": fp8(lambda shape: (1, shape[1]), suffix="weight_scale"),
-    "fp8 channel, fbgemm": fp8(lambda shape: (1, shape[1]), suffix="weight_scale", quant_method="fbgemm_fp8"),
-    "fp8 tiles": fp8_tiles(128, 128),
-    "fp8 tiles, powers of two": fp8_tiles(32, 32, scale_dtype=E8M0, scale_fmt="ue8m0"),
+    "fp8 tensor, fixed scales of inputs": fp8(None, {"activation_scheme": "static"}),
+    "fp8 channel": fp8((1, -1), suffix="weight_scale"),
+    "fp8 channel, fbgemm": fp8((1, -1), {"quant_method": "fbgemm_fp8"}, suffix="weight_scale"),
+    "fp8 tiles": fp8((128, 128), {"weight_block_size": [128, 128]}),
+    "fp8 tiles, powers of two": fp8(
+        (32, 32), {"weight_block_size": [32, 32], "scale_fmt": "ue8m0"}, scale_dtype=torch.float8_e8m0fnu
+    ),
     "compressed-tensors int4 group": compressed("pack-quantized", {"num_bits": 4, **_INT}),
     "compressed-tensors uint4 group": compressed("pack-quantized", {"num_bits": 4, **_INT, "symmetric": False}),
     "compressed-tensors int3 channel": compressed("pack-quantized", {"num_bits": 3, "strategy": "channel"}),

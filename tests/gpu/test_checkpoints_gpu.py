@@ -31,6 +31,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:the checkpoint
 DEVICE = "cuda"
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 MODELS = sorted(path.parent for path in FIXTURES.rglob("config.json") if (path.parent / "model.safetensors").is_file())
+FLOAT32_FLOOR = tolerance.rewrite_sqnr_floor(40, 592)
+"""Least SQNR in dB between two evaluations of these models, of under 40 operators in a row. Sums have up to 576 terms,
+and a product by three TF32 ones errs as 16 terms do (`tolerance.TF32X3_UNIT`)."""
 
 
 def random(m: int, k: int) -> Tensor:
@@ -84,12 +87,11 @@ def check_layers(folder: Path) -> None:
             check_layer(layer, random(m, layer.in_features))
 
 
-def check_compiled(model: nn.Module) -> nn.Module:
-    """The compiled model, once it has computed what `model` does."""
+def check_compiled(model: nn.Module) -> None:
+    """The compiled model computes what `model` does."""
     torch.compiler.reset()
     compiled: nn.Module = torch.compile(model, backend="qcompile", fullgraph=True)
-    check_logits(compiled, model)
-    return compiled
+    check_logits(compiled, model, FLOAT32_FLOOR)
 
 
 @pytest.mark.parametrize("folder", MODELS, ids=lambda f: str(f.relative_to(FIXTURES)))
@@ -103,7 +105,7 @@ def test_checkpoints(name: str, tmp_path: Path) -> None:
     expected = whole_files.LLAMAS[name](tmp_path)
     check_layers(tmp_path)
     model = qcompile.load(tmp_path, device=DEVICE, dtype=torch.float32, progress=False)
-    check_logits(model, expected.to(DEVICE))
+    check_logits(model, expected.to(DEVICE), FLOAT32_FLOOR)
     check_compiled(model)
 
 
@@ -111,7 +113,8 @@ def test_checkpoints(name: str, tmp_path: Path) -> None:
 def test_layers_of_the_producers(name: str, tmp_path: Path) -> None:
     expected = whole_files.LAYERS[name](tmp_path)
     check_layers(tmp_path)
-    check_logits(qcompile.load(tmp_path, device=DEVICE, dtype=torch.float32, progress=False), expected.to(DEVICE))
+    model = qcompile.load(tmp_path, device=DEVICE, dtype=torch.float32, progress=False)
+    check_logits(model, expected.to(DEVICE), FLOAT32_FLOOR)
 
 
 @pytest.mark.parametrize("name", whole_files.MIXTURES)
