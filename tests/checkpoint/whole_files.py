@@ -150,6 +150,7 @@ LLAMAS: dict[str, Writer] = {
     "gptq act-order": gptq(4, act_order=True),
     "gptq act-order, 8 bits": gptq(8, act_order=True, group=64),
     "gptq per channel": gptq(4, group=-1),
+    "gptq groups of 8": gptq(4, group=8),
     "awq gemm": awq(False),
     "awq gemm without zero points": awq(True),
     "fp8 tensor": fp8(None),
