@@ -165,7 +165,7 @@ def _covers(m: int, largest: int) -> tuple[int, ...]:
     """Heights of tiles for up to `m` rows."""
     if m <= 32:
         return (16,) if m <= 16 else (32,)
-    return tuple(size for size in (32, 64, 128, 256) if m // 4 <= size <= min(m, largest)) or (largest,)
+    return tuple(size for size in (32, 64, 128, 256) if min(m // 2, 128) <= size <= min(m, largest)) or (largest,)
 
 
 def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
