@@ -499,11 +499,13 @@ def kernel(
     else:
         place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
         partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
-        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, cache_modifier=".cg")
+        there = (first_m + m < M)[None, :]
+        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its arrival
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.load(partial, cache_modifier=".cg")
+            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
             for other in tl.static_range(1, SPLIT):
-                total += tl.load(partial + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+                part = partial + other * (BLOCK_M * BLOCK_N)
+                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
             finish(total, x_scale, bias, operand_0, y, first_m, first_n, M)
             tl.store(arrived + tile, 0)
