@@ -33,7 +33,7 @@ from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
 from qcompile.runtime import cache, gpu
-from qcompile.runtime.tuning import Choice, any_kernel, chosen, is_tuned, options, record, show
+from qcompile.runtime.tuning import Choice, Chosen, any_kernel, chosen, is_tuned, options, record, show
 from qcompile.scheme import SCALE_DTYPES, Scheme, WeightScheme
 
 LIMIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-12}
@@ -217,6 +217,7 @@ class Compilers:
     def __init__(self, workers: int) -> None:
         self._threads = ThreadPoolExecutor(workers)
         self._own = threading.local()
+        self._closed = False
         self._processes: list[multiprocessing.pool.Pool] = []
 
     def submit(self, kernel: KernelSpec, spec: LinearSpec) -> Future[str]:
@@ -228,17 +229,20 @@ class Compilers:
         if process is None:
             process = self._own.process = multiprocessing.get_context("spawn").Pool(1, _ignore_interrupts)
             self._processes.append(process)
-        try:
-            note: str = process.apply_async(_compile_encoded, args).get(COMPILE_SECONDS)
-        except multiprocessing.TimeoutError:
-            process.terminate()
-            self._own.process = None
-            return f"not compiled within {COMPILE_SECONDS:.0f} s"
+        result, begun = process.apply_async(_compile_encoded, args), time.monotonic()
+        while not result.ready():
+            if self._closed or time.monotonic() - begun > COMPILE_SECONDS:
+                process.terminate()
+                self._own.process = None
+                return f"not compiled within {COMPILE_SECONDS:.0f} s"
+            result.wait(0.1)
+        note: str = result.get()
         return note
 
     def close(self) -> None:
         """End all processes; what is not compiled yet stays so."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._processes:
             process.terminate()
 
@@ -291,13 +295,13 @@ class Bench:
         size = self.problem.weight.nbytes
         self.copies = [self.problem.weight.map(lambda _, t: t.clone()) for _ in range(max(2, -(-COLD_BYTES // size)))]
 
-    def call(self, choice: Choice, weight: PackedWeight, wrap: Callable[[Any], Any] = lambda f: f) -> Tensor:
-        """The product, by a choice."""
-        what = chosen(choice, self.like, self.job.m, "")
+    def call(self, what: Chosen, weight: PackedWeight, wrap: Callable[[Any], Any] = lambda f: f) -> Tensor:
+        """The product."""
         return gpu.execute(what, self.problem.x, self.problem.x_scale, weight, None, [], self.job.spec, wrap)
 
     def time(self, choice: Choice) -> Timing:
         """Run, check and time a choice."""
+        what = chosen(choice, self.like, self.job.m, "")
         observed: list[_Observed] = []
 
         def observe(function: Any) -> _Observed:
@@ -305,7 +309,7 @@ class Bench:
             return observed[-1]
 
         try:
-            y = self.call(choice, self.copies[0], observe)
+            y = self.call(what, self.copies[0], observe)
             expected = self.problem.expected
             assert expected is not None
             error = float((ends(y).double() - expected).norm() / expected.norm())
@@ -314,15 +318,16 @@ class Bench:
                 return Timing(choice, error=error, note=f"spills {spills} registers")
             if not error <= LIMIT[self.job.dtype]:
                 return Timing(choice, error=error, note=f"wrong: error {error:.2g}")
-            us = microseconds([lambda w=w: self.call(choice, w) for w in self.copies])  # type: ignore[misc]
+            us = microseconds([lambda w=w: self.call(what, w) for w in self.copies])  # type: ignore[misc]
         except Exception as failure:  # a compiler's or driver's error of any kind is the result
             return Timing(choice, note=f"{type(failure).__name__}: {failure}"[:500])
         return Timing(choice, us, error)
 
     def repeats(self, choice: Choice) -> bool:
         """Whether `LAUNCHES` launches give the same bits."""
-        first = self.call(choice, self.copies[0]).view(torch.uint8)
-        return all(torch.equal(self.call(choice, self.copies[0]).view(torch.uint8), first) for _ in range(LAUNCHES))
+        what = chosen(choice, self.like, self.job.m, "")
+        first = self.call(what, self.copies[0]).view(torch.uint8)
+        return all(torch.equal(self.call(what, self.copies[0]).view(torch.uint8), first) for _ in range(LAUNCHES))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
@@ -332,6 +333,20 @@ def test_a_choice_whose_launches_differ_is_dropped(monkeypatch: pytest.MonkeyPat
     assert outcome.best.us > 1
 
 
+def test_jobs_are_timed_in_their_order_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU our kernels are not compiled, and torch's product is all that counts."""
+    Clock(monkeypatch)
+    jobs = [job("int4", SMALL), job("int4", (64, 512))]
+    outcomes = list(measure.tune_all(jobs, torch.device("cpu"), keep=1, workers=1))
+    assert [outcome.job for outcome in outcomes] == jobs
+    for outcome in outcomes:
+        assert outcome.best is not None
+        assert outcome.best.choice == "decode_mm"
+        assert [bool(timing.note) for timing in outcome.timings] == [False, True]
+        assert "driver" in outcome.describe()
+    assert not list(measure.tune_all(jobs, torch.device("cpu"), keep=1, workers=1, seconds=-1))
+
+
 def test_a_kernel_that_does_not_compile_is_a_note() -> None:
     """There is no GPU to compile for: the process says so, and the next kernel is tried all the same."""
     given = job("int4", SMALL)
@@ -347,6 +362,15 @@ def test_a_kernel_that_takes_too_long_to_compile_is_a_note(monkeypatch: pytest.M
     given = job("int4", SMALL)
     with measure.compilers(1) as running:
         assert "not compiled within" in running.submit(given.like("sm_90"), given.spec).result(60)
+
+
+def test_closing_waits_for_no_kernel() -> None:
+    given = job("int4", SMALL)
+    begun = time.monotonic()
+    with measure.compilers(2) as running:
+        futures = [running.submit(given.like("sm_90"), given.spec) for _ in range(8)]
+    assert time.monotonic() - begun < 10
+    assert all(future.done() for future in futures)
 
 
 def test_graphs_on_disk_do_not_outlive_a_choice(empty_tables: Path) -> None:
