@@ -79,7 +79,7 @@ GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
 CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.value + 2 * (SCALES.value == "fragments")))
 """Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
-PREFETCH = tl.constexpr(min(256, K_PER_SPLIT.value // 64 * 4 * BITS.value))
+PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * BITS.value))
 PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
 """Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows, from the first on."""
 

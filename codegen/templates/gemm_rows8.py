@@ -148,15 +148,14 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
     token = first_m + m < M
     row = first_n + n < N
     x += first_m.to(tl.int64) * K + m[None, :] * K
-    codes += first_n.to(tl.int64) * K
     scale_rows = scale + (first_n + n) // ROWS * GROUPS
     x_scale_rows = x_scale + (first_m + m) * GROUPS
     if HOPPER and PREFETCH > 0:
         PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
-        first_k = tl.minimum(split * (STEPS * BLOCK_K), K - PREFETCH)
-        address = codes + tl.minimum(n, N - 1 - first_n) * K + first_k
+        first_k = tl.minimum(split * STEPS * BLOCK_K, K - PREFETCH)
+        address = codes + tl.minimum(first_n + n, N - 1).to(tl.int64) * K + first_k
         tl.inline_asm_elementwise(PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
-    codes += n[:, None] * K
+    codes += first_n.to(tl.int64) * K + n[:, None] * K
     wait_for_inputs()
     if GROUPS > 1:
         factors = load_factors(scale_rows, x_scale_rows, row, token, split * STEPS)

@@ -7,6 +7,7 @@ graph holds may run beside anything, so each launch that is captured gets counte
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -35,9 +36,21 @@ def zeros_kept_zero(count: int, device: torch.device) -> Tensor:
                 return block[:count]
         return torch.zeros(count, dtype=torch.int32, device=device)  # zeroed in every replay
     if len(_blocks.get(index, ())) < _CAPTURED // 2:
-        _blocks[index] = torch.zeros(_CAPTURED, dtype=torch.int32, device=device)
+        _blocks[index] = _allocate(_CAPTURED, index)
     stream = index, torch.cuda.current_stream(device).cuda_stream
     found = _of_streams.get(stream)
     if found is None or len(found) < count:
-        found = _of_streams[stream] = torch.zeros(max(_LEAST, 2 * count), dtype=torch.int32, device=device)
+        found = _of_streams[stream] = _allocate(max(_LEAST, 2 * count), index)
+    return found
+
+
+def _allocate(count: int, index: int) -> Tensor:
+    """Zeros that outlive whatever pool the calling thread allocates from, as while a CUDA graph is warmed up."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(_zeros, count, index).result()
+
+
+def _zeros(count: int, index: int) -> Tensor:
+    found = torch.zeros(count, dtype=torch.int32, device=torch.device("cuda", index))
+    torch.cuda.current_stream(index).synchronize()
     return found

@@ -185,6 +185,18 @@ def test_rows8(
     given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
 
 
+@pytest.mark.parametrize(("tile_m", "split"), [(16, 1), (16, 2), (64, 1)])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "nf4", "mxfp4", "int8", "fp8", "fp8_block"])
+def test_even_shapes(name: str, tile_m: int, split: int) -> None:
+    """Without masks, and with first weights that are sent ahead."""
+    scheme = shipped(name, (192, 512))
+    given_ = problem(scheme, "rows8" if scheme.activation else "fragment", 20, 192, 512)
+    form = "slab" if (tile_m, split) == (16, 2) else "loop"
+    scales = "fragments" if tile_m == 64 else "products"
+    tile = Tile(m=tile_m, n=64, k=128, split=split, warps=4, stages=2, form=form, scales=scales, overlap=tile_m == 64)
+    given_.check(given_.interpret("sm_90", tile), torch.bfloat16, 2.0**-13 if "fp8" in name else 2.0**-23)
+
+
 @given(st.sampled_from(["fragment", "rows8"]), epilogues, st.sampled_from(FLOATS), tiles, st.integers(0, 9))
 def test_epilogue(layout: str, steps: list[str], dtype: torch.dtype, tile: Tile, seed: int) -> None:
     scheme = preset("int8" if layout == "rows8" else "int4_asym")
