@@ -47,6 +47,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.evaluate import timing
+
 OURS = "qcompile"
 JOBS = ["bf16", "int4", "fp8", "int8", "torchao-int4", "torchao-fp8", "torchao-int8"]
 MODES = ["graph", "reduce-overhead"]
@@ -115,10 +117,8 @@ class Turns:
 
 
 def machine_name(device: str) -> str:
-    """As in linear.py, or `toy`."""
-    if device == "cpu":
-        return "toy"
-    return "-".join(re.split(r"\b\d+GB\b", torch.cuda.get_device_name())[0].lower().split())
+    """As results of other benchmarks name it, or `toy`."""
+    return "toy" if device == "cpu" else timing.machine_name(torch.device(device))
 
 
 def synchronize(device: str) -> None:
