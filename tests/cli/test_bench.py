@@ -72,7 +72,7 @@ def test_a_models_shapes_are_taken(tmp_path):
         (("--shape", "4096"), ("'4096'", "such as 4096x14336")),
         (("--shape", "0x64"), ("from 1 to",)),
         (("--shape", "64x64", "--tokens", "1,many"), ("'many'", "whole")),
-        (("--shape", "64x64", "--scheme", "int5"), ("int5",)),
+        (("--shape", "64x64", "--scheme", "int99"), ("int99",)),
         (("--shape", "64x64", "--scheme", "unquantized"), ("measured always",)),
         (("--shape", "64x64", "--json", "/no/folder/x.json"), ("there is no folder",)),
         ((), ("--shape", "--model")),
