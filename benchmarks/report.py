@@ -110,8 +110,8 @@ def linear(folder: Path) -> str:
             "Microseconds of a Llama-3-8B layer's products together "
             f"({', '.join(f'{n} x {k}' for n, k in shapes)}) for M tokens, weights from memory, and in brackets the "
             f"share of the limit. Limits: {rates['memory'] / 1e9:.0f} GB/s, "
-            f"{rates['16-bit'] / 1e12:.0f} T operations/s in bfloat16, {rates['8-bit'] / 1e12:.0f} T in FP8. 8-bit activations (int8, fp8) are quantized from "
-            "bfloat16 within the time."
+            f"{rates['16-bit'] / 1e12:.0f} T operations/s in bfloat16, {rates['8-bit'] / 1e12:.0f} T in FP8. "
+            "8-bit activations (int8, fp8) are quantized from bfloat16 within the time."
         )
         rows = []
         for scheme in dict.fromkeys(row["scheme"] for row in file["rows"]):
