@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from linear import COLD_BYTES, ceilings, microseconds, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompile.caches import KVCache
+from qcompile.evaluate.timing import COLD_BYTES, ceilings, microseconds, write_results
 from qcompile.kv_cache import AttentionSpec, dequantize
 
+DEVICE = torch.device("cuda")
+RESULTS = Path(__file__).parent / "results"
 HEADS, GROUP, SIZE = 8, 4, 128
 CONTEXTS = [(1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (64, 4096), (64, 16384)]
 CACHES = ["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
@@ -31,7 +34,7 @@ SCALES = {"fp8_e4m3": "tensor", "fp8_e5m2": "tensor", "int8": "token", "int4": "
 
 def copies(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Enough of a cache that together they are far larger than the GPU's own cache; at most 32."""
-    count = min(32, max(1, -(-COLD_BYTES // sum(t.nbytes for t in tensors))))
+    count = min(32, max(1, -(-COLD_BYTES["cuda"] // sum(t.nbytes for t in tensors))))
     return [[t.clone() for t in tensors] for _ in range(count)]
 
 
@@ -62,7 +65,13 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
 
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         plain = [partial(F.scaled_dot_product_attention, query, *t, enable_gqa=True) for t in copies([key, value])]
-        yield row("SDPA", "bfloat16", microseconds(plain), error(plain[0](), query, key[:1], value[:1]), 2 * key.nbytes)
+        yield row(
+            "SDPA",
+            "bfloat16",
+            microseconds(plain, DEVICE),
+            error(plain[0](), query, key[:1], value[:1]),
+            2 * key.nbytes,
+        )
     del plain
     for name in CACHES:
         cache = KVCache(batch, HEADS, context, SIZE, {"format": name, "scales": SCALES[name]}, device="cuda")
@@ -80,15 +89,15 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
         attention = torch.ops.qcompile.attention
         calls = [partial(attention, query, t, None, None, spec) for t in copies(tensors)]
         wrong = error(calls[0](), query, *restored)
-        yield row("qcompile", name, microseconds(calls), wrong, sum(t.nbytes for t in tensors))
+        yield row("qcompile", name, microseconds(calls, DEVICE), wrong, sum(t.nbytes for t in tensors))
 
 
 def main() -> None:
     """Measure, write the results and print a table."""
     torch.manual_seed(0)
-    rates = ceilings()
+    rates = ceilings(DEVICE)
     rows = [row for batch, context in CONTEXTS for row in measure(batch, context, rates["memory"])]
-    write("attention", rows, rates)
+    write_results(RESULTS, "attention", DEVICE, rows, rates)
     for row in rows:
         share = float(str(row["floor_us"])) / float(str(row["us"]))
         fields = (f"{row[key]!s:>10}" for key in ("batch", "context", "impl", "kv", "us", "error"))

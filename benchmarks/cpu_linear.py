@@ -13,7 +13,6 @@ import argparse
 import datetime
 import itertools
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops  # noqa: F401  (registers the operators)
+from qcompile.evaluate.timing import machine_name
 from qcompile.layouts import choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.reference import quantize_weight
@@ -35,15 +35,6 @@ SCHEMES = ["int4", "int4_asym", "int3", "nf4", "mxfp4", "nvfp4", "q4_1", "q5_0",
 SCHEMES += ["int8", "fp8", "int4_int8"]
 COLD_BYTES = 96 << 20
 MAX_COPIES = 24
-
-
-def machine_name() -> str:
-    """Vendor, the widest matrix extension, and the number of cores, such as `intel-xeon-amx-2core`."""
-    text = Path("/proc/cpuinfo").read_text()
-    model = re.search(r"model name\s*: (.*)", text)
-    words = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b|\d+-Core", "", model.group(1) if model else "cpu").lower()
-    extension = next((e for e in ("amx", "avx512", "avx2", "asimd") if e in text), "")
-    return "-".join([*words.split(), extension, f"{text.count('processor	:')}core"])
 
 
 def _copies(tensors: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
@@ -127,12 +118,12 @@ def main() -> None:
     if quick:
         return
     result = {
-        "machine": machine_name(),
+        "machine": machine_name(torch.device("cpu")),
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "threads": torch.get_num_threads()},
         "rows": rows,
     }
-    path = Path(__file__).parent / "results" / f"{machine_name()}.cpu-linear.json"
+    path = Path(__file__).parent / "results" / f"{machine_name(torch.device('cpu'))}.cpu-linear.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

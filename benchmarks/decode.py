@@ -47,6 +47,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.evaluate import timing
+
 OURS = "qcompile"
 JOBS = ["bf16", "int4", "fp8", "int8", "torchao-int4", "torchao-fp8", "torchao-int8"]
 MODES = ["graph", "reduce-overhead"]
@@ -115,10 +117,8 @@ class Turns:
 
 
 def machine_name(device: str) -> str:
-    """As in linear.py, or `toy`."""
-    if device == "cpu":
-        return "toy"
-    return "-".join(re.split(r"\b\d+GB\b", torch.cuda.get_device_name())[0].lower().split())
+    """As results of other benchmarks name it, or `toy`."""
+    return "toy" if device == "cpu" else timing.machine_name(torch.device(device))
 
 
 def synchronize(device: str) -> None:
@@ -260,11 +260,12 @@ def logits_bound(layers: int, job: Job) -> float:
 
     Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides. A
     branch rounds at most 18 times to bfloat16 (u = 2^-8): attention twice in its norm, once in each of the queries,
-    keys and values, thrice in each of queries and keys as they are rotated and once in the cosines and sines, once in
-    the weights, the sum, the last product and the residual. With 8-bit activations it rounds twice to those: u = 2^-4 for E4M3; for int8 a step of the greatest of K normal numbers / 127, so about 4 / 127 / sqrt(12)
-    of the deviation. Branches of random weights are equally large and add up in the residual stream. The stream after n
-    of them thus errs, in power, by e (1 + 1/2 + ... + 1/n) for a branch's own e, since branch n + 1 inherits the
-    stream's error and adds e to the nth part of it. Twice that in norm is for what functions amplify, and for chance.
+    keys and values, thrice in each of queries and keys as they are rotated and twice in the cosines and sines, once in
+    the weights, the sum, the last product and the residual. With 8-bit activations it rounds twice to those: u = 2^-4
+    for E4M3; for int8 a step of the greatest of K normal numbers / 127, so about 4 / 127 / sqrt(12) of the deviation.
+    Branches of random weights are equally large and add up in the residual stream. The stream after n of them thus
+    errs, in power, by e (1 + 1/2 + ... + 1/n) for a branch's own e, since branch n + 1 inherits the stream's error and
+    adds e to the nth part of it. Twice that in norm is for what functions amplify, and for chance.
     """
     codes = {"fp8": 2 * 2.0**-8 / 3, "int8": 2 * (4 / 127) ** 2 / 12}
     activation = 0.0

@@ -24,7 +24,7 @@ from qcompile.scheme import PRESETS, preset
 
 SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"
 """N x K of the linears of a Llama-3-8B layer, with the query, key and value and the gate and up projections merged."""
-BUCKETS = "16,1024,64,4096,32,256,128,2048,512"
+BUCKETS = "1,16,1024,64,4096,32,256,128,2048,512"
 SCHEMES = "int4,fp8,int8,int8_weight_only,fp8_weight_only,mxfp4,nvfp4,nf4,int4_asym,fp8_block"
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", default=SCHEMES, help=f"of {', '.join(PRESETS)}")
     parser.add_argument("--shapes", default=SHAPES, help="N x K")
-    parser.add_argument("--buckets", default=BUCKETS, help="powers of two from 16 to 4096")
+    parser.add_argument("--buckets", default=BUCKETS, help="1, and powers of two from 16 to 4096")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--minutes", type=float, default=8.0, help="no job is begun later")
     parser.add_argument("--keep", type=int, default=12, help="tiles that are timed for a job")

@@ -149,6 +149,14 @@ def reset_compiler() -> None:
     torch._dynamo.reset()
 
 
+def allow_recompilations(count: int) -> None:
+    """Let a function be compiled for that many shapes before torch gives up."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, count)
+
+
 def mark_static(*tensors: Tensor) -> None:
     """Promise that these tensors' addresses stay, so that CUDA graphs may change them in place.
 

@@ -61,6 +61,7 @@ class PackedModule(nn.Module):
             setattr(self, name, tensor)
         self.layout = weight.layout
         self.spec = self._spec().encode()
+        self.fields = tuple(self.scheme.weight.fields)
 
     def _spec(self) -> LinearSpec:
         """The product's spec in the layout that is stored now: subclasses say."""
@@ -71,7 +72,8 @@ class PackedModule(nn.Module):
         return PackedWeight.from_tensors(self._tensors(), self.packed_shape, self.scheme.weight, self.layout)
 
     def _tensors(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self.scheme.weight.fields]
+        # Compilers guard all that is looked at here, at every call: so nothing but the buffers.
+        return [self._buffers[name] for name in self.fields]  # type: ignore[misc]
 
     def logical(self) -> PackedWeight:
         """The weight in the portable layout."""
@@ -168,8 +170,9 @@ class QuantizedLinear(PackedModule):
         return dequantize(self.logical(), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        beside = self._buffers  # guarded less than attributes, see `_tensors`
         return torch.ops.qcompile.linear.default(
-            x, self._tensors(), self.bias, self.input_scale, self.pre_quant_scale, [], self.spec
+            x, self._tensors(), self.bias, beside["input_scale"], beside["pre_quant_scale"], [], self.spec
         )
 
     def extra_repr(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,16 +85,13 @@ def bind_inputs(context: GraphContext, compiled: Callable[..., Any]) -> tuple[li
     for node in original:
         if not node.users and node in sources:
             context.graph.erase_node(node)
-    kept = [index[p] for p in context.placeholders() if p in index]
-    plans = [_Bound([index[s] for s in b.sources], b.make) for b in context.bindings]
+    kept = _picker([index[p] for p in context.placeholders() if p in index])
+    made = _AllBound([_Bound([index[s] for s in b.sources], b.make) for b in context.bindings])
     # A binding's inputs were added one after another behind all earlier ones, so they follow in the order of bindings.
     context.module.recompile()
 
     def call(*args: Any) -> Any:
-        inputs = [args[i] for i in kept]
-        for plan in plans:
-            inputs += plan(args)
-        return compiled(*inputs)
+        return compiled(*kept(args), *made(args))
 
     return [context.values[p] for p in context.placeholders()], call
 
@@ -114,6 +113,42 @@ class _Bound:
         self.made = self.make(tensors)
         self.last, self.versions = tensors, [version(t) for t in tensors]
         return self.made
+
+
+class _AllBound:
+    """All bindings, of which usually none has anything to do: a model has hundreds, so that is found out quickly."""
+
+    def __init__(self, bound: list[_Bound]) -> None:
+        self.bound = bound
+        self.pick = _picker([source for one in bound for source in one.sources])
+        self.sources: tuple[Tensor, ...] | None = None
+        self.counted: list[Tensor] = []
+        self.state: tuple[list[int], list[int]] = ([], [])
+        self.made: tuple[Tensor, ...] = ()
+
+    def _now(self, sources: tuple[Tensor, ...]) -> tuple[list[int], list[int]]:
+        """What `version` says of all: addresses, and counts of edits of those that have them."""
+        return list(map(_address, sources)), list(map(_edits, self.counted))
+
+    def __call__(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        sources = self.pick(args)
+        same = self.sources is not None and all(map(operator.is_, sources, self.sources))
+        if not same or self._now(sources) != self.state:
+            self.made = tuple(itertools.chain.from_iterable(one(args) for one in self.bound))
+            self.sources = sources
+            self.counted = [t for t in sources if not t.is_inference()]
+            self.state = self._now(sources)
+        return self.made
+
+
+_address, _edits = operator.methodcaller("data_ptr"), operator.attrgetter("_version")
+
+
+def _picker(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A function from arguments to those at some places."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda args: tuple(args[i] for i in indices)
 
 
 def _dump_folder() -> Path | None:

@@ -92,6 +92,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _check_folder(json_path: Path | None) -> None:
+    if json_path is not None and not json_path.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
+
+
 def _float_dtype(name: str) -> torch.dtype:
     import torch
 
@@ -121,8 +126,7 @@ def demo(
         target = choose_device(device)
         if random and model is not None:
             raise ConfigError("--random and --model exclude each other")
-        if json_path is not None and not json_path.absolute().parent.is_dir():
-            raise ConfigError(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
+        _check_folder(json_path)
         quiet_imports()
         from qcompile.cli.demo import STEPS_PER_SCHEME, run, show, to_dict
         from qcompile.evaluate import random_language_model
@@ -166,6 +170,46 @@ def explain(
             typer.echo(report.to_json())
         else:
             Console().print(report)
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str], typer.Option(help="Output x input features, such as 4096x14336; repeat, or separate by commas.")
+    ] = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A model's folder or config.json, whose linears' shapes are taken.", show_default=False),
+    ] = None,
+    scheme: Annotated[list[str], typer.Option(help="Presets or configuration files.")] = ["int4,int8,fp8"],  # noqa: B006
+    tokens: Annotated[list[str], typer.Option(help="Rows of activations.")] = ["1,16,64"],  # noqa: B006
+    device: _Device = "auto",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows here.", show_default=False)
+    ] = None,
+) -> None:
+    """Time quantized products of some shapes beside torch's own, on weights that come from memory."""
+    with _errors_told():
+        names = parse_schemes(scheme)
+        target = choose_device(device)
+        _check_folder(json_path)
+        quiet_imports()
+        from qcompile.cli import bench as command
+        from qcompile.evaluate.timing import results
+
+        if UNQUANTIZED in names:
+            raise ConfigError(f"--scheme {UNQUANTIZED}: the unquantized product is measured always; leave it out")
+        if bool(shape) == (model is not None):
+            raise ConfigError("give either --shape, such as 4096x14336, or --model, a folder with a config.json")
+        layers = {} if model is None else command.model_shapes(model)
+        shapes, rows_of = command.parse_shapes(shape) or list(layers), command.parse_tokens(tokens)
+        if not shapes or not rows_of:
+            raise ConfigError("--shape and --tokens name nothing; try --shape 4096x4096 --tokens 1,16")
+        with Steps(1 + len(shapes)) as steps:
+            rows, rates = command.run(shapes, names, rows_of, target, steps)
+        command.show(rows, rates, layers, Console())
+        if json_path is not None:
+            json_path.write_text(json.dumps(results(target, rows, rates), indent=1) + "\n")
 
 
 @app.command()

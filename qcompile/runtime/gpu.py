@@ -38,8 +38,8 @@ def target_of(device: torch.device) -> str:
 
 
 def bucket(m: int) -> int:
-    """The largest M that shares M's kernel: powers of two from 16 to 4096, and that for all above."""
-    size = 16
+    """The largest M that shares M's kernel: 1, powers of two from 16 to 4096, and that for all above."""
+    size = 1 if m <= 1 else 16
     while size < min(m, _LARGEST_BUCKET):
         size *= 2
     return size

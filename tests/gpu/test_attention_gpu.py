@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
-from tests.kernels.test_attention import FORMATS, MASKS, Problem, problem
+from tests import tolerance
+from tests.kernels.test_attention import FORMATS, MASKS, Plain, Problem, plain_problem, problem
 
 pytestmark = pytest.mark.gpu
 
@@ -109,3 +111,61 @@ def test_every_split_gives_the_same_within_the_bound() -> None:
                 function = cache.load(kernel).kernel
                 y = attention_gpu.launch(kernel, function, moved.query, moved.cache, moved.mask, moved.length)
                 given.check_kernel(y.cpu())
+
+
+def run_plain(given: Plain) -> torch.Tensor:
+    """The operator's result on keys and values that are not quantized, after many launches whose bits are compared."""
+    moved = replace(
+        given,
+        query=given.query.cuda(),
+        key=given.key.cuda(),
+        value=given.value.cuda(),
+        mask=None if given.mask is None else given.mask.cuda(),
+        length=None if given.length is None else given.length.cuda(),
+    )
+    first = moved.operator()
+    for _ in range(LAUNCHES):
+        assert torch.equal(first.view(torch.uint8), moved.operator().view(torch.uint8)), "launches differ"
+    return first.cpu()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_masks(mask: str, dtype: torch.dtype) -> None:
+    given = plain_problem(heads=4, group=4, queries=2, context=1000, size=128, dtype=dtype, mask=mask)
+    given.check(run_plain(given))
+
+
+@pytest.mark.parametrize("size", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("queries", [1, 8])
+@pytest.mark.parametrize("group", [2, 3, 8])
+def test_plain_shapes(size: int, group: int, queries: int) -> None:
+    given = plain_problem(heads=3, group=group, queries=queries, context=333, size=size, length=300, mask="none")
+    given.check(run_plain(given))
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 1), (1, 264), (16, 264), (1, 65536)])
+def test_plain_contexts(batch: int, context: int) -> None:
+    given = plain_problem(batch=batch, heads=8, group=4, context=context, size=128)
+    given.check(run_plain(given))
+
+
+def test_a_decoding_step_of_transformers_shares_heads() -> None:
+    """Compiled with the pass against compiled by Inductor alone: both round to bfloat16 about ten times a branch."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    ids = torch.randint(0, 1000, (3, 40), device="cuda")
+    results = []
+    for backend in ("inductor", "qcompile"):
+        cache = transformers.StaticCache(config=config, max_cache_len=300)
+        step = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache)
+            logits = [step(input_ids=ids[:, i : i + 1], past_key_values=cache).logits.float() for i in range(3)]
+        assert all(int(layer.cumulative_length) == 43 for layer in cache.layers)
+        results.append(torch.cat(logits))
+        torch.compiler.reset()
+    assert tolerance.sqnr(*results) > -20 * math.log10(40 * tolerance.unit(torch.bfloat16))

@@ -1,0 +1,373 @@
+"""docs/performance.md, and its plots, from the files of results.
+
+    python benchmarks/report.py            writes both; plots need matplotlib (`pip install ".[plots]"`)
+    python benchmarks/report.py --tables   writes the text alone
+
+Every number of the page comes from `benchmarks/results`. Files are read by their names, `<machine>.<bench>.json`;
+`<machine>.peers.json` holds what others' libraries took in another run, beside what torch took there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+OURS = "qcompile"
+
+HEAD = """# Performance
+
+Written by `benchmarks/report.py` from the files in `benchmarks/results`; do not edit. To measure again on a GPU:
+
+```
+python benchmarks/linear.py && python benchmarks/attention.py && python benchmarks/decode.py
+python benchmarks/report.py
+```
+
+and on a CPU `python benchmarks/cpu_linear.py`; `qcompile bench --shape 4096x14336 --scheme int4` measures any shape.
+
+"The limit" is the longer of reading every byte once and of multiplying, at the rates that the same run reached in a
+large copy and in products of 8192 x 8192; other shapes may multiply a little faster than those, and then have more than
+100%. Results of ours are compared with float64 in the same run. Rows marked † are other libraries', measured in another
+run on a GPU of the same kind; what torch took there is among them, to compare the runs by.
+"""
+
+Row = dict[str, Any]
+File = dict[str, Any]
+
+
+def load(folder: Path, bench: str) -> list[File]:
+    """The files of a benchmark, by machine."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"*.{bench}.json"))]
+
+
+def peers_of(folder: Path, machine: str, bench: str) -> list[Row]:
+    """Rows of other libraries on a machine."""
+    path = folder / f"{machine}.peers.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["bench"] == bench]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown; the first column is text, the others numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """A paragraph."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n\n"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def run_of(file: File) -> str:
+    """When, where and with what."""
+    versions = file["versions"]
+    named = [f"{name} {version}" for name, version in versions.items() if name not in ("gpu", "threads")]
+    where = versions.get("gpu") or f"{file['machine']}, {versions.get('threads')} threads"
+    return f"{where}, {', '.join(named)}, {file['date']}."
+
+
+# ---- linears
+
+
+def layer_sums(rows: list[Row]) -> dict[tuple[str, str], dict[int, tuple[float, float]]]:
+    """(scheme, implementation) to M to microseconds and limit, summed over the shapes; only of what has all shapes."""
+    shapes = {(row["N"], row["K"]) for row in rows}
+    found: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    for row in rows:
+        found.setdefault((row["scheme"], row["impl"]), {}).setdefault(row["M"], []).append(row)
+    return {
+        key: {
+            m: (sum(r["us"] for r in part), sum(r["floor_us"] for r in part))
+            for m, part in by_m.items()
+            if len(part) == len(shapes)
+        }
+        for key, by_m in found.items()
+    }
+
+
+def linear(folder: Path) -> str:
+    """The section of quantized products on GPUs."""
+    text = ""
+    for file in load(folder, "linear"):
+        sums = layer_sums(file["rows"])
+        tokens = sorted({m for by_m in sums.values() for m in by_m})
+        shapes = sorted({(row["N"], row["K"]) for row in file["rows"]}, key=lambda s: s[0] * s[1])
+        rates = file["ceilings"]
+        text += f"## Linears on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            "Microseconds of a Llama-3-8B layer's products together "
+            f"({', '.join(f'{n} x {k}' for n, k in shapes)}) for M tokens, weights from memory, and in brackets the "
+            f"share of the limit. Limits: {rates['memory'] / 1e9:.0f} GB/s, "
+            f"{rates['16-bit'] / 1e12:.0f} T operations/s in bfloat16, {rates['8-bit'] / 1e12:.0f} T in FP8. "
+            "8-bit activations (int8, fp8) are quantized from bfloat16 within the time."
+        )
+        rows = []
+        for scheme in dict.fromkeys(row["scheme"] for row in file["rows"]):
+            for (name, impl), by_m in sums.items():
+                if name != scheme:
+                    continue
+                label = f"**{scheme}, {impl}**" if impl == OURS else f"{scheme}, {impl}"
+                cells = [f"{number(by_m[m][0])} ({by_m[m][1] / by_m[m][0]:.0%})" if m in by_m else "" for m in tokens]
+                rows.append([label, *cells])
+            rows += _peer_rows(peers_of(folder, file["machine"], "linear"), scheme, tokens)
+        text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], rows)
+        text += f"\n![Speed over bfloat16 by M](performance/{file['machine']}.linear-speed.svg)\n"
+        text += f"![Share of the limit by M](performance/{file['machine']}.linear-limit.svg)\n\n"
+    return text
+
+
+def _peer_rows(peers: list[Row], scheme: str, tokens: list[int]) -> list[list[str]]:
+    shown = {"int4": ("int4", "nf4")}.get(scheme, (scheme,))
+    found: dict[str, dict[int, float]] = {}
+    for row in peers:
+        if row["scheme"] in shown:
+            found.setdefault(f"{row['scheme']}, {row['impl']} †", {})[row["M"]] = row["us"]
+    return [[name, *(number(by_m[m]) if m in by_m else "" for m in tokens)] for name, by_m in found.items()]
+
+
+# ---- decoding
+
+
+def decode(folder: Path) -> str:
+    """The section of whole models on GPUs."""
+    text = ""
+    for file in load(folder, "decode"):
+        if file["machine"] == "toy":
+            continue
+        rows = [row for row in file["rows"] if row["bench"] == "decode" and "tok_s" in row]
+        peers = peers_of(folder, file["machine"], "decode")
+        columns = sorted({(row["batch"], row["mode"]) for row in rows})
+        text += f"## Decoding on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            "Tokens a second of a Llama-3-8B-shaped model of random weights (transformers, static cache, greedy, "
+            "128 tokens after a prompt of 128), by batch. `graph`: a step captured by hand as one CUDA graph; "
+            "`reduce-overhead`: `torch.compile`'s mode, in a Python loop."
+        )
+        labels = list(dict.fromkeys(map(_variant, rows)))
+        lines = []
+        for source, mark in ((rows, ""), (peers, " †")):
+            for label in labels if not mark else list(dict.fromkeys(map(_variant, peers))):
+                speeds = {(r["batch"], r["mode"]): r["tok_s"] for r in source if _variant(r) == label}
+                name = f"**{label}**" if not mark and OURS in label else f"{label}{mark}"
+                lines.append([name, *(number(speeds[c]) if c in speeds else "" for c in columns)])
+        text += table(["scheme, implementation", *(f"{b}, {mode}" for b, mode in columns)], lines)
+        text += "\nWhat a step is made of, in microseconds, as one CUDA graph:\n\n"
+        made = [row for row in rows if "busy_us" in row]
+        text += table(
+            ["batch, scheme, implementation", "step", "in kernels", "in linears", "kernels", "peak GB", "compile s"],
+            [
+                [
+                    f"{r['batch']}, {_variant(r)}",
+                    *(number(r[key]) for key in ("step_us", "busy_us", "linear_us")),
+                    str(r["kernel_count"]),
+                    number(r["peak_gb"]),
+                    number(r["compile_s"])
+                    + (f" ({number(r['warm_compile_s'])} warm)" if "warm_compile_s" in r else ""),
+                ]
+                for r in made
+            ],
+        )
+        text += "\n" + _prefill([row for row in file["rows"] if row["bench"] == "prefill"])
+    return text
+
+
+def _variant(row: Row) -> str:
+    """Scheme and implementation, and what else differs from the usual."""
+    parts = [f"{row['scheme']}, {row['impl']}"]
+    parts += [f"head {row['head']}"] if row.get("head", "bfloat16") != "bfloat16" else []
+    parts += [f"{row['kv']} cache"] if row.get("kv", "bfloat16") != "bfloat16" else []
+    parts += [f"{row['inductor']}"] if "inductor" in row else []
+    parts += [f"{row['layers']} layers"] if row.get("layers", 32) != 32 else []
+    return ", ".join(parts)
+
+
+def _prefill(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    lines = [[_variant(row), str(row["tokens"]), number(row["ms"])] for row in rows]
+    return "Reading a prompt:\n\n" + table(["scheme, implementation", "tokens", "ms"], lines) + "\n"
+
+
+# ---- attention
+
+
+def attention(folder: Path) -> str:
+    """The section of attention over caches."""
+    text = ""
+    for file in load(folder, "attention"):
+        rows, peers = file["rows"], peers_of(folder, file["machine"], "attention")
+        places = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
+        text += f"## Attention from one token on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            "Microseconds by batch x context (32 query heads, 8 key heads of 128), caches from memory, and in brackets "
+            "the share of the limit, which is reading the cache once. The error is relative, to float64 attention over "
+            "what the cache stands for."
+        )
+        lines = []
+        for source, mark in ((rows, ""), (peers, " †")):
+            for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in source):
+                mine = [row for row in source if (row["kv"], row["impl"]) == (kv, impl)]
+                by_place = {(row["batch"], row["context"]): row for row in mine}
+                name = f"**{kv}, {impl}**" if impl == OURS else f"{kv}, {impl}{mark}"
+                cells = [_time(by_place[place]) if place in by_place else "" for place in places]
+                lines.append([name, *cells, f"{max(row['error'] for row in mine):.1g}"])
+        text += table(["cache, kernel", *(f"{b} x {c // 1024}k" for b, c in places), "error"], lines)
+        text += f"\n![Share of the limit](performance/{file['machine']}.attention-limit.svg)\n\n"
+    return text
+
+
+def _time(row: Row) -> str:
+    share = f" ({row['floor_us'] / row['us']:.0%})" if "floor_us" in row else ""
+    return number(row["us"]) + share
+
+
+# ---- CPUs and the demonstration
+
+
+def cpu_linear(folder: Path) -> str:
+    """The section of quantized products on CPUs."""
+    text = ""
+    for file in load(folder, "cpu-linear"):
+        rows = file["rows"]
+        plain = {(r["N"], r["K"], r["M"]): r["us"] for r in rows if r["scheme"] == "none"}
+        columns = list(plain)
+        text += f"## Linears on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += "bfloat16's time (`torch.mm`) over ours, by output x input features and tokens.\n\n"
+        lines = []
+        for scheme in dict.fromkeys(r["scheme"] for r in rows if r["scheme"] != "none"):
+            ours = {(r["N"], r["K"], r["M"]): r["us"] for r in rows if r["scheme"] == scheme}
+            lines.append([scheme, *(f"{plain[c] / ours[c]:.2f}" if c in ours else "" for c in columns)])
+        text += table(["scheme", *(f"{n} x {k}, {m}" for n, k, m in columns)], lines) + "\n"
+    return text
+
+
+def demo(folder: Path) -> str:
+    """The section of the demonstration."""
+    text = ""
+    for path in sorted(folder.glob("*.demo.json")):
+        file = json.loads(path.read_text())
+        text += f"## `qcompile demo` on {path.name.removesuffix('.demo.json')}\n\n"
+        text += filled(
+            f"{file['model']}, torch {file['torch_version']}. Perplexity and divergence (KL, nats) on "
+            f"{file['text_tokens']} tokens of English."
+        )
+        lines = [
+            [
+                row["scheme"],
+                f"{row['weight_bytes'] / 1e6:.0f}",
+                number(row["decode_tokens_per_second"]),
+                f"{row['prefill_tokens_per_second']:.0f}",
+                f"{row['perplexity']:.2f}",
+                f"{row['kl']:.3f}",
+            ]
+            for row in file["rows"]
+        ]
+        text += table(["scheme", "weights MB", "decode tok/s", "prefill tok/s", "perplexity", "KL"], lines) + "\n"
+    return text
+
+
+SECTIONS: tuple[Callable[[Path], str], ...] = (linear, decode, attention, cpu_linear, demo)
+
+
+def page(folder: Path = RESULTS) -> str:
+    """The text of docs/performance.md for the files in a folder."""
+    return HEAD + "\n" + "\n".join(section(folder).rstrip() + "\n" for section in SECTIONS if section(folder))
+
+
+# ---- plots
+
+
+def _axes(title: str, ylabel: str) -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "qcompile", "svg.fonttype": "none"}  # equal plots are equal, small files
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
+    axes.set_title(title)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def plot_linear(folder: Path, out: Path) -> None:
+    """Speed over bfloat16, and the share of the limit, against M; peers of int4 are dotted."""
+    for file in load(folder, "linear"):
+        sums = layer_sums(file["rows"])
+        plain = {m: us for m, (us, _) in sums["bfloat16", "F.linear"].items()}
+        ours = {scheme: by_m for (scheme, impl), by_m in sums.items() if impl == OURS}
+        figure, axes = _axes("A Llama-3-8B layer's linears", "speed over bfloat16")
+        for scheme, by_m in ours.items():
+            axes.plot(list(by_m), [plain[m] / us for m, (us, _) in by_m.items()], marker="o", label=scheme)
+        peers = peers_of(folder, file["machine"], "linear")
+        there = {row["M"]: row["us"] for row in peers if row["scheme"] == "bfloat16"}
+        for impl in dict.fromkeys(row["impl"] for row in peers if row["scheme"] == "int4"):
+            points = {r["M"]: there[r["M"]] / r["us"] for r in peers if (r["impl"], r["scheme"]) == (impl, "int4")}
+            axes.plot(list(points), list(points.values()), linestyle=":", label=f"int4, {impl} †")
+        axes.axhline(1, color="black", linewidth=0.8)
+        _finish_by_m(axes)
+        _save(figure, out / f"{file['machine']}.linear-speed.svg")
+        figure, axes = _axes("A Llama-3-8B layer's linears", "share of the limit")
+        for scheme, by_m in {**ours, "bfloat16, F.linear": sums["bfloat16", "F.linear"]}.items():
+            axes.plot(list(by_m), [least / us for us, least in by_m.values()], marker="o", label=scheme)
+        axes.set_ylim(0, 1.05)
+        _finish_by_m(axes)
+        _save(figure, out / f"{file['machine']}.linear-limit.svg")
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _finish_by_m(axes: Any) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda m, _: f"{m:.0f}")
+    axes.set_xlabel("tokens (M)")
+    _legend(axes)
+
+
+def plot_attention(folder: Path, out: Path) -> None:
+    """The share of the limit for each batch and context."""
+    for file in load(folder, "attention"):
+        figure, axes = _axes("Attention from one token", "share of the limit")
+        for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in file["rows"]):
+            mine = [row for row in file["rows"] if (row["kv"], row["impl"]) == (kv, impl)]
+            names = [f"{row['batch']} x {row['context'] // 1024}k" for row in mine]
+            axes.plot(names, [row["floor_us"] / row["us"] for row in mine], marker="o", label=f"{kv}, {impl}")
+        axes.set_ylim(0, 1.05)
+        axes.set_xlabel("batch x context")
+        _legend(axes)
+        _save(figure, out / f"{file['machine']}.attention-limit.svg")
+
+
+def main() -> None:
+    """Write the page and its plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="only the text, which needs no matplotlib")
+    if not parser.parse_args().tables:
+        plot_linear(RESULTS, PAGE.parent / "performance")
+        plot_attention(RESULTS, PAGE.parent / "performance")
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""`qcompile bench`: quantized products of given shapes beside torch's own, on this device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qcompile.cli.steps import Steps
+from qcompile.config import parse_config
+from qcompile.errors import CheckpointError, ConfigError, LayerError
+from qcompile.evaluate.linear import OURS, PLAIN, measure
+from qcompile.evaluate.timing import Row, ceilings
+from qcompile.quantize import linear_modules
+from qcompile.scheme import Scheme
+
+Shape = tuple[int, int]
+LARGEST = 1 << 20
+
+
+def split(given: Sequence[str]) -> list[str]:
+    """What repeated options list, separated by commas too; each once."""
+    return list(dict.fromkeys(part.strip() for entry in given for part in entry.split(",") if part.strip()))
+
+
+def parse_shapes(given: Sequence[str]) -> list[Shape]:
+    """(N, K) of texts such as 4096x14336: output features, then input features.
+
+    Raises:
+        ConfigError: a text of another form, or a size that no weight has.
+    """
+    found = []
+    for text in split(given):
+        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
+        if match is None:
+            raise ConfigError(f"--shape {text!r}: a shape is output features x input features, such as 4096x14336")
+        n, k = int(match[1]), int(match[2])
+        if not (0 < n <= LARGEST and 0 < k <= LARGEST):
+            raise ConfigError(f"--shape {text!r}: sizes are from 1 to {LARGEST}")
+        found.append((n, k))
+    return found
+
+
+def parse_tokens(given: Sequence[str]) -> list[int]:
+    """Numbers of rows of activations.
+
+    Raises:
+        ConfigError: something else.
+    """
+    for text in split(given):
+        if not (text.isdecimal() and 0 < int(text) <= LARGEST):
+            raise ConfigError(f"--tokens {text!r}: numbers of tokens are whole, from 1 to {LARGEST}")
+    return [int(text) for text in split(given)]
+
+
+def model_shapes(path: Path) -> dict[Shape, list[str]]:
+    """(N, K) of a model's linears, with their names; no weights are read.
+
+    Args:
+        path: a folder with a `config.json`, or such a file.
+
+    Raises:
+        CheckpointError: no configuration that transformers makes a language model of.
+    """
+    import transformers
+
+    from qcompile.checkpoint.loader import skeleton
+
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{path}: there is no config.json; --model takes a model's folder, or that file")
+    try:
+        config = transformers.AutoConfig.from_pretrained(file)
+        model = skeleton(config, torch.bfloat16)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: transformers makes no language model of it: {error}") from None
+    found: dict[Shape, list[str]] = {}
+    for name, module in linear_modules(model).items():
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        n, k = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
+        found.setdefault((n, k), []).append(name)
+    if not found:
+        raise CheckpointError(f"{file}: its model has no linears")
+    return found
+
+
+def schemes_for(names: Sequence[str], shape: Shape) -> dict[str, Scheme]:
+    """Schemes that fit a shape, by the names that the user gave.
+
+    Raises:
+        ConfigError, LayerError: unknown, needing calibration, or not for this shape.
+    """
+    found = {}
+    for name in names:
+        scheme = parse_config(name).scheme_for("linear")
+        if scheme is None:
+            raise ConfigError(f"--scheme {name}: its rules quantize no layer called linear")
+        if scheme.activation is not None and not scheme.activation.dynamic:
+            raise LayerError(f"--scheme {name}: static activation scales come from calibration, which a shape has not")
+        found[name] = scheme.fit(f"{shape[0]}x{shape[1]}", shape)
+    return found
+
+
+def run(
+    shapes: Sequence[Shape], names: Sequence[str], tokens: list[int], device: torch.device, steps: Steps
+) -> tuple[list[Row], dict[str, float]]:
+    """Rows of all shapes, and the device's limits; a step for the limits and one for each shape."""
+    schemes = {shape: schemes_for(names, shape) for shape in shapes}
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    with torch.inference_mode():
+        steps.next("measuring what the device can do")
+        rates = ceilings(device)
+        for n, k in shapes:
+            steps.next(f"{n} x {k}")
+            rows += measure(n, k, tokens, schemes[n, k], rates, device)
+    return rows, rates
+
+
+def show(rows: Sequence[Row], rates: dict[str, float], layers: dict[Shape, list[str]], console: Console) -> None:
+    """A table for each shape; `layers` names those that have it."""
+    plain = {(r["N"], r["K"], r["M"]): float(str(r["us"])) for r in rows if (r["impl"], r["scheme"]) == PLAIN}
+    for n, k in dict.fromkeys((int(str(r["N"])), int(str(r["K"]))) for r in rows):
+        names = layers.get((n, k), [])
+        which = f": {len(names)} layers, such as {names[0]}" if names else ""
+        table = Table(title=escape(f"{n} x {k}{which}"), title_justify="left")
+        for column in ("tokens", "scheme", "kernel", "us", "bf16 / it", "of limit", "error"):
+            table.add_column(column, justify="left" if column in ("scheme", "kernel") else "right", overflow="fold")
+        last = None
+        for row in rows:
+            if (row["N"], row["K"]) != (n, k):
+                continue
+            us, m = float(str(row["us"])), row["M"]
+            table.add_row(
+                str(m) if m != last else "",
+                str(row["scheme"]),
+                str(row["impl"]),
+                f"{us:.1f}",
+                f"{plain[n, k, m] / us:.2f}",
+                f"{float(str(row['floor_us'])) / us:.0%}",
+                f"{row['error']}",
+                style="bold" if row["impl"] == OURS else None,
+            )
+            last = m
+        console.print(table)
+    told = ", ".join(f"{rates[kind] / 1e12:.3g} T {kind} operations/s" for kind in ("16-bit", "8-bit"))
+    console.print(f"limits, measured: {rates['memory'] / 1e9:.0f} GB/s, {told}", highlight=False)

@@ -1,0 +1,223 @@
+"""Quantized products beside torch's own, for any shape: time, error, and the limit of the device.
+
+`error` is |y - y'| / |y'| (Frobenius), where y' is the float64 product of the very numbers that a kernel multiplies:
+dequantized weights and, for 8-bit activations, dequantized activations. The limit is the longer of moving each byte of
+weight, input and output once and of multiplying, at the rates of `timing.ceilings`. 8-bit activations start as
+bfloat16: their quantization is part of the time, for torch's kernels as for ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import qcompile.ops  # noqa: F401  (registers the operators)
+from qcompile import compat
+from qcompile.evaluate.timing import Call, Row, copies, microseconds
+from qcompile.layouts import LAYOUTS, choose_layout, to_layout
+from qcompile.linear_spec import LinearSpec
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize, dequantize_activation, quantize_activation, quantize_weight
+from qcompile.scheme import ActivationScheme, Scheme
+
+OURS = "qcompile"
+PLAIN = ("F.linear", "bfloat16")
+LIMIT = 2.0**-8
+"""Greatest `error` of ours: rounding to bfloat16 errs by at most 2**-9 of each element; the rest is for the sum."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`calls`, one for each copy of the weight, that give the product; `expected` is their float64 result."""
+
+    impl: str
+    scheme: str
+    calls: list[Call]
+    expected: Tensor
+
+
+def floor(scheme: Scheme | None, n: int, k: int, m: int, rates: dict[str, float]) -> float:
+    """Microseconds that no kernel stays below: `ceilings` for what must be moved and multiplied."""
+    weight = 16.0 * n * k
+    if scheme is not None:
+        rows, columns = scheme.weight.granularity.block_of((n, k))
+        scale = 16 if scheme.weight.scale_dtype == "bfloat16" else 32
+        weight = n * k * (scheme.weight.format.bits + scale / (rows * columns))
+    moved = weight / 8 + 2 * m * (n + k)
+    rate = rates["8-bit" if scheme is not None and scheme.activation is not None else "16-bit"]
+    return 1e6 * max(moved / rates["memory"], 2 * m * n * k / rate)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in float64."""
+    return torch.mm(x.to(torch.float64), weight.to(torch.float64).t())
+
+
+@torch.compile(dynamic=False)
+def quantize_rows(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] and scales [M, 1]."""
+    return quantize_activation(x, scheme)
+
+
+@torch.compile(dynamic=False)
+def scale_product(y: Tensor, x_scale: Tensor, scale: Tensor) -> Tensor:
+    """An int32 product [M, N], times its scales [M, 1] and [1, N], in bfloat16."""
+    return (y.to(torch.float32) * x_scale * scale).to(torch.bfloat16)
+
+
+def _bfloat16(x: Tensor, weight: Tensor) -> Candidate:
+    """cuBLAS, or oneDNN on CPUs."""
+    weight = weight.to(torch.bfloat16)
+    calls: list[Call] = [lambda w=w: F.linear(x, w) for (w,) in copies(x.device, weight)]  # type: ignore[misc]
+    return Candidate(*PLAIN, calls, product(x, weight))
+
+
+def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor) -> Candidate:
+    """What a linear of this scheme runs in a compiled graph: quantization, if any, and one kernel."""
+    n, k = packed.shape
+    layout = choose_layout(scheme, (n, k), x.device.type)
+    spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout.name)
+    text = spec.encode()
+
+    def call(weight: tuple[Tensor, ...]) -> Tensor:
+        if x.device.type == "cpu":  # compiled graphs call this operator too
+            y: Tensor = torch.ops.qcompile.linear(x, list(weight), None, None, None, [], text)
+            return y
+        from qcompile.runtime import gpu
+
+        rows, x_scale = (x, None) if scheme.activation is None else quantize_rows(x, scheme.activation)
+        return gpu.gemm(rows, x_scale, list(weight), None, [], spec, torch.bfloat16)
+
+    weights = copies(x.device, *to_layout(packed, layout).tensors)
+    calls: list[Call] = [lambda w=w: call(w) for w in weights]  # type: ignore[misc]
+    return Candidate(OURS, name, calls, expected)
+
+
+def _tinygemm(name: str, x: Tensor, packed: PackedWeight, expected: Tensor) -> Candidate:
+    """torch's int4 kernel: codes minus 8, times the scale, plus a zero point that is 0 here."""
+    codes = packed.unpack_codes()
+    scale = packed.scale.t().to(torch.bfloat16)
+    scale = torch.stack([scale, torch.zeros_like(scale)], -1).contiguous()
+    group = packed.scheme.granularity.columns
+    aten = torch.ops.aten
+    if x.device.type == "cpu":
+        pairs, multiply = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 8), aten._weight_int4pack_mm_for_cpu
+    else:
+        halves = (codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8)
+        pairs, multiply = aten._convert_weight_to_int4pack(halves, 8), aten._weight_int4pack_mm
+    weights = copies(x.device, pairs, scale)
+    calls: list[Call] = [lambda w=w, s=s: multiply(x, w, group, s) for w, s in weights]  # type: ignore[misc]
+    return Candidate("_weight_int4pack_mm", name, calls, expected)
+
+
+def _int8_weights(name: str, x: Tensor, packed: PackedWeight, expected: Tensor) -> Candidate:
+    """torch's product with int8 weights, on CPUs."""
+    codes = packed.unpack_codes().to(torch.int8) if packed.codes.dtype == torch.int8 else _signed(packed)
+    weights = copies(x.device, codes.contiguous(), packed.scale.reshape(-1).to(torch.bfloat16))
+    multiply = torch.ops.aten._weight_int8pack_mm
+    calls: list[Call] = [lambda w=w, s=s: multiply(x, w, s) for w, s in weights]  # type: ignore[misc]
+    return Candidate("_weight_int8pack_mm", name, calls, expected)
+
+
+def _signed(packed: PackedWeight) -> Tensor:
+    """The int8 values of codes in the layout that 8-bit kernels take."""
+    return LAYOUTS["rows8"].pack(packed).codes
+
+
+def _scaled_mm(
+    name: str, x: Tensor, packed: PackedWeight, activation: ActivationScheme, expected: Tensor, fast: bool
+) -> Candidate:
+    """cuBLAS or CUTLASS, as torch chooses; `fast` adds products with few bits."""
+
+    def call(codes: Tensor, scale: Tensor) -> Tensor:
+        rows, x_scale = quantize_rows(x, activation)
+        return torch._scaled_mm(rows, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+    laid_out = LAYOUTS["rows8"].pack(packed)
+    weights = copies(x.device, laid_out.codes, laid_out.scale)
+    calls: list[Call] = [lambda w=w: call(*w) for w in weights]  # type: ignore[misc]
+    return Candidate("_scaled_mm, fast accumulation" if fast else "_scaled_mm", name, calls, expected)
+
+
+def _int_mm(name: str, x: Tensor, packed: PackedWeight, activation: ActivationScheme, expected: Tensor) -> Candidate:
+    """torch's int8 product, which on GPUs takes more than 16 rows, and its scales in a kernel of Inductor's."""
+
+    def call(codes: Tensor, scale: Tensor) -> Tensor:
+        rows, x_scale = quantize_rows(x, activation)
+        return scale_product(torch._int_mm(rows, codes.t()), x_scale, scale.t())
+
+    laid_out = LAYOUTS["rows8"].pack(packed)
+    weights = copies(x.device, laid_out.codes, laid_out.scale)
+    calls: list[Call] = [lambda w=w: call(*w) for w in weights]  # type: ignore[misc]
+    return Candidate("_int_mm", name, calls, expected)
+
+
+def _of_torch(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor) -> Iterator[Candidate]:
+    """torch's own kernels for a scheme, on this device."""
+    weight, activation, gpu = scheme.weight, scheme.activation, x.device.type == "cuda"
+    group, (n, k) = weight.granularity.columns, packed.shape
+    rows = weight.granularity.rows == 1 and weight.symmetric and not weight.offset and weight.super_scale is None
+    whole = rows and not (isinstance(group, int) and 0 < group < k)
+    if weight.format.name == "int4" and activation is None and rows and group in (32, 64, 128, 256):
+        if n % (64 if gpu else 16) == 0 and k % 128 == 0:
+            yield _tinygemm(name, x, packed, expected)
+    elif weight.format.name == "int8" and whole and activation is None and not gpu:
+        yield _int8_weights(name, x, packed, expected)
+    elif activation is not None and whole and activation.dynamic and activation.format.name == weight.format.name:
+        if weight.format.name == "fp8_e4m3" and gpu and n % 16 == 0 and k % 16 == 0:
+            for fast in (False, True):
+                yield _scaled_mm(name, x, packed, activation, expected, fast)
+        elif weight.format.name == "int8" and (len(x) > 16 or not gpu) and n % 8 == 0 and k % 8 == 0:
+            yield _int_mm(name, x, packed, activation, expected)
+
+
+def candidates(
+    x: Tensor, weight: Tensor, schemes: dict[str, Scheme], packed: dict[str, PackedWeight]
+) -> Iterator[Candidate]:
+    """Plain, then ours and torch's for each scheme; one after another, so that only one's copies are in memory."""
+    yield _bfloat16(x, weight)
+    for name, quantized in packed.items():
+        activation, inputs = schemes[name].activation, x
+        if activation is not None:
+            inputs = dequantize_activation(*quantize_rows(x, activation), activation)
+        expected = product(inputs, dequantize(quantized))
+        yield _ours(name, schemes[name], x, quantized, expected)
+        yield from _of_torch(name, schemes[name], x, quantized, expected)
+
+
+def measure(
+    n: int, k: int, tokens: list[int], schemes: dict[str, Scheme], rates: dict[str, float], device: torch.device
+) -> Iterator[Row]:
+    """One row for each number of tokens and candidate; weights and activations are random.
+
+    Args:
+        schemes: by the names that rows have; each fits N and K.
+        rates: of `timing.ceilings`.
+
+    Raises:
+        AssertionError: a result of ours is wrong.
+    """
+    compat.allow_recompilations(64 * len(tokens) * (1 + len(schemes)))
+    weight = torch.randn(n, k, device=device) / k**0.5
+    packed = {name: quantize_weight(weight, scheme.weight) for name, scheme in schemes.items()}
+    for m in tokens:
+        x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+        for candidate in candidates(x, weight, schemes, packed):
+            expected = candidate.expected
+            error = float((candidate.calls[0]().to(torch.float64) - expected).norm() / expected.norm())
+            assert candidate.impl != OURS or error <= LIMIT, f"{candidate.scheme} {n}x{k} M={m}: error {error:.2g}"
+            yield {
+                "bench": "linear",
+                "impl": candidate.impl,
+                "scheme": candidate.scheme,
+                "N": n,
+                "K": k,
+                "M": m,
+                "us": round(microseconds(candidate.calls, device), 2),
+                "error": float(f"{error:.3g}"),
+                "floor_us": round(floor(schemes.get(candidate.scheme), n, k, m, rates), 2),
+            }

@@ -1,0 +1,96 @@
+"""docs/performance.md is what its script makes of the results that are committed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def script(name: str) -> ModuleType:
+    """A file of benchmarks/, which is no package."""
+    name, path = f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # where dataclasses look their module up
+    found.loader.exec_module(module)
+    return module
+
+
+report = script("report")
+
+
+def test_the_page_is_what_the_script_writes() -> None:
+    assert report.PAGE.read_text() == report.page(), "run `python benchmarks/report.py`"
+
+
+def test_every_plot_of_the_page_is_there() -> None:
+    shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", report.page())
+    assert shown
+    assert [name for name in shown if not (report.PAGE.parent / name).is_file()] == []
+
+
+def test_a_sum_needs_every_shape() -> None:
+    def row(n: int, m: int, us: float) -> dict[str, object]:
+        return {"scheme": "int4", "impl": "qcompile", "N": n, "K": 64, "M": m, "us": us, "floor_us": us / 2}
+
+    sums = report.layer_sums([row(32, 1, 3.0), row(64, 1, 5.0), row(32, 16, 4.0)])
+    assert sums == {("int4", "qcompile"): {1: (8.0, 4.0)}}
+
+
+def test_decoding_is_shown_by_batch_and_mode(tmp_path: Path) -> None:
+    ours = {"bench": "decode", "impl": "qcompile", "scheme": "int4", "batch": 1, "layers": 32, "kv": "fp8"}
+    measured = {"tok_s": 412.3, "step_us": 2425.4, "peak_gb": 5.91, "compile_s": 41.2, "warm_compile_s": 8.6}
+    made = {"busy_us": 2390.0, "linear_us": 1890.0, "kernel_count": 455}
+    loop = ours | measured | {"mode": "reduce-overhead", "tok_s": 400.1}
+    prompt = {"bench": "prefill", "impl": "inductor", "scheme": "bfloat16", "batch": 1, "tokens": 2048, "ms": 50.1}
+    rows = [ours | measured | made | {"mode": "graph"}, loop, prompt]
+    versions = {"torch": "2.11", "gpu": "a GPU"}
+    file = {"machine": "one", "date": "2026-01-01", "versions": versions, "rows": rows}
+    (tmp_path / "one.decode.json").write_text(json.dumps(file))
+    peer = {"bench": "decode", "impl": "Marlin", "scheme": "int4", "batch": 1, "mode": "graph", "tok_s": 224.0}
+    (tmp_path / "one.peers.json").write_text(json.dumps({"rows": [peer]}))
+    page = report.page(tmp_path)
+    assert "a GPU, torch 2.11, 2026-01-01." in page
+    assert "| **int4, qcompile, fp8 cache** | 412 | 400 |" in page
+    assert "| int4, Marlin † | 224 |  |" in page
+    assert "| 1, int4, qcompile, fp8 cache | 2425 | 2390 | 1890 | 455 | 5.91 | 41.2 (8.60 warm) |" in page
+    assert "| bfloat16, inductor | 2048 | 50.1 |" in page
+
+
+def test_a_decoding_benchmark_knows_its_implementations() -> None:
+    decode = script("decode")
+    assert [(job.impl, job.scheme) for job in map(decode.Job, ("bf16", "int4", "torchao-fp8"))] == [
+        ("inductor", "bfloat16"),
+        ("qcompile", "int4"),
+        ("torchao", "fp8"),
+    ]
+    bounds = [
+        decode.logits_bound(layers, decode.Job(name)) for layers, name in ((2, "int4"), (32, "int4"), (32, "fp8"))
+    ]
+    assert bounds == sorted(bounds)
+    assert bounds[-1] < 0.5
+    for name in (
+        "qcompile_gemm_fragment",
+        "nvjet_sm90_tst_64x8",
+        "void tinygemm_m16n8k16",
+        "triton_red_fused_add_mm_7",
+    ):
+        assert decode.LINEAR.search(name)
+    for name in ("triton_poi_fused_mul_silu_view_7", "qcompile_attention_decode", "cudnn_generated_sdpa_flash"):
+        assert not decode.LINEAR.search(name)
+
+
+@pytest.mark.parametrize("bench", ["linear", "attention", "decode"])
+def test_peers_have_what_torch_took_in_their_run(bench: str) -> None:
+    peers = report.peers_of(report.RESULTS, "nvidia-h100", bench)
+    assert any("bfloat16" in (row.get("scheme"), row.get("kv")) for row in peers)
