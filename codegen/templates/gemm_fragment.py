@@ -79,9 +79,9 @@ GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
 CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.value + 2 * (SCALES.value == "fragments")))
 """Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
-PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * BITS.value))
+PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * BITS.value // 16 * 16))
 PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
-"""Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows, from the first on."""
+"""Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows, from the first on: a multiple of 16."""
 
 
 # <decode>
@@ -393,7 +393,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
     row_mask = n < TILES_N * 64
     x_scale_rows = x_scale + tl.arange(0, BLOCK_M) * GROUPS
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if OVERLAPS:
+    if OVERLAPS and PREFETCH > 0:
         prefetch(codes, tile_n, first_k // 64)
     wait_for_inputs()
     if SLAB:
