@@ -259,11 +259,13 @@ def logits_bound(layers: int, job: Job) -> float:
     """Greatest `error` that two evaluations of the model may have between them, which round in different places.
 
     Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides. A
-    branch (attention or MLP) rounds at most 10 times in a row to bfloat16 (u = 2^-8), and with 8-bit activations twice
-    to those: u = 2^-4 for E4M3; for int8 a step of the greatest of K normal numbers / 127, so about 4 / 127 / sqrt(12)
-    of the deviation. Branches of random weights are equally large and add up in the residual stream. The stream after n
-    of them thus errs, in power, by e (1 + 1/2 + ... + 1/n) for a branch's own e, since branch n + 1 inherits the
-    stream's error and adds e to the nth part of it. Twice that in norm is for what functions amplify, and for chance.
+    branch rounds at most 18 times to bfloat16 (u = 2^-8): attention twice in its norm, once in each of the queries,
+    keys and values, thrice in each of queries and keys as they are rotated and twice in the cosines and sines, once in
+    the weights, the sum, the last product and the residual. With 8-bit activations it rounds twice to those: u = 2^-4
+    for E4M3; for int8 a step of the greatest of K normal numbers / 127, so about 4 / 127 / sqrt(12) of the deviation.
+    Branches of random weights are equally large and add up in the residual stream. The stream after n of them thus
+    errs, in power, by e (1 + 1/2 + ... + 1/n) for a branch's own e, since branch n + 1 inherits the stream's error and
+    adds e to the nth part of it. Twice that in norm is for what functions amplify, and for chance.
     """
     codes = {"fp8": 2 * 2.0**-8 / 3, "int8": 2 * (4 / 127) ** 2 / 12}
     activation = 0.0
@@ -273,7 +275,7 @@ def logits_bound(layers: int, job: Job) -> float:
         scheme = parse_config(job.scheme).scheme_for("layers.0.mlp.up_proj")
         if scheme is not None and scheme.activation is not None:
             activation = codes["fp8" if "fp8" in scheme.activation.format.name else "int8"]
-    branch = 2 * (10 * 2.0**-16 / 3 + activation)
+    branch = 2 * (18 * 2.0**-16 / 3 + activation)
     return 2 * math.sqrt(branch * sum(1 / n for n in range(1, 2 * layers + 1)))
 
 

@@ -8,13 +8,16 @@ multiprocessors. Absolute times are not to be trusted; the order of tiles is wha
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import KernelSpec, Tile
-from qcompile.formats import FORMATS
+from qcompile.codegen.spec import KernelSpec, Tile, overlaps, scales_of
+from qcompile.formats import FORMATS, IntegerFormat
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,24 @@ _PROGRAMS = sympy.ceiling(_M / _TM) * sympy.ceiling(_N / _TN) * _Z
 EXPRESSIONS: dict[str, sympy.Expr] = {
     "memory": _N * _K * _BITS / 8 + _M * _K * _X + _M * _N * _Y,
     "cache": sympy.ceiling(_M / _TM) * _N * _K * _BITS / 8
-    + sympy.ceiling(_N / _TN) * _M * _K * _X
+    + sympy.ceiling(_N / _TN) * sympy.ceiling(_M / _TM) * _TM * _K * _X
     + sympy.Piecewise((0, sympy.Eq(_Z, 1)), (8 * _Z * _M * _N, True)),
     "operations": 2 * sympy.ceiling(_M / _TM) * _TM * sympy.ceiling(_N / _TN) * _TN * _K,
-    "fill": sympy.ceiling(_PROGRAMS / _SMS) * _SMS / _PROGRAMS,
+    "weights": sympy.ceiling(_M / _TM) * _N * _K,
+    "fill": sympy.Max(1, sympy.ceiling(_PROGRAMS / _SMS) * _SMS / _PROGRAMS),
+    "programs": _PROGRAMS,
 }
-"""Bytes from memory, bytes through the L2 cache, operations, and how many times longer uneven filling makes it."""
+"""Bytes from memory, bytes through the L2 cache, operations, weights that are decoded, how many times longer uneven
+filling makes it, and programs."""
 
 _SYMBOLS = (_M, _N, _K, _BITS, _X, _Y, _TM, _TN, _Z, _SMS)
-_SPLIT_COST = 2e-6
-"""Seconds that adding parts of K at the end takes."""
+_LAUNCH = 2e-6
+_SPLIT_COST = 1e-6
+"""Seconds of a launch, and of adding parts of K at the end."""
+_TURN = 6e-7
+"""Seconds from the arrival of a turn's operands to the end of its products."""
+_HIDDEN = 0.4
+"""Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
 
 @functools.cache
@@ -74,16 +85,42 @@ def _compiled() -> dict[str, Callable[..., float]]:
 
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # others: 1
+
+
+def _instructions(spec: KernelSpec) -> float:
+    """Instructions a weight in a turn of the loop, as counted in machine code of sm_90."""
+    if spec.template == "gemm_rows8":
+        return 0.7
+    fmt = FORMATS[spec.weight]
+    narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
+    if spec.offset:
+        return 8.0
+    if fmt.bits == 4:
+        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow
+    return 3.6 + narrow
+
+
+def resident(spec: KernelSpec) -> int:
+    """Programs that a multiprocessor holds at a time, by shared memory, an estimate of registers, and warps."""
+    tile, device = spec.tile, device_of(spec.target)
+    registers = min(255, 72 + tile.m * tile.n // (32 * tile.warps))
+    by_registers = 65536 // (32 * tile.warps * registers)
+    return max(1, min(by_registers, device.shared // (shared_bytes(spec) + 1024), 64 // tile.warps))
 
 
 def seconds(spec: KernelSpec, m: int) -> float:
-    """The model's time of a kernel for M = `m`."""
+    """The model's time of a kernel for M = `m`.
+
+    Reading memory and the cache go on beside the rest. Decoding and multiplying take turns, unless the tile overlaps
+    them, on unevenly filled processors; and a program's turns follow each other.
+    """
     device, tile = device_of(spec.target), spec.tile
     given = (
         m,
         spec.n,
         spec.k,
-        FORMATS[spec.weight].bits,
+        FORMATS[spec.weight].bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
         _BYTES.get(spec.x_dtype, 1),
         _BYTES[spec.out_dtype],
         tile.m,
@@ -92,47 +129,115 @@ def seconds(spec: KernelSpec, m: int) -> float:
         device.processors,
     )
     value = {name: compute(*given) for name, compute in _compiled().items()}
-    rate = device.operations * {"int8": 2, "fp8": 2, "float32": 1 / 6}.get(spec.compute, 1)
-    # A few resident programs hide each other's latency: filling counts fully for arithmetic, and for memory up to the
-    # point where half the processors have work.
-    programs = -(-m // tile.m) * -(-spec.n // tile.n) * tile.split
-    reading = max(value["memory"] / device.memory, value["cache"] / device.cache)
-    reading *= max(1.0, 2 * device.processors / programs)
-    return max(reading, value["operations"] / rate * value["fill"]) + (_SPLIT_COST if tile.split > 1 else 0.0)
+    multiplying = value["operations"] / (
+        device.operations * 0.83 * {"int8": 2, "fp8": 2, "float32": 1 / 6}.get(spec.compute, 1)
+    )
+    decoding = value["weights"] * _instructions(spec) / (device.processors * 128 * 1.3e9)
+    hidden = _HIDDEN if tile.overlap else 1.0
+    # Half of what uneven filling costs is made up for by the programs that run alone, which run faster.
+    working = (multiplying + hidden * decoding) * value["fill"] ** 0.5
+    reading = value["memory"] / (device.memory * 0.95) / min(1.0, value["programs"] / (0.8 * device.processors))
+    rounds = math.ceil(value["programs"] / (device.processors * resident(spec)))
+    turns = _TURN * rounds * math.ceil(spec.k / (tile.split * tile.k)) if tile.form == "loop" else 0.0
+    return (
+        _LAUNCH + max(reading, value["cache"] / device.cache, working, turns) + (_SPLIT_COST if tile.split > 1 else 0)
+    )
 
 
 def shared_bytes(spec: KernelSpec) -> int:
     """Shared memory of the pipeline's stages, from above."""
     tile = spec.tile
-    x = tile.m * tile.k * max(_BYTES.get(spec.x_dtype, 1), 1)
+    width = _BYTES.get(spec.x_dtype, 1)
+    if tile.form == "slab":
+        return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
+    x = tile.m * tile.k * width
     weight = tile.n * tile.k * FORMATS[spec.weight].bits // 8
-    return tile.stages * (x + weight) + 4 * tile.m * tile.n
+    return max(tile.stages * (x + weight), 4 * tile.m * tile.n)
 
 
 def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
     """`like` with each tile that its template can run, without spilling registers, for M up to `m`."""
-    largest = 32 if like.compute == "float32" else 128
-    cover = next((size for size in (16, 32, 64, 128) if size >= min(m, largest)), 128)
-    fragment = like.template == "gemm_fragment"
-    # 8-bit values that become wider take as many times the registers.
-    deepest = {"bfloat16": 64, "float16": 64, "float32": 32}.get(like.compute, 128)
+    tiles = _fragment_tiles(like, m) if like.template == "gemm_fragment" else _rows8_tiles(like, m)
+    return [replace(like, tile=tile) for tile in tiles]
+
+
+def _covers(m: int, largest: int) -> tuple[int, ...]:
+    """Heights of tiles for up to `m` rows."""
+    if m <= 32:
+        return (16,) if m <= 16 else (32,)
+    return tuple(size for size in (32, 64, 128, 256) if min(m // 2, 128) <= size <= min(m, largest)) or (largest,)
+
+
+def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
+    return tuple(z for z in (1, 2, 4, 8) if z == 1 or (2 * z * k <= like.k and block_m <= 128))
+
+
+def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
+    wide = like.compute == "float32"
     found = []
-    for block_m in (64, 128) if cover == 128 else (cover,):
-        for block_n in (64, 128):
-            if fragment:
-                deep = (64,) if like.compute == "float32" else (128, 256) if block_m <= 32 else (64, 128)
-                depths = [d for d in deep if d <= like.k] or [64]
-                warps = 4 * (block_n // 64)  # a warp group takes 64 rows
-            else:
-                depths = [next(d for d in (32, 64, 128) if d >= min(like.columns, deepest))]
-                # Sums of blocks have a second accumulator beside the total.
-                crowded = (like.groups > 1 and block_m * block_n >= 64 * 128) or like.compute == "float32"
-                warps = 8 if block_m > 64 or crowded else 4
-            for block_k in depths:
-                for split in (1, 2, 4, 8):
-                    if split == 1 or (2 * split * block_k <= like.k and block_m <= 64):
-                        tile = Tile(m=block_m, n=block_n, k=block_k, split=split, warps=warps, stages=3)
-                        found.append(replace(like, tile=tile))
+    for block_m in _covers(m, 32 if wide else 256):
+        deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
+        depths = [k for k in deep if k <= like.k] or [64]
+        for block_n, k in itertools.product((64, 128) if block_m <= 32 or wide else (64, 128, 256), depths):
+            # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most 128 registers of a thread.
+            for warps in (block_n // 16,) if block_n == 64 or block_m <= 32 else (block_n // 16, block_n // 32):
+                if block_m * block_n > 128 * 32 * warps or block_m * k > 128 * 256:
+                    continue
+                for split, stages in itertools.product(_splits(like, k, block_m), (3, 4)):
+                    tile = Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages)
+                    found += [replace(tile, **way) for way in _ways(like, block_m, k)]
+    return found + _slabs(like, m)
+
+
+def _ways(like: KernelSpec, block_m: int, k: int) -> list[dict[str, Any]]:
+    """Where scales go, and whether products overlap decoding."""
+    ways: list[dict[str, Any]] = []
+    deep = k >= 128 and overlaps(like.target)
+    if scales_of(like, "products") != "products":  # there is no choice
+        ways = [{}, {"overlap": True}] if block_m > 32 and deep and scales_of(like, "products") == "total" else [{}]
+    elif block_m <= 32:
+        ways = [{}]
+    else:
+        fragments = scales_of(like, "fragments") == "fragments"
+        # Products that are multiplied after have a second accumulator.
+        ways = [{}] if block_m <= 64 or not fragments else []
+        if fragments:
+            ways.append({"scales": "fragments"})
+            ways += [{"scales": "fragments", "overlap": True}] if deep else []
+    return ways
+
+
+def _slabs(like: KernelSpec, m: int) -> list[Tile]:
+    """Tiles of programs that hold all their weights in registers, 64 words a thread at most."""
+    bits = FORMATS[like.weight].bits
+    if m > 16 or like.compute == "float32" or bits not in (2, 4, 8) or scales_of(like, "products") == "weights":
+        return []
+    found = []
+    for block_n, split, warps in itertools.product((64, 128), (2, 4, 8, 16), (4, 8)):
+        part = like.k // split
+        even = like.k % (split * 128) == 0 and 256 <= part <= 1024
+        if even and part * block_n * bits <= 64 * 32 * 32 * warps:
+            found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
+    return found
+
+
+def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
+    # 8-bit values that become wider take as many times the registers.
+    deepest = {"bfloat16": 64, "float16": 64, "float32": 32}.get(like.compute, 256)
+    narrow = like.compute in ("bfloat16", "float16", "float32")
+    found = []
+    for block_m in _covers(m, 64 if narrow or like.groups > 1 else 256):
+        least = next(d for d in (32, 64, 128, 256) if d >= min(like.columns, deepest, 256))
+        if like.groups > 1:
+            depths: tuple[int, ...] = (min(least, 128),)
+        else:
+            depths = tuple(k for k in (128, 256) if k <= deepest and (k == 128 or block_m <= 64)) or (deepest,)
+        for block_n, k in itertools.product((64, 128) if narrow else (64, 128, 256), depths):
+            warps = block_n // 16
+            if block_m * block_n > 128 * 256 or (like.groups > 1 and block_n == 256):
+                continue
+            for split, stages in itertools.product(_splits(like, k, block_m), (3, 4, 6) if block_m <= 64 else (3, 4)):
+                found.append(Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages))
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.printers import HELPERS, operations, to_triton
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8, overlaps, scales_of, super_last
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.linear_spec import ACTIVATIONS
@@ -35,6 +35,22 @@ def decode_pair(pair):
     low = biased.to(tl.int16).to(tl.{dtype}, bitcast=True) - {offset}
     high = (biased >> 16).to(tl.int16).to(tl.{dtype}, bitcast=True) - {offset}
     return low, high
+"""
+
+_MAGIC_ASSEMBLY = """@triton.jit
+def decode_pair(pair):
+    \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
+    # {number} + code in {dtype}, less that number and what the format subtracts
+    low, high = tl.inline_asm_elementwise(
+        "{{ .reg .b32 t, z; or.b32 t, $2, {bits:#x}; mov.b32 z, {negative:#x}; "
+        "add.rn.{packed} t, t, z; mov.b32 {{$0, $1}}, t; }}",
+        "=h,=h,r",
+        [pair],
+        dtype=(tl.int16, tl.int16),
+        is_pure=True,
+        pack=1,
+    )
+    return low.to(tl.{dtype}, bitcast=True), high.to(tl.{dtype}, bitcast=True)
 """
 
 
@@ -102,7 +118,7 @@ def decode_formula(fmt: Format) -> str:
     return _helpers(formula) + _function("decode(code):", to_triton(formula))
 
 
-def pair_decoder(fmt: Format, dtype: str) -> str:
+def pair_decoder(fmt: Format, dtype: str, target: str = "") -> str:
     """A Triton function `decode_pair`: int32 with a code in each half to two tensors of `dtype`.
 
     Where a code fits in a type's mantissa, the code is put there with one `or` for both halves, and one exact
@@ -113,6 +129,10 @@ def pair_decoder(fmt: Format, dtype: str) -> str:
         bits, number, room = _MAGIC[dtype]
         if fmt.bits <= room:
             offset = float(number + fmt.offset)
+            if overlaps(target):  # has 16-bit additions of both types
+                negative = _bits(-offset, dtype) * 0x10001
+                packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
+                return _MAGIC_ASSEMBLY.format(bits=bits, number=number, dtype=dtype, negative=negative, packed=packed)
             return _MAGIC_PAIR.format(bits=bits, number=number, dtype=dtype, offset=offset)
         if fmt.signed:
             return _SIGNED_BYTE_PAIR
@@ -121,26 +141,36 @@ def pair_decoder(fmt: Format, dtype: str) -> str:
     return decode_formula(fmt) + "\n\n" + _PAIR.format(dtype=_DTYPES[dtype])
 
 
-def _split_pair(dtype: str) -> str:
-    """A Triton function `decode_pair` of pairs that are values already."""
-    low, high = (f"{half}.to(tl.int16).to(tl.{dtype}, bitcast=True)" for half in ("pair", "(pair >> 16)"))
-    return f"@triton.jit\ndef decode_pair(pair):\n    return {low}, {high}\n"
+def word_values(fmt: Format) -> tuple[float, ...] | None:
+    """The values of a 4-bit format's sixteen codes; None for integers, which need no table."""
+    if isinstance(fmt, TableFormat):
+        return fmt.values
+    if isinstance(fmt, FloatFormat):
+        bias = (1 << (fmt.exponent - 1)) - 1
+        ones = [
+            (code & ((1 << fmt.mantissa) - 1)) / (1 << fmt.mantissa) * 2.0 ** (1 - bias)
+            if code >> fmt.mantissa == 0
+            else (1 + (code & ((1 << fmt.mantissa) - 1)) / (1 << fmt.mantissa)) * 2.0 ** ((code >> fmt.mantissa) - bias)
+            for code in range(1 << (fmt.bits - 1))
+        ]
+        return (*ones, *(-value for value in ones))
+    return None
 
 
-def lookup_assembly(fmt: TableFormat, dtype: str) -> str:
-    """PTX that looks up the eight codes of word $4: field j of both halves becomes a pair of values of `dtype` in $j.
+def _look_up(values: tuple[float, ...], dtype: str) -> list[str]:
+    """PTX that puts field j of both halves of word w, as values of `dtype`, into t<j>.
 
     A byte permutation whose selector is a word of 4-bit codes looks four of them up, in a table of eight bytes: so
     there is one for the low and one for the high bytes of either half of the table, and the codes' last bits choose.
     """
-    values = [_bits(value, dtype) for value in fmt.values]
+    bits = [_bits(value, dtype) for value in values]
 
     def table(half: int, byte: int) -> str:
-        entries = bytes(value >> (8 * byte) & 0xFF for value in values[8 * half : 8 * half + 8])
+        entries = bytes(value >> (8 * byte) & 0xFF for value in bits[8 * half : 8 * half + 8])
         return ", ".join(f"{word:#x}" for word in struct.unpack("<II", entries))
 
-    lines = [".reg .b32 c, m, f, a, b, l0, h0, l1, h1, p, q", "and.b32 c, $4, 0x77777777"]
-    lines += ["shr.b32 m, $4, 3", "and.b32 m, m, 0x11111111"]
+    lines = [".reg .b32 c, m, f, a, b, l0, h0, l1, h1, p, q", "and.b32 c, w, 0x77777777"]
+    lines += ["shr.b32 m, w, 3", "and.b32 m, m, 0x11111111"]
     for position in (0, 1):
         if position == 1:
             lines += ["shr.b32 c, c, 16", "shr.b32 m, m, 16"]
@@ -150,7 +180,47 @@ def lookup_assembly(fmt: TableFormat, dtype: str) -> str:
             lines.append(f"lop3.b32 {name}{position}, f, a, b, 0xac")  # f ? b : a
     for fields, order in (((0, 1), "0x5140"), ((2, 3), "0x7362")):
         lines += [f"prmt.b32 p, l0, h0, {order}", f"prmt.b32 q, l1, h1, {order}"]
-        lines += [f"prmt.b32 ${fields[0]}, p, q, 0x5410", f"prmt.b32 ${fields[1]}, p, q, 0x7632"]
+        lines += [f"prmt.b32 t{fields[0]}, p, q, 0x5410", f"prmt.b32 t{fields[1]}, p, q, 0x7632"]
+    return lines
+
+
+def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool) -> str:
+    """PTX that decodes word $8 of eight 4-bit codes: field j of the low half to $<2j>, of the high half to $<2j+1>.
+
+    Fields 0 and 2 are of one row of weights, 1 and 3 of another. $9 and $10 are minus both rows' zero points, less the
+    number of `_MAGIC`, twice in a word each; the next two operands both rows' scales.
+    """
+    values = word_values(fmt)
+    packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
+    fused = packed == "bf16x2" and int(target[3:]) < 90  # has no addition and multiplication of its own
+
+    def calculate(operation: str, j: int, by: str) -> str:
+        if fused:
+            return f"fma.rn.{packed} t{j}, t{j}, " + (f"one, {by}" if operation == "add" else f"{by}, none")
+        return f"{operation}.rn.{packed} t{j}, t{j}, {by}"
+
+    lines = [".reg .b32 w, t0, t1, t2, t3", "mov.b32 w, $8"]
+    if fused:
+        lines += [".reg .b32 one, none", "mov.b32 one, 0x3f803f80", "mov.b32 none, 0x80008000"]
+    if values is not None:
+        lines += _look_up(values, dtype)
+    else:
+        assert isinstance(fmt, IntegerFormat)
+        magic, number, _ = _MAGIC[dtype]
+        lines += [".reg .b32 s, z"]
+        if not zero_points:
+            lines.append(f"mov.b32 z, {_bits(-float(number + fmt.offset), dtype) * 0x10001:#x}")
+        for j in range(4):
+            source = "w"
+            if j:
+                lines.append(f"shr.b32 s, w, {4 * j}")
+                source = "s"
+            lines.append(f"lop3.b32 t{j}, {source}, 0xf000f, {magic:#x}, 0xea")  # (word & mask) | magic
+            lines.append(calculate("add", j, ("$9", "$10")[j % 2] if zero_points else "z"))
+    if scaled:
+        first = 11 if zero_points else 9
+        lines += [calculate("mul", j, f"${first + j % 2}") for j in range(4)]
+    lines += [f"mov.b32 {{$%d, $%d}}, t{j}" % (2 * j, 2 * j + 1) for j in range(4)]
     return "{ " + " ".join(line + ";" for line in lines) + " }"
 
 
@@ -221,7 +291,7 @@ def _significant_bits(fmt: Format) -> int:
 def _scale_type(spec: KernelSpec) -> str:
     """The type in which scales multiply weights: `spec.compute` where all products are exact in it, else float32."""
     digits = {"float8_e4m3fn": 4, "float8_e8m0fnu": 1}.get(spec.scale_dtype, 24)
-    apart = spec.super_columns == 0 or _super_last(spec)
+    apart = spec.super_columns == 0 or super_last(spec)
     kept = {"bfloat16": 8, "float16": 11}.get(spec.compute, 0)
     if spec.compute == "float16" and spec.scale_dtype != "float8_e4m3fn":
         kept = 0  # its exponents are too few
@@ -229,23 +299,23 @@ def _scale_type(spec: KernelSpec) -> str:
     return _DTYPES[spec.compute if exact else "float32"]
 
 
-def _super_last(spec: KernelSpec) -> bool:
-    """Whether the scale above all scales of a row may multiply sums, and weights not yet scaled by it fit."""
-    small = spec.compute != "float16" or spec.scale_dtype in ("float8_e4m3fn", "int8", "uint8")
-    return spec.super_columns >= spec.k and not spec.offset and small
-
-
 def _fragment(spec: KernelSpec) -> dict[str, str]:
-    # The largest power of two that divides the columns that share everything.
-    aligned = spec.unit & -spec.unit or spec.tile.k
-    chunk = 64 if spec.compute == "float32" else min(spec.tile.k, aligned if aligned >= 64 else 128)
+    aligned = spec.aligned or spec.tile.k
+    scales = scales_of(spec, spec.tile.scales)
+    # With overlap a turn of the loop has two chunks at least.
+    widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
+    chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
     # Values that are scaled before their products are summed are not rounded before.
-    decoded = "float32" if (spec.offset or run < 64) and not _holds(spec.compute, fmt) else spec.compute
-    table = ""
-    if isinstance(fmt, TableFormat) and decoded != "float32" and spec.target.startswith("sm_"):
-        table = lookup_assembly(fmt, decoded)
+    decoded = "float32" if scales == "weights" and not _holds(spec.compute, fmt) else spec.compute
+    words, negative = "", 0
+    if fmt.bits == 4 and decoded in _FIELDS and spec.target.startswith("sm_"):
+        zero_points = not spec.symmetric and not spec.offset and scales != "weights"
+        scaled = scales == "fragments"
+        words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled)
+        if isinstance(fmt, IntegerFormat):
+            negative = _bits(-float(_MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
     constants: dict[str, object] = {
         "N": spec.n,
         "K": spec.k,
@@ -262,14 +332,20 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_K": spec.tile.k,
         "CHUNK": chunk,
         "RUN": run,
+        "SCALES": scales,
         "SCALE_TYPE": _scale_type(spec),
-        "SUPER_LAST": run < 64 and _super_last(spec),
-        "LOOKUP": table,
+        "SUPER_LAST": scales in ("weights", "fragments") and super_last(spec),
+        "WORDS": words,
+        "NEGATIVE": negative,
         "SPLIT": spec.tile.split,
+        "SLAB": spec.tile.form == "slab" and scales != "weights",
+        "OVERLAP": spec.tile.overlap and scales in ("total", "fragments"),
+        "OVERLAPS": overlaps(spec.target) and not isinstance(spec, GroupedSpec),
+        "HOPPER": spec.target == "sm_90",
     }
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
-        _split_pair(decoded) if table else pair_decoder(fmt, decoded),
+        pair_decoder(fmt, decoded, spec.target),
         _convert("decode_x", spec.activation, spec),
     )
     return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
@@ -289,6 +365,7 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_N": spec.tile.n,
         "BLOCK_K": spec.tile.k,
         "SPLIT": spec.tile.split,
+        "HOPPER": overlaps(spec.target),
     }
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
@@ -318,13 +395,51 @@ def _scale_decoder(scale_dtype: str, target: str) -> str:
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
     assert isinstance(spec, GroupedSpec)
-    fragment = _template("gemm_fragment")
-    shared = fragment[fragment.index("# <constants>") : fragment.index("@triton.jit(do_not_specialize")]
     experts: dict[str, object] = {
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
-    return {"fragment": shared, **_fragment(spec), "experts": _constants(experts)}
+    return {"fragment": _fragment_functions(), **_fragment(spec), "experts": _constants(experts)}
+
+
+def _decode(spec: KernelSpec) -> dict[str, str]:
+    # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
+    changed: dict[str, object] = {
+        "CHUNK": spec.tile.k,
+        "RUN": min(spec.aligned or spec.tile.k, spec.tile.k),
+        "SCALE_TYPE": "tl.float32",
+        "SUPER_LAST": False,
+        "SCALES": "weights",
+        "WORDS": "",
+        "SLAB": False,
+        "OVERLAP": False,
+    }
+    lines = _fragment(spec)["constants"].splitlines(keepends=True)
+    constants = "".join(line for line in lines if line.split(" = ")[0] not in changed) + _constants(changed)
+    fmt = FORMATS[spec.weight]
+    decoders = (
+        _scale_decoder(spec.scale_dtype, spec.target),
+        pair_decoder(fmt, spec.compute if _holds(spec.compute, fmt) else "float32"),
+        _convert("decode_x", None, spec),
+    )
+    return {"fragment": _fragment_functions(), "constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
+
+
+def _fragment_functions() -> str:
+    """The constants and functions of `gemm_fragment`, with its holes."""
+    text = _template("gemm_fragment")
+    return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
+
+
+def _finish(spec: KernelSpec) -> dict[str, str]:
+    constants: dict[str, object] = {
+        "N": spec.n,
+        "X_SCALE": spec.activation_scale,
+        "SCALED": spec.rows == 1,
+        "BLOCK_M": spec.tile.m,
+        "BLOCK_N": spec.tile.n,
+    }
+    return {"constants": _constants(constants)}
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
@@ -332,7 +447,13 @@ def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
 
 
-_FILL = {"gemm_fragment": _fragment, "gemm_rows8": _rows8, "gemm_grouped": _grouped}
+_FILL = {
+    "gemm_fragment": _fragment,
+    "gemm_rows8": _rows8,
+    "gemm_grouped": _grouped,
+    "decode_fragment": _decode,
+    "finish_product": _finish,
+}
 
 
 @functools.cache

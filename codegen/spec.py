@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qcompile.formats import FORMATS
 from qcompile.linear_spec import LinearSpec
 from qcompile.scheme import WHOLE, Granularity
 
@@ -19,13 +20,27 @@ if TYPE_CHECKING:
 TEMPLATES = {"fragment": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
 
+DECODE_TEMPLATE = "decode_fragment"
+"""The template that writes the weight out in a 16-bit type, for torch to multiply by."""
+
+FINISH_TEMPLATE = "finish_product"
+"""The template that does what is left to do after a product of torch's."""
+
 GROUPED_TEMPLATE = "gemm_grouped"
 """The template that multiplies stacks of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """How the work is cut: a program computes `n` x `m` outputs over a `split`-th of K, `k` columns at a time."""
+    """How the work is cut: a program computes `n` x `m` outputs over a `split`-th of K, `k` columns at a time.
+
+    Attributes:
+        warps, stages: of a program; of its pipeline.
+        form: "loop", or "slab": all weights of a program are in registers before it multiplies.
+        scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
+        overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
+            fragments.
+    """
 
     m: int
     n: int
@@ -33,6 +48,9 @@ class Tile:
     split: int
     warps: int
     stages: int
+    form: str = "loop"
+    scales: str = "products"
+    overlap: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +102,11 @@ class KernelSpec:
         """The runs of columns, counted from the first, that share their scale and the scale above; 0 if all do."""
         above = self.super_columns if 0 < self.super_columns < self.k else 0
         return math.gcd(self.columns if self.groups > 1 else 0, above)
+
+    @property
+    def aligned(self) -> int:
+        """The largest power of two that divides `unit`: as many columns, from a multiple of it, share everything."""
+        return self.unit & -self.unit
 
     @property
     def operand_count(self) -> int:
@@ -144,6 +167,40 @@ def native_fp8(target: str) -> bool:
     return int(target[3:]) >= 89 if target.startswith("sm_") else target.startswith(("gfx950", "gfx12"))
 
 
+def super_last(spec: KernelSpec) -> bool:
+    """Whether the scale above all scales of a row may multiply sums, and weights not yet scaled by it fit."""
+    small = spec.compute != "float16" or spec.scale_dtype in ("float8_e4m3fn", "int8", "uint8")
+    return spec.super_columns >= spec.k and not spec.offset and small
+
+
+_EXACT_SCALES = {
+    "bfloat16": ("bfloat16", "float8_e8m0fnu", "float8_e4m3fn"),
+    "float16": ("float16", "float8_e4m3fn"),
+}
+"""Types of scales that a type of tensor cores holds."""
+
+
+def scales_of(spec: KernelSpec, preferred: str) -> str:
+    """Where a kernel of `gemm_fragment` applies scales; see the template.
+
+    Args:
+        preferred: "products" or "fragments", for where both serve.
+    """
+    divisible = spec.aligned >= 64 or (spec.aligned >= 16 and FORMATS[spec.weight].bits in (4, 8)) or not spec.aligned
+    if spec.offset or not divisible:
+        return "weights"
+    if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
+        return "total"
+    exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
+    exact = exact and (spec.super_columns == 0 or super_last(spec))
+    return "fragments" if preferred == "fragments" and exact else "products"
+
+
+def overlaps(target: str) -> bool:
+    """Whether a kernel may begin before the one before it has ended: programmatic dependent launch, from sm_90."""
+    return target.startswith("sm_") and int(target[3:]) >= 90
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -188,8 +245,42 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
     )
 
 
+def decoding_spec(kernel: KernelSpec) -> KernelSpec:
+    """The kernel that writes out the weight of `kernel`, of `gemm_fragment`, in the type that this computes in."""
+    return dataclasses.replace(
+        kernel,
+        template=DECODE_TEMPLATE,
+        activation=None,
+        activation_scale="",
+        x_dtype=kernel.compute,
+        out_dtype=kernel.compute,
+        epilogue=(),
+        tile=dataclasses.replace(kernel.tile, m=16, n=64, k=128, split=1, warps=4, stages=1),
+    )
+
+
+def finishing_spec(kernel: KernelSpec, product: torch.dtype, *, x_scale: bool, scale: bool) -> KernelSpec:
+    """The kernel that multiplies a product of torch's, in place of `kernel`, by its scales, and applies the epilogue.
+
+    Args:
+        product: the product's type.
+        x_scale: whether the activations' scales are still to be applied.
+        scale: whether those of the weight's rows are; the result's `rows` is 1 then, else 0.
+    """
+    return dataclasses.replace(
+        kernel,
+        template=FINISH_TEMPLATE,
+        rows=int(scale),
+        activation=None,
+        activation_scale=kernel.activation_scale if x_scale else "",
+        x_dtype=dtype_name(product),
+        tile=dataclasses.replace(kernel.tile, m=8, n=256, k=64, split=1, warps=4, stages=1),
+    )
+
+
 def grouped_spec(kernel: KernelSpec, experts: int) -> GroupedSpec:
     """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them."""
     given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
-    tile = dataclasses.replace(kernel.tile, split=1)
+    # Compilers see through to this kernel, and take instructions that order others for writes to all inputs.
+    tile = dataclasses.replace(kernel.tile, split=1, form="loop", overlap=False)
     return GroupedSpec(**{**given, "template": GROUPED_TEMPLATE, "tile": tile}, experts=experts)

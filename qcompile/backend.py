@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import qcompile.ops  # noqa: F401  (registers the operators)
-from qcompile import compat
+from qcompile import compat, ops
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, GradientError
+from qcompile.flags import flags, override
+from qcompile.linear_spec import decode_spec
 from qcompile.passes import GraphContext
+from qcompile.passes.context import OP, Args, example
 from qcompile.pipeline import bind_inputs, rewrite
 from qcompile.released import release
 
-OWN_OPTIONS = ("config", "mode", "free_weights")
+OWN_OPTIONS = ("config", "mode", "free_weights", "tune")
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Options:
     Attributes:
         config: None quantizes nothing: for models that are quantized already.
         free_weights: free each original weight once it is packed; reading it afterwards raises.
+        tune: time the kernels for each linear on the GPU, as with `flags.tune`.
         inductor: Inductor's own options, those of `mode` included.
     """
 
     config: QuantConfig | None = None
     free_weights: bool = False
+    tune: bool = False
     inductor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,16 +54,17 @@ def parse_options(options: dict[str, Any] | None, mode: str | None) -> Options:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     config = given.pop("config", None)
-    free = given.pop("free_weights", False)
-    if not isinstance(free, bool):
-        raise ConfigError(f"option free_weights must be true or false, not {free!r}")
+    switches = {name: given.pop(name, False) for name in ("free_weights", "tune")}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"option {name} must be true or false, not {value!r}")
     known = compat.inductor_options()
     for key in given:
         if key.replace("-", "_") not in known:
             near = difflib.get_close_matches(key, [*OWN_OPTIONS, *known], n=3, cutoff=0.6)
             hint = f"did you mean {', '.join(near)}?" if near else f"qcompile's own are {', '.join(OWN_OPTIONS)}"
             raise ConfigError(f"unknown option {key!r}; {hint} (Inductor's options are accepted too)")
-    return Options(None if config is None else parse_config(config), free, inductor | given)
+    return Options(None if config is None else parse_config(config), inductor=inductor | given, **switches)
 
 
 def check_gradients(inputs: Sequence[Any]) -> None:
@@ -86,7 +92,7 @@ def backend(
 
     Args:
         mode: as in `torch.compile`; also accepted in `options`, since `torch.compile` refuses both together.
-        options: `config` (anything `parse_config` takes), `mode`, `free_weights`, and Inductor's options.
+        options: `config` (anything `parse_config` takes), `mode`, `free_weights`, `tune`, and Inductor's options.
 
     Raises:
         ConfigError, LayerError: what the configuration asks for cannot be.
@@ -95,12 +101,36 @@ def backend(
     parsed = parse_options(options, mode)
     check_gradients(example_inputs)
     context = rewrite(graph_module, example_inputs, parsed.config, free_weights=parsed.free_weights)
+    if parsed.tune or flags.tune:
+        _tune(context)
     inner: list[Callable[..., Any]] = []
     inputs, call = bind_inputs(context, lambda *args: inner[0](*args))
     inner.append(compat.compile_with_inductor(context.module, inputs, parsed.inductor))
     if parsed.free_weights:
         _free(context)
-    return call
+    return _tuning(call) if parsed.tune else call
+
+
+def _tune(context: GraphContext) -> None:
+    """Time the kernels of linears whose number of rows is known; those of others are timed as they are called."""
+    spec = Args.index("spec")
+    for node in context.graph.find_nodes(op="call_function", target=OP):
+        x = example(node.args[0])
+        rows = math.prod(x.shape[:-1])
+        if isinstance(rows, int):
+            ops.tune(node.args[spec], rows, x.dtype, x.device)
+    for node in context.graph.find_nodes(op="call_function", target=OP):
+        node.update_arg(spec, decode_spec(node.args[spec]).encode())  # which says what is tuned now
+
+
+def _tuning(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose calls may time kernels."""
+
+    def tuning_call(*args: Any) -> Any:
+        with override(tune=True):
+            return call(*args)
+
+    return tuning_call
 
 
 def _free(context: GraphContext) -> None:

@@ -6,6 +6,8 @@
 | `QCOMPILE_CACHE_DIR` | `cache_dir` | folder of generated kernels and tuned choices                            |
 | `QCOMPILE_VERIFY`    | `verify`    | 1: check the graph after every pass, not only at the end                 |
 | `QCOMPILE_CPU_ISA`   | `cpu_isa`   | amx, avx512_bf16, avx512, avx2 or portable: for generated C++            |
+| `QCOMPILE_TUNE`      | `tune`      | 1: time the kernels for a linear on the GPU at its first use, and keep   |
+|                      |             | what is fastest in `cache_dir`                                           |
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class Flags:
     cache_dir: Path = Path()
     verify: bool = False
     cpu_isa: str | None = None
+    tune: bool = False
 
     @classmethod
     def from_environment(cls) -> Flags:
@@ -40,6 +43,7 @@ class Flags:
             cache_dir=Path(cache) if cache else _default_cache_dir(),
             verify=os.environ.get("QCOMPILE_VERIFY", "0") not in ("", "0"),
             cpu_isa=os.environ.get("QCOMPILE_CPU_ISA") or None,
+            tune=os.environ.get("QCOMPILE_TUNE", "0") not in ("", "0"),
         )
 
 

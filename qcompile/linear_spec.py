@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qcompile import expr
 from qcompile.errors import ConfigError
 from qcompile.fingerprint import fingerprint
+from qcompile.flags import flags
 from qcompile.formats import Format, get_format
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme, check_keys
 
@@ -65,10 +68,10 @@ class LinearSpec:
     def encode(self) -> str:
         """The string that stands for this spec in a graph; `decode_spec` is its inverse.
 
-        It carries the package's fingerprint: torch caches compiled graphs on disk by what they call, and knows an
-        operator that is traced through by its arguments alone.
+        It carries the package's fingerprint, and which kernels are tuned: torch caches compiled graphs on disk by what
+        they call, and knows an operator that is traced through by its arguments alone.
         """
-        return self._encoded
+        return f'{self._encoded[:-1]},"code":"{fingerprint()}{generation(flags.cache_dir)}"}}'
 
     @functools.cached_property
     def _encoded(self) -> str:
@@ -76,8 +79,17 @@ class LinearSpec:
         given: dict[str, Any] = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
         if self.epilogue:
             given["epilogue"] = list(self.epilogue)
-        given["code"] = fingerprint()
         return json.dumps(given, separators=(",", ":"))
+
+
+@functools.cache
+def generation(cache_dir: Path) -> str:
+    """Another 32 hexadecimal digits whenever a kernel was tuned on this machine; "" before any was."""
+    try:
+        text = (cache_dir / "tuned" / "generation").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""
+    return text if re.fullmatch("[0-9a-f]{32}", text) else ""
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ _library.define(
 )
 _library.define("gemm_cpu(Tensor x, Tensor[] weight, str spec) -> Tensor")
 _library.define(
-    "gemm_dynamic(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
+    "gemm(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
     "ScalarType out_dtype) -> Tensor"
 )
 
@@ -98,11 +98,21 @@ def _product(
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu
 
-        # A graph for one M takes the kernel for that M into Inductor's wrapper; one for every M chooses at run time.
-        operator = gpu.gemm_operator() if isinstance(rows.shape[0], int) else torch.ops.qcompile.gemm_dynamic
+        # Compilers see a product of torch's own if M is known. What else there is, is chosen at run time.
+        traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
+        visible = traced and gpu.torch_multiplies(rows, x_scale, parsed, dtype)
+        operator = gpu.visible_gemm() if visible else torch.ops.qcompile.gemm
         y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
         return y
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
+
+
+def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Time the kernels for a linear of so many rows, unless that was done before; only GPUs have a choice."""
+    if device.type == "cuda":
+        from qcompile.runtime import gpu
+
+        gpu.tune(decode_spec(spec), gpu.bucket(rows), dtype, device)
 
 
 def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
@@ -111,7 +121,7 @@ def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     return cpu.gemm(x, weight, spec)
 
 
-def _gemm_dynamic(
+def _gemm(
     x: Tensor,
     x_scale: Tensor | None,
     weight: list[Tensor],
@@ -127,7 +137,7 @@ def _gemm_dynamic(
 
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
 _library.impl("gemm_cpu", _gemm_cpu, "CPU")
-_library.impl("gemm_dynamic", _gemm_dynamic, "CUDA")
+_library.impl("gemm", _gemm, "CUDA")
 
 
 @torch.library.register_fake("qcompile::gemm_cpu", lib=_library)
@@ -136,7 +146,7 @@ def _(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=dtype)
 
 
-@torch.library.register_fake("qcompile::gemm_dynamic", lib=_library)
+@torch.library.register_fake("qcompile::gemm", lib=_library)
 def _(
     x: Tensor,
     x_scale: Tensor | None,

@@ -25,6 +25,7 @@ _POINTERS = {
     "bfloat16": "*bf16",
     "float16": "*fp16",
     "float32": "*fp32",
+    "int32": "*i32",
     "int8": "*i8",
     "uint8": "*u8",
     "float8_e8m0fnu": "*u8",
@@ -49,6 +50,7 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     above = "*fp32" if spec.super_columns == spec.k else "*fp16"  # as NVFP4 and K-quants have it
     types = {
         "x": _pointer(spec.x_dtype, spec.target),
+        "product": _pointer(spec.x_dtype, spec.target),
         "x_scale": "*fp32",
         "codes": codes,
         "scale": scale,

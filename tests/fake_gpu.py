@@ -1,8 +1,8 @@
 """Make Inductor generate code for a GPU that is not there: an sm_90 device of fake tensors. Nothing is launched.
 
 It replaces functions of torch for good, so it runs in a process of its own: `python -m tests.fake_gpu PRESET static`
-(or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, or with a third argument, `experts`, those of
-a mixture, and prints the calls of the generated wrapper.
+(or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, of the M, N and K that follow, or if `experts`
+follows, those of a mixture, and prints the calls of the generated wrapper.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def install() -> None:
     GraphLowering.compile_to_module = GraphLowering._compile_to_module = stop
 
 
-def wrapper_source(preset: str, dynamic: bool) -> str:
+def wrapper_source(preset: str, dynamic: bool, m: int = 7, n: int = 256, k: int = 512) -> str:
     """Inductor's Python wrapper for `linear(rms_norm(x)).silu() * gate` with weights of a preset."""
     import qcompile.ops  # noqa: F401
     from qcompile.layouts import choose_layout
@@ -131,7 +131,6 @@ def wrapper_source(preset: str, dynamic: bool) -> str:
     from qcompile.reference import quantize_weight
     from qcompile.scheme import PRESETS
 
-    n, k = 256, 512
     scheme = PRESETS[preset].fit("linear", (n, k))
     layout = choose_layout(scheme, (n, k), "cuda")
     packed = layout.pack(quantize_weight(torch.randn(n, k), scheme.weight))
@@ -144,7 +143,7 @@ def wrapper_source(preset: str, dynamic: bool) -> str:
         return torch.ops.qcompile.linear(normed, list(weight), None, None, None, [gate], spec)
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        x, gate = (torch.empty(7, width, device="cuda", dtype=torch.bfloat16) for width in (k, n))
+        x, gate = (torch.empty(m, width, device="cuda", dtype=torch.bfloat16) for width in (k, n))
         weight = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in packed.tensors)
         if dynamic:
             for tensor in (x, gate):
@@ -192,7 +191,11 @@ def experts_source(preset: str, dynamic: bool) -> str:
 
 if __name__ == "__main__":
     install()
-    compiled = experts_source if sys.argv[3:] == ["experts"] else wrapper_source
-    source = compiled(sys.argv[1], sys.argv[2] == "dynamic")
+    preset, dynamic, more = sys.argv[1], sys.argv[2] == "dynamic", sys.argv[3:]
+    if more == ["experts"]:
+        source = experts_source(preset, dynamic)
+    else:
+        source = wrapper_source(preset, dynamic, *map(int, more))
     lines = [line.strip() for line in source.split("\n") if not line.strip().startswith("#")]
-    print("\n".join(line for line in lines if ".run(" in line or "= torch.ops.qcompile" in line))
+    called = (".run(", "= torch.ops.qcompile", "extern_kernels.")
+    print("\n".join(line for line in lines if any(part in line for part in called) and "import" not in line))

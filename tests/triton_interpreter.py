@@ -155,12 +155,33 @@ def _choose_bits(a: Any, b: Any, c: Any, table: Any) -> Any:
     return np.bitwise_or.reduce(terms)
 
 
+def _by_halves(function: Any, dtype: torch.dtype) -> Any:
+    """Arithmetic of 16-bit floats in both halves of words: exact, then rounded to nearest even."""
+
+    def apply(*words: Any) -> Any:
+        words = np.broadcast_arrays(*words)
+        values = [torch.from_numpy(np.ascontiguousarray(w).view(np.int16).copy()).view(dtype).double() for w in words]
+        result = function(*values).to(dtype).view(torch.int16).numpy()
+        return result.view(np.uint32).reshape(words[0].shape)
+
+    return apply
+
+
 _PTX: dict[str, Any] = {
+    "mov.b32": lambda value: value,
     "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
     "shr.b32": np.right_shift,
     "prmt.b32": _permute_bytes,
     "lop3.b32": _choose_bits,
 }
+for _name, _dtype in (("bf16x2", torch.bfloat16), ("f16x2", torch.float16)):
+    _PTX[f"add.rn.{_name}"] = _by_halves(torch.add, _dtype)
+    _PTX[f"mul.rn.{_name}"] = _by_halves(torch.mul, _dtype)
+    _PTX[f"fma.rn.{_name}"] = _by_halves(lambda a, b, c: a * b + c, _dtype)
+
+_NO_EFFECT = ("griddepcontrol.", "cp.async.bulk.prefetch.", "//")
+"""Instructions that change when things happen, not what."""
 
 
 class _Results(list[Any]):
@@ -169,21 +190,37 @@ class _Results(list[Any]):
 
 
 def _install_assembly(builder: Any) -> None:
-    """Inline PTX of 32-bit registers and the instructions in `_PTX`, without branches."""
+    """Inline PTX of 32-bit registers and the instructions in `_PTX`, without branches; results may be 16-bit halves."""
 
     def create_inline_asm(
         self: Any, text: str, constraints: str, operands: Any, types: Any, is_pure: bool, pack: int
     ) -> _Results:
         assert pack == 1
-        registers = {f"${len(types) + i}": operand.data.view(np.uint32) for i, operand in enumerate(operands)}
-        for line in text.strip("{} ").split(";"):
-            if not line.strip() or line.strip().startswith(".reg"):
+        registers = {}
+        for i, operand in enumerate(operands):
+            data = np.ascontiguousarray(operand.data)
+            registers[f"${len(types) + i}"] = data.view(np.uint32) if data.dtype.itemsize == 4 else data
+        shape = operands[0].data.shape if operands else (1,)
+        body = text.strip()
+        for line in (body[1:-1] if body.startswith("{") else body).split(";"):
+            line = line.strip()
+            if not line or line.startswith((".reg", *_NO_EFFECT)):
                 continue
-            name, rest = line.strip().split(" ", 1)
+            name, rest = line.split(" ", 1)
+            if rest.startswith("{"):
+                target, source = rest[1:].split("}, ")
+                for half, register in enumerate(target.split(", ")):
+                    registers[register] = (registers[source] >> np.uint32(16 * half)).astype(np.uint16)
+                continue
             target, *sources = rest.split(", ")
             values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
             registers[target] = _PTX[name](*values)
-        return _Results(Handle(registers[f"${i}"].view(np.int32), tl.int32) for i in range(len(types)))
+        results = _Results()
+        for i, kind in enumerate(types):
+            raw = np.broadcast_to(registers.get(f"${i}", np.uint32(0)), shape)
+            scalar = getattr(kind, "scalar", kind)
+            results.append(Handle(np.ascontiguousarray(raw).view(interpreter._get_np_dtype(scalar)), scalar))
+        return results
 
     builder.create_inline_asm = create_inline_asm
 

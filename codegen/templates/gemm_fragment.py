@@ -4,13 +4,23 @@ The weight is the first operand of the product, y^T = weight x^T: its codes go f
 there, and enter the tensor cores from registers. Programs that share an output tile (SPLIT) each sum a part of K; the
 last to arrive adds the parts in their order, so results do not depend on timing.
 
-`accumulator = tl.dot(weight, x, accumulator)` and `accumulator += tl.dot(weight, x)` must not occur in the loop: with
-the first operand in registers, Triton 3.6 overwrites operands of products in flight. Every product is multiplied by a
-factor that is unknown at compile time before it is added.
+A kernel may begin before the one before it has ended: until then it only sends its first weights to the L2 cache. SLAB
+programs then load all their weights before they multiply, others go on in a pipelined loop.
 
-Scales of blocks that span a product multiply it in float32. Scales of narrower blocks, and all that have offsets,
-multiply the weights: in float32, where the offset is added too, so that it cancels nothing that was rounded; or in
-COMPUTE where that is exact. One scale above all of a row's may multiply the products then (SUPER_LAST).
+Where scales go (SCALES):
+
+    "total"      one scale a row: it multiplies the sum.
+    "products"   each product of CHUNK columns is multiplied in float32 before it is added.
+    "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands.
+    "weights"    the general way, for narrow blocks of all sorts and for offsets: weights are multiplied in float32,
+                 where the offset is added too, so that it cancels nothing that was rounded; or in COMPUTE where that is
+                 exact. One scale above all of a row's may multiply the sum then (SUPER_LAST).
+
+With the first operand in registers, a product that is still under way reads registers, and Triton 3.6 lets it run into
+the next turn of the loop, where they are overwritten. So the sum is `settled` at the end of a turn: all products in it
+are done. With OVERLAP a turn is of two chunks, each with registers of its own: Triton waits for the first product
+before what follows it, and the second is under way while the next turn decodes its first chunk. `in_order` keeps that
+decoding in its place.
 """
 
 # mypy: ignore-errors
@@ -33,23 +43,45 @@ BLOCK_N = tl.constexpr(64)
 BLOCK_K = tl.constexpr(128)
 CHUNK = tl.constexpr(128)
 RUN = tl.constexpr(128)
+SCALES = tl.constexpr("products")
 SCALE_TYPE = tl.constexpr(tl.float32)
 SUPER_LAST = tl.constexpr(False)
-LOOKUP = tl.constexpr("")
+WORDS = tl.constexpr("")
+NEGATIVE = tl.constexpr(0)
 SPLIT = tl.constexpr(1)
+SLAB = tl.constexpr(False)
+OVERLAP = tl.constexpr(False)
+OVERLAPS = tl.constexpr(True)
+HOPPER = tl.constexpr(True)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
 SUPER_GROUPS = tl.constexpr(0 if SUPER_COLUMNS.value == 0 else -(-K.value // SUPER_COLUMNS.value))
 ZERO_POINTS = tl.constexpr(not SYMMETRIC.value and not OFFSET.value)
-SCALE_WEIGHTS = tl.constexpr(OFFSET.value or RUN.value < 64)
-"""Scales multiply the weights, else products of CHUNK columns. A scale and what is above it are of RUN columns."""
-ONE_SCALE = tl.constexpr(GROUPS.value == 1 and SUPER_GROUPS.value <= 1)
+ZERO_SLOTS = tl.constexpr(2 if ZERO_POINTS.value and SCALES.value != "weights" else 0)
+SCALE_SLOTS = tl.constexpr(2 if SCALES.value == "fragments" else 1 if SCALES.value == "products" else 0)
+"""Tensors of zero points and of scales that each chunk has."""
 TILES_K = (K + 63) // 64
 TILES_N = (N + 63) // 64
 K_PER_SPLIT = ((K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)) * BLOCK_K
 EVEN_K = K_PER_SPLIT * SPLIT == K
 EVEN_N = TILES_N % (BLOCK_N // 64) == 0
+LOADED = tl.constexpr(max(64, CHUNK.value))
+"""Columns whose codes are loaded at once; CHUNK of them are multiplied at once."""
+PIECES = LOADED // CHUNK
+PLANES = tl.constexpr(1 if BITS.value == 8 else (BITS.value & 1) + (BITS.value >> 1 & 1) + (BITS.value >> 2))
+CHUNKS = BLOCK_K // CHUNK
+NT = BLOCK_N // 64
+KT = tl.constexpr(max(1, CHUNK.value // 64))
+V = tl.constexpr(min(4, CHUNK.value // 16))
+"""A chunk is of KT tiles of 64 columns, of V runs of 16 each."""
+GROUP_M = tl.constexpr(8)
+"""Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
+CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.value + 2 * (SCALES.value == "fragments")))
+"""Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
+PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * BITS.value))
+PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
+"""Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows, from the first on."""
 
 
 # <decode>
@@ -86,26 +118,53 @@ def epilogue(value, bias, operand_0, n, offsets, mask):
 
 
 @triton.jit
-def look_up(words):
-    """The 16-bit values of a word's eight 4-bit codes as pairs: four int32 tensors, of fields 0 to 3 of both halves."""
-    return tl.inline_asm_elementwise(
-        LOOKUP,
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
+def wait_for_inputs():
+    """Until the kernels before have written all they write; those after may begin then."""
+    if OVERLAPS:
+        PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def settled(sum):
+    """The same sum, when all products in it are done."""
+    if HOPPER:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [sum], dtype=tl.float32, is_pure=True, pack=1)
+    return sum
+
+
+@triton.jit
+def in_order(words):
+    """The same words; what is made of them is not made before what stands before this call."""
+    if HOPPER:
+        KEEP: tl.constexpr = "mov.b32 $0, $1;"
+        return tl.inline_asm_elementwise(KEEP, "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        return words
+
+
+@triton.jit
+def ordered(planes):
+    found = (in_order(planes[0]),)
+    for plane in tl.static_range(1, PLANES):
+        found = found + (in_order(planes[plane]),)
+    return found
+
+
+@triton.jit
+def prefetch(codes, tile_n, tile_k):
+    """Send the first codes of each tile of 64 rows to the L2 cache, from column tile `tile_k`."""
+    slot = tl.arange(0, NT * 128)
+    place = tile_k * (128 * BITS) + slot % 128 * (PREFETCH // 4)
+    place = tl.minimum(place, TILES_K * (128 * BITS) - PREFETCH // 4)
+    row = tl.minimum(tile_n + slot // 128, TILES_N - 1).to(tl.int64) * (TILES_K * (128 * BITS))
+    address = codes + row + place
+    tl.inline_asm_elementwise(PREFETCH_PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
-    """Bits LOW to LOW + WIDTH of codes, in the low bits of both halves: int32 [K tiles, N tiles, 128 threads, 16].
-
-    With LOOKUP, values instead of codes.
-    """
-    KT: tl.constexpr = CHUNK // 64
-    NT: tl.constexpr = BLOCK_N // 64
+    """Words that hold bits LOW to LOW + WIDTH of codes: int32 [K tiles, N tiles, 128 threads, WIDTH]."""
     index = tl.arange(0, KT * NT * 128 * WIDTH)
     kt = index // (NT * 128 * WIDTH)
     nt = index // (128 * WIDTH) % NT
@@ -114,11 +173,13 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
         words = tl.load(source)
     else:
         words = tl.load(source, mask=(tile_k + kt < TILES_K) & (tile_n + nt < TILES_N), other=0)
-    fields = tl.reshape(words, (KT, NT, 128, WIDTH))
-    if LOOKUP != "":
-        first, second, third, fourth = look_up(fields)
-        return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (KT, NT, 128, 16))
-    fields = tl.join(fields, fields >> 8)
+    return tl.reshape(words, (KT, NT, 128, WIDTH))
+
+
+@triton.jit
+def extract(words, WIDTH: tl.constexpr):
+    """The fields of words, in the low bits of both halves: int32 [K tiles, N tiles, 128 threads, fields]."""
+    fields = tl.join(words, words >> 8)
     if WIDTH <= 4:
         fields = tl.join(fields, fields >> 4)
     if WIDTH <= 2:
@@ -126,26 +187,101 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
     if WIDTH <= 1:
         fields = tl.join(fields, fields >> 1)
     MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x10001
-    return tl.reshape(fields, (KT, NT, 128, 16)) & MASK
+    return tl.reshape(fields, (words.shape[0], NT, 128, words.shape[3] * 16 // WIDTH)) & MASK
 
 
 @triton.jit
-def load_weight(codes, tile_n, tile_k):
-    """Decoded weights [BLOCK_N, CHUNK], before zero points and scales."""
+def load_words(codes, tile_n, tile_k):
+    """The planes of LOADED columns of codes."""
     codes += (tile_n.to(tl.int64) * TILES_K + tile_k) * (128 * BITS)
+    planes = ()
     if BITS == 8:
-        pairs = load_plane(codes, tile_n, tile_k, 0, 8)
-    elif BITS & 4:
-        pairs = load_plane(codes, tile_n, tile_k, 0, 4)
-        if BITS & 2:
-            pairs |= load_plane(codes, tile_n, tile_k, 4, 2) << 4
-    else:
-        pairs = load_plane(codes, tile_n, tile_k, 0, 2)
+        planes = planes + (load_plane(codes, tile_n, tile_k, 0, 8),)
+    if BITS & 4:
+        planes = planes + (load_plane(codes, tile_n, tile_k, 0, 4),)
+    if BITS & 2:
+        planes = planes + (load_plane(codes, tile_n, tile_k, BITS & 4, 2),)
     if BITS & 1:
-        pairs |= load_plane(codes, tile_n, tile_k, BITS - 1, 1) << (BITS - 1)
-    low, high = decode_pair(pairs)
+        planes = planes + (load_plane(codes, tile_n, tile_k, BITS - 1, 1),)
+    return planes
+
+
+@triton.jit
+def halves(words):
+    """The words of the first and of the second half of columns."""
+    parts = tl.reshape(words, (1, NT, 128, 2, words.shape[3] // 2))
+    return tl.split(tl.permute(parts, (0, 1, 2, 4, 3)))
+
+
+@triton.jit
+def pieces(planes):
+    """Planes of LOADED columns as a tuple of planes of CHUNK columns each; only one plane can be divided."""
+    found = (planes,)
+    if PIECES > 1:
+        first, second = halves(planes[0])
+        found = ((first,), (second,))
+        if PIECES > 2:
+            a, b = halves(first)
+            c, d = halves(second)
+            found = ((a,), (b,), (c,), (d,))
+    return found
+
+
+@triton.jit
+def half_words(value):
+    """16-bit numbers in both halves of words."""
+    return (value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
+
+
+@triton.jit
+def decode_words(planes, zeros, scales):
+    """Weights [BLOCK_N, CHUNK] in COMPUTE (or float32), less zero points and, in fragments, times scales.
+
+    zeros, scales: for both rows of each thread slot, [NT * 128] each, if there are such.
+    """
+    if WORDS != "":
+        shape: tl.constexpr = (KT, NT, 128, V)
+        words = (planes[0],)
+        if ZERO_SLOTS:
+            for r in tl.static_range(2):
+                bits = zeros[r].to(tl.int32) * 0x10001 + NEGATIVE
+                words = words + (tl.broadcast_to(tl.reshape(bits, (1, NT, 128, 1)), shape),)
+        if SCALES == "fragments":
+            for r in tl.static_range(2):
+                bits = half_words(scales[r].to(COMPUTE))
+                words = words + (tl.broadcast_to(tl.reshape(bits, (1, NT, 128, 1)), shape),)
+        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
+            WORDS,
+            CONSTRAINTS,
+            words,
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        low = tl.join(tl.join(a0, a2), tl.join(a1, a3)).to(COMPUTE, bitcast=True)  # s | r
+        high = tl.join(tl.join(b0, b2), tl.join(b1, b3)).to(COMPUTE, bitcast=True)
+    else:
+        if BITS == 8:
+            pairs = extract(planes[0], 8)
+        elif BITS & 4:
+            pairs = extract(planes[0], 4)
+            if BITS & 2:
+                pairs |= extract(planes[1], 2) << 4
+        else:
+            pairs = extract(planes[0], 2)
+        if BITS & 1:
+            pairs |= extract(planes[-1], 1) << (BITS - 1)
+        low, high = decode_pair(pairs)
+        if ZERO_SLOTS:
+            zero = tl.reshape(tl.join(zeros[0], zeros[1]), (1, NT, 128, 1, 2)).to(low.dtype)
+            low = tl.reshape(low, (KT, NT, 128, 2 * V, 2)) - zero
+            high = tl.reshape(high, (KT, NT, 128, 2 * V, 2)) - zero
+        if SCALES == "fragments":
+            scale = tl.reshape(tl.join(scales[0], scales[1]), (1, NT, 128, 1, 2)).to(low.dtype)
+            low = tl.reshape(low, (KT, NT, 128, 2 * V, 2)) * scale
+            high = tl.reshape(high, (KT, NT, 128, 2 * V, 2)) * scale
     # kt nt | w h l | v s r | b, with n = 64 nt + 16 w + 8 r + h and k = 64 kt + 16 v + 8 s + 2 l + b
-    fields = tl.reshape(tl.join(low, high), (CHUNK // 64, BLOCK_N // 64, 4, 8, 4, 4, 2, 2, 2))
+    fields = tl.reshape(tl.join(low, high), (KT, NT, 4, 8, 4, V, 2, 2, 2))
     return tl.reshape(tl.permute(fields, (1, 2, 7, 3, 0, 5, 6, 4, 8)), (BLOCK_N, CHUNK))
 
 
@@ -156,6 +292,15 @@ def load_rows(values, rows, row_mask, block, COUNT: tl.constexpr):
     if EVEN_N:
         return tl.load(source)
     return tl.load(source, mask=row_mask, other=0)
+
+
+@triton.jit
+def load_slots(values, tile_n, block, COUNT: tl.constexpr):
+    """The same for the two rows r = 0, 1 of each thread slot: [NT * 128] each."""
+    slot = tl.arange(0, NT * 128)
+    rows = tile_n * 64 + slot // 128 * 64 + slot % 128 // 32 * 16 + slot % 32 // 4
+    mask = rows < TILES_N * 64
+    return load_rows(values, rows, mask, block, COUNT), load_rows(values, rows + 8, mask, block, COUNT)
 
 
 @triton.jit
@@ -174,6 +319,22 @@ def load_scale(scale, super_scale, rows, row_mask, k):
 
 
 @triton.jit
+def load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, k):
+    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scale, and its zero points' two slots."""
+    found = ()
+    for chunk in tl.static_range(CHUNKS):
+        first = k + chunk * CHUNK
+        if SCALES == "products":
+            found = found + (load_scale(scale, super_scale, n, row_mask, first),)
+        if SCALES == "fragments":
+            r0, r1 = load_slots(scale, tile_n, first // COLUMNS, GROUPS)
+            found = found + (decode_scale(r0), decode_scale(r1))
+        if ZERO_SLOTS:
+            found = found + load_slots(zero_point, tile_n, first // COLUMNS, GROUPS)
+    return found
+
+
+@triton.jit
 def scale_weights(weight, scale, zero_point, offset, super_scale, super_offset, n, row_mask, first_k):
     """Weights [BLOCK_N, CHUNK] less zero points, times scales, plus offsets."""
     k = first_k + RUN * tl.arange(0, CHUNK // RUN)[None, :]
@@ -188,13 +349,38 @@ def scale_weights(weight, scale, zero_point, offset, super_scale, super_offset, 
 
 
 @triton.jit
-def scale_columns(columns, x_scale_rows, token, first_k):
-    """Activations [CHUNK, BLOCK_M] times the scales of their groups."""
-    k = first_k + RUN * tl.arange(0, CHUNK // RUN)[:, None]
-    source = x_scale_rows[None, :] + tl.minimum(k // COLUMNS, GROUPS - 1)
-    scales = tl.load(source, mask=token[None, :], other=0.0)
-    runs = tl.reshape(columns, (CHUNK // RUN, RUN, BLOCK_M)).to(tl.float32) * scales[:, None, :]
-    return tl.reshape(runs, (CHUNK, BLOCK_M)).to(COMPUTE)
+def load_columns(x, x_scale_rows, token, first_k):
+    """Activations [CHUNK, BLOCK_M] in COMPUTE, times the scales of their groups unless those multiply products."""
+    m = tl.arange(0, BLOCK_M)
+    k = first_k + tl.arange(0, CHUNK)
+    mask = token[None, :]
+    if not EVEN_K:
+        mask = mask & (k < K)[:, None]
+    columns = decode_x(tl.load(x + m[None, :] * K + k[:, None], mask=mask, other=0.0))
+    if X_SCALE == "group" and SCALES != "products" and GROUPS > 1:
+        runs = first_k + RUN * tl.arange(0, CHUNK // RUN)[:, None]
+        source = x_scale_rows[None, :] + tl.minimum(runs // COLUMNS, GROUPS - 1)
+        scales = tl.load(source, mask=token[None, :], other=0.0)
+        scaled = tl.reshape(columns, (CHUNK // RUN, RUN, BLOCK_M)).to(tl.float32) * scales[:, None, :]
+        columns = tl.reshape(scaled, (CHUNK, BLOCK_M)).to(COMPUTE)
+    return columns
+
+
+@triton.jit
+def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk: tl.constexpr, first_k):
+    """The sum with the product of CHUNK columns, number `chunk` of those that `blocks` belongs to."""
+    first: tl.constexpr = chunk * (SCALE_SLOTS + ZERO_SLOTS)
+    zeros: tl.constexpr = first + SCALE_SLOTS
+    if OVERLAP:
+        planes = ordered(planes)
+    weight = decode_words(planes, blocks[zeros : zeros + ZERO_SLOTS], blocks[first:zeros])
+    if SCALES == "products":
+        each = blocks[first][:, None]
+        if X_SCALE == "group":
+            group = tl.minimum(first_k // COLUMNS, GROUPS - 1)
+            each = each * tl.load(x_scale_rows + group, mask=token, other=0.0)[None, :]
+        return accumulator + tl.dot(weight, columns, input_precision=PRECISION) * each
+    return tl.dot(weight, columns, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
@@ -203,49 +389,63 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
 
     x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are.
     """
-    m = tl.arange(0, BLOCK_M)
     n = tile_n * 64 + tl.arange(0, BLOCK_N)
     row_mask = n < TILES_N * 64
-    x_scale_rows = x_scale + m * GROUPS
-    factor = (scale.to(tl.int64) != 0).to(tl.float32)  # 1; M may be a constant: Inductor makes one of it where it is 1
-    if SUPER_LAST:
-        factor = load_super(super_scale, n, row_mask, 0)[:, None]
-    if ONE_SCALE and not SCALE_WEIGHTS:
-        factor = load_scale(scale, super_scale, n, row_mask, 0)[:, None]
-        if X_SCALE == "group":
-            factor = factor * tl.load(x_scale_rows, mask=token, other=0.0)[None, :]
-        if ZERO_POINTS:
-            zero = load_rows(zero_point, n, row_mask, 0, 1).to(COMPUTE)[:, None]
+    x_scale_rows = x_scale + tl.arange(0, BLOCK_M) * GROUPS
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
-        for part in tl.static_range(BLOCK_K // CHUNK):
-            chunk_k = first_k + step + part * CHUNK
-            weight = load_weight(codes, tile_n, chunk_k // 64)
-            k = chunk_k + tl.arange(0, CHUNK)
-            x_mask = token[None, :]
-            if not EVEN_K:
-                x_mask = x_mask & (k < K)[:, None]
-            columns = decode_x(tl.load(x + m[None, :] * K + k[:, None], mask=x_mask, other=0.0))
-            if SCALE_WEIGHTS:
-                weight = scale_weights(
-                    weight, scale, zero_point, offset, super_scale, super_offset, n, row_mask, chunk_k
-                )
-                if X_SCALE == "group":
-                    columns = scale_columns(columns, x_scale_rows, token, chunk_k)
-                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * factor
-            elif ONE_SCALE:
-                if ZERO_POINTS:
-                    weight = weight - zero
-                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * factor
-            else:
-                if ZERO_POINTS:
-                    zeros = load_rows(zero_point, n, row_mask, chunk_k // COLUMNS, GROUPS)
-                    weight = weight - zeros.to(COMPUTE)[:, None]
-                each = load_scale(scale, super_scale, n, row_mask, chunk_k)[:, None]
-                if X_SCALE == "group":
-                    group = tl.minimum(chunk_k // COLUMNS, GROUPS - 1)
-                    each = each * tl.load(x_scale_rows + group, mask=token, other=0.0)[None, :]
-                accumulator += tl.dot(weight, columns, input_precision=PRECISION) * each
+    if OVERLAPS:
+        prefetch(codes, tile_n, first_k // 64)
+    wait_for_inputs()
+    if SLAB:
+        words = ()
+        for step in tl.static_range(0, K_PER_SPLIT, LOADED):
+            words = words + pieces(load_words(codes, tile_n, (first_k + step) // 64))
+        blocks = ()
+        for step in tl.static_range(0, K_PER_SPLIT, BLOCK_K):
+            blocks = blocks + load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, first_k + step)
+        columns = ()
+        for step in tl.static_range(0, K_PER_SPLIT, CHUNK):
+            columns = columns + (load_columns(x, x_scale_rows, token, first_k + step),)
+        for i in tl.static_range(K_PER_SPLIT // CHUNK):
+            k = first_k + i * CHUNK
+            accumulator = add_product(accumulator, words[i], columns[i], blocks, x_scale_rows, token, i, k)
+    else:
+        blocks = load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, first_k)
+        for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
+            # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
+            next_k = first_k + tl.minimum(step + BLOCK_K, K_PER_SPLIT - BLOCK_K)
+            next_blocks = load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, next_k)
+            for part in tl.static_range(BLOCK_K // LOADED):
+                k = first_k + step + part * LOADED
+                planes = pieces(load_words(codes, tile_n, k // 64))
+                for piece in tl.static_range(PIECES):
+                    columns = load_columns(x, x_scale_rows, token, k + piece * CHUNK)
+                    if SCALES == "weights":
+                        weight = decode_words(planes[piece], (), ())
+                        weight = scale_weights(
+                            weight, scale, zero_point, offset, super_scale, super_offset, n, row_mask, k + piece * CHUNK
+                        )
+                        accumulator = tl.dot(weight, columns, accumulator, input_precision=PRECISION)
+                    else:
+                        accumulator = add_product(
+                            accumulator,
+                            planes[piece],
+                            columns,
+                            blocks,
+                            x_scale_rows,
+                            token,
+                            part * PIECES + piece,
+                            k + piece * CHUNK,
+                        )
+            if SCALES != "products" and not OVERLAP:
+                accumulator = settled(accumulator)
+            blocks = next_blocks
+    if SCALES == "total":
+        accumulator *= load_scale(scale, super_scale, n, row_mask, 0)[:, None]
+        if X_SCALE == "group":
+            accumulator *= tl.load(x_scale_rows, mask=token, other=0.0)[None, :]
+    if SUPER_LAST:
+        accumulator *= load_super(super_scale, n, row_mask, 0)[:, None]
     return accumulator
 
 
@@ -267,31 +467,45 @@ def finish(total, x_scale, bias, operand_0, y, first_m, first_n, M):
 def kernel(
     x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, bias, operand_0, y, partial, arrived, M
 ):
-    """Grid: (ceil(N / BLOCK_N), ceil(M / BLOCK_M), SPLIT).
+    """Grid: (ceil(N / BLOCK_N) * ceil(M / BLOCK_M) * SPLIT,).
 
     Pointers that the constants make needless are not read. partial: float32, BLOCK_M * BLOCK_N a program, and arrived:
-    int32, 0 for each output tile; both only for SPLIT > 1.
+    int32, 0 for each output tile, and 0 again at the end; both only for SPLIT > 1.
     """
-    first_n = tl.program_id(0) * BLOCK_N
-    first_m = tl.program_id(1) * BLOCK_M
-    split = tl.program_id(2)
+    split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    ACROSS: tl.constexpr = GROUP_M * ((N + BLOCK_N - 1) // BLOCK_N)
+    band, within = tile // ACROSS, tile % ACROSS
+    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    first_m = (band * GROUP_M + within % height) * BLOCK_M
+    block_n = within // height
     m = tl.arange(0, BLOCK_M)
-    x += first_m.to(tl.int64) * K
-    x_scale_rows = x_scale + first_m * GROUPS
-    tile_n, first_k, token = tl.program_id(0) * (BLOCK_N // 64), split * K_PER_SPLIT, first_m + m < M
     accumulator = multiply(
-        x, x_scale_rows, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, token
+        x + first_m.to(tl.int64) * K,
+        x_scale + first_m * GROUPS,
+        codes,
+        scale,
+        zero_point,
+        offset,
+        super_scale,
+        super_offset,
+        block_n * NT,
+        split * K_PER_SPLIT,
+        first_m + m < M,
     )
+    first_n = block_n * BLOCK_N
     if SPLIT == 1:
         finish(accumulator, x_scale, bias, operand_0, y, first_m, first_n, M)
     else:
-        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
         partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
-        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, cache_modifier=".cg")
+        there = (first_m + m < M)[None, :]
+        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its arrival
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.load(partial, cache_modifier=".cg")
+            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
             for other in tl.static_range(1, SPLIT):
-                total += tl.load(partial + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+                part = partial + other * (BLOCK_M * BLOCK_N)
+                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
             finish(total, x_scale, bias, operand_0, y, first_m, first_n, M)
+            tl.store(arrived + tile, 0)

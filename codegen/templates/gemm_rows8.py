@@ -1,10 +1,13 @@
 """y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) for 8-bit weights in rows, int8 or fp8, and activations alike.
 
-Scaled products: a weight's scale per tensor, channel or block, an activation's per tensor, token or group. int8
-products without blocks are summed in int32, exactly. All others are added in float32 after each BLOCK_K columns, times
-their scales; that is also what keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
+The weight is the first operand, y^T = weight x^T, so that few tokens still fill the tensor cores. Scales: a weight's
+per tensor, channel or block, an activation's per tensor, token or group. int8 products without blocks are summed in
+int32, exactly. All others are added in float32 after each BLOCK_K columns, times the scales of their blocks; that is
+also what keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
 
-Programs that share an output tile (SPLIT) each sum a part of K; the last to arrive adds the parts in their order.
+Programs that share an output tile (SPLIT) each sum a part of K; the last to arrive adds the parts in their order. A
+kernel may begin before the one before it has ended: it has sent its first weights to the L2 cache when it waits for its
+activations.
 """
 
 # mypy: ignore-errors
@@ -23,6 +26,7 @@ BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 BLOCK_K = tl.constexpr(128)
 SPLIT = tl.constexpr(1)
+HOPPER = tl.constexpr(True)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
@@ -35,6 +39,8 @@ EVEN_K = tl.constexpr(
 )
 GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
+PREFETCH = tl.constexpr(256 if EVEN_K.value and K.value % 256 == 0 else 0)
+"""Bytes of each row's first weights that are sent to the L2 cache."""
 
 
 # <decode>
@@ -68,9 +74,47 @@ def epilogue(value, bias, operand_0, n, offsets, mask):
 
 
 @triton.jit
+def wait_for_inputs():
+    """Until the kernels before have written all they write; those after may begin then."""
+    if HOPPER:
+        PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def settled(product):
+    """The same product: what is added to it afterwards is added outside of the tensor cores."""
+    if HOPPER:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [product], dtype=tl.float32, is_pure=True, pack=1)
+    return product
+
+
+@triton.jit
+def columns_of(i):
+    """The columns of step i, and where the block of columns that they belong to ends."""
+    if GROUPS == 1:
+        return i * BLOCK_K + tl.arange(0, BLOCK_K), K
+    else:
+        group = i // STEPS_PER_GROUP
+        k = group * COLUMNS + i % STEPS_PER_GROUP * BLOCK_K + tl.arange(0, BLOCK_K)
+        return k, tl.minimum(group * COLUMNS + COLUMNS, K)
+
+
+@triton.jit
+def load_factors(scale_rows, x_scale_rows, row, token, i):
+    """Scales of step i's block: of rows [BLOCK_N], and of tokens [BLOCK_M] if there are such."""
+    group = tl.minimum(i // STEPS_PER_GROUP, GROUPS - 1)
+    of_rows = decode_scale(tl.load(scale_rows + group, mask=row, other=0))
+    if X_SCALE == "group":
+        return of_rows, tl.load(x_scale_rows + group, mask=token, other=0.0)
+    else:
+        return of_rows, of_rows
+
+
+@triton.jit
 def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
-    m = first_m + tl.arange(0, BLOCK_M)[:, None]
-    n = first_n + tl.arange(0, BLOCK_N)[None, :]
+    m = first_m + tl.arange(0, BLOCK_M)[None, :]
+    n = first_n + tl.arange(0, BLOCK_N)[:, None]
     if GROUPS == 1:
         total *= decode_scale(tl.load(scale + n // ROWS, mask=n < N, other=0))
         if X_SCALE == "group":
@@ -87,65 +131,68 @@ def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
 
 @triton.jit(do_not_specialize=["M"])
 def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
-    """Grid: (ceil(N / BLOCK_N) * ceil(M / BLOCK_M), 1, SPLIT).
+    """Grid: (ceil(N / BLOCK_N) * ceil(M / BLOCK_M) * SPLIT,).
 
     Pointers that the constants make needless are not read. partial: float32, BLOCK_M * BLOCK_N a program, and arrived:
-    int32, 0 for each output tile; both only for SPLIT > 1.
+    int32, 0 for each output tile, and 0 again at the end; both only for SPLIT > 1.
     """
-    tile = tl.program_id(0)
-    split = tl.program_id(2)
+    split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
     tiles_m = tl.cdiv(M, BLOCK_M)
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    band = tile // (GROUP_M * TILES_N)
+    ACROSS: tl.constexpr = GROUP_M * ((N + BLOCK_N - 1) // BLOCK_N)
+    band, within = tile // ACROSS, tile % ACROSS
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    within = tile % (GROUP_M * TILES_N)
     first_m = (band * GROUP_M + within % height) * BLOCK_M
     first_n = within // height * BLOCK_N
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     token = first_m + m < M
     row = first_n + n < N
-    x += first_m.to(tl.int64) * K + m[:, None] * K
-    codes += first_n.to(tl.int64) * K + n[None, :] * K
+    x += first_m.to(tl.int64) * K + m[None, :] * K
     scale_rows = scale + (first_n + n) // ROWS * GROUPS
     x_scale_rows = x_scale + (first_m + m) * GROUPS
-    one = (scale.to(tl.int64) != 0).to(tl.float32)  # M may be a constant: Inductor makes one of it where it is 1
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER else tl.float32)
+    if HOPPER and PREFETCH > 0:
+        PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
+        first_k = tl.minimum(split * STEPS * BLOCK_K, K - PREFETCH)
+        address = codes + tl.minimum(first_n + n, N - 1).to(tl.int64) * K + first_k
+        tl.inline_asm_elementwise(PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+    codes += first_n.to(tl.int64) * K + n[:, None] * K
+    wait_for_inputs()
+    if GROUPS > 1:
+        factors = load_factors(scale_rows, x_scale_rows, row, token, split * STEPS)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
     for step in tl.range(0, STEPS):
         i = split * STEPS + step
-        if GROUPS == 1:
-            k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-            end = K
-        else:
-            group = i // STEPS_PER_GROUP
-            k = group * COLUMNS + i % STEPS_PER_GROUP * BLOCK_K + tl.arange(0, BLOCK_K)
-            end = tl.minimum(group * COLUMNS + COLUMNS, K)
-        x_mask = token[:, None]
-        w_mask = row[None, :]
+        k, end = columns_of(i)
+        w_mask, x_mask = row[:, None], token[None, :]
         if not EVEN_K:
-            x_mask = x_mask & (k < end)[None, :]
-            w_mask = w_mask & (k < end)[:, None]
-        left = decode_x(tl.load(x + k[None, :], mask=x_mask, other=0.0))
-        right = decode_weight(tl.load(codes + k[:, None], mask=w_mask, other=0.0))
+            w_mask = w_mask & (k < end)[None, :]
+            x_mask = x_mask & (k < end)[:, None]
+        weight = decode_weight(tl.load(codes + k[None, :], mask=w_mask, other=0.0))
+        columns = decode_x(tl.load(x + k[:, None], mask=x_mask, other=0.0))
         if INTEGER:
-            accumulator = tl.dot(left, right, accumulator, out_dtype=tl.int32)
+            accumulator = tl.dot(weight, columns, accumulator, out_dtype=tl.int32)
         elif GROUPS == 1:
-            accumulator += tl.dot(left, right, input_precision=PRECISION).to(tl.float32) * one
+            accumulator += settled(tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32))
         else:
-            group = tl.minimum(group, GROUPS - 1)
-            factor = decode_scale(tl.load(scale_rows + group, mask=row, other=0))[None, :]
+            # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
+            following = load_factors(scale_rows, x_scale_rows, row, token, i + 1)
+            factor = factors[0][:, None]
             if X_SCALE == "group":
-                factor = factor * tl.load(x_scale_rows + group, mask=token, other=0.0)[:, None]
-            accumulator += tl.dot(left, right, input_precision=PRECISION).to(tl.float32) * factor
+                factor = factor * factors[1][None, :]
+            accumulator += tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32) * factor
+            factors = following
     accumulator = accumulator.to(tl.float32)
     if SPLIT == 1:
         finish(accumulator, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
     else:
-        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + m[:, None] * BLOCK_N + n[None, :]
-        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, cache_modifier=".cg")
+        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + n[:, None] + m[None, :] * BLOCK_N
+        there = (first_m + m < M)[None, :]
+        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its arrival
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.load(partial, cache_modifier=".cg")
+            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
             for other in tl.static_range(1, SPLIT):
-                total += tl.load(partial + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
+                part = partial + other * (BLOCK_M * BLOCK_N)
+                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
             finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
+            tl.store(arrived + tile, 0)

@@ -270,6 +270,36 @@ def inspect(
 
 
 @app.command()
+def tune(
+    what: Annotated[str, typer.Argument(help="A checkpoint, or shapes N x K as 6144x4096,4096x4096.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="A preset or a configuration file; for what is not quantized yet.", show_default=False),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of rows that linears get, separated by commas.")] = "1,64,1024",
+) -> None:
+    """Time the kernels for a model's linears on this GPU, and keep the fastest; what was timed before is skipped."""
+    with _errors_told():
+        from qcompile.cli import tune as command
+
+        shapes, rows = command.parse_shapes(what), command.parse_tokens(tokens)
+        if shapes is not None and scheme is None:
+            raise ConfigError("shapes need a --scheme, such as int4; `qcompile schemes` lists them")
+        device = choose_device("cuda")
+        quiet_imports()
+        if shapes is not None and scheme is not None:
+            jobs = command.jobs_of_shapes(shapes, scheme, rows)
+        else:
+            jobs = command.jobs_of_model(Path(what), scheme, rows, device)
+        left = command.missing(jobs, device)
+        console = Console()
+        if len(left) < len(jobs):
+            console.print(f"{len(jobs) - len(left)} of {len(jobs)} are tuned already", highlight=False)
+        with Steps(len(left)) as steps:
+            command.run(left, device, steps, console)
+
+
+@app.command()
 def schemes() -> None:
     """List the presets."""
     from rich.table import Table

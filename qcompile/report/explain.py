@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from qcompile.layouts import LAYOUTS, to_layout
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import LOGICAL
 from qcompile.passes import Decline, GraphContext, Rewrite
-from qcompile.passes.context import Args, Layer
+from qcompile.passes.context import Args, Layer, example
 from qcompile.passes.quantize_attention import RULE as ATTENTION_RULE
 from qcompile.pipeline import rewrite
 from qcompile.reference import dequantize
@@ -39,6 +40,9 @@ class LayerReport:
         bytes_before, bytes_after: of the weight; None where unknown (a layer that came quantized has no original).
         sqnr_db: signal to quantization noise of the weight, 10 log10(sum w^2 / sum (w - q)^2).
         epilogue: steps fused into the kernel.
+        origin: where the choice of the kernel comes from, on GPUs (`runtime.tuning`).
+        predicted_us, measured_us: microseconds of the kernel, by the cost model and, if it was timed, in truth.
+        of_limit: the least time that the GPU's nominal rates allow, over the measured time, or else the predicted one.
         note: why the scheme differs from the rule's, or why the layer was left.
     """
 
@@ -50,7 +54,21 @@ class LayerReport:
     bytes_after: int | None = None
     sqnr_db: float | None = None
     epilogue: tuple[str, ...] = ()
+    origin: str = ""
+    predicted_us: float | None = None
+    measured_us: float | None = None
+    of_limit: float | None = None
     note: str = ""
+
+    def _time(self) -> str:
+        """The measured time, or else the predicted one, which is marked."""
+        if self.measured_us is not None:
+            return f"{self.measured_us:.1f}"
+        return "" if self.predicted_us is None else f"~{self.predicted_us:.1f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 @dataclass(frozen=True)
@@ -89,12 +107,14 @@ class Explanation:
     def __rich__(self) -> Any:
         from rich.table import Table
 
+        timed = any(layer.origin for layer in self.layers)
         table = Table(title=f"{len(self.layers)} layers in {self.graphs} graph{'s' if self.graphs != 1 else ''}")
         for title, justify in (
             ("layer", "left"), ("N x K", "right"), ("scheme", "left"), ("kernel", "left"), ("KB before", "right"),
-            ("after", "right"), ("SQNR dB", "right"), ("fused", "left"), ("note", "left"),
+            ("after", "right"), ("SQNR dB", "right"), ("fused", "left"),
+            *((("chosen by", "left"), ("us", "right"), ("of limit", "right")) if timed else ()), ("note", "left"),
         ):  # fmt: skip
-            table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+            table.add_column(title, justify=justify, overflow="fold")
         for layer in self.layers:
             table.add_row(
                 layer.name,
@@ -105,6 +125,7 @@ class Explanation:
                 "" if layer.bytes_after is None else f"{layer.bytes_after / 1024:.0f}",
                 "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
                 ", ".join(layer.epilogue),
+                *([layer.origin, layer._time(), _percent(layer.of_limit)] if timed else []),
                 layer.note,
             )
         table.caption = self._attention() or None
@@ -128,6 +149,22 @@ def kernel_name(spec: LinearSpec, device_type: str) -> str:
     return cpu.kernel_name(spec)
 
 
+def _plan(spec: LinearSpec, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What `LayerReport` says of the kernel that a GPU runs for so many rows."""
+    from qcompile.runtime import gpu
+
+    plan = gpu.plan(spec, rows, dtype, device)
+    if plan is None:
+        return {}
+    return {
+        "kernel": plan.kernel,
+        "origin": plan.origin,
+        "predicted_us": plan.predicted_us,
+        "measured_us": plan.measured_us,
+        "of_limit": plan.limit_us / (plan.measured_us or plan.predicted_us),
+    }
+
+
 def _sqnr(weights: Sequence[Tensor], transposed: bool, layer: Layer) -> float:
     assert layer.packed is not None
     original = torch.cat([w.t() if transposed else w for w in weights]).float()
@@ -143,11 +180,16 @@ def _report(context: GraphContext, node: fx.Node, layer: Layer) -> LayerReport:
         originals = [context.values[p] for p in layer.weight.parts]
         before = sum(w.numel() * w.element_size() for w in originals)
         sqnr = _sqnr(originals, layer.weight.transposed, layer)
+    times: dict[str, Any] = {"kernel": kernel_name(spec, codes.device.type)}
+    x = example(node.args[Args.index("x")])
+    rows = math.prod(x.shape[:-1])
+    if codes.device.type == "cuda" and isinstance(rows, int):
+        times |= _plan(spec, rows, x.dtype, codes.device)
     return LayerReport(
         name=layer.name,
         shape=spec.shape,
         scheme=str(layer.scheme),
-        kernel=kernel_name(spec, codes.device.type),
+        **times,
         bytes_before=before,
         bytes_after=None if layer.packed is None else layer.packed.nbytes,
         sqnr_db=sqnr,
@@ -174,6 +216,46 @@ def _experts(model: nn.Module, config: QuantConfig | None) -> Iterator[LayerRepo
             yield LayerReport(name, None, None, note="torch.compile leaves experts; qcompile.quantize_ quantizes them")
 
 
+def _rewritten(
+    model: Callable[..., Any], inputs: Sequence[Any], keyword_inputs: Mapping[str, Any], config: QuantConfig | None
+) -> list[GraphContext]:
+    """The graphs of a model as the backend rewrites them; the model runs once, as it is."""
+    contexts: list[GraphContext] = []
+
+    def dry_run(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        check_gradients(example_inputs)
+        contexts.append(rewrite(graph_module, example_inputs, config))
+        return graph_module.forward
+
+    compat.reset_compiler()
+    with compat.plain_backend_errors():
+        torch.compile(model, backend=dry_run)(*inputs, **keyword_inputs)
+    compat.reset_compiler()
+    return contexts
+
+
+def _linears(context: GraphContext) -> list[fx.Node]:
+    """The quantized linears in the order of the graph."""
+    order = {node: position for position, node in enumerate(context.graph.nodes)}
+    return sorted(context.layers, key=order.__getitem__)
+
+
+@torch.no_grad()
+def linear_specs(
+    model: Callable[..., Any], *inputs: Any, config: QuantConfig | None = None, **keyword_inputs: Any
+) -> dict[str, LinearSpec]:
+    """The quantized linears that the backend would make of a model, merged and with their epilogues, by name.
+
+    Raises:
+        ConfigError, LayerError: as the backend would.
+    """
+    found = {}
+    for context in _rewritten(model, inputs, keyword_inputs, config):
+        for node in _linears(context):
+            found[context.layers[node].name] = decode_spec(node.args[Args.index("spec")])  # type: ignore[arg-type]
+    return found
+
+
 @torch.no_grad()
 def explain(
     model: nn.Module | Callable[..., Any],
@@ -194,23 +276,12 @@ def explain(
     declined: list[Decline] = []
     attention: list[Rewrite] = []
     graphs = 0
-
-    def dry_run(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        nonlocal graphs
-        check_gradients(example_inputs)
-        context = rewrite(graph_module, example_inputs, parsed)
+    for context in _rewritten(model, inputs, keyword_inputs, parsed):
         graphs += 1
-        order = {node: position for position, node in enumerate(context.graph.nodes)}
-        layers.extend(_report(context, n, context.layers[n]) for n in sorted(context.layers, key=order.__getitem__))
+        layers.extend(_report(context, node, context.layers[node]) for node in _linears(context))
         layers.extend(LayerReport(name, None, None, note=reason) for name, reason in context.left.items())
         declined.extend(e for e in context.events if isinstance(e, Decline))
         attention.extend(e for e in context.events if isinstance(e, Rewrite) and e.rule == ATTENTION_RULE)
-        return graph_module.forward
-
-    compat.reset_compiler()
-    with compat.plain_backend_errors():
-        torch.compile(model, backend=dry_run)(*inputs, **keyword_inputs)
-    compat.reset_compiler()
     if isinstance(model, nn.Module):
         layers.extend(_experts(model, parsed))
     return Explanation(tuple(layers), tuple(declined), graphs, tuple(attention))

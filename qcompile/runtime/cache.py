@@ -22,7 +22,7 @@ def digest(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:32]
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Write under another name, then rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -51,9 +51,9 @@ def store(source: str) -> Path:
     except OSError:
         intact = False
     if not intact:
-        _write(path, source)
+        write_file(path, source)
     if flags.dump is not None:
-        _write(flags.dump / "kernels" / f"{name}.py", source)
+        write_file(flags.dump / "kernels" / f"{name}.py", source)
     return path
 
 

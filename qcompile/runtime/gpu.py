@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompile.codegen.cost_model import candidates, rank
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, kernel_spec, native_fp8
+from qcompile.codegen.predict import limit, predict
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, native_fp8, overlaps
 from qcompile.errors import DeviceError
+from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache
+from qcompile.runtime import cache, vendor
+from qcompile.runtime.counters import zeros_kept_zero
+from qcompile.runtime.tuning import Chosen, choose, gpu_family, show
+from qcompile.tensors import by_bytes
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST_BUCKET = 4096
@@ -34,23 +38,17 @@ def target_of(device: torch.device) -> str:
 
 
 def bucket(m: int) -> int:
-    """The largest M that shares M's kernel: powers of two from 16 to 4096, and that for all above."""
-    size = 16
+    """The largest M that shares M's kernel: 1, powers of two from 16 to 4096, and that for all above."""
+    size = 1 if m <= 1 else 16
     while size < min(m, _LARGEST_BUCKET):
         size *= 2
     return size
 
 
 @functools.cache
-def choose(spec: LinearSpec, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str) -> KernelSpec:
-    """The kernel for M up to `m`, a `bucket`, by the cost model."""
-    like = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
-    return rank(candidates(like, m), m)[0]
-
-
-def by_bytes(tensor: Tensor) -> Tensor:
-    """8-bit floats as uint8."""
-    return tensor.view(torch.uint8) if tensor.element_size() == 1 and tensor.is_floating_point() else tensor
+def name_of(device: torch.device) -> str:
+    """The key of the tables of choices: "nvidia-h100"; "" where there is no GPU."""
+    return gpu_family(torch.cuda.get_device_name(device)) if torch.cuda.is_available() else ""
 
 
 def launch(
@@ -68,35 +66,35 @@ def launch(
     y = x.new_empty((m, kernel.n), dtype=out_dtype)
     if m == 0:
         return y
-    tiles_m, tiles_n = -(-m // tile.m), -(-kernel.n // tile.n)
-    fragment = kernel.template == "gemm_fragment"
+    tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
     native = native_fp8(kernel.target)
     codes = weight.codes if native else by_bytes(weight.codes)
 
     def stored(tensor: Tensor | None) -> Tensor:
-        # Pointers that a kernel does not use get some input, so that one signature serves all. Never an output:
-        # compilers that clone what a kernel writes would give each of its names a copy of its own.
+        # Pointers that a kernel does not use get some input, so that one signature serves all.
         return codes if tensor is None else by_bytes(tensor)
 
     partial = arrived = codes
     if tile.split > 1:
-        partial = x.new_empty(tiles_m * tiles_n * tile.split * tile.m * tile.n, dtype=torch.float32)
-        arrived = x.new_zeros(tiles_m * tiles_n, dtype=torch.int32)
-    more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset) if fragment else ()
-    function[(tiles_n, tiles_m, tile.split) if fragment else (tiles_m * tiles_n, 1, tile.split)](
+        partial = x.new_empty(tiles * tile.split * tile.m * tile.n, dtype=torch.float32)
+        arrived = zeros_kept_zero(tiles, x.device)
+    options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if overlaps(kernel.target) and x.device.type != "cpu":  # which has Triton's interpreter
+        options["launch_pdl"] = True
+    more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
+    function[(tiles * tile.split,)](
         x.contiguous() if native else by_bytes(x.contiguous()),
         stored(None if x_scale is None else x_scale.contiguous()),
         codes,
         stored(weight.scale),
-        *map(stored, more),
+        *(map(stored, more) if kernel.template == "gemm_fragment" else ()),
         stored(bias),
         *([operand.contiguous() for operand in operands] or [codes]),
         y,
         partial,
         arrived,
         m,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **options,
     )
     return y
 
@@ -133,7 +131,6 @@ def gemm(
     operands: list[Tensor],
     spec: LinearSpec,
     out_dtype: torch.dtype,
-    wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
     """The product of activations and a packed weight, with the epilogue of `spec`.
 
@@ -144,7 +141,6 @@ def gemm(
         bias: [N].
         operands: of the epilogue's steps, each [M, N].
         out_dtype: float32, bfloat16 or float16.
-        wrap: `torch.library.wrap_triton` while tracing.
 
     Returns:
         [M, N].
@@ -152,27 +148,91 @@ def gemm(
     Raises:
         DeviceError: activations of another type than float32, bfloat16 and float16.
     """
+    check_dtypes(x, x_scale, out_dtype)
+    packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
+    if not has_kernel(spec):
+        return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
+    if flags.tune and may_time(x):
+        tune(spec, bucket(x.shape[0]), x.dtype if x_scale is None else out_dtype, x.device)
+    return execute(choice_for(x, spec, out_dtype), x, x_scale, packed, bias, operands, spec)
+
+
+def check_dtypes(x: Tensor, x_scale: Tensor | None, out_dtype: torch.dtype) -> None:
+    """
+    Raises:
+        DeviceError: activations of another type than float32, bfloat16 and float16.
+    """
     if x_scale is None and x.dtype not in _X_DTYPES:
         raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 activations, not {x.dtype}: cast the model")
     if out_dtype not in _X_DTYPES:
         raise DeviceError(f"GPU kernels return float32, bfloat16 or float16, not {out_dtype}: cast the model")
-    packed = PackedWeight.from_tensors(weight, spec.shape, spec.scheme.weight, spec.layout)
-    if not has_kernel(spec):
-        return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
-    kernel = choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device))
-    function = wrap(cache.load(kernel).kernel)
-    # Triton launches on the current device.
-    guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
-    with guard:
-        return launch(kernel, function, x, x_scale, packed, bias, operands, out_dtype)
+
+
+def choice_for(x: Tensor, spec: LinearSpec, out_dtype: torch.dtype) -> Chosen:
+    """What multiplies activations like `x` (which the scheme has quantized, if it does that)."""
+    return choose(spec, bucket(x.shape[0]), x.dtype, out_dtype, target_of(x.device), name_of(x.device))
+
+
+def may_time(x: Tensor) -> bool:
+    """Whether kernels may be timed now: on a GPU, while no compiler traces and nothing is captured."""
+    return type(x) is Tensor and x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
-def gemm_operator() -> Any:
-    """`torch.ops.qcompile.gemm`, registered at the first call: compilers see through it to the Triton kernel."""
+def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Time the kernels for a linear, once a process, unless the user's table has this shape and bucket.
 
-    @torch.library.triton_op("qcompile::gemm", mutates_args={})
-    def gemm_op(
+    Args:
+        m: a `bucket`.
+        dtype: of the activations before they are quantized.
+
+    Raises:
+        OSError: the table cannot be written.
+    """
+    if has_kernel(spec) and dtype in _X_DTYPES:
+        from qcompile.runtime import measure
+
+        measure.tune(measure.Job(name="", spec=replace(spec, epilogue=()), m=m, dtype=dtype), device)
+
+
+def execute(
+    chosen: Chosen,
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    spec: LinearSpec,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """`gemm` with a choice that is made."""
+    out_dtype = getattr(torch, chosen.kernel.out_dtype)
+    # Triton launches on the current device.
+    guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+    with guard:
+        if chosen.vendor is None or x.shape[0] == 0:
+            function = wrap(cache.load(chosen.kernel).kernel)
+            return launch(chosen.kernel, function, x, x_scale, weight, bias, operands, out_dtype)
+        product = vendor.PATHS[chosen.vendor](x, x_scale, weight, chosen.kernel, wrap)
+        return vendor.finish(product, bias, operands, spec, chosen.kernel, wrap)
+
+
+def torch_multiplies(x: Tensor, x_scale: Tensor | None, spec: LinearSpec, out_dtype: torch.dtype) -> bool:
+    """Whether the product of `gemm` is one of torch's own, which compilers can fuse with what surrounds it."""
+    check_dtypes(x, x_scale, out_dtype)
+    return not has_kernel(spec) or choice_for(x, spec, out_dtype).vendor is not None
+
+
+@functools.cache
+def visible_gemm() -> Any:
+    """`torch.ops.qcompile.visible_gemm`, registered at the first call: a `gemm` that compilers see through.
+
+    For products of torch's own. Our kernels are launched in ways that compilers do not know of: before the kernel
+    before has ended, and with counters that are zero before and after.
+    """
+
+    @torch.library.triton_op("qcompile::visible_gemm", mutates_args={})
+    def visible(
         x: Tensor,
         x_scale: Tensor | None,
         weight: list[Tensor],
@@ -181,10 +241,50 @@ def gemm_operator() -> Any:
         spec: str,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        wrap = torch.library.wrap_triton
-        return gemm(x, x_scale, weight, bias, operands, decode_spec(spec), out_dtype, wrap)
+        parsed, wrap = decode_spec(spec), torch.library.wrap_triton
+        packed = PackedWeight.from_tensors(weight, parsed.shape, parsed.scheme.weight, parsed.layout)
+        if not has_kernel(parsed):
+            return _decoded(x, x_scale, packed, bias, operands, parsed, out_dtype)
+        return execute(choice_for(x, parsed, out_dtype), x, x_scale, packed, bias, operands, parsed, wrap)
 
-    return torch.ops.qcompile.gemm
+    return torch.ops.qcompile.visible_gemm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs a linear for a number of rows, for reports.
+
+    Attributes:
+        kernel: the template and its tile, or torch's product.
+        origin: where the choice comes from (`tuning.Chosen`).
+        predicted_us: by the cost model.
+        measured_us: of this shape and bucket of M, if it was timed.
+        limit_us: what the device could do at best, by its nominal rates.
+    """
+
+    kernel: str
+    origin: str
+    predicted_us: float
+    measured_us: float | None
+    limit_us: float
+
+
+def plan(spec: LinearSpec, rows: int, dtype: torch.dtype, device: torch.device) -> Plan | None:
+    """The plan for activations of `dtype`, before they are quantized; None for layouts without a kernel."""
+    if not has_kernel(spec) or dtype not in _X_DTYPES:
+        return None
+    activation = spec.scheme.activation
+    x_dtype = dtype if activation is None else activation.format.native_dtype
+    assert x_dtype is not None
+    chosen = choose(spec, bucket(rows), x_dtype, dtype, target_of(device), name_of(device))
+    tile = show(chosen.kernel.tile) if chosen.vendor is None else ""
+    return Plan(
+        kernel=f"{chosen.name} {tile}".strip(),
+        origin=chosen.origin,
+        predicted_us=1e6 * predict(chosen.kernel, rows, chosen.vendor),
+        measured_us=chosen.us,
+        limit_us=1e6 * limit(chosen.kernel, rows if chosen.us is None else bucket(rows)),
+    )
 
 
 def kernel_name(spec: LinearSpec) -> str:

@@ -18,8 +18,9 @@ from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache
-from qcompile.runtime.gpu import bucket, by_bytes, target_of
+from qcompile.runtime.gpu import bucket, target_of
 from qcompile.stacks import padded_rows
+from qcompile.tensors import by_bytes
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -30,7 +31,11 @@ def choose(
 ) -> GroupedSpec:
     """The kernel for experts with up to `m` rows, by the cost model of one expert's product."""
     like = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
-    whole = [kernel for kernel in candidates(like, m) if kernel.tile.split == 1]
+    whole = [
+        kernel
+        for kernel in candidates(like, m)
+        if kernel.tile.split == 1 and kernel.tile.form == "loop" and not kernel.tile.overlap
+    ]
     return grouped_spec(rank(whole, m)[0], experts)
 
 

@@ -124,25 +124,28 @@ def awq_tensors(p: Problem) -> dict[str, Tensor]:
     return {"qweight": interleaved(p.codes.t()), "qzeros": interleaved(p.zeros.t()), "scales": p.scales.t()}
 
 
-def write_llama(
-    folder: Path, config: dict[str, Any], pack: Callable[[str, tuple[int, int]], tuple[dict[str, Tensor], Tensor]]
-) -> nn.Module:
+Pack = Callable[[str, tuple[int, int]], tuple[dict[str, Tensor], Tensor]]
+"""From a linear's name and (N, K) to its tensors and the weight [N, K] that they stand for; no tensors leave the linear
+as it is."""
+
+
+def write_llama(folder: Path, config: dict[str, Any], pack: Pack, **sizes: int) -> nn.Module:
     """A checkpoint of a Llama with 2 layers, whose linears in layers are quantized.
 
     Args:
         config: its `quantization_config`.
-        pack: from a linear's name and (N, K) to its tensors and the weight [N, K] that they stand for; no tensors leave
-            the linear as it is.
+        sizes: of the model, as transformers calls them, other than those below.
 
     Returns:
         transformers' model with those weights, float32.
     """
     import transformers
 
-    description = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, dtype="float32",
-    )  # fmt: skip
+    chosen: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "dtype": "float32",
+    } | sizes  # fmt: skip
+    description = transformers.LlamaConfig(**chosen)
     model = transformers.LlamaForCausalLM(description).eval().requires_grad_(False)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, module in model.model.layers.named_modules(prefix="model.layers"):
@@ -151,7 +154,8 @@ def write_llama(
             if packed:
                 module.weight.data = weight
                 del tensors[f"{name}.weight"]
-                tensors |= {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in packed.items()}
+                copies = {s: t.clone(memory_format=torch.contiguous_format) for s, t in packed.items()}
+                tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in copies.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     described = {**description.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": config}
     (folder / "config.json").write_text(json.dumps(described))

@@ -61,6 +61,30 @@ def digest(weight: Tensor) -> str:
     return hashlib.sha256((weight + 0.0).contiguous().numpy().tobytes()).hexdigest()
 
 
+def fp8_tensors(
+    shape: tuple[int, int],
+    tile: tuple[int, int] | None,
+    suffix: str = "weight_scale_inv",
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A random layer in FP8, and its weight.
+
+    Args:
+        tile: rows and columns that share a scale, the last ones fewer; by default there is one scale, [].
+        scale_dtype: float32, or float8_e8m0fnu for powers of two.
+    """
+    codes = torch.randn(shape).to(dtype)
+    rows, columns = tile or shape
+    scale = torch.rand(-(-shape[0] // rows), -(-shape[1] // columns)) / 8
+    if scale_dtype != torch.float32:
+        scale = torch.randint(-7, -2, scale.shape).float().exp2()
+    whole = scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    scale = (scale if tile else scale.reshape(())).to(scale_dtype)
+    return {"weight": codes, suffix: scale}, codes.float() * whole[: shape[0], : shape[1]]
+
+
 def linears(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, LoadedLinear]:
     """The quantized layers of a model, by name; of their tensors only scales of KV caches may be left over."""
     store = open_store(folder)
@@ -86,11 +110,14 @@ def check_model(folder: Path, expected: nn.Module) -> nn.Module:
     return model
 
 
-def check_logits(model: nn.Module, expected: nn.Module) -> None:
+def check_logits(model: nn.Module, expected: nn.Module, rounding_floor: float = LLAMA_FLOOR) -> None:
     """A model with quantized linears computes nearly the logits of one without.
 
     Two evaluations in float32 differ by rounding; where inputs are quantized, each linear adds their noise, and noises
     are independent.
+
+    Args:
+        rounding_floor: the least SQNR in dB where no inputs are quantized.
     """
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(quantized) >= 7
@@ -98,7 +125,7 @@ def check_logits(model: nn.Module, expected: nn.Module) -> None:
     worst = min(
         (float_sqnr_floor(3) if a.format.name.startswith("fp8") else INT8_FLOOR for a in activations), default=0
     )
-    floor = worst - 10 * math.log10(len(quantized)) if activations else LLAMA_FLOOR
+    floor = worst - 10 * math.log10(len(quantized)) if activations else rounding_floor
     with torch.no_grad():
         tokens = torch.arange(12, device=next(expected.parameters()).device).view(1, 12)
         assert sqnr(expected(tokens).logits, model(tokens).logits) >= floor

@@ -58,15 +58,22 @@ def parameter_of(experts: QuantizedExperts, projection: str, transposed: bool) -
     return weight.transpose(1, 2) if transposed else weight
 
 
-def check_same(model: nn.Module, expected: nn.Module) -> None:
-    """Quantized experts have the very weights of the others, and the models compute the same."""
+def check_same(model: nn.Module, expected: nn.Module, floor: float = FLOOR) -> None:
+    """Quantized experts have the very weights of the others, and the models compute the same but for `floor`."""
     quantized = experts_of(model)
     for name, experts in experts_of(expected).items():
         loaded = quantized[name]
         assert isinstance(loaded, QuantizedExperts), name
         for projection in ("gate_up_proj", "down_proj"):
             weight = parameter_of(loaded, projection, experts.is_transposed)
-            assert torch.equal(weight, getattr(experts, projection)), f"{name}.{projection}"
+            own = getattr(experts, projection)
+            assert torch.equal(weight.to(own.device), own), f"{name}.{projection}"
+    check_logits(model, expected, floor)
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module, expected: nn.Module, floor: float = FLOOR) -> None:
+    """The models, wherever they are, compute the same but for `floor`."""
     tokens = torch.randint(0, 96, (2, 11))
-    with torch.no_grad():
-        assert tolerance.sqnr(expected(tokens).logits, model(tokens).logits) >= FLOOR
+    one, other = (m(tokens.to(m.get_input_embeddings().weight.device)).logits for m in (expected, model))
+    assert tolerance.sqnr(one, other) >= floor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from qcompile.errors import CheckpointError, ConfigError, LayerError
 from qcompile.experts import GroupedLinear, QuantizedExperts, expert_modules
 from qcompile.reference import dequantize
 from tests import tolerance
-from tests.checkpoint.integer_files import awq_tensors, gptq_tensors, problem
+from tests.checkpoint.integer_files import Pack, awq_tensors, gptq_tensors, problem
+from tests.checkpoint.layer_files import fp8_tensors
 from tests.checkpoint.moe_files import FLOOR, check_same, experts_of, make_moe, parameter_of
 
 EXPERTS_ONLY = {"rules": [{"layers": "*experts", "scheme": "mxfp4"}]}
-Pack = Callable[[str, tuple[int, int]], tuple[dict[str, Tensor], Tensor]]
 
 
 def write(folder: Path, kind: str, config: dict[str, Any], pack: Pack) -> nn.Module:
@@ -77,10 +76,7 @@ def awq(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
 
 def fp8(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
     """Tiles of 32 x 32, as DeepSeek's of 128 x 128."""
-    codes = torch.randn(shape).to(torch.float8_e4m3fn)
-    scale = torch.rand(shape[0] // 32, shape[1] // 32) / 8
-    weight = codes.float() * scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
-    return {"weight": codes, "weight_scale_inv": scale}, weight
+    return fp8_tensors(shape, (32, 32))
 
 
 def nvfp4(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]:
@@ -95,6 +91,10 @@ def nvfp4(name: str, shape: tuple[int, int]) -> tuple[dict[str, Tensor], Tensor]
 
 
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+FP8_CONFIG = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+FP8_FLOOR = tolerance.float_sqnr_floor(3) - 9.1
+"""8 products in a row have inputs in fp8; noises add up."""
 NVFP4_CONFIG = {
     "quant_method": "compressed-tensors",
     "format": "nvfp4-pack-quantized",
@@ -120,7 +120,7 @@ NVFP4_CONFIG = {
     [
         (GPTQ_CONFIG, gptq),
         ({**GPTQ_CONFIG, "desc_act": True}, gptq_act_order),
-        ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, awq),
+        (AWQ_CONFIG, awq),
         (NVFP4_CONFIG, nvfp4),
     ],
     ids=["gptq", "gptq act-order", "awq", "nvfp4"],
@@ -134,19 +134,11 @@ def test_experts_apart(kind: str, config: dict[str, Any], pack: Pack, tmp_path: 
 
 
 def test_fp8_experts_quantize_their_inputs(tmp_path: Path) -> None:
-    config = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
-    expected = write(tmp_path, "qwen3_moe", config, fp8)
+    expected = write(tmp_path, "qwen3_moe", FP8_CONFIG, fp8)
     model = load(tmp_path, progress=False)
-    for name, experts in experts_of(expected).items():
-        loaded = experts_of(model)[name]
-        assert isinstance(loaded, QuantizedExperts)
-        assert str(loaded.down_proj.scheme.activation) == "fp8_e4m3 dynamic per group 32"
-        for projection in ("gate_up_proj", "down_proj"):
-            assert torch.equal(parameter_of(loaded, projection, False), getattr(experts, projection))
-    tokens = torch.randint(0, 96, (2, 11))
-    # 8 products in a row have inputs in fp8; noises add up.
-    floor = tolerance.float_sqnr_floor(3) - 9.1
-    assert tolerance.sqnr(expected(tokens).logits, model(tokens).logits) >= floor
+    for experts in experts_of(model).values():
+        assert str(experts.down_proj.scheme.activation) == "fp8_e4m3 dynamic per group 32"
+    check_same(model, expected, FP8_FLOOR)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])

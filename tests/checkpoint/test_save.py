@@ -111,6 +111,7 @@ MIXED = ["int8", "int4_fp8", "int4_int8"]
 GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "int4", "int3"]
 
 
+@pytest.mark.filterwarnings("ignore:.*NVFP4 global scales")
 @pytest.mark.parametrize(
     ("scheme", "format"),
     [
@@ -126,6 +127,7 @@ def test_what_is_saved_is_what_is_loaded(scheme, format, tmp_path):
     same(model, load(tmp_path, format))
 
 
+@pytest.mark.filterwarnings("ignore:.*NVFP4 global scales")
 @pytest.mark.parametrize("scheme", [*INTEGERS, *FLOATS, *MIXED])
 def test_transformers_reads_compressed_tensors(scheme, tmp_path):
     pytest.importorskip("compressed_tensors")
@@ -257,6 +259,50 @@ def test_layers_of_several_schemes(tmp_path):
         assert name.startswith("-:") == (settings == {})
     with pytest.raises(CheckpointError, match="no integer of 4 bits"):
         qcompile.save(model, tmp_path / "awq", "awq")
+
+
+def test_rules_also_name_what_vllm_fuses(tmp_path):
+    """vLLM reads gate_proj and up_proj as gate_up_proj, and looks for the settings of that."""
+    eight = {"weight": {"format": "int8", "group_size": 64, "scale_dtype": "float16"}}
+    rules = [{"layers": "lm_head", "scheme": None}, {"layers": "*.0.mlp.*", "scheme": eight}]
+    four = {"weight": {"format": "int4", "group_size": 64, "scale_dtype": "float16"}}
+    model = qcompile.quantize_(llama(), {"rules": [*rules, {"layers": "*", "scheme": four}]}, progress=False)
+    qcompile.save(model, tmp_path, "gptq")
+    dynamic = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["dynamic"]
+    for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj"):
+        found = [v for k, v in dynamic.items() if re.match(k.removeprefix("+:"), f"model.layers.0.mlp.{name}")]
+        assert found == [{"bits": 8, "group_size": 64, "desc_act": False}]
+    assert len(dynamic) == 4
+    same(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("head", [None, "int4"])
+def test_a_quantized_head_is_a_target_by_name(head, tmp_path):
+    """To vLLM it is no Linear."""
+    rules = [{"layers": "lm_head", "scheme": head}, {"layers": "*", "scheme": "int4"}]
+    model = qcompile.quantize_(llama(num_hidden_layers=1), {"rules": rules}, progress=False)
+    qcompile.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["targets"] == (["Linear", "lm_head"] if head else ["Linear"])
+    assert config["ignore"] == ([] if head else ["lm_head"])
+    same(model, load(tmp_path))
+
+
+def test_global_scales_that_vllm_would_fuse_are_told(tmp_path):
+    model = quantized("nvfp4", num_hidden_layers=2)
+    with pytest.warns(
+        UserWarning, match=r"layers\.0\.self_attn\.q_proj, .*v_proj, and layers of 3 more sets, have NVFP4.*vLLM"
+    ):
+        qcompile.save(model, tmp_path / "apart")
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    plain = llama(num_hidden_layers=1)
+    for name, linear in plain.named_modules():
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            linear.weight.data.fill_(0.5)[0, 0] = weight.abs().max()
+    rules = [{"layers": "lm_head", "scheme": None}, {"layers": "*", "scheme": "nvfp4"}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qcompile.save(qcompile.quantize_(plain, {"rules": rules}, progress=False), tmp_path / "alike")
 
 
 def test_biases_and_a_static_input_scale(tmp_path):

@@ -89,6 +89,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "intx rows": lambda: intx(4, MappingType.ASYMMETRIC, torch.float16, (1, 64)),
     "float8 rows": lambda: float8(PerRow()),
     "float8 tensor": lambda: float8(PerTensor()),
+    "float8 rows, inputs too": lambda: float8(PerRow(), PerRow()),
+    "int8 rows, inputs too": lambda: int8(act_quant_kwargs=act()),
     "float8 blocks": lambda: float8(PerBlock([128, 128]), PerBlock([1, 128]), (256, 384)),
     "mxfp8": lambda: MXTensor.to_mx(weight(48, 96), torch.float8_e4m3fn, 32),
     "mxfp8 e5m2": lambda: MXTensor.to_mx(weight(48, 96), torch.float8_e5m2, 32),
@@ -353,21 +355,27 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("shards", ["1GB", "40KB"])
-@pytest.mark.parametrize("name", ["int4", "float8"])
-def test_models_that_transformers_saved(tmp_path, name, shards):
+def save_model(folder: Path, name: str, shards: str = "1GB") -> nn.Module:
+    """A checkpoint of a Llama that torchao quantized, in the folder "quantized", and that model."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     shape = transformers.LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / "original")
+    transformers.LlamaForCausalLM(shape).save_pretrained(folder / "original")
     config = transformers.TorchAoConfig(CONFIGS[name]())
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "original", quantization_config=config, dtype=torch.float32
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "original", quantization_config=config, dtype=torch.float32
     )
-    model.save_pretrained(tmp_path / "quantized", max_shard_size=shards)
+    model.save_pretrained(folder / "quantized", max_shard_size=shards)
+    return model
+
+
+@pytest.mark.parametrize("shards", ["1GB", "40KB"])
+@pytest.mark.parametrize("name", ["int4", "float8"])
+def test_models_that_transformers_saved(tmp_path, name, shards):
+    model = save_model(tmp_path, name, shards)
     assert len(list((tmp_path / "quantized").glob("*.safetensors"))) > (shards == "40KB")
     loaded = qcompile.load(tmp_path / "quantized", progress=False)
     ids = torch.arange(8)[None]

@@ -22,19 +22,38 @@ def calls(*arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("preset", ["int4", "nf4", "int8", "fp8"])
-def test_one_length_inlines_the_kernel_and_quantization_joins_the_norm(preset):
+def test_quantization_joins_the_norm_and_the_product_is_one_call(preset):
     norm, product = calls(preset, "static")
     assert norm.startswith("triton_")
     assert "rsqrt" in norm or "rms_norm" in norm
     assert ("amax" in norm) == (preset in ("int8", "fp8"))
-    assert product.startswith("qcompile_")
+    assert "torch.ops.qcompile.gemm" in product
+
+
+def test_a_long_input_decodes_the_weight_and_the_epilogue_follows_torchs_product():
+    decode, norm, product, epilogue = calls("int4", "static", "2048", "4096", "4096")
+    assert decode.startswith("qcompile_")
+    assert "rsqrt" in norm
+    assert product.startswith("extern_kernels.mm(")
+    assert epilogue.startswith("triton_poi_")
+    assert "sigmoid" in epilogue
+    assert "mul" in epilogue
+
+
+def test_long_fp8_inputs_are_multiplied_by_torch_between_two_fused_kernels():
+    norm, product, epilogue = calls("fp8", "static", "2048", "4096", "4096")
+    assert "rsqrt" in norm
+    assert "amax" in norm
+    assert product.startswith("extern_kernels._scaled_mm(")
+    assert "use_fast_accum=False" in product
+    assert "sigmoid" in epilogue
 
 
 def test_any_length_takes_one_graph_that_chooses_at_run_time():
     norm, product = calls("fp8", "dynamic")
     assert "rsqrt" in norm or "rms_norm" in norm
     assert "amax" in norm
-    assert "torch.ops.qcompile.gemm_dynamic" in product
+    assert "torch.ops.qcompile.gemm" in product
 
 
 def test_experts_are_one_kernel_a_projection_and_nothing_is_read_back():

@@ -14,6 +14,8 @@ from torch import nn
 import qcompile
 from qcompile import backend, compat
 from qcompile.errors import ConfigError, GradientError, WeightReleasedError
+from qcompile.flags import flags
+from qcompile.linear_spec import decode_spec
 from tests import tolerance
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -124,11 +126,39 @@ def test_mode_argument(monkeypatch):
         ({"config": "int44"}, "unknown scheme 'int44'; did you mean int4"),
         ({"mode": "fast"}, "unknown mode 'fast'"),
         ({"free_weights": "yes"}, "free_weights must be true or false"),
+        ({"tune": 1}, "tune must be true or false"),
     ],
 )
 def test_mistakes_in_options(options, message):
     with pytest.raises(ConfigError, match=message):
         backend.parse_options(options, None)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_tuning_times_each_linear_before_it_is_compiled(monkeypatch, dynamic):
+    """Those of a known number of rows at once, others when they are called, while the flag is set."""
+    timed, tuning = [], []
+
+    def compile_with_inductor(graph, inputs, options):
+        def call(*args):
+            tuning.append(flags.tune)
+            return graph.forward(*args)
+
+        return call
+
+    monkeypatch.setattr(compat, "compile_with_inductor", compile_with_inductor)
+    monkeypatch.setattr(backend.ops, "tune", lambda spec, *rest: timed.append((decode_spec(spec).shape, *rest)))
+    x = torch.randn(2, 5, 64)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 1)
+    with torch.no_grad():
+        fast = compiled(MLP(), "int8", tune=True)
+        fast(x)
+        fast(x)
+    rest = (10, torch.float32, torch.device("cpu"))
+    assert timed == ([] if dynamic else [((256, 64), *rest), ((64, 128), *rest)])
+    assert tuning == [True, True]
+    assert not flags.tune
 
 
 def test_new_lengths_recompile_no_more_than_without_qcompile(monkeypatch):

@@ -97,7 +97,7 @@ def test_codes_of_8_bits_times_floats(dtype: torch.dtype, m: int) -> None:
 def test_groups(columns: int, dtype: torch.dtype) -> None:
     scheme = Scheme(weight=weight_scheme("uint4", Granularity.group(columns), "bfloat16"))
     given = problem(scheme, "fragment", 20, 200, 576, dtype)
-    kernel = gpu.choose(given.spec, 32, dtype, dtype, TARGET)
+    kernel = gpu.choose(given.spec, 32, dtype, dtype, TARGET).kernel
     given.check(run(given, kernel), dtype)
 
 
@@ -107,7 +107,7 @@ def test_compiled_operator_equals_eager(name: str) -> None:
     given = problem(scheme, layout_of(scheme, (256, 512)), 8, 256, 512, epilogue=("bias", "gelu"))
     x, x_scale, weight, bias, operands = given.arguments("cuda")
     encoded = given.spec.encode()
-    operator = gpu.gemm_operator()
+    operator = torch.ops.qcompile.gemm
 
     def call(x: torch.Tensor, x_scale: torch.Tensor | None) -> torch.Tensor:
         y: torch.Tensor = operator(x, x_scale, list(weight.tensors), bias, operands, encoded, torch.bfloat16)

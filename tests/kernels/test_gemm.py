@@ -160,7 +160,10 @@ tiles = st.builds(
     split=st.sampled_from([1, 1, 2, 3]),
     warps=st.just(4),
     stages=st.just(2),
-)
+    form=st.sampled_from(["loop", "slab"]),
+    scales=st.sampled_from(["products", "fragments"]),
+    overlap=st.booleans(),
+).map(lambda tile: replace(tile, overlap=tile.overlap and tile.k >= 128))
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 300))
 epilogues = st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda steps: steps.count("bias") <= 1)
 targets = st.sampled_from(["sm_80", "sm_90", "gfx942"])
@@ -180,6 +183,18 @@ def test_rows8(
 ) -> None:
     given_ = problem(scheme, "rows8", *shape, dtype, seed=seed)
     given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
+
+
+@pytest.mark.parametrize(("tile_m", "split"), [(16, 1), (16, 2), (64, 1)])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "nf4", "mxfp4", "int8", "fp8", "fp8_block"])
+def test_even_shapes(name: str, tile_m: int, split: int) -> None:
+    """Without masks, and with first weights that are sent ahead."""
+    scheme = shipped(name, (192, 512))
+    given_ = problem(scheme, "rows8" if scheme.activation else "fragment", 20, 192, 512)
+    form = "slab" if (tile_m, split) == (16, 2) else "loop"
+    scales = "fragments" if tile_m == 64 else "products"
+    tile = Tile(m=tile_m, n=64, k=128, split=split, warps=4, stages=2, form=form, scales=scales, overlap=tile_m == 64)
+    given_.check(given_.interpret("sm_90", tile), torch.bfloat16, 2.0**-13 if "fp8" in name else 2.0**-23)
 
 
 @given(st.sampled_from(["fragment", "rows8"]), epilogues, st.sampled_from(FLOATS), tiles, st.integers(0, 9))

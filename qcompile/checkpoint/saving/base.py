@@ -185,6 +185,21 @@ def middle(bits: int) -> int:
     return 1 << (bits - 1)
 
 
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+def fused_name(name: str) -> str:
+    """The linear that vLLM makes of this one and its neighbours, or the name itself."""
+    parent, dot, last = name.rpartition(".")
+    return f"{parent}{dot}{_FUSED.get(last, last)}"
+
+
 def most_common(values: Sequence[Any]) -> Any:
     """The value that most layers have, the first of equals."""
     return max(dict.fromkeys(values), key=values.count)

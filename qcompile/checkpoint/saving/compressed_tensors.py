@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from qcompile.checkpoint.saving.base import (
     Unsavable,
     column_groups,
     common_objection,
+    fused_name,
     integer_objection,
     middle,
 )
@@ -40,6 +43,10 @@ class CompressedTensors(Target):
     name = "compressed-tensors"
     holds_kv_scales = True
 
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__(layers)
+        self._divisors: dict[str, dict[str, float]] = defaultdict(dict)
+
     def objection(self, layer: Layer) -> str | None:
         try:
             _format(layer)
@@ -62,14 +69,28 @@ class CompressedTensors(Target):
         elif form == "mxfp8-quantized":
             tensors |= {"weight": weight.codes.view(torch.float8_e4m3fn), "weight_scale": scale.view(torch.uint8)}
         elif form == _NVFP4:
-            tensors |= {"weight_packed": weight.codes, "weight_global_scale": _divisor(layer, weight, rounding)}
+            divisor = _divisor(layer, weight, rounding)
+            self._divisors[fused_name(layer.name)][layer.name] = divisor.item()
+            tensors |= {"weight_packed": weight.codes, "weight_global_scale": divisor}
         else:
             tensors |= {"weight_packed": weight.codes, "weight_scale": scale.view(torch.uint8)}
         if layer.input_scale is not None:
             tensors["input_scale"] = layer.input_scale.reshape(1).to("cpu")
         return tensors
 
+    def _warn_of_divisors(self) -> None:
+        apart = [names for names in self._divisors.values() if len(set(names.values())) > 1]
+        if apart:
+            more = f", and layers of {len(apart) - 1} more sets," if len(apart) > 1 else ""
+            warnings.warn(
+                f"{', '.join(apart[0])}{more} have NVFP4 global scales of their own. The file is exact, but vLLM fuses "
+                "these layers, takes one scale for all of them, and computes something else; for vLLM save mxfp4, or "
+                "NVFP4 of a checkpoint where they share it",
+                stacklevel=2,
+            )
+
     def quantization_config(self, plain: Sequence[str]) -> dict[str, Any]:
+        self._warn_of_divisors()
         groups: dict[str, dict[str, Any]] = {}
         for layer in self.layers:
             described = {
@@ -81,7 +102,9 @@ class CompressedTensors(Target):
             key = json.dumps(described, sort_keys=True)
             groups.setdefault(key, {"targets": [], **described})["targets"].append(layer.name)
         if len(groups) == 1:
-            next(iter(groups.values()))["targets"] = ["Linear"]
+            # To vLLM a head is no linear: a quantized one needs its name.
+            head = [layer.name for layer in self.layers if layer.name == "lm_head"]
+            next(iter(groups.values()))["targets"] = ["Linear", *head]
         forms = sorted({group["format"] for group in groups.values()})
         return {
             "quant_method": "compressed-tensors",

@@ -14,6 +14,7 @@ from qcompile.checkpoint.saving.base import (
     Target,
     column_groups,
     common_objection,
+    fused_name,
     group_size,
     integer_objection,
     middle,
@@ -68,7 +69,9 @@ class GPTQ(Target):
         dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in plain if name != "lm_head"}
         for layer in self.layers:
             if settings(layer) != common:
-                dynamic[f"+:^{re.escape(layer.name)}$"] = dict(zip(keys, settings(layer), strict=True))
+                # vLLM looks for the name of what it fuses, all others for that of the layer.
+                for name in dict.fromkeys((layer.name, fused_name(layer.name))):
+                    dynamic[f"+:^{re.escape(name)}$"] = dict(zip(keys, settings(layer), strict=True))
         config: dict[str, Any] = {
             "quant_method": "gptq",
             **dict(zip(keys, common, strict=True)),

@@ -1,0 +1,82 @@
+"""Seconds that a product takes with our kernels and with torch's own: what decides where nothing was timed.
+
+`cost_model.seconds` orders the tiles of one template, but is too quick by a factor that differs between templates
+(`STRETCH`). The times of torch's kernels are rooflines whose rates are shares of the device's. All shares, and the time
+of a launch, were measured on an H100 (torch 2.11, cold weights, CUDA graphs: `benchmarks/results`) and are taken for
+those of other devices too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import sympy
+
+from qcompile.codegen.cost_model import device_of, seconds
+from qcompile.codegen.spec import KernelSpec
+from qcompile.formats import FORMATS
+
+STRETCH = {
+    ("gemm_fragment", "bfloat16"): 1.7,
+    ("gemm_fragment", "float16"): 1.7,
+    ("gemm_rows8", "fp8"): 1.2,
+    ("gemm_rows8", "int8"): 0.9,
+}
+"""Measured over modelled time at M >= 256, by template and `KernelSpec.compute`; 1.7 for all others."""
+
+MARGIN = 1.1
+"""Factor on the times of torch's kernels: one of ours that may be as fast needs fewer launches and less memory."""
+
+_M, _N, _K, _BITS, _Y = sympy.symbols("M N K bits y_bytes", positive=True)
+_MEMORY, _OPERATIONS = sympy.symbols("memory operations", positive=True)
+_LAUNCH = 3e-6
+"""Seconds of one of torch's products beyond its roofline."""
+_PASS = 1.5e-6
+"""Seconds of a kernel that only moves memory, beyond moving it."""
+_READ = sympy.Float(0.83) * _MEMORY
+"""Bytes a second that a kernel reads and writes."""
+_PRODUCT = 2 * sympy.ceiling(_M / 64) * 64 * _N * _K
+
+
+def _roofline(moved: sympy.Expr, share: float, factor: int) -> sympy.Expr:
+    return _LAUNCH + sympy.Max(moved / _READ, _PRODUCT / (share * factor * _OPERATIONS))
+
+
+EXPRESSIONS: dict[str, sympy.Expr] = {
+    "scaled_mm": 2 * _PASS + _roofline(_N * _K + _M * _K + _M * _N * _Y, 0.65, 2),
+    "int_mm": _PASS + _roofline(_N * _K + _M * _K + 4 * _M * _N, 0.44, 2) + _M * _N * (4 + _Y) / _READ,
+    "decode_mm": 2 * _PASS
+    + _N * _K * (_BITS / 8 + 2) / _READ
+    + _roofline(2 * _N * _K + 2 * _M * _K + _M * _N * _Y, 0.78, 1),
+}
+"""Seconds of each of torch's ways, by its name in `runtime/vendor.py`: with what comes before and after the product."""
+
+
+@functools.cache
+def _compiled(vendor: str) -> Callable[..., float]:
+    symbols = (_M, _N, _K, _BITS, _Y, _MEMORY, _OPERATIONS)
+    return sympy.lambdify(symbols, EXPRESSIONS[vendor], "math")
+
+
+def predict(spec: KernelSpec, m: int, vendor: str | None = None) -> float:
+    """Seconds of M = `m` rows.
+
+    Args:
+        vendor: one of `EXPRESSIONS`, which takes the place of the kernel whose tile `spec` has.
+    """
+    if vendor is None:
+        return STRETCH.get((spec.template, spec.compute), 1.7) * seconds(spec, m)
+    device, width = device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
+    bits = FORMATS[spec.weight].bits
+    return MARGIN * _compiled(vendor)(m, spec.n, spec.k, bits, width, device.memory, device.operations)
+
+
+def limit(spec: KernelSpec, m: int) -> float:
+    """Seconds that no kernel stays below: every byte moved once, products of 16 or, for 8-bit activations, 8 bits."""
+    device = device_of(spec.target)
+    wide = {"float32": 4, "bfloat16": 2, "float16": 2}
+    weight = spec.n * spec.k * FORMATS[spec.weight].bits / 8
+    moved = weight + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * wide[spec.out_dtype]
+    rate = device.operations * (1 if spec.activation is None else 2)
+    return max(moved / device.memory, 2 * m * spec.n * spec.k / rate)

@@ -1,0 +1,133 @@
+"""`qcompile tune`: which kernel is fastest for the linears of a model, or for shapes, on the GPU at hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qcompile.cli.steps import Steps
+from qcompile.config import QuantConfig, parse_config
+from qcompile.errors import ConfigError
+from qcompile.scheme import Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from qcompile.runtime.measure import Job
+
+KEEP = 8
+"""Tiles that are timed for a linear and a number of tokens."""
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]] | None:
+    """The shapes N x K of "6144x4096,4096x4096"; None for a text that is something else, such as a path.
+
+    Raises:
+        ConfigError: a shape without elements.
+    """
+    if not re.fullmatch(r"\d{1,9}x\d{1,9}(,\d{1,9}x\d{1,9})*", text):
+        return None
+    shapes = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+    if any(min(shape) < 1 for shape in shapes):
+        raise ConfigError(f"{text!r}: a shape is N x K, out and in features, both at least 1")
+    return [(n, k) for n, k in shapes]
+
+
+def parse_tokens(text: str) -> list[int]:
+    """The numbers of tokens of "1,16,1024".
+
+    Raises:
+        ConfigError: something else.
+    """
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text) or min(map(int, text.split(","))) < 1:
+        raise ConfigError(f"--tokens {text!r}: give numbers of tokens from 1 up, separated by commas")
+    return [int(part) for part in text.split(",")]
+
+
+def _one_scheme(config: QuantConfig) -> Scheme:
+    """What a configuration makes of a layer of no name.
+
+    Raises:
+        ConfigError: a configuration whose answer depends on the name.
+    """
+    if len(config.rules) != 1 or config.rules[0].scheme is None:
+        raise ConfigError("shapes have no names for rules to match: give --scheme one preset, or a model")
+    return config.rules[0].scheme
+
+
+def jobs_of_shapes(shapes: Sequence[tuple[int, int]], scheme: str, tokens: Sequence[int]) -> list[Job]:
+    """bfloat16 jobs, those of few tokens first.
+
+    Raises:
+        ConfigError, LayerError: a scheme that does not exist or does not fit a shape.
+    """
+    import torch
+
+    from qcompile.runtime import gpu, measure
+
+    parsed = _one_scheme(parse_config(scheme))
+    buckets = sorted({gpu.bucket(m) for m in tokens})
+    return [measure.job(scheme, parsed, shape, m, torch.bfloat16) for m in buckets for shape in shapes]
+
+
+def jobs_of_model(path: Path, scheme: str | None, tokens: Sequence[int], device: torch.device) -> list[Job]:
+    """A job for each kind of linear that the compiled model has, and each bucket, those of few tokens first.
+
+    Raises:
+        CheckpointError, ConfigError, LayerError: a model that cannot be read, or quantized as the scheme says.
+    """
+    import torch
+
+    from qcompile.checkpoint.loader import load
+    from qcompile.report.explain import linear_specs
+    from qcompile.runtime import gpu, measure
+
+    model = load(path, device=device)
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
+    config = None if scheme is None else parse_config(scheme)
+    specs = linear_specs(model, ids, config=config, use_cache=False)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    kinds = {replace(spec, epilogue=()): name for name, spec in reversed(specs.items()) if gpu.has_kernel(spec)}
+    buckets = sorted({gpu.bucket(m) for m in tokens})
+    return [measure.Job(name=name, spec=spec, m=m, dtype=dtype) for m in buckets for spec, name in kinds.items()]
+
+
+def run(jobs: Sequence[Job], device: torch.device, steps: Steps, console: Console) -> int:
+    """Time the jobs that the user's table lacks, put each result there at once, and print it.
+
+    Returns:
+        how many were timed; fewer than there are if the user interrupted.
+
+    Raises:
+        OSError: the table cannot be written.
+    """
+    from qcompile.runtime import gpu, measure, tuning
+
+    target, name = gpu.target_of(device), gpu.name_of(device)
+    done = 0
+    outcomes = measure.tune_all(jobs, device, keep=KEEP)
+    try:
+        for job in jobs:
+            steps.next("{} {} x {}, M={}".format(job.name, *job.spec.shape, job.m))
+            outcome = next(outcomes)
+            done += 1
+            if outcome.best is not None:
+                tuning.record(name, job.like(target), job.m, outcome.best.choice, round(outcome.best.us, 3))
+            console.print(outcome.describe(), highlight=False, markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(f"interrupted after {done} of {len(jobs)}; the same command goes on", highlight=False)
+    finally:
+        outcomes.close()
+    return done
+
+
+def missing(jobs: Sequence[Job], device: torch.device) -> list[Job]:
+    """The jobs that the user's table lacks."""
+    from qcompile.runtime import gpu, tuning
+
+    target, name = gpu.target_of(device), gpu.name_of(device)
+    return [job for job in jobs if not tuning.is_tuned(job.like(target), job.m, name)]
