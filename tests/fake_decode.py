@@ -69,7 +69,7 @@ def calls(scheme: str, batch: int, layers: int) -> list[str]:
             layer.lazy_initialization(states, states)
         source = generated(step, torch.empty(batch, 1, dtype=torch.int64, device="cuda"), cache, backend="qcompile")
     lines = [line.strip() for line in source[source.index("def call(") :].split("\n")]
-    return [line for line in lines if ".run(" in line or "extern_kernels." in line or "torch.ops." in line]
+    return [line for line in lines if ".run(" in line or "extern_kernels." in line or " = torch.ops." in line]
 
 
 if __name__ == "__main__":
