@@ -1,6 +1,6 @@
 """Time of attention from one token over a KV cache on a GPU: quantized caches against torch's own over bfloat16.
 
-    python benchmarks/attention.py
+    python benchmarks/attention.py [--out FOLDER]
 
 Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B: 32 of queries, 8 of keys, of size
 128. Times are taken as in linear.py: CUDA graphs over several copies of the cache, so that it comes from memory;
@@ -11,6 +11,7 @@ once, at the rate under `ceilings`.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from qcompile.kv_cache import AttentionSpec, dequantize
 DEVICE = torch.device("cuda")
 RESULTS = Path(__file__).parent / "results"
 HEADS, GROUP, SIZE = 8, 4, 128
-CONTEXTS = [(1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (64, 4096), (64, 16384)]
+CONTEXTS = [(1, 256), (16, 256), (1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (64, 4096), (64, 16384)]
 CACHES = ["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
 SCALES = {"fp8_e4m3": "tensor", "fp8_e5m2": "tensor", "int8": "token", "int4": "token"}
 
@@ -73,6 +74,11 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
             2 * key.nbytes,
         )
     del plain
+    shared = torch.ops.qcompile.attention_plain
+    ours = [partial(shared, query, *t, None, None, SIZE**-0.5) for t in copies([key, value])]
+    wrong = error(ours[0](), query, key[:1], value[:1])
+    yield row("qcompile", "bfloat16", microseconds(ours, DEVICE), wrong, 2 * key.nbytes)
+    del ours
     for name in CACHES:
         cache = KVCache(batch, HEADS, context, SIZE, {"format": name, "scales": SCALES[name]}, device="cuda")
         for first in range(0, context, 4096):
@@ -94,10 +100,13 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
 
 def main() -> None:
     """Measure, write the results and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
+    out = parser.parse_args().out
     torch.manual_seed(0)
     rates = ceilings(DEVICE)
     rows = [row for batch, context in CONTEXTS for row in measure(batch, context, rates["memory"])]
-    write_results(RESULTS, "attention", DEVICE, rows, rates)
+    write_results(out, "attention", DEVICE, rows, rates)
     for row in rows:
         share = float(str(row["floor_us"])) / float(str(row["us"]))
         fields = (f"{row[key]!s:>10}" for key in ("batch", "context", "impl", "kv", "us", "error"))

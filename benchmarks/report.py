@@ -70,6 +70,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def context(tokens: int) -> str:
+    """A number of tokens, such as 256 or 16k."""
+    return str(tokens) if tokens < 1024 else f"{tokens // 1024}k"
+
+
 def run_of(file: File) -> str:
     """When, where and with what."""
     versions = file["versions"]
@@ -223,7 +228,7 @@ def attention(folder: Path) -> str:
                 name = f"**{kv}, {impl}**" if impl == OURS else f"{kv}, {impl}{mark}"
                 cells = [_time(by_place[place]) if place in by_place else "" for place in places]
                 lines.append([name, *cells, f"{max(row['error'] for row in mine):.1g}"])
-        text += table(["cache, kernel", *(f"{b} x {c // 1024}k" for b, c in places), "error"], lines)
+        text += table(["cache, kernel", *(f"{b} x {context(c)}" for b, c in places), "error"], lines)
         text += f"\n![Share of the limit](performance/{file['machine']}.attention-limit.svg)\n\n"
     return text
 
@@ -351,7 +356,7 @@ def plot_attention(folder: Path, out: Path) -> None:
         figure, axes = _axes("Attention from one token", "share of the limit")
         for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in file["rows"]):
             mine = [row for row in file["rows"] if (row["kv"], row["impl"]) == (kv, impl)]
-            names = [f"{row['batch']} x {row['context'] // 1024}k" for row in mine]
+            names = [f"{row['batch']} x {context(row['context'])}" for row in mine]
             axes.plot(names, [row["floor_us"] / row["us"] for row in mine], marker="o", label=f"{kv}, {impl}")
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("batch x context")
