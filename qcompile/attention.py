@@ -6,7 +6,7 @@
     attention_plain(query, key, value, mask, length, scale)   the same over keys and values that are not quantized
 
 All are composite. The first two are plain torch, so that Inductor fuses quantization with the rotary embedding before
-it; attention is one operator on CPUs, and on GPUs one Triton kernel for few queries and plain torch for many.
+it; attention is one operator on CPUs, and on GPUs one for few queries and plain torch for many.
 What `dequantize_kv` gives at positions from `length` on is not specified.
 """
 
@@ -26,7 +26,10 @@ _library.define("attention(Tensor query, Tensor[] cache, Tensor? mask, Tensor? l
 _library.define(
     "attention_plain(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
 )
-_library.define("attention_dynamic(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
+_library.define("attention_gpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
+_library.define(
+    "attention_plain_gpu(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
+)
 _library.define("attention_cpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
 
 
@@ -117,9 +120,7 @@ def _attention(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: 
         group, queries = query.shape[1] // cache[0].shape[1], query.shape[2]
         if not isinstance(queries, int) or not attention_gpu.has_kernel(parsed, queries, group, query.dtype):
             return attention_gpu.many_queries(query, cache, mask, length, parsed)
-        fixed = all(isinstance(size, int) for size in (*query.shape, *cache[0].shape))
-        operator = attention_gpu.attention_operator() if fixed else torch.ops.qcompile.attention_dynamic
-        return operator(query, cache, mask, length, spec)
+        return torch.ops.qcompile.attention_gpu(query.contiguous(), cache, mask, length, spec)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {query.device.type}")
 
 
@@ -139,7 +140,7 @@ def _attention_plain(
         fixed = all(isinstance(size, int) for size in (*query.shape, *key.shape))
         group = query.shape[1] // key.shape[1]
         if fixed and attention_gpu.has_plain_kernel(query.shape[2], group, key.shape[3], value.shape[3], query.dtype):
-            return attention_gpu.plain_operator()(query, key, value, mask, length, scale)
+            return torch.ops.qcompile.attention_plain_gpu(query.contiguous(), key, value, mask, length, scale)
     if length is not None:
         inside = torch.arange(key.shape[2], device=query.device) < length
         if mask is None or mask.dtype == torch.bool:
@@ -155,12 +156,18 @@ def _attention_cpu(query: Tensor, cache: list[Tensor], mask: Tensor | None, leng
     return attention_cpu.attention(query, cache, mask, length, decode_attention_spec(spec))
 
 
-def _attention_dynamic(
-    query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str
-) -> Tensor:
+def _attention_gpu(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str) -> Tensor:
     from qcompile.runtime import attention_gpu
 
     return attention_gpu.attention(query, cache, mask, length, decode_attention_spec(spec))
+
+
+def _attention_plain_gpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+) -> Tensor:
+    from qcompile.runtime import attention_gpu
+
+    return attention_gpu.attention_plain(query, key, value, mask, length, scale)
 
 
 _library.impl("store_kv", _store_kv, "CompositeImplicitAutograd")
@@ -168,10 +175,16 @@ _library.impl("dequantize_kv", _dequantize_kv, "CompositeImplicitAutograd")
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
 _library.impl("attention_plain", _attention_plain, "CompositeImplicitAutograd")
 _library.impl("attention_cpu", _attention_cpu, "CPU")
-_library.impl("attention_dynamic", _attention_dynamic, "CUDA")
+_library.impl("attention_gpu", _attention_gpu, "CUDA")
+_library.impl("attention_plain_gpu", _attention_plain_gpu, "CUDA")
 
 
 @torch.library.register_fake("qcompile::attention_cpu", lib=_library)
-@torch.library.register_fake("qcompile::attention_dynamic", lib=_library)
+@torch.library.register_fake("qcompile::attention_gpu", lib=_library)
 def _(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str) -> Tensor:
     return query.new_empty((*query.shape[:3], decode_attention_spec(spec).value.head_dim))
+
+
+@torch.library.register_fake("qcompile::attention_plain_gpu", lib=_library)
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))

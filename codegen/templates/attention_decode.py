@@ -34,6 +34,7 @@ BLOCK_D = tl.constexpr(128)
 BLOCK_V = tl.constexpr(128)
 BLOCK_T = tl.constexpr(64)
 SPLIT = tl.constexpr(8)
+OVERLAPS = tl.constexpr(True)
 # </constants>
 
 HALVES = tl.constexpr(2 if BITS.value == 4 else 1)
@@ -118,9 +119,12 @@ def kernel(
     """Grid: (B * HEADS, SPLIT).
 
     context: positions of the cache. mask_batch, mask_head, mask_query: steps between elements of the mask; those of one
-    query lie side by side. partial: float32, PART a program, and arrived: int32, 0 for each head; both only for
-    SPLIT > 1. Pointers that the constants make needless are not read.
+    query lie side by side. partial: float32, PART a program, and arrived: int32, 0 for each head, and 0 again at the
+    end; both only for SPLIT > 1. Pointers that the constants make needless are not read.
     """
+    if OVERLAPS:  # this kernel may begin before the one before has ended, and the next before this one has
+        PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     batch, head = pair // HEADS, pair % HEADS
@@ -226,3 +230,4 @@ def kernel(
             finish(y, sums, total, row, 0)
             if HALVES == 2:
                 finish(y, sums_high, total, row, VALUE_WIDTH)
+            tl.store(arrived + pair, 0)

@@ -81,7 +81,7 @@ CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.valu
 """Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
 PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * BITS.value // 16 * 16))
 PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
-"""Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows, from the first on: a multiple of 16."""
+"""Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows; a multiple of 16."""
 
 
 # <decode>

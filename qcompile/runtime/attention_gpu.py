@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +21,11 @@ from qcompile.codegen.attention_spec import (
     plain_kernel_spec,
 )
 from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.spec import overlaps
 from qcompile.errors import DeviceError
-from qcompile.kv_cache import AttentionSpec, decode_attention_spec, dequantize
+from qcompile.kv_cache import AttentionSpec, dequantize
 from qcompile.runtime import cache
+from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.gpu import target_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,8 +118,11 @@ def launch(
     if split > 1:
         numbers = kernel.rows * (kernel.columns + 2)
         partial = query.new_empty(pairs * split * numbers, dtype=torch.float32)
-        arrived = torch.zeros(pairs, dtype=torch.int32, device=query.device)
-    # Pointers that a kernel does not use get some input, so that one signature serves all; never an output.
+        arrived = zeros_kept_zero(pairs, query.device)
+    options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
+    if overlaps(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
+        options["launch_pdl"] = True
+    # Pointers that a kernel does not use get some input, so that one signature serves all.
     function[(pairs, split)](
         query.contiguous(),
         key_codes,
@@ -132,8 +136,7 @@ def launch(
         arrived,
         context,
         *steps,
-        num_warps=kernel.tile.warps,
-        num_stages=kernel.tile.stages,
+        **options,
     )
     return y
 
@@ -144,12 +147,9 @@ def attention(
     mask: Tensor | None,
     length: Tensor | None,
     spec: AttentionSpec,
-    wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
     """See `qcompile.attention.reference`; for queries that `has_kernel` takes.
 
-    Args:
-        wrap: `torch.library.wrap_triton` while tracing.
 
     Raises:
         DeviceError: queries of another type than float32, bfloat16 and float16.
@@ -162,7 +162,7 @@ def attention(
     kernel = choose(
         spec, batch, heads, group, queries, context, kind, length is not None, query.dtype, target_of(query.device)
     )
-    function = wrap(cache.load(kernel).kernel)
+    function = cache.load(kernel).kernel
     # Triton launches on the current device.
     guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
@@ -201,13 +201,8 @@ def attention_plain(
     mask: Tensor | None,
     length: Tensor | None,
     scale: float,
-    wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
-    """Attention to keys and values that are not quantized; see `qcompile.attention`, for what `has_plain_kernel` takes.
-
-    Args:
-        wrap: `torch.library.wrap_triton` while tracing.
-    """
+    """Attention to keys and values that are not quantized; see `qcompile.attention`, for what `has_plain_kernel` takes."""
     batch, heads, context, size = key.shape
     group, queries = query.shape[1] // heads, query.shape[2]
     kind, target = mask_kind(mask), target_of(query.device)
@@ -215,23 +210,10 @@ def attention_plain(
     kernel = choose_plain(
         batch, heads, group, queries, context, sizes, scale, kind, length is not None, query.dtype, target
     )
-    function = wrap(cache.load(kernel).kernel)
+    function = cache.load(kernel).kernel
     guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
         return launch(kernel, function, query, [key, key, value, value], mask, length)
-
-
-@functools.cache
-def plain_operator() -> Any:
-    """`torch.ops.qcompile.attention_plain_decode`, registered at the first call, as `attention_operator`."""
-
-    @torch.library.triton_op("qcompile::attention_plain_decode", mutates_args={})
-    def attention_plain_decode_op(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
-    ) -> Tensor:
-        return attention_plain(query, key, value, mask, length, scale, torch.library.wrap_triton)
-
-    return torch.ops.qcompile.attention_plain_decode
 
 
 def many_queries(
@@ -253,17 +235,3 @@ def many_queries(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)
-
-
-@functools.cache
-def attention_operator() -> Any:
-    """`torch.ops.qcompile.attention_decode`, registered at the first call: compilers see through it to the kernel."""
-
-    @torch.library.triton_op("qcompile::attention_decode", mutates_args={})
-    def attention_decode_op(
-        query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str
-    ) -> Tensor:
-        wrap = torch.library.wrap_triton
-        return attention(query, tensors, mask, length, decode_attention_spec(spec), wrap)
-
-    return torch.ops.qcompile.attention_decode
