@@ -180,29 +180,6 @@ class Grid:
         return packed
 
 
-def concatenate_grids(grids: Sequence[Grid], scheme: WeightScheme, shape: tuple[int, int]) -> Grid:
-    """The grid of a matrix from those of its columns of blocks, from left to right."""
-
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(grid, name) for grid in grids]
-        if parts[0] is None:
-            return None
-        if parts[0].element_size() == 1:  # cat has no kernel for float8
-            return torch.cat([part.view(torch.uint8) for part in parts], 1).view(parts[0].dtype)
-        return torch.cat(parts, 1)
-
-    scale = joined("scale")
-    assert scale is not None
-    return Grid(
-        scheme=scheme,
-        shape=shape,
-        scale=scale,
-        zero_point=joined("zero_point"),
-        offset=joined("offset"),
-        above=grids[0].above,
-    )
-
-
 def choose_grid(w: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str, shrink: float = 1.0) -> Grid:
     """The grid whose blocks reach over the range of their weights; see `quantize_weight`.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompile.calibrate.gptq import hessian_error
 from qcompile.calibrate.statistics import InputStatistics
-from qcompile.reference import choose_grid, super_scale
+from qcompile.reference import blocks_of, choose_grid, expand_blocks, super_scale
 from qcompile.scheme import WeightScheme
 
 
@@ -52,18 +52,26 @@ def awq_scales(
         return total
 
     best, least = one, loss(one)
-    for candidate in _candidates(statistics.absmean, [w for w, _ in quantized], grid):
+    relative = [relative_columns(w, scheme) for w, scheme in quantized]
+    for candidate in _candidates(statistics.absmean, relative, grid):
         scale = shared(candidate)
         if (error := loss(scale)) < least:
             best, least = scale, error
     return best
 
 
-def _candidates(inputs: Tensor, weights: Sequence[Tensor], grid: int) -> list[Tensor]:
+def relative_columns(w: Tensor, scheme: WeightScheme) -> Tensor:
+    """Magnitudes of a weight [N, K] over the greatest of their block."""
+    shape = (w.shape[0], w.shape[1])
+    top = blocks_of(w.abs(), scheme.granularity.block_of(shape)).amax((1, 3)).clamp(min=1e-12)
+    return w.abs() / expand_blocks(top, scheme.granularity, shape)
+
+
+def _candidates(inputs: Tensor, relative: Sequence[Tensor], grid: int) -> list[Tensor]:
     live = inputs > 0
-    if not weights or not bool(live.any()):
+    if not relative or not bool(live.any()):
         return []
-    columns = torch.cat([w.abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-12) for w in weights]).mean(0)
+    columns = torch.cat(list(relative)).mean(0)
     found = []
     for step in range(1, grid):
         a = step / grid

@@ -2,14 +2,14 @@
 
 Frantar, Ashkboos, Hoefler, Alistarh 2022: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv:2210.17323. With H = X^T X / n over the inputs X of a layer, it makes tr((W - Q) H (W - Q)^T), the
-mean square of what the output errs by, small. It works with every format and granularity, since it asks the grid
-(`qcompile.reference.Grid`) for the nearest code of a number, and nothing else.
+mean square of what the output errs by, small. Groups are static: their scales are chosen before, from the weights as
+they were. It works with every format and granularity, since it asks the grid (`qcompile.reference.Grid`) for the
+nearest code of a number, and nothing else.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from qcompile.calibrate.search import pick, search_grid
 from qcompile.errors import CalibrationError
 from qcompile.methods import GPTQ
 from qcompile.packed import PackedWeight
-from qcompile.reference import Grid, choose_grid, concatenate_grids, finite_float32, super_scale
-from qcompile.scheme import WHOLE, WeightScheme
+from qcompile.reference import Grid, choose_grid, finite_float32, super_scale
+from qcompile.scheme import WeightScheme
 
 
 def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, settings: GPTQ, layer: str = "weight") -> PackedWeight:
@@ -75,68 +75,43 @@ def _solve(
     """The grid, and codes uint8 [N, K]."""
     columns = w.shape[1]
     group = scheme.granularity.block_of((w.shape[0], columns))[1]
-    groups = -(-columns // group)
     ordered = settings.act_order and not scheme.act_order
     order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns)
     order = order.to(w.device)
     factor = inverse_factor(hessian[order][:, order], settings.damping, layer)
-    part = replace(scheme, granularity=replace(scheme.granularity, columns=WHOLE))
-
-    def grid_of(first: int, current: Tensor) -> Grid:
-        gram = hessian[first : first + group, first : first + group]
-        return search_grid(current, part, above, layer, settings.clip, gram)
-
-    grids: list[Grid | None] = [None] * groups
-    if ordered or groups == 1:  # static groups
-        grids = [grid_of(g * group, w[:, g * group : (g + 1) * group]) for g in range(groups)]
+    grid = search_grid(w, scheme, above, layer, settings.clip, hessian)
+    per_row = _per_row(grid)
     rest = w[:, order].clone()
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    ready: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
     places = order.tolist()
-    block = _block(group, settings.block_size)
+    block = settings.block_size
     for start in range(0, columns, block):
         end = min(start + block, columns)
         own, inner = rest[:, start:end], factor[start:end, start:end]
         errors = torch.empty_like(own)
         for i in range(end - start):
             place = places[start + i]
-            index = place // group
-            if index not in ready:
-                if grids[index] is None:  # a group's first column: those before have changed it
-                    current = rest[:, start + i : start + i + group]
-                    grids[index] = grid_of(place, current)
-                ready[index] = _per_row(grids[index], w.shape[0])
-            code, value = _nearest(own[:, i], ready[index], scheme)
+            column = [None if t is None else t[:, place // group] for t in per_row]
+            code, value = _nearest(own[:, i], column, scheme)
             codes[:, place] = code
             errors[:, i] = (own[:, i] - value) / inner[i, i]
             own[:, i:].addr_(errors[:, i], inner[i, i:], alpha=-1)
         rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return concatenate_grids([g for g in grids if g is not None], scheme, (w.shape[0], columns)), codes
+    return grid, codes
 
 
-def _block(group: int, size: int) -> int:
-    """Columns of a block, so that every group begins where a block does, or lies in one."""
-    return max(1, size // group) * group if group <= size else math.gcd(group, size)
-
-
-def _per_row(grid: Grid | None, rows: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Step, zero point and offset of each row, float32 [N], of a grid of one column of blocks."""
-    assert grid is not None
+def _per_row(grid: Grid) -> list[Tensor | None]:
+    """Step, zero point and offset, float32 [N, column blocks], of each row."""
+    rows = grid.shape[0]
     tall = grid.scheme.granularity.block_of(grid.shape)[0]
-
-    def spread(per_block: Tensor | None) -> Tensor | None:
-        return None if per_block is None else per_block[:, 0].float().repeat_interleave(tall)[:rows]
-
-    step = spread(grid.step)
-    assert step is not None
-    return step, spread(grid.zero_point), spread(grid.offset)
+    stored = (grid.step, grid.zero_point, grid.offset)
+    return [None if t is None else t.float().repeat_interleave(tall, 0)[:rows] for t in stored]
 
 
-def _nearest(
-    column: Tensor, per_row: tuple[Tensor, Tensor | None, Tensor | None], scheme: WeightScheme
-) -> tuple[Tensor, Tensor]:
+def _nearest(column: Tensor, per_row: Sequence[Tensor | None], scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """The codes nearest to a column, and what they stand for."""
     step, zero_point, offset = per_row
+    assert step is not None
     scaled = (column if offset is None else column - offset) / step
     code = scheme.format.encode(scaled if zero_point is None else scaled + zero_point)
     value = scheme.format.decode(code.to(torch.int32))
