@@ -55,7 +55,7 @@ class Progress:
             return
         try:
             kept = json.loads(index.read_text(encoding="utf-8"))
-            key, results = kept["key"], [LayerResult(**entry) for entry in kept["results"]]
+            key, results = kept["key"], [_result(entry) for entry in kept["results"]]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{index}: is damaged ({error}); remove the folder to begin anew") from None
         if key != self.key:
@@ -127,7 +127,7 @@ class Progress:
         packed.check(layer)
         static = scheme.activation is not None and not scheme.activation.dynamic
         scale = tensors[f"{local}.input_scale"].to(weight.device) if static else None
-        made = quantized_linear(layer, module, scheme, scale, packed).train(module.training)
+        made = quantized_linear(layer, module, scheme, scale, packed)
         if made.bias is not None:
             made.bias.data.copy_(tensors[f"{local}.bias"])
         return made
@@ -147,6 +147,10 @@ class Progress:
         content = {"key": self.key, "results": [asdict(result) for result in self.results.values()]}
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         temporary.replace(self.folder / _INDEX)
+
+
+def _result(entry: dict[str, Any]) -> LayerResult:
+    return LayerResult(**{**entry, "folded": tuple(entry["folded"])})
 
 
 def _key(model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch]) -> str:

@@ -70,8 +70,10 @@ def calibrate_(
     """
     batches = as_batches(calibration)
     done = Progress(resume, model, schemes, batches)
-    with Bar(len(schemes), "calibrating", progress) as bar, without_cache(model), torch.no_grad():
-        _Calibration(model, schemes, batches, bar, done, report).run()
+    with Bar(len(schemes), "calibrating", progress) as bar, torch.no_grad():
+        layers = _Calibration(model, schemes, batches, bar, done, report)
+        with without_cache(model):
+            layers.run()
     done.finish()
 
 
@@ -90,6 +92,7 @@ class _Calibration:
         self.model, self.schemes = model, schemes
         self.left = {name: module for name, module in linear_modules(model).items() if name in schemes}
         self.batches, self.bar, self.done, self.report = batches, bar, done, report
+        self.training = {name: module.training for name, module in self.left.items()}
         self.parents = parents_of(model)
         self.owners: dict[int, int] = {}
         for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -238,10 +241,8 @@ class _Calibration:
         if hessian is not None:
             error = relative_error(weight, dequantize(packed), hessian)
         scale = None if input_scale is None else input_scale.to(weight.device)
-        new = quantized_linear(name, module, scheme, scale, packed).train(module.training)
-        for parent, child in self.parents[id(module)]:
-            setattr(parent, child, new)
-        del self.left[name]
+        self._put(name, quantized_linear(name, module, scheme, scale, packed))
+        del module
         result = LayerResult(
             name=name,
             scheme=str(scheme),
@@ -262,6 +263,8 @@ class _Calibration:
         return results is not None
 
     def _put(self, name: str, new: nn.Module) -> None:
+        """Let a quantized module take a linear's place."""
+        new.train(self.training[name])
         for parent, child in self.parents[id(self.left.pop(name))]:
             setattr(parent, child, new)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from qcompile.reference import Grid, blocks_of, choose_grid
 from qcompile.scheme import WeightScheme
 
-_SHRINKS = (1.0, 1.075, 1.05, 1.025, *(1 - step / 40 for step in range(1, 28)))  # down to 0.325
+_SHRINKS = (1.0, 1.075, *(1 - step / 20 for step in range(1, 14)))  # down to 0.35
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two
 _WIDEST = 512
 """Columns of a block up to which the error of its part of the output is computed; of wider ones the inputs' mean
