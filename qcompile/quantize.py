@@ -79,18 +79,8 @@ def quantize_(
                 "they are arranged",
                 stacklevel=2,
             )
-    chosen: dict[str, Scheme | None] = {}  # None: as torchao quantized it
-    for name, module in modules.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        scheme = None if parsed is None else parsed.scheme_for(name)
-        if is_torchao(weight):
-            chosen[name] = None
-        elif scheme is not None:
-            n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
-            chosen[name] = scheme.fit(name, (n, k))
-    schemes = {name: scheme for name, scheme in chosen.items() if scheme is not None}
-    _quantize_taken(model, [name for name, scheme in chosen.items() if scheme is None], modules)
+    schemes = {} if parsed is None else planned(model, parsed)
+    _take_over(model, modules)
     wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
     if calibration is None and wanting is not None:
         raise LayerError(f"{wanting}: {_needs(schemes[wanting])}")
@@ -101,9 +91,9 @@ def quantize_(
         calibrate_(model, schemes, calibration, progress=progress, resume=resume, report=report)
     else:
         for name in track(list(schemes), "quantizing", progress):
-            module, scheme = modules.pop(name), schemes[name]
-            packed = choose_codes(matrix_of(module), scheme, None, name)
-            quantized = quantized_linear(name, module, scheme, _stated_scale(module, scheme), packed)
+            module, chosen = modules.pop(name), schemes[name]
+            packed = choose_codes(matrix_of(module), chosen, None, name)
+            quantized = quantized_linear(name, module, chosen, _stated_scale(module, chosen), packed)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, quantized.train(module.training))
             del module
@@ -168,6 +158,22 @@ def _static_scales(
     return scales
 
 
+def planned(model: nn.Module, config: QuantConfig) -> dict[str, Scheme]:
+    """The schemes of linear layers that `quantize_` would quantize, by name, fitted to their shapes.
+
+    Raises:
+        LayerError: a group size that does not divide a layer's input features.
+    """
+    schemes = {}
+    for name, module in linear_modules(model).items():
+        scheme = config.scheme_for(name)
+        assert isinstance(module.weight, Tensor)
+        if scheme is not None and not is_torchao(module.weight):
+            weight = matrix_of(module)
+            schemes[name] = scheme.fit(name, (weight.shape[0], weight.shape[1]))
+    return schemes
+
+
 def _needs(scheme: Scheme) -> str:
     """Why a layer needs calibration, and the ways out."""
     if scheme.needs_scale:
@@ -185,10 +191,10 @@ def _stated_scale(module: nn.Module, scheme: Scheme) -> Tensor | None:
     return torch.tensor(scheme.activation.scale, device=module.weight.device)
 
 
-def _quantize_taken(model: nn.Module, names: list[str], modules: dict[str, nn.Module]) -> None:
-    """Layers that torchao quantized, bit for bit."""
+def _take_over(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Take the layers that torchao quantized from `modules` and into the model, bit for bit."""
     parents = parents_of(model)
-    for name in names:
+    for name in [n for n, m in modules.items() if isinstance(m.weight, Tensor) and is_torchao(m.weight)]:
         module = modules.pop(name)
         taken = quantized_linear(name, module, None, None).train(module.training)
         for parent, child_name in parents.pop(id(module)):
