@@ -58,7 +58,6 @@ ROWS: dict[str, Any] = {
     "int4 RTN": "int4",
     "int4 RTN, MSE clipping": {"preset": "int4", "method": {"name": "rtn", "clip": "mse"}},
     "int4 RTN, importance matrix": {"preset": "int4", "method": {"name": "rtn", "clip": "importance"}},
-    "int4 HQQ": {"preset": "int4", "method": "hqq"},
     "int4 AWQ": {"preset": "int4", "method": "awq"},
     "int4 GPTQ": {"preset": "int4", "method": "gptq"},
     "int4 AWQ + GPTQ": {"preset": "int4", "method": ["awq", "gptq"]},

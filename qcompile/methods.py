@@ -58,7 +58,7 @@ class RTN:
 
 @dataclass(frozen=True, kw_only=True)
 class HQQ:
-    """Half-quadratic quantization, without data; see `qcompile.calibrate.hqq`.
+    """Half-quadratic quantization of asymmetric weights, without data; see `qcompile.calibrate.hqq`.
 
     Attributes:
         iterations: at most.

@@ -17,6 +17,7 @@ from qcompile.calibrate.run import calibrate_, parents_of
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, LayerError
 from qcompile.experts import expert_modules, other_experts, quantize_experts
+from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
 from qcompile.modules import PackedModule
 from qcompile.progress import track
@@ -47,9 +48,10 @@ def quantize_(
         model: floating point, for inference; on any device.
         config: anything that `torch.compile`'s `options={"config": ...}` takes; None only takes over what torchao
             quantized.
-        calibration: batches, for static activation scales and for methods that look at a layer's inputs: each a tensor,
-            a tuple of arguments or a dict of keyword arguments of the model. They run block by block, so that one
-            block's activations are in memory; between blocks hidden states wait on the CPU.
+        calibration: batches, for static activation scales, for methods that look at a layer's inputs, and for scales of
+            the configuration's `kv_cache`: each a tensor, a tuple of arguments or a dict of keyword arguments of the
+            model. They run block by block, so that one block's activations are in memory; between blocks hidden states
+            wait on the CPU.
         progress: show a progress bar on a terminal.
         resume: a folder for finished blocks: a call that was interrupted goes on from there when it is made again with
             the same model, configuration and calibration. It is removed at the end.
@@ -85,10 +87,11 @@ def quantize_(
     if calibration is None and wanting is not None:
         raise LayerError(f"{wanting}: {_needs(schemes[wanting])}")
     parents = parents_of(model)
+    batches = None if calibration is None else list(calibration)
     if wanting is not None:
-        assert calibration is not None
+        assert batches is not None
         modules.clear()
-        calibrate_(model, schemes, calibration, progress=progress, resume=resume, report=report)
+        calibrate_(model, schemes, batches, progress=progress, resume=resume, report=report)
     else:
         for name in track(list(schemes), "quantizing", progress):
             module, chosen = modules.pop(name), schemes[name]
@@ -105,7 +108,21 @@ def quantize_(
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, replaced)
         del module
+    if parsed is not None and parsed.kv_cache is not None and batches is not None:
+        _calibrate_kv_cache(model, parsed.kv_cache, batches)
     return model
+
+
+def _calibrate_kv_cache(model: nn.Module, kv_cache: KVScheme, batches: list[Any]) -> None:
+    """Scales of a cache that are not computed as tokens are stored: on attention modules, see `docs/kv_cache.md`."""
+    if kv_cache.dynamic:
+        return
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ConfigError("scales of a KV cache are calibrated for transformers' models; leave kv_cache out")
+    from qcompile.integrations.caches import calibrate_kv_cache
+
+    given = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
+    calibrate_kv_cache(model, given, per_head=kv_cache.scales == "head")
 
 
 def _static_scales(

@@ -15,6 +15,7 @@ from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
 from qcompile.methods import (
     ABSMAX,
     CHECKPOINT,
+    HQQ,
     ROUND,
     Method,
     Observer,
@@ -248,6 +249,11 @@ class Scheme:
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise ConfigError(f"a scheme's method is a qcompile.methods.Method, not {shown(self.method)}")
+        if isinstance(self.method.codes, HQQ) and self.weight.symmetric:
+            raise ConfigError(
+                f"method hqq moves zero points or offsets, and a symmetric {self.weight.format.name} has neither; take "
+                'int4_asym or "offset": true, or {"name": "rtn", "clip": "mse"}'
+            )
         if self.activation is not None and self.activation.granularity.is_group:
             block = self.weight.granularity
             if block.columns != self.activation.granularity.columns:

@@ -2,9 +2,8 @@
 
 Badri and Shaji 2023: "Half-Quadratic Quantization of Large Machine Learning Models"
 (https://dropbox.github.io/hqq_blog/). The l_p norm of the error with p < 1 is minimized by half-quadratic splitting:
-the error e is approximated by a sparse one, and the zero point (or offset) is the mean that is left over. Weights
-without either get the scale that is left over instead. Lengths are in steps of the grid, so that the result does not
-depend on the weight's magnitude.
+the error e is approximated by a sparse one, and the zero point (or offset) is the mean that is left over. Scales stay.
+Lengths are in steps of the grid, so that the result does not depend on the weight's magnitude.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from qcompile.calibrate.search import pick
 from qcompile.methods import HQQ
-from qcompile.reference import Grid, blocks_of, choose_grid, stored_scale
+from qcompile.reference import Grid, blocks_of, choose_grid
 from qcompile.scheme import WeightScheme
 
 _BETA, _GROWTH = 10.0, 1.01
@@ -28,7 +27,7 @@ def hqq_grid(w: Tensor, scheme: WeightScheme, settings: HQQ, above: Tensor | Non
 
     Args:
         w: float32 [N, K], finite.
-        scheme: its group divides K.
+        scheme: asymmetric; its group divides K.
         above: the weight's super scale, float32 [].
         layer: named in errors.
 
@@ -46,7 +45,7 @@ def hqq_grid(w: Tensor, scheme: WeightScheme, settings: HQQ, above: Tensor | Non
     beta = _BETA
     for _ in range(settings.iterations):
         error = (w - grid.decode(codes)) / grid.every(grid.step)
-        grid = _refit(w, grid, codes, _shrink(error, beta, settings.norm), layer)
+        grid = _refit(w, grid, codes, _shrink(error, beta, settings.norm))
         codes = grid.encode(w)
         errors = norm(w - grid.decode(codes))
         best = pick(errors < least, grid, best)
@@ -60,8 +59,8 @@ def _shrink(x: Tensor, beta: float, norm: float) -> Tensor:
     return x.sign() * (x.abs() - x.abs().clamp(min=1e-8) ** (norm - 1) / beta).clamp(min=0)
 
 
-def _refit(w: Tensor, grid: Grid, codes: Tensor, outliers: Tensor, layer: str) -> Grid:
-    """The grid whose zero points, offsets or scales fit the weights less what are taken for outliers, in steps."""
+def _refit(w: Tensor, grid: Grid, codes: Tensor, outliers: Tensor) -> Grid:
+    """The grid whose zero points or offsets fit the weights less what are taken for outliers, in steps."""
     scheme: WeightScheme = grid.scheme
     block = scheme.granularity.block_of(grid.shape)
     values = scheme.format.decode(codes.to(torch.int32))
@@ -71,10 +70,6 @@ def _refit(w: Tensor, grid: Grid, codes: Tensor, outliers: Tensor, layer: str) -
     if grid.zero_point is not None:
         zero = blocks_of(values - kept, block).sum((1, 3)) / counts
         return replace(grid, zero_point=scheme.format.encode(zero))
-    if grid.offset is not None:
-        offset = blocks_of(kept - values, block).sum((1, 3)) / counts * grid.step
-        return replace(grid, offset=offset.to(grid.offset.dtype))
-    power = blocks_of(values.square(), block).sum((1, 3))
-    ratio = blocks_of(values * kept, block).sum((1, 3)) / power
-    ratio = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)
-    return replace(grid, scale=stored_scale(grid.scale.float() * ratio, scheme, layer))
+    assert grid.offset is not None
+    offset = blocks_of(kept - values, block).sum((1, 3)) / counts * grid.step
+    return replace(grid, offset=offset.to(grid.offset.dtype))

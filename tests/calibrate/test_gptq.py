@@ -16,7 +16,7 @@ from qcompile.calibrate import gptq as module
 from qcompile.calibrate.awq import awq_scales
 from qcompile.calibrate.codes import choose_codes
 from qcompile.calibrate.gptq import gptq, inverse_factor
-from qcompile.errors import CalibrationError, LayerError
+from qcompile.errors import CalibrationError, ConfigError, LayerError
 from qcompile.methods import AWQ, GPTQ, HQQ, Method
 from qcompile.reference import dequantize, quantize_weight
 from qcompile.scheme import PRESETS, WeightScheme, parse_scheme
@@ -134,6 +134,10 @@ def test_searched_grids_are_no_worse_than_the_whole_range(name, method):
     weight, x = layer(32, 256)
     scheme = PRESETS[name].weight.fit("layer", (32, 256))
     nearest = weight - dequantize(quantize_weight(weight, scheme))
+    if isinstance(method, HQQ) and scheme.symmetric:
+        with pytest.raises(ConfigError, match="method hqq moves zero points or offsets, and a symmetric"):
+            replace(PRESETS[name], method=Method(method))
+        return
     if isinstance(method, HQQ):
         found = choose_codes(weight, replace(PRESETS[name], weight=scheme, method=Method(method)), None, "layer")
         error = weight - dequantize(found)
@@ -216,6 +220,6 @@ def test_what_is_refused():
         gptq(weight.masked_fill(weight > 0, float("nan")), hessian, integer(4, True), GPTQ(), "layer")
     with pytest.raises(CalibrationError, match="layer: its inputs overflow when they are squared"):
         gptq(weight, hessian.masked_fill(hessian > 0, float("inf")), integer(4, True), GPTQ(), "layer")
-    sorted_ = parse_scheme({"weight": {"format": "int4", "act_order": True, "group_size": 64}, "method": "hqq"})
+    sorted_ = parse_scheme({"weight": {"format": "uint4", "act_order": True, "group_size": 64}, "method": "hqq"})
     with pytest.raises(LayerError, match="act_order"):
         choose_codes(weight, sorted_, None, "layer")

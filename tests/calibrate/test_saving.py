@@ -86,3 +86,18 @@ def test_transformers_and_compressed_tensors(scheme, tmp_path):
     if "gptq" not in str(scheme["method"]) or isinstance(scheme["method"], list):
         assert not torch.equal(model.state_dict()[norm], llama().state_dict()[norm])
     assert any(isinstance(m, QuantizedLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("scales", ["tensor", "head"])
+def test_scales_of_a_kv_cache(scales, tmp_path):
+    """They are calibrated with the rest, saved, and read again."""
+    ids = torch.randint(0, 320, (2, 1, 24), generator=torch.Generator().manual_seed(0))
+    rules = [{"layers": "model.*", "scheme": int4(method="gptq")}]
+    config = {"rules": rules, "kv_cache": {"format": "fp8", "scales": scales}}
+    model = qcompile.quantize_(llama(), config, calibration=[(part,) for part in ids], progress=False)
+    found = model.model.layers[1].self_attn.kv_scales
+    assert found.k_scale.shape == ((2,) if scales == "head" else ())
+    qcompile.save(model, tmp_path)
+    again = load(tmp_path).model.layers[1].self_attn.kv_scales
+    assert torch.equal(found.k_scale, again.k_scale)
+    assert torch.equal(found.v_scale, again.v_scale)

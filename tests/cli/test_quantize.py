@@ -47,7 +47,8 @@ def run(*arguments):
 def test_methods(method, source, text, tmp_path):
     out = tmp_path / "out"
     result = run(
-        source, "--output", out, "--method", method, "--calibration", text, "--length", 16, "--dtype", "float32"
+    scheme = "int4_asym" if method == "hqq" else "int4"
+        source, "--output", out, "--scheme", scheme, "--method", method, "--calibration", text, "--length", 16, "--dtype", "float32"
     )
     assert result.exit_code == 0, result.output
     plain = re.sub(r"\s+", " ", result.output)
@@ -58,7 +59,7 @@ def test_methods(method, source, text, tmp_path):
     loaded = qcompile.load(out, dtype=torch.float32, progress=False)
     assert isinstance(loaded.lm_head, QuantizedLinear)
     assert loaded.lm_head.scheme.weight.format.name == "int8"
-    assert loaded.model.layers[1].mlp.down_proj.scheme.weight.format.name == "int4"
+    assert loaded.model.layers[1].mlp.down_proj.scheme.weight.format.bits == 4
     original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     ids = torch.randint(0, 15, (1, 12))
     with torch.no_grad():
@@ -94,7 +95,7 @@ def test_mistakes(source, text, tmp_path):
     refused(run(source, "--output", tmp_path, "--scheme", "int4"), "is not empty")
     refused(run(source, "--output", out, "--scheme", "nf4", "--format", "awq"), "awq cannot hold this layer exactly")
     config = tmp_path / "config.json"
-    config.write_text('{"rules": [{"layers": "*", "scheme": {"preset": "int4", "method": "hqq"}}]}')
+    config.write_text('{"rules": [{"layers": "*", "scheme": {"preset": "int4_asym", "method": "hqq"}}]}')
     refused(run(source, "--output", out, "--scheme", config, "--method", "awq"), "state the method in")
     assert not out.exists()
     assert run(source, "--output", out, "--scheme", config).exit_code == 0
