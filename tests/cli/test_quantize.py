@@ -46,10 +46,9 @@ def run(*arguments):
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant,gptq", "hqq"])
 def test_methods(method, source, text, tmp_path):
     out = tmp_path / "out"
-    result = run(
     scheme = "int4_asym" if method == "hqq" else "int4"
-        source, "--output", out, "--scheme", scheme, "--method", method, "--calibration", text, "--length", 16, "--dtype", "float32"
-    )
+    options = ["--scheme", scheme, "--method", method, "--calibration", text, "--length", 16, "--dtype", "float32"]
+    result = run(source, "--output", out, *options)
     assert result.exit_code == 0, result.output
     plain = re.sub(r"\s+", " ", result.output)
     assert "model.safetensors" in plain
