@@ -186,11 +186,28 @@ def parse_observer(given: object) -> Observer:
     return Observer(**settings)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Turn the residual stream of the whole model by a Hadamard matrix; see `qcompile.calibrate.rotate`.
+
+    It is done before all else, once, if any layer's method names it.
+
+    Attributes:
+        seed: of the matrix's signs; one for a model.
+    """
+
+    name: ClassVar[str] = "hadamard"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _whole("method: seed", self.seed, 0, 2**31 - 1)
+
+
 Codes = RTN | HQQ | GPTQ | Given
-Fold = SmoothQuant | AWQ
+Fold = Rotation | SmoothQuant | AWQ
 
 _CODES: dict[str, type[Codes]] = {kind.name: kind for kind in (RTN, HQQ, GPTQ, Given)}
-_FOLDS: dict[str, type[Fold]] = {kind.name: kind for kind in (SmoothQuant, AWQ)}
+_FOLDS: dict[str, type[Fold]] = {kind.name: kind for kind in (Rotation, SmoothQuant, AWQ)}
 _KNOWN: dict[str, type[Codes | Fold]] = {**_CODES, **_FOLDS}
 
 
@@ -234,10 +251,12 @@ def parse_method(given: object) -> Method:
     if not 1 <= len(entries) <= len(_KNOWN):
         raise ConfigError(f"method: a list of 1 to {len(_KNOWN)} steps, not {len(entries)}")
     steps = [_step(entry) for entry in entries]
-    folds = [step for step in steps if isinstance(step, (SmoothQuant, AWQ))]
-    codes = [step for step in steps if not isinstance(step, (SmoothQuant, AWQ))]
+    folds = [step for step in steps if isinstance(step, (Rotation, SmoothQuant, AWQ))]
+    codes = [step for step in steps if not isinstance(step, (Rotation, SmoothQuant, AWQ))]
     if len(codes) > 1 or (codes and steps[-1] is not codes[0]):
         raise ConfigError(f"method: one of {', '.join(_CODES)} comes last, after any of {', '.join(_FOLDS)}")
+    if any(isinstance(fold, Rotation) for fold in folds[1:]):
+        raise ConfigError("method: hadamard turns the whole model before all else, so it comes first")
     default = RTN(clip="output") if any(isinstance(fold, AWQ) for fold in folds) else RTN()
     return Method(codes[0] if codes else default, tuple(folds))
 

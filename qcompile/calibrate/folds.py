@@ -83,15 +83,17 @@ class Site:
             reader.weight.copy_((reader.weight.float() * by).to(reader.weight.dtype))
         divisors = torch.cat([scale, torch.ones_like(scale[:1])])  # -1 is the last
         for source in self.sources:
-            changed = (source.parameter.float() + source.shift) / divisors[source.labels] - source.shift
+            changed = (source.parameter.float() + source.shift) / divisors[
+                source.labels.to(scale.device)
+            ] - source.shift
             source.parameter.copy_(changed.to(source.parameter.dtype))
 
     def shared(self, scale: Tensor) -> Tensor:
         """Scales made equal within classes: their geometric mean."""
-        logs = scale.log()
-        count = torch.zeros_like(logs).index_add_(0, self.classes, torch.ones_like(logs))
-        sums = torch.zeros_like(logs).index_add_(0, self.classes, logs)
-        return (sums / count.clamp(min=1))[self.classes].exp()
+        logs, classes = scale.log(), self.classes.to(scale.device)
+        count = torch.zeros_like(logs).index_add_(0, classes, torch.ones_like(logs))
+        sums = torch.zeros_like(logs).index_add_(0, classes, logs)
+        return (sums / count.clamp(min=1))[classes].exp()
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,14 @@ class _Pulled:
 
 
 _NO_MERGES = torch.empty(0, 2, dtype=torch.int64)
+
+
+def owners_of(model: nn.Module) -> dict[int, int]:
+    """How many modules have each parameter, by its id."""
+    found: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        found[id(parameter)] = found.get(id(parameter), 0) + 1
+    return found
 
 
 def groups(trace: Trace) -> dict[fx.Node, list[LinearNode]]:

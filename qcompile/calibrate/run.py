@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from qcompile.calibrate.awq import awq_scales
 from qcompile.calibrate.codes import choose_codes
-from qcompile.calibrate.folds import Site, groups, site
+from qcompile.calibrate.folds import Site, groups, owners_of, site
 from qcompile.calibrate.gptq import hessian_error
 from qcompile.calibrate.observers import Observed
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.resume import Progress
+from qcompile.calibrate.rotate import rotate_
 from qcompile.calibrate.smoothquant import smooth_scales
 from qcompile.calibrate.statistics import Collector, InputStatistics, observed
 from qcompile.calibrate.stream import (
@@ -33,9 +34,9 @@ from qcompile.calibrate.stream import (
     without_cache,
 )
 from qcompile.calibrate.trace import Illegal, LinearNode, Trace, trace_block
-from qcompile.errors import CalibrationError
+from qcompile.errors import CalibrationError, ConfigError
 from qcompile.linears import linear_modules, matrix_of, quantized_linear
-from qcompile.methods import Fold, SmoothQuant
+from qcompile.methods import AWQ, Rotation, SmoothQuant
 from qcompile.progress import Bar
 from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
@@ -94,11 +95,12 @@ class _Calibration:
         self.batches, self.bar, self.done, self.report = batches, bar, done, report
         self.training = {name: module.training for name, module in self.left.items()}
         self.parents = parents_of(model)
+        self.unturned = ""
         self.owners: dict[int, int] = {}
-        for _, parameter in model.named_parameters(remove_duplicate=False):
-            self.owners[id(parameter)] = self.owners.get(id(parameter), 0) + 1
 
     def run(self) -> None:
+        self._rotate()
+        self.owners = owners_of(self.model)
         stacks: list[Stack] = []
         for names in find_stacks(self.model, [n for n in self.left if self.schemes[n].needs_data]):
             try:
@@ -122,6 +124,17 @@ class _Calibration:
         if rest:
             whole = self.model if not stacks else None
             self._quantize(rest, lambda: run_whole(self.model, self.batches, stacks), whole, call)
+
+    def _rotate(self) -> None:
+        """Turn the residual stream, if any layer's method says so; where it cannot be, note why."""
+        seeds = {f.seed for n in self.left for f in self.schemes[n].method.folds if isinstance(f, Rotation)}
+        if len(seeds) > 1:
+            raise ConfigError(f"method hadamard: layers name different seeds, {sorted(seeds)}; a model has one")
+        try:
+            for seed in seeds:
+                rotate_(self.model, self.batches[0], list(self.left), seed)
+        except Illegal as reason:
+            self.unturned = f"hadamard: {reason}"
 
     def _block(self, block: nn.Module, own: list[str], stack: Stack, index: int, device: torch.device) -> None:
         first = stack.calls[index][0].with_hidden(stack.hidden[0].to(device))
@@ -178,7 +191,7 @@ class _Calibration:
         self, names: Sequence[str], collector: Collector, block: nn.Module | None, call: Call | None
     ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """Carry out the folds that layers' methods name: where scales went, and why others stayed."""
-        wanted = [n for n in names if self.schemes[n].method.folds]
+        wanted = [n for n in names if _local_folds(self.schemes[n])]
         folded: dict[str, tuple[str, ...]] = {}
         declined = dict.fromkeys(wanted, "it lies outside of the blocks of a decoder")
         if not wanted or block is None or call is None:
@@ -199,7 +212,7 @@ class _Calibration:
             except Illegal as reason:
                 declined |= dict.fromkeys(own, str(reason))
                 continue
-            for fold in self.schemes[own[0]].method.folds:
+            for fold in _local_folds(self.schemes[own[0]]):
                 self._apply(fold, found, layers, collector)
             for name in own:
                 del declined[name]
@@ -207,11 +220,13 @@ class _Calibration:
         return folded, declined
 
     def _site(self, trace: Trace, root: torch.fx.Node, readers: list[LinearNode], own: list[str]) -> Site:
-        if any(self.schemes[n].method.folds != self.schemes[own[0]].method.folds for n in own):
+        if any(_local_folds(self.schemes[n]) != _local_folds(self.schemes[own[0]]) for n in own):
             raise Illegal("layers that read the same input name different folds")
         return site(trace, root, readers, self.owners)
 
-    def _apply(self, fold: Fold, found: Site, layers: Mapping[str, LinearNode], collector: Collector) -> None:
+    def _apply(
+        self, fold: SmoothQuant | AWQ, found: Site, layers: Mapping[str, LinearNode], collector: Collector
+    ) -> None:
         """Compute scales, fold them, and correct the statistics."""
         own = [n for n in layers if n in self.schemes and n in collector.of]
         seen = collector.of[own[0]]
@@ -243,6 +258,8 @@ class _Calibration:
         scale = None if input_scale is None else input_scale.to(weight.device)
         self._put(name, quantized_linear(name, module, scheme, scale, packed))
         del module
+        if self.unturned and any(isinstance(fold, Rotation) for fold in scheme.method.folds):
+            declined = "; ".join(filter(None, (self.unturned, declined)))
         result = LayerResult(
             name=name,
             scheme=str(scheme),
@@ -273,6 +290,11 @@ class _Calibration:
         self.bar.advance(result.name if result.error is None else f"{result.name} {result.error:.1e}")
         if self.report is not None:
             self.report(result)
+
+
+def _local_folds(scheme: Scheme) -> tuple[SmoothQuant | AWQ, ...]:
+    """Those that a block's graph decides on."""
+    return tuple(fold for fold in scheme.method.folds if not isinstance(fold, Rotation))
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

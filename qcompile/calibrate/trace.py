@@ -8,7 +8,7 @@ name: what is not recorded (control flow on values) makes tracing fail, with a r
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,14 +120,27 @@ def trace_block(block: nn.Module, call: Call) -> Trace:
 
     def run(hidden: Tensor) -> Any:
         given = call.with_hidden(hidden)
-        output = block(*given.args, **given.kwargs)
-        return _tensors(output)
+        return block(*given.args, **given.kwargs)
 
+    return _traced(run, [call.hidden()], "the block")
+
+
+def trace_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    """The graph of a model for one call.
+
+    Raises:
+        Illegal: it cannot be traced.
+    """
+    return _traced(lambda: model(*args, **kwargs), [], "the model")
+
+
+def _traced(function: Callable[..., Any], inputs: list[Tensor], what: str) -> Trace:
     try:
         with torch.no_grad():
-            return Trace(make_fx(run, pre_dispatch=True)(call.hidden()))
+            return Trace(make_fx(lambda *given: _tensors(function(*given)), pre_dispatch=True)(*inputs))
     except Exception as error:  # whatever a model's code does with values that are not there
-        raise Illegal(f"the block cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        first = (str(error).splitlines() or [""])[0]
+        raise Illegal(f"{what} cannot be traced ({type(error).__name__}: {first})") from None
 
 
 def _tensors(output: Any) -> list[Tensor]:

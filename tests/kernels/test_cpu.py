@@ -121,7 +121,7 @@ class Quantized:
     def __init__(self, scheme: Scheme, weight: Tensor) -> None:
         shape = (weight.shape[0], weight.shape[1])
         self.scheme = scheme.fit("layer", shape)
-        checkpoint = self.scheme.method == "checkpoint"
+        checkpoint = self.scheme.method == CHECKPOINT
         self.logical = _random(self.scheme, shape) if checkpoint else quantize_weight(weight, self.scheme.weight)
         self.layout = choose_layout(self.scheme, shape, "cpu")
         self.packed: PackedWeight = to_layout(self.logical, self.layout)
