@@ -92,7 +92,7 @@ class GPTQ:
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = True
-    clip: str = "mse"
+    clip: str = "importance"
 
     def __post_init__(self) -> None:
         _within("method: damping", self.damping, 1e-6, 10.0)
