@@ -46,6 +46,7 @@ ROWS: dict[str, Any] = {
     "int8 (W8A8, dynamic), SmoothQuant": {"preset": "int8", "method": "smoothquant"},
     "int8 (W8A8, static)": INT8_STATIC,
     "int8 (W8A8, static), SmoothQuant": {**INT8_STATIC, "method": "smoothquant"},
+    "int8 (W8A8, static), Hadamard": {**INT8_STATIC, "method": "hadamard"},
     "int8 (W8A8, static), percentile": {
         **INT8_STATIC,
         "activation": {**INT8_STATIC["activation"], "observer": {"name": "percentile", "percentile": 99.99}},

@@ -82,6 +82,9 @@ def quantize_(
                 stacklevel=2,
             )
     schemes = {} if parsed is None else planned(model, parsed)
+    for name in experts:
+        if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:
+            scheme.check_rounded(name)
     _take_over(model, modules)
     wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
     if calibration is None and wanting is not None:

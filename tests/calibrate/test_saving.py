@@ -8,6 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import qcompile
+from qcompile.errors import LayerError
 from qcompile.modules import QuantizedLinear
 from tests import tolerance
 from tests.checkpoint.test_save import llama, load, same
@@ -101,3 +102,26 @@ def test_scales_of_a_kv_cache(scales, tmp_path):
     again = load(tmp_path).model.layers[1].self_attn.kv_scales
     assert torch.equal(found.k_scale, again.k_scale)
     assert torch.equal(found.v_scale, again.v_scale)
+
+
+def test_experts_are_refused_before_the_work():
+    """Stacked experts are rounded to nearest: a rule of theirs says so."""
+    config = transformers.MixtralConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=50,
+        num_local_experts=2,
+        tie_word_embeddings=False,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    ids = [torch.arange(12)[None]]
+    rules = [{"layers": "lm_head", "scheme": None}, {"layers": "*", "scheme": int4(method="gptq")}]
+    with pytest.raises(LayerError, match=r"experts: method gptq is for linear modules"):
+        qcompile.quantize_(model, {"rules": rules}, calibration=ids)
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    rules.insert(1, {"layers": "*.experts", "scheme": int4()})
+    qcompile.quantize_(model, {"rules": rules}, calibration=ids)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantizedLinear)
