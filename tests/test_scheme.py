@@ -157,7 +157,7 @@ def test_unknown_presets_name_the_nearest(text, near):
         (None, "scheme must be a mapping, not NoneType"),
         (4, "scheme must be a mapping, not int 4"),
         ({"weight": GROUP, "method": "gptp"}, "unknown method 'gptp'; did you mean 'gptq'"),
-        ({"weight": GROUP, "method": ["gptq", "awq"]}, "comes last, after any of smoothquant, awq"),
+        ({"weight": GROUP, "method": ["gptq", "awq"]}, "comes last, after any of hadamard, smoothquant, awq"),
         ({"weight": GROUP, "method": {"name": "gptq", "damp": 1}}, "gptq has no setting 'damp'; there are: damping"),
         ({"weight": GROUP, "method": {"name": "gptq", "damping": -1}}, "damping must be a number from 1e-06 to 10"),
         ({"weight": GROUP, "preset": "int4"}, "either a preset, or a weight"),
