@@ -15,6 +15,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, regis
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 
@@ -43,7 +44,7 @@ class Ternary(Method):
         scheme = WeightScheme(format=get_format("int2"), granularity=Granularity.channel())
         scale = tensors.take("scale", torch.float32, shape=(rows, 1))
         weight = PackedWeight.from_codes(codes, scale, None, scheme, tensors.name)
-        return LoadedLinear(weight=weight, scheme=Scheme(weight=scheme, method="checkpoint"))
+        return LoadedLinear(weight=weight, scheme=Scheme(weight=scheme, method=CHECKPOINT))
 
 
 def write(folder: Path, model: nn.Sequential) -> None:

@@ -65,7 +65,7 @@ def annotate(context: GraphContext) -> None:
 
     Raises:
         ConfigError: a rule that decides no layer.
-        LayerError: a group size that does not divide a layer's input features.
+        LayerError: a group size that does not divide a layer's input features; a method other than rounding.
     """
     for node in context.graph.find_nodes(op="call_function", target=F.linear):
         weight = resolve_weight(context, node.args[1])
@@ -88,6 +88,7 @@ def annotate(context: GraphContext) -> None:
             context.declined(_RULE, name, context.left[name])
         else:
             out_features, in_features = (int(extent) for extent in example(node.args[1]).shape)
+            scheme.check_rounded(name)
             fitted = scheme.fit(name, (out_features, in_features))
             note = ""
             if fitted != scheme:

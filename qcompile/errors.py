@@ -15,6 +15,10 @@ class LayerError(QCompileError, ValueError):
     """A layer that cannot be quantized as its rule asks."""
 
 
+class CalibrationError(QCompileError, ValueError):
+    """Calibration data that do not show what a layer needs, or that it cannot be computed from."""
+
+
 class GradientError(QCompileError, RuntimeError):
     """Autograd would need to differentiate through a quantized operation."""
 

@@ -221,6 +221,7 @@ def quantize_experts(name: str, experts: nn.Module, scheme: Scheme) -> Quantized
     projections = {}
     for projection, (count, n, k) in projection_shapes(experts).items():
         layer = f"{name}.{projection}"
+        scheme.check_rounded(layer)
         fitted = scheme.fit(layer, (n, k))
         input_scale = None
         if fitted.activation is not None and not fitted.activation.dynamic:

@@ -15,6 +15,7 @@ from qcompile.errors import ConfigError
 from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
 from qcompile.formats import Format, get_format
+from qcompile.methods import ABSMAX, ROUND
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme, check_keys
 
 ACTIVATIONS: dict[str, Any] = {
@@ -39,7 +40,8 @@ class LinearSpec:
 
     Attributes:
         in_features, out_features: K and N.
-        scheme: weight and activation formats; its group fits K.
+        scheme: weight and activation formats; its group fits K. How codes and scales were chosen makes no
+            difference to a kernel, so its method and observer are always the default ones.
         layout: name of the packed weight's layout.
         epilogue: steps of `EPILOGUE_STEPS` applied to the product in this order, in float32. "bias" adds the bias;
             "mul" and "add" each consume the next operand.
@@ -50,6 +52,12 @@ class LinearSpec:
     scheme: Scheme
     layout: str
     epilogue: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        activation = self.scheme.activation
+        if activation is not None:
+            activation = replace(activation, observer=ABSMAX)
+        object.__setattr__(self, "scheme", replace(self.scheme, activation=activation, method=ROUND))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,7 +117,6 @@ def _scheme(given: dict[str, Any]) -> Scheme:
     return Scheme(
         weight=WeightScheme(**_formats(weight)),
         activation=None if activation is None else ActivationScheme(**_formats(activation)),
-        method=given.get("method", "rtn"),
     )
 
 

@@ -66,7 +66,7 @@ def _pack(parameter: Tensor, transposed: bool, scheme: Scheme, layer: str) -> Pa
     if not is_torchao(parameter):
         return quantize_weight(parameter.t() if transposed else parameter, scheme.weight, layer)
     prepared = read_tensor(parameter, layer)
-    if prepared.scheme != scheme:
+    if (prepared.scheme.weight, prepared.scheme.activation) != (scheme.weight, scheme.activation):
         raise LayerError(
             f"{layer}: torchao quantized its weight to {prepared.scheme}, but the graph is for {scheme}; call "
             "torch.compiler.reset() after quantizing a model anew"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,29 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.ops  # noqa: F401  (registers the operators)
+from qcompile.calibrate.codes import choose_codes
+from qcompile.calibrate.report import LayerResult
+from qcompile.calibrate.run import calibrate_, parents_of
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, LayerError
 from qcompile.experts import expert_modules, other_experts, quantize_experts
-from qcompile.modules import PackedModule, QuantizedLinear
+from qcompile.kv_cache import KVScheme
+from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
+from qcompile.modules import PackedModule
 from qcompile.progress import track
-from qcompile.reference import quantize_weight
 from qcompile.scheme import Scheme
-from qcompile.torchao_tensors import is_torchao, read_tensor
+from qcompile.torchao_tensors import is_torchao
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, GPT-2's linear, whose weight is [K, N]."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that `quantize_` can replace, by qualified name; one that has several names by its first."""
-    found = {n: m for n, m in model.named_modules() if n and (type(m) is nn.Linear or is_conv1d(m))}
-    # Attention modules read the weight of their `out_proj` themselves.
-    owned = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    return {n: m for n, m in found.items() if id(m) not in owned}
 
 
 def quantize_(
@@ -42,6 +33,8 @@ def quantize_(
     *,
     calibration: Iterable[Any] | None = None,
     progress: bool = True,
+    resume: str | Path | None = None,
+    report: Callable[[LayerResult], None] | None = None,
 ) -> Model:
     """Quantize a model's linear layers and experts in place, layer by layer, freeing each original weight.
 
@@ -55,9 +48,14 @@ def quantize_(
         model: floating point, for inference; on any device.
         config: anything that `torch.compile`'s `options={"config": ...}` takes; None only takes over what torchao
             quantized.
-        calibration: batches for static activation scales: each a tensor, a tuple of arguments or a dict of keyword
-            arguments of the model. The scale is the largest magnitude seen / the format's largest value.
+        calibration: batches, for static activation scales, for methods that look at a layer's inputs, and for scales of
+            the configuration's `kv_cache`: each a tensor, a tuple of arguments or a dict of keyword arguments of the
+            model. They run block by block, so that one block's activations are in memory; between blocks hidden states
+            wait on the CPU.
         progress: show a progress bar on a terminal.
+        resume: a folder for finished blocks: a call that was interrupted goes on from there when it is made again with
+            the same model, configuration and calibration. It is removed at the end.
+        report: is told of each layer that calibration quantizes.
 
     Returns:
         the model itself.
@@ -65,6 +63,8 @@ def quantize_(
     Raises:
         ConfigError: a configuration that cannot be understood, or a rule that decides no layer.
         LayerError: a layer that cannot be quantized as its rule asks. Layers before it are quantized then.
+        CalibrationError: batches that do not show what is needed, or hold NaN or infinity.
+        CheckpointError: a `resume` folder of another calibration.
     """
     parsed = None if config is None else parse_config(config)
     if type(model) is nn.Linear or is_conv1d(model):
@@ -81,29 +81,28 @@ def quantize_(
                 "they are arranged",
                 stacklevel=2,
             )
-    chosen: dict[str, Scheme | None] = {}  # None: as torchao quantized it
-    for name, module in modules.items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        scheme = None if parsed is None else parsed.scheme_for(name)
-        if is_torchao(weight):
-            chosen[name] = None
-        elif scheme is not None:
-            n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
-            chosen[name] = scheme.fit(name, (n, k))
-    schemes = {name: scheme for name, scheme in chosen.items() if scheme is not None}
-    scales = _static_scales(model, {n: modules[n] for n in schemes}, schemes, calibration)
-    parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for child_name, child in parent._modules.items():
-            parents.setdefault(id(child), []).append((parent, child_name))
-    names = list(chosen)
-    for name in track(names, "quantizing", progress):
-        module = modules.pop(name)
-        quantized = quantized_linear(name, module, chosen[name], scales.get(name)).train(module.training)
-        for parent, child_name in parents.pop(id(module)):
-            setattr(parent, child_name, quantized)
-        del module
+    schemes = {} if parsed is None else planned(model, parsed)
+    for name in experts:
+        if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:
+            scheme.check_rounded(name)
+    _take_over(model, modules)
+    wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
+    if calibration is None and wanting is not None:
+        raise LayerError(f"{wanting}: {_needs(schemes[wanting])}")
+    parents = parents_of(model)
+    batches = None if calibration is None else list(calibration)
+    if wanting is not None:
+        assert batches is not None
+        modules.clear()
+        calibrate_(model, schemes, batches, progress=progress, resume=resume, report=report)
+    else:
+        for name in track(list(schemes), "quantizing", progress):
+            module, chosen = modules.pop(name), schemes[name]
+            packed = choose_codes(matrix_of(module), chosen, None, name)
+            quantized = quantized_linear(name, module, chosen, _stated_scale(module, chosen), packed)
+            for parent, child_name in parents.pop(id(module)):
+                setattr(parent, child_name, quantized.train(module.training))
+            del module
     for name in track(list(experts), "quantizing experts", progress):
         module, scheme = experts.pop(name), None if parsed is None else parsed.scheme_for(name)
         if scheme is not None:
@@ -112,31 +111,21 @@ def quantize_(
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, replaced)
         del module
+    if parsed is not None and parsed.kv_cache is not None and batches is not None:
+        _calibrate_kv_cache(model, parsed.kv_cache, batches)
     return model
 
 
-def quantized_linear(
-    name: str, module: nn.Module, scheme: Scheme | None, input_scale: Tensor | None
-) -> QuantizedLinear:
-    """What takes the place of one of `linear_modules`.
+def _calibrate_kv_cache(model: nn.Module, kv_cache: KVScheme, batches: list[Any]) -> None:
+    """Scales of a cache that are not computed as tokens are stored: on attention modules, see `docs/kv_cache.md`."""
+    if kv_cache.dynamic:
+        return
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ConfigError("scales of a KV cache are calibrated for transformers' models; leave kv_cache out")
+    from qcompile.integrations.caches import calibrate_kv_cache
 
-    Args:
-        name: the layer's, for errors.
-        scheme: fitted to its shape; None for a weight that torchao quantized.
-        input_scale: float32 scalar, exactly for static activations.
-
-    Raises:
-        LayerError: a weight that cannot be quantized so.
-    """
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
-    if scheme is None:
-        taken = read_tensor(weight, name)
-        return QuantizedLinear(taken.weight, taken.scheme, bias, taken.input_scale, weight.dtype, taken.pre_quant_scale)
-    with torch.no_grad():
-        packed = quantize_weight(weight.t() if is_conv1d(module) else weight, scheme.weight, name)
-        return QuantizedLinear(packed, scheme, bias, input_scale, weight.dtype)
+    given = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
+    calibrate_kv_cache(model, given, per_head=kv_cache.scales == "head")
 
 
 def _static_scales(
@@ -187,3 +176,46 @@ def _static_scales(
             raise LayerError(f"{name}: {what}, so its static scale is unknown")
         scales[name] = torch.where(top == 0, torch.ones_like(top), top / largest)
     return scales
+
+
+def planned(model: nn.Module, config: QuantConfig) -> dict[str, Scheme]:
+    """The schemes of linear layers that `quantize_` would quantize, by name, fitted to their shapes.
+
+    Raises:
+        LayerError: a group size that does not divide a layer's input features.
+    """
+    schemes = {}
+    for name, module in linear_modules(model).items():
+        scheme = config.scheme_for(name)
+        assert isinstance(module.weight, Tensor)
+        if scheme is not None and not is_torchao(module.weight):
+            weight = matrix_of(module)
+            schemes[name] = scheme.fit(name, (weight.shape[0], weight.shape[1]))
+    return schemes
+
+
+def _needs(scheme: Scheme) -> str:
+    """Why a layer needs calibration, and the ways out."""
+    if scheme.needs_scale:
+        return (
+            'static activation scales come from calibration; pass calibration=batches, state "scale" in the '
+            "configuration, or choose dynamic activations"
+        )
+    return f"method {scheme.method} looks at the layer's inputs; pass calibration=batches, or choose rtn or hqq"
+
+
+def _stated_scale(module: nn.Module, scheme: Scheme) -> Tensor | None:
+    if scheme.activation is None or scheme.activation.scale is None:
+        return None
+    assert isinstance(module.weight, Tensor)
+    return torch.tensor(scheme.activation.scale, device=module.weight.device)
+
+
+def _take_over(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Take the layers that torchao quantized from `modules` and into the model, bit for bit."""
+    parents = parents_of(model)
+    for name in [n for n, m in modules.items() if isinstance(m.weight, Tensor) and is_torchao(m.weight)]:
+        module = modules.pop(name)
+        taken = quantized_linear(name, module, None, None).train(module.training)
+        for parent, child_name in parents.pop(id(module)):
+            setattr(parent, child_name, taken)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from qcompile.packed import PackedWeight
 from qcompile.scheme import SCALE_DTYPES, WHOLE, ActivationScheme, Granularity, WeightScheme
 
 
-def _blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:
+def blocks_of(matrix: Tensor, block: tuple[int, int]) -> Tensor:
     """View [rows, columns] as [row blocks, R, column blocks, C]; ragged edges are padded with zeros."""
     rows, columns = matrix.shape
     r, c = block
@@ -49,6 +51,21 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
     Raises:
         LayerError: a weight that is no matrix, or holds NaN or infinity, or whose scale overflows its dtype.
     """
+    rows = row_strips(weight, scheme, layer)
+    above = super_scale(rows, scheme, layer)
+    chunks = [_quantize_rows(part, scheme, above, layer) for part in rows]
+    tensors = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    packed = PackedWeight.from_tensors(tensors, (weight.shape[0], weight.shape[1]), scheme)
+    packed.check(layer)
+    return packed
+
+
+def row_strips(weight: Tensor, scheme: WeightScheme, layer: str) -> tuple[Tensor, ...]:
+    """Strips of a weight's rows, whole blocks each, that are quantized one after another.
+
+    Raises:
+        LayerError: a weight that is no matrix of floating point, or is empty.
+    """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise LayerError(
             f"{layer}: a weight to quantize is a floating-point matrix, not {weight.dtype} {tuple(weight.shape)}"
@@ -57,20 +74,14 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
         raise LayerError(f"{layer}: the weight is empty, {tuple(weight.shape)}")
     block_rows = scheme.granularity.block_of((weight.shape[0], weight.shape[1]))[0]
     step = max(1, _CHUNK // (weight.shape[1] * block_rows)) * block_rows
-    rows = weight.detach().split(step)
-    above = _super_scale(rows, scheme, layer)
-    chunks = [_quantize_rows(part, scheme, above, layer) for part in rows]
-    tensors = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-    packed = PackedWeight.from_tensors(tensors, (weight.shape[0], weight.shape[1]), scheme)
-    packed.check(layer)
-    return packed
+    return weight.detach().split(step)
 
 
 _CHUNK = 1 << 22
 """Weights that are quantized or decoded at a time, so that the float32 copies of a large layer stay small."""
 
 
-def _super_scale(rows: tuple[Tensor, ...], scheme: WeightScheme, layer: str) -> Tensor | None:
+def super_scale(rows: Sequence[Tensor], scheme: WeightScheme, layer: str) -> Tensor | None:
     """One number for the whole weight, float32 []."""
     if scheme.super_scale is None:
         return None
@@ -83,42 +94,129 @@ def _super_scale(rows: tuple[Tensor, ...], scheme: WeightScheme, layer: str) -> 
 
 def _quantize_rows(weight: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str) -> tuple[Tensor, ...]:
     """The tensors of some packed rows, a multiple of a block's."""
+    w = finite_float32(weight, layer)
+    grid = choose_grid(w, scheme, above, layer)
+    return pack_bits(grid.encode(w), scheme.format.bits), *grid.tensors
+
+
+def finite_float32(weight: Tensor, layer: str) -> Tensor:
+    """The weight in float32.
+
+    Raises:
+        LayerError: it holds NaN or infinity.
+    """
     w = weight.to(torch.float32)
     if not torch.isfinite(w).all():
         raise LayerError(
             f"{layer}: the weight holds NaN or infinity, so it has no scale; keep the layer with scheme null"
         )
+    return w
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The numbers that the elements of a matrix of this shape may become; see `PackedWeight` for the equations.
+
+    Attributes:
+        scale, zero_point, offset: as a packed weight stores them.
+        above: the super scale that all share, float32 [].
+    """
+
+    scheme: WeightScheme
+    shape: tuple[int, int]
+    scale: Tensor
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+    above: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        """What a code's value is multiplied by, float32 of the scale's shape."""
+        return self.scale.float() if self.above is None else self.scale.float() * self.above
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a packed weight stores beside its codes, in its order."""
+        stored = [t for t in (self.scale, self.zero_point, self.offset) if t is not None]
+        if self.above is not None:
+            assert self.scheme.super_scale is not None
+            stored.append(self.above.to(SCALE_DTYPES[self.scheme.super_scale.dtype]).expand(self.shape[0], 1))
+        return tuple(stored)
+
+    def every(self, per_block: Tensor) -> Tensor:
+        """A value per block repeated to every element."""
+        return expand_blocks(per_block, self.scheme.granularity, self.shape)
+
+    def encode(self, w: Tensor) -> Tensor:
+        """The nearest codes, uint8 [rows, columns], of a float32 matrix."""
+        if self.offset is not None:
+            w = w - self.every(self.offset.float())
+        scaled = w / self.every(self.step)
+        if self.zero_point is not None:
+            scaled += self.every(self.zero_point.float())
+        return self.scheme.format.encode(scaled)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """float32 of the codes' shape."""
+        values = self.scheme.format.decode(codes.to(torch.int32))
+        assert isinstance(values, Tensor)
+        if self.zero_point is not None:
+            values = values - self.every(self.zero_point.float())
+        values = values * self.every(self.step)
+        return values if self.offset is None else values + self.every(self.offset.float())
+
+    def pack(self, codes: Tensor, layer: str, perm: Tensor | None = None) -> PackedWeight:
+        """The packed weight of codes uint8 [rows, columns].
+
+        Args:
+            perm: int32 [columns], exactly for a scheme with `act_order`.
+
+        Raises:
+            LayerError: what `PackedWeight.check` finds.
+        """
+        tensors = (pack_bits(codes, self.scheme.format.bits), *self.tensors, *(() if perm is None else (perm,)))
+        packed = PackedWeight.from_tensors(tensors, self.shape, self.scheme)
+        packed.check(layer)
+        return packed
+
+
+def choose_grid(w: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str, shrink: float = 1.0) -> Grid:
+    """The grid whose blocks reach over the range of their weights; see `quantize_weight`.
+
+    Args:
+        w: float32 [rows, columns], finite; blocks begin at its first row and column.
+        above: the weight's super scale, float32 [].
+        shrink: what the ranges are multiplied by; offsets move by half of what a range loses.
+
+    Raises:
+        LayerError: a scale overflows its dtype.
+    """
     shape = (w.shape[0], w.shape[1])
-    granularity, scale_dtype = scheme.granularity, SCALE_DTYPES[scheme.scale_dtype]
-    blocks = _blocks(w, granularity.block_of(shape))
+    scale_dtype = SCALE_DTYPES[scheme.scale_dtype]
+    blocks = blocks_of(w, scheme.granularity.block_of(shape))
     steps = 2**scheme.format.bits - 1
     offset = None
     if scheme.symmetric:
-        spread = blocks.abs().amax((1, 3)) / scheme.format.absmax
+        spread = blocks.abs().amax((1, 3)) * shrink / scheme.format.absmax
     elif scheme.offset:
-        offset = blocks.amin((1, 3)).to(scale_dtype)
-        spread = (blocks.amax((1, 3)) - offset.float()).clamp(min=0) / steps
+        lowest, highest = blocks.amin((1, 3)), blocks.amax((1, 3))
+        if shrink != 1.0:
+            lost = (highest - lowest) * ((1 - shrink) / 2)
+            lowest, highest = lowest + lost, highest - lost
+        offset = lowest.to(scale_dtype)
+        spread = (highest - offset.float()).clamp(min=0) / steps
     else:
-        lowest = blocks.amin((1, 3)).clamp(max=0)
-        spread = blocks.amax((1, 3)).clamp(min=0) / steps - lowest / steps  # the difference first could overflow
-    scale = _stored(spread if above is None else spread / above, scheme, layer)
-    step = scale.float() if above is None else scale.float() * above
-    scaled = w / expand_blocks(step, granularity, shape)
-    tensors = [scale]
-    if offset is not None:
-        scaled = (w - expand_blocks(offset.float(), granularity, shape)) / expand_blocks(step, granularity, shape)
-        tensors.append(offset)
-    elif not scheme.symmetric:
-        zero_point = scheme.format.encode(-lowest / step)
-        scaled += expand_blocks(zero_point.float(), granularity, shape)
-        tensors.append(zero_point)
-    if above is not None:
-        assert scheme.super_scale is not None
-        tensors.append(above.to(SCALE_DTYPES[scheme.super_scale.dtype]).expand(shape[0], 1))
-    return pack_bits(scheme.format.encode(scaled), scheme.format.bits), *tensors
+        lowest = blocks.amin((1, 3)).clamp(max=0) * shrink
+        spread = blocks.amax((1, 3)).clamp(min=0) * shrink / steps - lowest / steps  # first the difference: overflows
+    scale = stored_scale(spread if above is None else spread / above, scheme, layer)
+    grid = Grid(scheme=scheme, shape=shape, scale=scale, offset=offset, above=above)
+    if scheme.symmetric or scheme.offset:
+        return grid
+    zero_point = scheme.format.encode(-lowest / grid.step)
+    return replace(grid, zero_point=zero_point)
 
 
-def _stored(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:
+def stored_scale(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:
     """Scales as they are stored, none of them zero."""
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     if dtype == torch.float8_e8m0fnu:

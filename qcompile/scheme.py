@@ -12,6 +12,18 @@ import torch
 
 from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
+from qcompile.methods import (
+    ABSMAX,
+    CHECKPOINT,
+    HQQ,
+    ROUND,
+    Method,
+    Observer,
+    method_to_config,
+    observer_to_config,
+    parse_method,
+    parse_observer,
+)
 
 FLOAT_SCALES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALE_DTYPES = FLOAT_SCALES | {
@@ -184,6 +196,7 @@ class ActivationScheme:
         dynamic: scales are computed from each input; else one scale per tensor is fixed beforehand.
         scale: the fixed scale where the configuration states it; otherwise calibration finds it.
         scale_dtype: "float32", or "float8_e8m0fnu" for dynamic scales that are powers of two, as MX has them.
+        observer: how calibration finds a static scale that is not stated.
         outlier_threshold: columns in which any token reaches this magnitude are multiplied unquantized (LLM.int8,
             Dettmers et al. 2022, arXiv:2208.07339); None quantizes all.
     """
@@ -194,8 +207,13 @@ class ActivationScheme:
     scale: float | None = None
     scale_dtype: str = "float32"
     outlier_threshold: float | None = None
+    observer: Observer = ABSMAX
 
     def __post_init__(self) -> None:
+        if self.observer != ABSMAX and (self.dynamic or self.scale is not None):
+            raise ConfigError("an observer finds static scales: it goes with dynamic: false and no stated scale")
+        if self.observer.per == "channel":
+            raise ConfigError("a static activation scale is one for all channels: observe per tensor, or per token")
         if self.scale_dtype not in ("float32", "float8_e8m0fnu") or (
             not self.dynamic and self.scale_dtype != "float32"
         ):
@@ -222,18 +240,20 @@ class ActivationScheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A layer's quantization: its weight, its input (None: left as it is), and how the codes are chosen.
-
-    `method` is "rtn", round to nearest, or "checkpoint", where they come from a file.
-    """
+    """A layer's quantization: its weight, its input (None: left as it is), and how the codes are chosen."""
 
     weight: WeightScheme
     activation: ActivationScheme | None = None
-    method: str = "rtn"
+    method: Method = ROUND
 
     def __post_init__(self) -> None:
-        if self.method not in ("rtn", "checkpoint"):
-            raise ConfigError(f"unknown method {shown(self.method)}; there is: rtn")
+        if not isinstance(self.method, Method):
+            raise ConfigError(f"a scheme's method is a qcompile.methods.Method, not {shown(self.method)}")
+        if isinstance(self.method.codes, HQQ) and self.weight.symmetric:
+            raise ConfigError(
+                f"method hqq moves zero points or offsets, and a symmetric {self.weight.format.name} has neither; take "
+                'int4_asym or "offset": true, or {"name": "rtn", "clip": "mse"}'
+            )
         if self.activation is not None and self.activation.granularity.is_group:
             block = self.weight.granularity
             if block.columns != self.activation.granularity.columns:
@@ -241,6 +261,28 @@ class Scheme:
                     f"activations per group of {self.activation.granularity.columns} need weights with blocks of as "
                     f"many columns, not {block}"
                 )
+
+    @property
+    def needs_scale(self) -> bool:
+        """Whether the input's scale is static and not stated, so that calibration must find it."""
+        return self.activation is not None and not self.activation.dynamic and self.activation.scale is None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether inputs of the layer must be seen before it is quantized."""
+        return self.needs_scale or self.method.needs_data
+
+    def check_rounded(self, layer: str) -> None:
+        """For where weights are rounded to nearest and nothing else.
+
+        Raises:
+            LayerError: another method.
+        """
+        if self.method not in (ROUND, CHECKPOINT):
+            raise LayerError(
+                f"{layer}: method {self.method} is for linear modules, by qcompile.quantize_(model, config, "
+                "calibration=batches); here weights are rounded to nearest: leave the method out, or quantize first"
+            )
 
     def fit(self, layer: str, shape: tuple[int, int]) -> Scheme:
         """See `WeightScheme.fit`."""
@@ -370,8 +412,9 @@ _ACTIVATION_KEYS = (
     "scale",
     "scale_dtype",
     "outlier_threshold",
+    "observer",
 )
-_SCHEME_KEYS = ("weight", "activation", "method")
+_SCHEME_KEYS = ("preset", "weight", "activation", "method")
 
 
 def preset(name: str) -> Scheme:
@@ -380,10 +423,11 @@ def preset(name: str) -> Scheme:
     Raises:
         ConfigError: unknown; the message lists the nearest names.
     """
-    found = PRESETS.get(ALIASES.get(name, name))
+    found = PRESETS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if found is None:
         names = [*PRESETS, *ALIASES]
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(PRESETS)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) if isinstance(name, str) else []
+        near = near or sorted(PRESETS)
         raise ConfigError(f"unknown scheme {shown(name)}; did you mean {', '.join(near)}?")
     return found
 
@@ -504,11 +548,12 @@ def _parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
         scale=_positive("activation: scale", given.get("scale")),
         scale_dtype=given.get("scale_dtype", "float32"),
         outlier_threshold=_positive("activation: outlier_threshold", given.get("outlier_threshold")),
+        observer=parse_observer(given.get("observer", ABSMAX)),
     )
 
 
 def parse_scheme(given: str | Mapping[str, Any] | Scheme) -> Scheme:
-    """A scheme from a preset's name, or from a dict with `weight`, `activation` and `method`.
+    """A scheme from a preset's name, or from a dict with `weight` and `activation`, or `preset`, and `method`.
 
     Raises:
         ConfigError: an unknown name or key, or values that do not go together.
@@ -518,13 +563,18 @@ def parse_scheme(given: str | Mapping[str, Any] | Scheme) -> Scheme:
     if isinstance(given, str):
         return preset(given)
     check_keys("scheme", given, _SCHEME_KEYS)
+    method = parse_method(given["method"]) if "method" in given else ROUND
+    if "preset" in given:
+        if "weight" in given or "activation" in given:
+            raise ConfigError("a scheme has either a preset, or a weight and perhaps an activation")
+        return replace(preset(given["preset"]), method=method)
     if "weight" not in given:
         raise ConfigError("scheme needs a weight")
     activation = given.get("activation")
     return Scheme(
         weight=_parse_weight(given["weight"]),
         activation=None if activation is None else _parse_activation(activation),
-        method=given.get("method", "rtn"),
+        method=method,
     )
 
 
@@ -543,6 +593,8 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
     for name, known in PRESETS.items():
         if known == scheme:
             return name
+        if replace(known, method=scheme.method) == scheme:
+            return {"preset": name, "method": method_to_config(scheme.method)}
     weight = scheme.weight
     given: dict[str, Any] = {"weight": {"format": weight.format.name, "symmetric": weight.symmetric}}
     if not (weight.flexible_group and weight.granularity == _default_granularity(weight.format)):
@@ -564,6 +616,8 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
             given["activation"]["scale_dtype"] = activation.scale_dtype
         if activation.outlier_threshold is not None:
             given["activation"]["outlier_threshold"] = activation.outlier_threshold
-    if scheme.method != "rtn":
-        given["method"] = scheme.method
+        if activation.observer != ABSMAX:
+            given["activation"]["observer"] = observer_to_config(activation.observer)
+    if scheme.method != ROUND:
+        given["method"] = method_to_config(scheme.method)
     return given

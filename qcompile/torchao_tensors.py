@@ -19,6 +19,7 @@ from torch import Tensor
 from qcompile.bitpack import unpack_bits
 from qcompile.errors import LayerError, QCompileError, shown
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import WHOLE, ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme
 
@@ -142,7 +143,7 @@ def _loaded(
     )
     return Prepared(
         weight=packed,
-        scheme=Scheme(weight=weight, activation=activation, method="checkpoint"),
+        scheme=Scheme(weight=weight, activation=activation, method=CHECKPOINT),
         input_scale=input_scale,
         pre_quant_scale=parts.pre_scale(codes.shape[1]),
     )

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"qcompile": ROOT / "qcompile", "qcompile.passes": ROOT / "passes", "qcompile.codegen": ROOT / "codegen"}
 LINKS = {FOLDERS["qcompile"] / "passes", FOLDERS["qcompile"] / "codegen"}
 
-ON_TOP = {"quantize", "decorator", "report", "evaluate", "checkpoint", "integrations", "cli"}
+ON_TOP = {"calibrate", "quantize", "decorator", "report", "evaluate", "checkpoint", "integrations", "cli"}
 CODEGEN_MAY_IMPORT = {"codegen", "errors", "expr", "flags", "formats", "kv_cache", "layouts", "linear_spec", "scheme"}
 PRIVATE_TORCH = {"_C", "_dynamo", "_functorch", "_guards", "_higher_order_ops", "_inductor", "_subclasses"}
 OPERATORS = {"ops", "grouped", "attention"}

@@ -156,7 +156,12 @@ def test_unknown_presets_name_the_nearest(text, near):
         (["int4"], r"scheme must be a mapping, not list \['int4'\]"),
         (None, "scheme must be a mapping, not NoneType"),
         (4, "scheme must be a mapping, not int 4"),
-        ({"weight": GROUP, "method": "gptq"}, "unknown method 'gptq'; there is: rtn"),
+        ({"weight": GROUP, "method": "gptp"}, "unknown method 'gptp'; did you mean 'gptq'"),
+        ({"weight": GROUP, "method": ["gptq", "awq"]}, "comes last, after any of hadamard, smoothquant, awq"),
+        ({"weight": GROUP, "method": {"name": "gptq", "damp": 1}}, "gptq has no setting 'damp'; there are: damping"),
+        ({"weight": GROUP, "method": {"name": "gptq", "damping": -1}}, "damping must be a number from 1e-06 to 10"),
+        ({"weight": GROUP, "preset": "int4"}, "either a preset, or a weight"),
+        ({"preset": ["int4"]}, r"unknown scheme \['int4'\]"),
         ({"weight": {"format": "int9"}}, "unknown number format 'int9'; did you mean .*int8"),
         ({"weight": {"format": 4}}, "unknown number format 4; did you mean"),
         ({"weight": {"format": ["int4"]}}, r"unknown number format \['int4'\]"),
@@ -234,7 +239,7 @@ def test_schemes_made_in_python_are_checked_too():
         WeightScheme(format=get_format("uint4"), granularity=Granularity.channel())
     with pytest.raises(ConfigError, match="per tensor, per token, or per group"):
         ActivationScheme(format=get_format("int8"), granularity=Granularity.block(2, 16))
-    with pytest.raises(ConfigError, match="unknown method"):
+    with pytest.raises(ConfigError, match=r"is a qcompile\.methods\.Method"):
         Scheme(weight=PRESETS["int4"].weight, method="gptq")
 
 

@@ -372,3 +372,25 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
             f"at {where}: {actual[where].item()!r}, expected {expected[where].item()!r} "
             f"within {bound[where].item():.3g}; {int((~(excess <= 0)).sum())} of {excess.numel()} outside"
         )
+
+
+def quadratic_bound(error: Tensor, hessian: Tensor) -> Tensor:
+    """How far sum_rows e H e^T in float32 may be from the exact sum: float64 [].
+
+    Two products of K terms and a sum over the elements of a row, each in any order, then one over the rows:
+    gamma(2 K + N + 3) of the sum of magnitudes. The error e itself is one subtraction of numbers that are near each
+    other, whose relative error of U32 (twice, since e stands twice) is in the 3.
+    """
+    rows, columns = error.shape
+    magnitude = ((error.abs() @ hessian.abs()) * error.abs()).sum()
+    return gamma(2 * columns + rows + 3) * magnitude
+
+
+def inverse_bound(matrix: Tensor) -> float:
+    """Greatest element of |A^-1 A - 1| where a positive definite A [K, K] was inverted and factored in float32.
+
+    Two Cholesky factorizations and an inversion, each with a backward error of at most gamma(K + 1) K |A| in norm
+    (N. J. Higham, Accuracy and Stability, 2nd edition, theorems 10.3 and 14.1), times the condition number.
+    """
+    size = matrix.shape[0]
+    return 3 * size * gamma(size + 1) * float(torch.linalg.cond(matrix))

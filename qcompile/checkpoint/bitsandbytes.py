@@ -19,6 +19,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, regis
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import TableFormat, get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, WeightScheme
 
@@ -78,7 +79,7 @@ class BitsAndBytes(Method):
         activation = ActivationScheme(
             format=get_format("int8"), granularity=Granularity.channel(), outlier_threshold=self.threshold
         )
-        return LoadedLinear(weight=packed, scheme=Scheme(weight=weight, activation=activation, method="checkpoint"))
+        return LoadedLinear(weight=packed, scheme=Scheme(weight=weight, activation=activation, method=CHECKPOINT))
 
 
 def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> LoadedLinear | Tensor:
@@ -105,7 +106,7 @@ def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> Loa
         return table[codes.int()] * absmax.repeat_interleave(block)[: codes.numel()].view(shape)
     scheme = WeightScheme(format=fmt, granularity=group_granularity(block, shape))
     packed = PackedWeight.from_codes(codes, spread_blocks(absmax, block, shape), None, scheme, layer=tensors.name)
-    return LoadedLinear(weight=packed, scheme=Scheme(weight=scheme, method="checkpoint"))
+    return LoadedLinear(weight=packed, scheme=Scheme(weight=scheme, method=CHECKPOINT))
 
 
 def _nibbles(tensors: LayerTensors, shape: tuple[int, int]) -> Tensor:

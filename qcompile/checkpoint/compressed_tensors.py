@@ -37,6 +37,7 @@ from qcompile.checkpoint.store import TensorStore
 from qcompile.checkpoint.words import stream_bytes, unpack_words
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
@@ -282,7 +283,7 @@ class CompressedTensors(Method):
         scheme, input_scale = self._activation(tensors, group.inputs, weight)
         return LoadedLinear(
             weight=weight,
-            scheme=Scheme(weight=weight.scheme, activation=scheme, method="checkpoint"),
+            scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,
         )
 

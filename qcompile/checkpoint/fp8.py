@@ -27,6 +27,7 @@ from qcompile.checkpoint.scaled import (
 )
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
+from qcompile.methods import CHECKPOINT
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight", "scale_weight")
@@ -67,13 +68,13 @@ class FP8(Method):
         suffix = one_of(tensors, _SCALES, "the scale of the weight")
         if tensors.info("weight").dtype in (torch.uint8, torch.int8):
             weight = mx_weight(tensors, shape, "fp4_e2m1", "weight", suffix)
-            return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
+            return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
         granularity = granularity_of_scale(tensors, suffix, shape, self.tile)
         weight = fp8_weight(tensors, shape, take_scale(tensors, suffix, granularity, shape), granularity)
         scheme, input_scale = self._activation(tensors, granularity)
         return LoadedLinear(
             weight=weight,
-            scheme=Scheme(weight=weight.scheme, activation=scheme, method="checkpoint"),
+            scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,
         )
 

@@ -22,6 +22,7 @@ from qcompile.checkpoint.loader import Source, check_installed, fill, skeleton
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
 from qcompile.checkpoint.store import TensorInfo, TensorStore
 from qcompile.errors import CheckpointError, shown
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
@@ -529,7 +530,7 @@ class GgufMethod(Method):
 
 
 def _loaded(weight: PackedWeight) -> LoadedLinear:
-    return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
+    return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
 
 
 def gguf_source(path: Path, *, decode: bool = False) -> Source:

@@ -37,6 +37,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, regis
 from qcompile.checkpoint.store import TensorStore
 from qcompile.checkpoint.words import PLANES, WORD_DTYPES, stream_bytes, unpack_planes, unpack_words
 from qcompile.errors import CheckpointError, shown
+from qcompile.methods import CHECKPOINT
 from qcompile.scheme import Granularity, Scheme
 
 _BITS = tuple(PLANES)
@@ -111,7 +112,7 @@ class GPTQ(Method):
             if bits not in (4, 8):
                 raise tensors.error(f"it has {bits} bits, but sparse Marlin weights have 4 or 8")
             weight = marlin_24_weight(tensors, shape, bits=bits, codes="B_24", meta="B_meta", scales="s")
-            return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method="checkpoint"))
+            return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
         if "s_channel" in tensors:
             return qqq_linear(tensors, shape)
         if "B" in tensors:

@@ -17,6 +17,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, regis
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import Scheme, WeightScheme
 
@@ -103,7 +104,7 @@ class HQQ(Method):
             layer=tensors.name,
             offset=spread_blocks(-(scale * zero), group, shape),
         )
-        return LoadedLinear(weight=packed, scheme=Scheme(weight=scheme, method="checkpoint"))
+        return LoadedLinear(weight=packed, scheme=Scheme(weight=scheme, method=CHECKPOINT))
 
 
 def _group_size(tensors: LayerTensors, shape: tuple[int, int]) -> int:

@@ -17,7 +17,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear
 from qcompile.checkpoint.store import TensorStore, read_json
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import expert_modules, projection_shapes
-from qcompile.quantize import is_conv1d, linear_modules
+from qcompile.linears import is_conv1d, linear_modules
 from qcompile.scheme import Scheme
 
 _EXPERT_PARTS = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}

@@ -12,6 +12,7 @@ from torch import Tensor
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 
@@ -165,4 +166,4 @@ def loaded_integers(
         scheme=scheme,
     )
     weight.check(tensors.name)
-    return LoadedLinear(weight=weight, scheme=Scheme(weight=scheme, method="checkpoint"))
+    return LoadedLinear(weight=weight, scheme=Scheme(weight=scheme, method=CHECKPOINT))

@@ -20,9 +20,9 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, metho
 from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
 from qcompile.errors import CheckpointError, ConfigError, LayerError, shown
 from qcompile.experts import QuantizedExperts, expert_modules
+from qcompile.linears import linear_modules
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
-from qcompile.quantize import linear_modules
 from qcompile.reference import dequantize
 
 _SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}

@@ -35,6 +35,7 @@ from qcompile.checkpoint.scaled import (
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
@@ -183,7 +184,7 @@ class ModelOpt(Method):
             check_scale(tensors, "pre_quant_scale", pre_quant_scale)
         return LoadedLinear(
             weight=weight,
-            scheme=Scheme(weight=weight.scheme, activation=scheme, method="checkpoint"),
+            scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,
             pre_quant_scale=pre_quant_scale,
         )

@@ -14,6 +14,7 @@ import torch
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 
@@ -23,7 +24,7 @@ _SCHEME = Scheme(
     weight=WeightScheme(
         format=get_format("fp4_e2m1"), granularity=Granularity.group(_BLOCK), scale_dtype="float8_e8m0fnu"
     ),
-    method="checkpoint",
+    method=CHECKPOINT,
 )
 
 

@@ -18,6 +18,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, regis
 from qcompile.checkpoint.store import TensorStore, read_json
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, WeightScheme
 
@@ -51,7 +52,7 @@ class Quanto(Method):
         tensors.ignore("input_scale", "output_scale")
         return LoadedLinear(
             weight=packed,
-            scheme=Scheme(weight=packed.scheme, activation=activation, method="checkpoint"),
+            scheme=Scheme(weight=packed.scheme, activation=activation, method=CHECKPOINT),
             input_scale=input_scale,
         )
 

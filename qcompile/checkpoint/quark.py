@@ -34,6 +34,7 @@ from qcompile.checkpoint.store import TensorStore
 from qcompile.checkpoint.words import unpack_words
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
@@ -114,7 +115,7 @@ class Quark(Method):
         )
         return LoadedLinear(
             weight=weight,
-            scheme=Scheme(weight=weight.scheme, activation=scheme, method="checkpoint"),
+            scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,
         )
 

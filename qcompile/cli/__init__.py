@@ -1,4 +1,4 @@
-"""The command line: `qcompile demo`, `explain`, `convert`, `inspect` and `schemes`."""
+"""The command line: `qcompile demo`, `explain`, `quantize`, `convert`, `inspect` and `schemes`."""
 
 from qcompile.cli.app import app, main
 

@@ -252,6 +252,60 @@ def convert(
 
 
 @app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="A folder with a checkpoint, or a GGUF file to decode.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    scheme: Annotated[str, typer.Option(help="A preset or a configuration file.")] = "int4",
+    method: Annotated[
+        str,
+        typer.Option(help="rtn, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text, for methods and scales that look at activations.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text, at most.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or gguf.")] = (
+        "compressed-tensors"
+    ),
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="To compute in; by default the checkpoint's own.", show_default=False),
+    ] = None,
+    device: _Device = "auto",
+    allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Round scales, and say how far.")] = False,
+) -> None:
+    """Quantize a model, block by block, and save it. An interrupted run goes on when the command is given again."""
+    with _errors_told():
+        target = choose_device(device)
+        kept = None if dtype is None else _float_dtype(dtype)
+        quiet_imports()
+        import warnings
+
+        from qcompile.cli import quantize as command
+
+        names = [name.strip() for name in method.split(",")]
+        config = command.configuration(scheme, [] if names == ["rtn"] else names)
+        with Steps(command.STEPS) as steps, warnings.catch_warnings():
+            if allow_rounding:
+                warnings.simplefilter("ignore", UserWarning)  # the table says it
+            done = command.run(
+                model,
+                output,
+                config,
+                calibration,
+                samples=samples,
+                length=length,
+                format=format,
+                device=target,
+                dtype=kept,
+                allow_rounding=allow_rounding,
+                steps=steps,
+            )
+        command.show(done, Console())
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A folder with a checkpoint, a .safetensors or a GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every layer, instead of a table.")] = False,

@@ -37,8 +37,13 @@ class Steps:
     ) -> None:
         self.bar.stop()
 
+    def pause(self) -> None:
+        """Leave the terminal to a bar of the step's own; the next step takes it back."""
+        self.bar.stop()
+
     def next(self, name: str) -> None:
         """Begin a step."""
+        self.bar.start()
         self.bar.update(self.task, completed=self.begun, description=name)
         self.begun += 1
         if not self.console.is_terminal:

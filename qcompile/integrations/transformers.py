@@ -22,8 +22,8 @@ from qcompile.checkpoint.saving.save import quantized_state_dict
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.experts import expert_modules, quantize_experts
+from qcompile.linears import is_conv1d, linear_modules, quantized_linear
 from qcompile.modules import QuantizedLinear
-from qcompile.quantize import is_conv1d, linear_modules, quantized_linear
 from qcompile.scheme import Scheme
 
 METHOD = "qcompile"

@@ -17,6 +17,7 @@ from qcompile.checkpoint.flat_blocks import block_count, group_granularity, spre
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
+from qcompile.methods import CHECKPOINT
 from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize, expand_blocks
 from qcompile.scheme import Granularity
@@ -65,7 +66,7 @@ def test_layers_decode_as_bitsandbytes_does(tmp_path, name):
         assert torch.equal(loaded.weight.unpack_codes(), tensors["weight"].view(torch.uint8) ^ 0x80)
     else:
         assert torch.equal(weight, expected)
-    assert loaded.scheme.method == "checkpoint"
+    assert loaded.scheme.method == CHECKPOINT
 
 
 def test_every_tensor_is_used(tmp_path):

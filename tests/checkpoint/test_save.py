@@ -20,6 +20,7 @@ from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.checkpoint.saving import FORMATS, shards
 from qcompile.checkpoint.saving.shards import parse_size
 from qcompile.errors import CheckpointError, ConfigError
+from qcompile.methods import CHECKPOINT
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.scheme import PRESETS, Scheme
@@ -89,7 +90,7 @@ class One(nn.Module):
 
 
 def one(weight: PackedWeight, scheme: Scheme | None = None, **more) -> One:
-    return One(QuantizedLinear(weight, scheme or Scheme(weight=weight.scheme, method="checkpoint"), **more))
+    return One(QuantizedLinear(weight, scheme or Scheme(weight=weight.scheme, method=CHECKPOINT), **more))
 
 
 def random_layer(scheme: str | Scheme, n=64, k=128, **changes) -> One:
@@ -228,7 +229,7 @@ def test_columns_sorted_by_group(format, tmp_path):
 
 def test_tiles_of_fp8_with_scales_that_are_powers_of_two(tmp_path):
     model = random_layer(
-        Scheme(weight=replace(PRESETS["fp8_block"].weight, scale_dtype="float8_e8m0fnu"), method="checkpoint"), 200, 300
+        Scheme(weight=replace(PRESETS["fp8_block"].weight, scale_dtype="float8_e8m0fnu"), method=CHECKPOINT), 200, 300
     )
     qcompile.save(model, tmp_path)
     assert torch.equal(weights(reloaded(model, tmp_path))["m.l"], weights(model)["m.l"])

@@ -427,7 +427,8 @@ def test_compiled_models_run_torchaos_weights(name):
     assert [(spec.out_features, spec.epilogue) for spec in captured.specs] == [(128, ()), (64, ("bias", "add"))]
     assert captured.count(F.linear) == 0
     assert sqnr(block(x), captured.output) >= rewrite_sqnr_floor(8, 64)
-    assert {spec.scheme for spec in captured.specs} == {packed_from_tensor(block.q.weight).scheme}
+    prepared = packed_from_tensor(block.q.weight).scheme
+    assert {(s.scheme.weight, s.scheme.activation) for s in captured.specs} == {(prepared.weight, prepared.activation)}
 
 
 def test_quantized_activations_of_torchao_stay_quantized():

@@ -64,7 +64,7 @@ def test_shapes_and_tokens():
     assert command.parse_tokens("1,16,4096") == [1, 16, 4096]
     jobs = command.jobs_of_shapes([(256, 512), (512, 256)], "int4", [1, 4, 100])
     assert [(job.m, job.spec.shape) for job in jobs] == [
-        (16, (256, 512)), (16, (512, 256)), (128, (256, 512)), (128, (512, 256)),
+        (1, (256, 512)), (1, (512, 256)), (16, (256, 512)), (16, (512, 256)), (128, (256, 512)), (128, (512, 256)),
     ]  # fmt: skip
     assert jobs[0].spec.layout == "fragment"
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import qcompile
 from qcompile import compat
-from qcompile.errors import ConfigError, LayerError
+from qcompile.errors import CalibrationError, ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
 from qcompile.scheme import PRESETS
 from tests import tolerance
@@ -75,7 +75,7 @@ def test_static_activations_need_calibration():
         assert tolerance.sqnr(expected, model(x)) > 20.0
     assert model.up.input_scale is not None
     assert model.up.input_scale.item() == pytest.approx(x.abs().max().item() / 448)
-    with pytest.raises(LayerError, match="never reached"):
+    with pytest.raises(CalibrationError, match="no batches"):
         qcompile.quantize_(MLP(), "fp8_static", calibration=[])
 
 

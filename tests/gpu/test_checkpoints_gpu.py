@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.checkpoint.gguf_blocks import BLOCK_TYPES, BlockType, pack_rows
 from qcompile.experts import GroupedLinear
+from qcompile.methods import CHECKPOINT
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize_activation, quantize_activation, quantize_weight
@@ -150,7 +151,7 @@ def test_layers_of_gguf_types(kind: BlockType) -> None:
     if kind.name == "MXFP4":  # exponents that do not overflow
         raw.reshape(96, -1, kind.nbytes)[..., 0] //= 2
     packed = pack_rows(lambda start, stop: torch.from_numpy(raw[start:stop]), (96, 512), kind)
-    scheme = Scheme(weight=packed.scheme, method="checkpoint")
+    scheme = Scheme(weight=packed.scheme, method=CHECKPOINT)
     check_layer(QuantizedLinear(packed.to(DEVICE), scheme), random(5, 512))
 
 

@@ -18,6 +18,7 @@ from qcompile.flags import override
 from qcompile.formats import FORMATS
 from qcompile.layouts import choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
+from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize_activation, quantize_activation, quantize_weight
 from qcompile.runtime import cpp, cpu
@@ -64,7 +65,7 @@ def _read(name: str, group: int, scale_dtype: str, above: int = -1, *, offset: b
     """A scheme of checkpoints, whose scales have scales."""
     weight = {"format": name, "group_size": group, "offset": offset, "scale_dtype": scale_dtype}
     parsed = parse_scheme({"weight": {**weight, "super_scale": {"group_size": above, "dtype": "float16"}}})
-    return replace(parsed, weight=replace(parsed.weight, format=FORMATS[name]), method="checkpoint")
+    return replace(parsed, weight=replace(parsed.weight, format=FORMATS[name]), method=CHECKPOINT)
 
 
 SCHEMES = _combinations()
@@ -120,7 +121,7 @@ class Quantized:
     def __init__(self, scheme: Scheme, weight: Tensor) -> None:
         shape = (weight.shape[0], weight.shape[1])
         self.scheme = scheme.fit("layer", shape)
-        checkpoint = self.scheme.method == "checkpoint"
+        checkpoint = self.scheme.method == CHECKPOINT
         self.logical = _random(self.scheme, shape) if checkpoint else quantize_weight(weight, self.scheme.weight)
         self.layout = choose_layout(self.scheme, shape, "cpu")
         self.packed: PackedWeight = to_layout(self.logical, self.layout)

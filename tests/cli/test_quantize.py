@@ -1,0 +1,101 @@
+"""`qcompile quantize`: from a checkpoint and a text to a checkpoint, by every kind of method."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+import qcompile
+from qcompile.cli import app
+from qcompile.modules import QuantizedLinear
+from tests.checkpoint.test_save import llama
+
+WORDS = "a quantized model multiplies its inputs by codes and scales until the answer comes out of the last layer"
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a small Llama and a tokenizer of words."""
+    model = llama(num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "model")
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["?", *WORDS.split()]))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join([WORDS] * 20))
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant,gptq", "hqq"])
+def test_methods(method, source, text, tmp_path):
+    out = tmp_path / "out"
+    scheme = "int4_asym" if method == "hqq" else "int4"
+    options = ["--scheme", scheme, "--method", method, "--calibration", text, "--length", 16, "--dtype", "float32"]
+    result = run(source, "--output", out, *options)
+    assert result.exit_code == 0, result.output
+    plain = re.sub(r"\s+", " ", result.output)
+    assert "model.safetensors" in plain
+    assert (" error " in plain) == (method != "hqq")
+    assert (out / "tokenizer.json").is_file()
+    assert not (tmp_path / "out.resume").exists()
+    loaded = qcompile.load(out, dtype=torch.float32, progress=False)
+    assert isinstance(loaded.lm_head, QuantizedLinear)
+    assert loaded.lm_head.scheme.weight.format.name == "int8"
+    assert loaded.model.layers[1].mlp.down_proj.scheme.weight.format.bits == 4
+    original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = torch.randint(0, 15, (1, 12))
+    with torch.no_grad():
+        agree = (loaded(ids).logits - original(ids).logits).norm() / original(ids).logits.norm()
+    assert agree < 0.5
+
+
+def test_static_activations_without_a_method(source, text, tmp_path):
+    result = run(source, "--output", tmp_path / "out", "--scheme", "fp8_static", "--calibration", text)
+    assert result.exit_code == 0, result.output
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    group = described["config_groups"]["group_0"]
+    assert group["input_activations"]["dynamic"] is False
+
+
+def refused(result, *words):
+    assert result.exit_code == 1, result.output
+    for word in words:
+        assert word in result.stderr, result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_mistakes(source, text, tmp_path):
+    out = tmp_path / "out"
+    refused(run(source, "--output", out, "--method", "gptq"), "gptq, looks at activations: name a text, --calibration")
+    refused(run(source, "--output", out, "--method", "gtpq", "--calibration", text), "did you mean 'gptq'?")
+    refused(
+        run(source, "--output", out, "--method", "gptq", "--calibration", tmp_path / "none"), "cannot be read as text"
+    )
+    (tmp_path / "empty").write_text("")
+    refused(run(source, "--output", out, "--method", "gptq", "--calibration", tmp_path / "empty"), "holds 0 tokens")
+    refused(run(source, "--output", out, "--format", "zip"), "cannot be written")
+    refused(run(source, "--output", tmp_path, "--scheme", "int4"), "is not empty")
+    refused(run(source, "--output", out, "--scheme", "nf4", "--format", "awq"), "awq cannot hold this layer exactly")
+    config = tmp_path / "config.json"
+    config.write_text('{"rules": [{"layers": "*", "scheme": {"preset": "int4_asym", "method": "hqq"}}]}')
+    refused(run(source, "--output", out, "--scheme", config, "--method", "awq"), "state the method in")
+    assert not out.exists()
+    assert run(source, "--output", out, "--scheme", config).exit_code == 0
+    refused(run(out, "--output", tmp_path / "b"), "is quantized already")
