@@ -102,8 +102,10 @@ def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
     else:
         return first.as_strided(shape, first.stride())
     with torch.no_grad():
-        merged = torch.cat(tensors)
+        # Compiled code is guarded by strides, also those of dimensions of size 1, which `torch.cat` may choose anew.
+        merged = first.new_empty_strided(shape, first.stride())
         for t, view in zip(tensors, merged.split([t.shape[0] for t in tensors]), strict=True):
+            view.copy_(t)
             t.set_(view)
     return merged
 

@@ -190,8 +190,10 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-    if not all(isinstance(getattr(module, mark, None), bool) for mark in marks) or module.has_post_expert_norm:
+    marks = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    if not all(isinstance(getattr(module, mark, None), bool) for mark in marks):
+        return False
+    if getattr(module, "has_post_expert_norm", False):  # which older releases do not know
         return False
     weights = [getattr(module, name, None) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
     return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
