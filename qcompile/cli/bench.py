@@ -16,7 +16,7 @@ from qcompile.config import parse_config
 from qcompile.errors import CheckpointError, ConfigError, LayerError
 from qcompile.evaluate.linear import OURS, PLAIN, measure
 from qcompile.evaluate.timing import Row, ceilings
-from qcompile.quantize import linear_modules
+from qcompile.linears import linear_modules
 from qcompile.scheme import Scheme
 
 Shape = tuple[int, int]

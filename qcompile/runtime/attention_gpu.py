@@ -202,7 +202,7 @@ def attention_plain(
     length: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attention to keys and values that are not quantized (`qcompile.attention`), for what `has_plain_kernel` takes."""
+    """Attention to plain keys and values, of what `has_plain_kernel` takes; see `qcompile.attention`."""
     batch, heads, context, size = key.shape
     group, queries = query.shape[1] // heads, query.shape[2]
     kind, target = mask_kind(mask), target_of(query.device)
