@@ -165,7 +165,8 @@ def _covers(m: int, largest: int) -> tuple[int, ...]:
     """Heights of tiles for up to `m` rows."""
     if m <= 32:
         return (16,) if m <= 16 else (32,)
-    return tuple(size for size in (32, 64, 128, 256) if min(m // 2, 128) <= size <= min(m, largest)) or (largest,)
+    least = min(max(m // 4, min(m // 2, 64)), 128)
+    return tuple(size for size in (32, 64, 128, 256) if least <= size <= min(m, largest)) or (largest,)
 
 
 def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import qcompile
-from qcompile.codegen.cost_model import candidates
 from qcompile.codegen.spec import Tile, grouped_spec, kernel_spec
 from qcompile.experts import GroupedLinear
 from qcompile.layouts import LAYOUTS
@@ -18,6 +17,7 @@ from qcompile.reference import quantize_activation
 from qcompile.runtime import cache, gpu, gpu_grouped
 from tests import tolerance
 from tests.checkpoint.moe_files import make_moe
+from tests.gpu.test_gemm_gpu import sample
 from tests.kernels.test_grouped import SCHEMES, Problem, problem
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ COUNTS = {"decode": [1, 0, 3, 0, 0, 1, 0, 0], "ragged": [40, 0, 129, 16, 1, 0, 7
 
 
 def check(given: Problem, dtype: torch.dtype) -> None:
-    """Every tile that may be chosen for these rows, launched many times."""
+    """Tiles that may be chosen for these rows, launched many times."""
     activation = given.spec.scheme.activation
     x, x_scale = (given.x, None) if activation is None else quantize_activation(given.x, activation)
     x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
@@ -37,9 +37,7 @@ def check(given: Problem, dtype: torch.dtype) -> None:
     spec = replace(given.spec, layout="fragment")
     like = kernel_spec(spec, x.dtype, dtype, gpu.target_of(x.device), SMALL)
     experts = len(given.weights)
-    kernels = {
-        grouped_spec(each, experts) for m in (16, 64, 256) for each in candidates(like, m) if each.tile.split == 1
-    }
+    kernels = {grouped_spec(each, experts) for m in (16, 64, 256) for each in sample(like, m) if each.tile.split == 1}
     for kernel in kernels:
         function = cache.load(kernel).kernel
         first = gpu_grouped.launch(kernel, function, x, x_scale, offsets, weight, bias, dtype)
