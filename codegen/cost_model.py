@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import KernelSpec, Tile, overlaps, scales_of
+from qcompile.codegen.spec import KernelSpec, Tile, scales_of
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -156,7 +156,10 @@ def shared_bytes(spec: KernelSpec) -> int:
 
 
 def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
-    """`like` with each tile that its template can run, without spilling registers, for M up to `m`."""
+    """`like` with each tile that its template can run, for M up to `m`, without spilling registers in its loop.
+
+    After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
+    """
     tiles = _fragment_tiles(like, m) if like.template == "gemm_fragment" else _rows8_tiles(like, m)
     return [replace(like, tile=tile) for tile in tiles]
 
@@ -186,26 +189,38 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
                     continue
                 for split, stages in itertools.product(_splits(like, k, block_m), (3, 4)):
                     tile = Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages)
-                    found += [replace(tile, **way) for way in _ways(like, block_m, k)]
+                    found += [replace(tile, **way) for way in _ways(like, tile)]
     return found + _slabs(like, m)
 
 
-def _ways(like: KernelSpec, block_m: int, k: int) -> list[dict[str, Any]]:
-    """Where scales go, and whether products overlap decoding."""
+def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
+    """Where scales go, and whether products overlap decoding, which is for operands in registers: Hopper's."""
+    small = tile.m <= 32
+    deep = tile.k >= 128 and like.target == "sm_90"
+    only = scales_of(like, "products")
+    if only != "products":  # there is no choice
+        return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
+    if small:
+        return [{}]
     ways: list[dict[str, Any]] = []
-    deep = k >= 128 and overlaps(like.target)
-    if scales_of(like, "products") != "products":  # there is no choice
-        ways = [{}, {"overlap": True}] if block_m > 32 and deep and scales_of(like, "products") == "total" else [{}]
-    elif block_m <= 32:
-        ways = [{}]
-    else:
-        fragments = scales_of(like, "fragments") == "fragments"
-        # Products that are multiplied after have a second accumulator.
-        ways = [{}] if block_m <= 64 or not fragments else []
-        if fragments:
-            ways.append({"scales": "fragments"})
-            ways += [{"scales": "fragments", "overlap": True}] if deep else []
+    fragments = scales_of(like, "fragments") == "fragments"
+    if _holds_products(like, tile) and (tile.m <= 64 or not fragments):
+        ways.append({})
+    if fragments:
+        ways += [{"scales": "fragments"}, *([{"scales": "fragments", "overlap": True}] if deep else [])]
     return ways
+
+
+def _holds_products(like: KernelSpec, tile: Tile) -> bool:
+    """Whether registers hold products that are multiplied after, a second accumulator, beside what else there is."""
+    if not like.target.startswith("sm_"):
+        return True
+    sums = tile.m * tile.n // (32 * tile.warps)
+    if sums < 64:
+        return True
+    grouped = like.activation_scale == "group"  # which takes a scale a product more
+    deepest = 128 if int(like.target[3:]) >= 90 else 64  # before, the other operand is in registers too
+    return sums == 64 and tile.k <= deepest and tile.warps <= (4 if grouped else 8)
 
 
 def _slabs(like: KernelSpec, m: int) -> list[Tile]:

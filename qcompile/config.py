@@ -166,7 +166,7 @@ def parse_config(given: str | Path | Mapping[str, Any] | Scheme | QuantConfig) -
 
     Args:
         given: a preset's name (`"int4"`: every layer), the path of a `.yaml`, `.yml` or `.json` file, a dict with
-            `rules`, a dict with `weight` (one scheme for every layer), a `Scheme` or a `QuantConfig`.
+            `rules`, a dict with `weight` or `preset` (one scheme for every layer), a `Scheme` or a `QuantConfig`.
 
     Raises:
         ConfigError: anything else, or unknown names in it.
@@ -175,7 +175,7 @@ def parse_config(given: str | Path | Mapping[str, Any] | Scheme | QuantConfig) -
         return given
     if isinstance(given, Path) or (isinstance(given, str) and Path(given).suffix in (".yaml", ".yml", ".json")):
         return parse_config(_read(Path(given)))
-    if isinstance(given, Mapping) and "weight" not in given:
+    if isinstance(given, Mapping) and not {"weight", "preset"} & set(given):
         return QuantConfig.from_dict(given)
     if isinstance(given, (str, Mapping, Scheme)):
         return QuantConfig((Rule(layers="*", scheme=parse_scheme(given)),))

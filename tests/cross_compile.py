@@ -1,7 +1,7 @@
 """Compiling kernels for GPUs that are not there: registers, shared memory, spills and machine code of each.
 
 As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
-{"registers", "shared", "spills", "seconds", "mma"} or {"error"}. Triton can hang on targets it does not serve, so
+{"registers", "shared", "spills", "seconds", "mma"} or {"error"}; for NVIDIA "looped" too, the spills inside of loops. Triton can hang on targets it does not serve, so
 `measure` runs it as a process with a time limit.
 """
 
@@ -110,6 +110,18 @@ def compile_spec(spec: KernelSpec | AttentionKernelSpec) -> dict[str, Any]:
     return found | (_nvidia(compiled.asm) if nvidia else _amd(compiled.asm["amdgcn"]))
 
 
+_SPILL = r"\b(?:STL|LDL)\b"
+
+
+def _in_loops(code: str) -> int:
+    """How many instructions that spill or reload are between a branch backwards and its target."""
+    lines = [(int(place, 16), text) for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", code)]
+    branches = [(place, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for place, text in lines]
+    loops = [(int(to[1], 16), place) for place, to in branches if to is not None and int(to[1], 16) < place]
+    spills = [place for place, text in lines if re.search(_SPILL, text)]
+    return sum(any(first <= place <= last for first, last in loops) for place in spills)
+
+
 def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
     import triton
 
@@ -124,7 +136,8 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
     mma = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*", assembly["ptx"])
     return {
         "registers": int(found[1]),
-        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "spills": len(re.findall(_SPILL, code)),
+        "looped": _in_loops(code),
         "flush": len(re.findall(r"(?:mul|fma|add|sub)(?:\.rn)?\.ftz", assembly["ptx"])),
         "mma": max(set(mma), key=mma.count) if mma else "",
     }

@@ -81,7 +81,7 @@ if __name__ == "__main__":
     else:
         for name, part in (
             ("kernels", ""),
-            ("attention", "qcompile_attention_decode"),
+            ("attention", "torch.ops.qcompile.attention_"),
             ("torch", "extern_kernels.bmm"),
         ):
             print(name, sum(part in line for line in found[1]) - sum(part in line for line in found[0]))

@@ -45,6 +45,11 @@ def test_all_spellings_of_one_scheme_are_equal():
     assert parse_config(config) is config
     assert parse_config({"weight": {"format": "int4"}}) == config
     assert parse_config({"rules": [{"layers": "*", "scheme": "int4"}]}) == config
+    assert parse_config({"preset": "int4"}) == config
+    calibrated = {"preset": "int4", "method": "gptq"}
+    assert parse_config(calibrated) == parse_config({"rules": [{"layers": "*", "scheme": calibrated}]})
+    with pytest.raises(ConfigError, match=r"unknown key 'methd'.*did you mean 'method'"):
+        parse_config({"preset": "int4", "methd": "gptq"})
     assert len({config, parse_config(scheme)}) == 1
 
 

@@ -92,6 +92,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _a_gpu() -> torch.device:
+    """
+    Raises:
+        DeviceError: there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError("tune times kernels of GPUs, and torch sees no GPU here; on CPUs there is nothing to tune")
+    return torch.device("cuda")
+
+
 def _check_folder(json_path: Path | None) -> None:
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise ConfigError(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
@@ -339,7 +351,7 @@ def tune(
         shapes, rows = command.parse_shapes(what), command.parse_tokens(tokens)
         if shapes is not None and scheme is None:
             raise ConfigError("shapes need a --scheme, such as int4; `qcompile schemes` lists them")
-        device = choose_device("cuda")
+        device = _a_gpu()
         quiet_imports()
         if shapes is not None and scheme is not None:
             jobs = command.jobs_of_shapes(shapes, scheme, rows)

@@ -73,7 +73,7 @@ def test_mistakes():
     fails(run("64x64"), "shapes need a --scheme")
     fails(run("64x64", "--scheme", "int4", "--tokens", "many"), "--tokens 'many'")
     fails(run("0x64", "--scheme", "int4"), "'0x64'", "at least 1")
-    fails(run("64x64", "--scheme", "int4"), "torch sees no GPU")
+    fails(run("64x64", "--scheme", "int4"), "torch sees no GPU", "nothing to tune")
     rules = {"rules": [{"layers": "a", "scheme": "int4"}, {"layers": "*", "scheme": "int8"}]}
     with pytest.raises(ConfigError, match="no names for rules"):
         command.jobs_of_shapes([(64, 64)], rules, [1])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import linecache
 import multiprocessing
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,15 @@ from qcompile.flags import override
 from qcompile.formats import FORMATS
 from qcompile.layouts import choose_layout
 from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec
-from qcompile.runtime import cache, gpu
+from qcompile.runtime import cache, gpu, tuning
+from qcompile.runtime import measure as timing
 from qcompile.scheme import PRESETS, preset
 from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.test_gemm import shipped
 from tests.triton_interpreter import interpret
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 COUNT = 1024
 
 
@@ -224,11 +228,39 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         print(target, kernel.weight, kernel.activation, kernel.tile, found)
         assert "error" not in found, found
-        assert found["spills"] == 0, (kernel, found)
+        assert found.get("looped", found["spills"]) == 0, (kernel, found)
         assert found["shared"] <= device_of(target).shared, (kernel, found)
         assert found["registers"] <= (512 if target.startswith("gfx") else 255)
         assert found["mma"], f"no matrix instruction in {kernel}"
         assert not found.get("flush"), "subnormals would be flushed, which decoding fp8 relies on"
+
+
+def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:
+    """The distinct kernels of a shipped table as they were timed, each as its first entry has it."""
+    table, found = tuning.shipped(gpu_name), {}
+    shapes = sorted({key[:2] for records in table.values() for key in records})
+    for name, shape in itertools.product(PRESETS, shapes):
+        like = timing.job(name, preset(name), shape, 16, torch.bfloat16).like("sm_90")
+        for key, record in sorted(table.get(tuning.family(like), {}).items()):
+            choice = tuning.resolve(record.choice, like, key[2]) if key[:2] == shape else None
+            if isinstance(choice, Tile):
+                kernel = f"{tuning.family(like)} {tuning.show(choice)}"
+                found.setdefault(kernel, replace(like, tile=choice))
+    return found
+
+
+def test_kernels_of_the_shipped_table_do_not_spill() -> None:
+    """A third of them, by the hash of what they are: all take two minutes to compile."""
+    every = shipped_kernels("nvidia-h100")
+    assert len(every) > 60
+    kernels = [kernel for name, kernel in every.items() if zlib.crc32(name.encode()) % 3 == 0]
+    assert len(kernels) > len(every) // 5
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, (kernel, found)
+        assert found["spills"] == 0, (kernel, found)
+        assert found["shared"] <= device_of("sm_90").shared, (kernel, found)
+        assert found["mma"].startswith("wgmma"), (kernel, found)
+        assert not found["flush"], "subnormals would be flushed, which decoding fp8 relies on"
 
 
 def test_no_candidate_for_blocks_spills() -> None:

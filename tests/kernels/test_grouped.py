@@ -292,7 +292,7 @@ def test_experts_that_are_quantized_in_different_ways_are_refused() -> None:
         stack(weights, "layers.0.up_proj")
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     kernels = []
     shipped = [("mxfp4", 16), ("fp8_block", 256)]
