@@ -168,7 +168,12 @@ def decode(folder: Path) -> str:
                 name = f"**{label}**" if not mark and OURS in label else f"{label}{mark}"
                 lines.append([name, *(number(speeds[c]) if c in speeds else "" for c in columns)])
         text += table(["scheme, implementation", *(f"{b}, {mode}" for b, mode in columns)], lines)
-        text += "\nWhat a step is made of, in microseconds, as one CUDA graph:\n\n"
+        text += (
+            "\n`triton.enable_pdl` and `combo_kernels` are options of Inductor's, which `options` take "
+            "beside `config`: its\nkernels then begin while those before end, and small ones run side by side.\n"
+            "\nWhat a step is made of, in microseconds, as one CUDA graph. Kernels that begin early count the time that "
+            "they wait, so\nthat sums may exceed the step:\n\n"
+        )
         made = [row for row in rows if "busy_us" in row]
         text += table(
             ["batch, scheme, implementation", "step", "in kernels", "in linears", "kernels", "peak GB", "compile s"],

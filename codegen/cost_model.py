@@ -178,14 +178,17 @@ def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
 
 def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     wide = like.compute == "float32"
+    # Weights that are scaled in float32 need registers beside the accumulator's.
+    registers = 64 if scales_of(like, "products") == "weights" else 128
     found = []
     for block_m in _covers(m, 32 if wide else 256):
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if block_m <= 32 or wide else (64, 128, 256), depths):
-            # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most 128 registers of a thread.
-            for warps in (block_n // 16,) if block_n == 64 or block_m <= 32 else (block_n // 16, block_n // 32):
-                if block_m * block_n > 128 * 32 * warps or block_m * k > 128 * 256:
+            # A warp has 16 rows, or 32 of larger tiles.
+            plain = block_m <= 32 or registers < 128
+            for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
+                if block_m * block_n > registers * 32 * warps or block_m * k > 128 * 256:
                     continue
                 for split, stages in itertools.product(_splits(like, k, block_m), (3, 4)):
                     tile = Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages)
