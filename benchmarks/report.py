@@ -171,8 +171,8 @@ def decode(folder: Path) -> str:
         text += (
             "\n`triton.enable_pdl` and `combo_kernels` are options of Inductor's, which `options` take "
             "beside `config`: its\nkernels then begin while those before end, and small ones run side by side.\n"
-            "\nWhat a step is made of, in microseconds, as one CUDA graph. Kernels that begin early count the time that "
-            "they wait, so\nthat sums may exceed the step:\n\n"
+            "\nWhat a step is made of, in microseconds, as one CUDA graph. Kernels that begin early count the time "
+            "that they wait, so\nthat sums may exceed the step:\n\n"
         )
         made = [row for row in rows if "busy_us" in row]
         text += table(
