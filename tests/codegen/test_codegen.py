@@ -272,3 +272,15 @@ def test_no_candidate_for_blocks_spills() -> None:
     kernels = [kernel for kernel in candidates(like, 128) if kernel.tile.split in (1, 8)]
     found = measure(kernels)
     assert [result["spills"] for result in found] == [0] * len(kernels), list(zip(kernels, found, strict=True))
+
+
+@pytest.mark.parametrize("m", [64, 128])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_registers_of_products_under_way_are_not_written(overlap: bool, m: int) -> None:
+    """The second chunk is decoded after the first one's product, and no chunk is while a product of its own goes on."""
+    scheme = preset("int4").fit("layer", (4096, 4096))
+    spec = LinearSpec(in_features=4096, out_features=4096, scheme=scheme, layout="fragment")
+    tile = Tile(m=m, n=128, k=128, split=1, warps=8, stages=3, scales="fragments", overlap=overlap)
+    (found,) = measure([kernel_spec(spec, torch.bfloat16, torch.bfloat16, "sm_90", tile)])
+    # Decode, multiply, wait; with overlap the wait for the second product comes after the next turn's first.
+    assert found["order"] == ("dm0dm0" if overlap else "dm0")
