@@ -178,17 +178,19 @@ def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
 
 def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     wide = like.compute == "float32"
-    # Weights that are scaled in float32 need registers beside the accumulator's.
-    registers = 64 if scales_of(like, "products") == "weights" else 128
+    # Weights that are scaled in float32 need registers beside the accumulator's, and so do activations of 8 bits that are
+    # converted where the tensor cores read both sides from registers.
+    crowded = scales_of(like, "products") == "weights"
+    most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
     for block_m in _covers(m, 32 if wide else 256):
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if block_m <= 32 or wide else (64, 128, 256), depths):
-            # A warp has 16 rows, or 32 of larger tiles.
-            plain = block_m <= 32 or registers < 128
+            # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
+            plain = block_m <= 32 or crowded
             for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
-                if block_m * block_n > registers * 32 * warps or block_m * k > 128 * 256:
+                if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
                     continue
                 for split, stages in itertools.product(_splits(like, k, block_m), (3, 4)):
                     tile = Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages)
@@ -214,6 +216,16 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     return ways
 
 
+def _before_hopper(target: str) -> bool:
+    """Whether tensor cores read both sides of a product from registers: NVIDIA's before sm_90."""
+    return target.startswith("sm_") and int(target[3:]) < 90
+
+
+def _tensor_memory(target: str) -> bool:
+    """Whether sums of products are in tensor memory, which 4 or 8 warps reach: data centers' Blackwell."""
+    return target.startswith("sm_") and int(target[3:]) in (100, 101, 103)
+
+
 def _holds_products(like: KernelSpec, tile: Tile) -> bool:
     """Whether registers hold products that are multiplied after, a second accumulator, beside what else there is."""
     if not like.target.startswith("sm_"):
@@ -222,8 +234,10 @@ def _holds_products(like: KernelSpec, tile: Tile) -> bool:
     if sums < 64:
         return True
     grouped = like.activation_scale == "group"  # which takes a scale a product more
-    deepest = 128 if int(like.target[3:]) >= 90 else 64  # before, the other operand is in registers too
-    return sums == 64 and tile.k <= deepest and tile.warps <= (4 if grouped else 8)
+    if _before_hopper(like.target):
+        blocks = 0 < like.super_columns < like.k  # whose scales are loaded too: by more threads, each loads fewer
+        return sums == 64 and tile.k <= 64 and tile.warps in ((4,) if grouped else (8,) if blocks else (4, 8))
+    return sums == 64 and tile.k <= 128 and tile.warps <= (4 if grouped else 8)
 
 
 def _slabs(like: KernelSpec, m: int) -> list[Tile]:
@@ -244,6 +258,8 @@ def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
     # 8-bit values that become wider take as many times the registers.
     deepest = {"bfloat16": 64, "float16": 64, "float32": 32}.get(like.compute, 256)
     narrow = like.compute in ("bfloat16", "float16", "float32")
+    # Sums of fp8 are added to a second accumulator every few products, and only Hopper multiplies int8 asynchronously.
+    small = like.target.startswith("sm_") and (like.compute, like.target) != ("int8", "sm_90")
     found = []
     for block_m in _covers(m, 64 if narrow or like.groups > 1 else 256):
         least = next(d for d in (32, 64, 128, 256) if d >= min(like.columns, deepest, 256))
@@ -254,6 +270,10 @@ def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
         for block_n, k in itertools.product((64, 128) if narrow else (64, 128, 256), depths):
             warps = block_n // 16
             if block_m * block_n > 128 * 256 or (like.groups > 1 and block_n == 256):
+                continue
+            if small and (block_m > 128 or block_m * block_n > 128 * 128):
+                continue
+            if block_n == 256 and _tensor_memory(like.target):  # of 16 warps, which do not reach it
                 continue
             for split, stages in itertools.product(_splits(like, k, block_m), (3, 4, 6) if block_m <= 64 else (3, 4)):
                 found.append(Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages))

@@ -1,8 +1,9 @@
 """Compiling kernels for GPUs that are not there: registers, shared memory, spills and machine code of each.
 
 As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
-{"registers", "shared", "spills", "seconds", "mma"} or {"error"}; for NVIDIA "looped" too, the spills inside of loops.
-Triton can hang on targets it does not serve, so `measure` runs it as a process with a time limit.
+{"registers", "shared", "spills", "seconds", "mma"} or {"error"}; for NVIDIA "looped" too, which is how many of the
+instructions that spill are in loops. Triton can hang on targets it does not serve, so `measure` runs it as a process
+with a time limit.
 """
 
 from __future__ import annotations
