@@ -178,8 +178,8 @@ def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
 
 def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     wide = like.compute == "float32"
-    # Weights that are scaled in float32 need registers beside the accumulator's, and so do activations of 8 bits that are
-    # converted where the tensor cores read both sides from registers.
+    # Weights that are scaled in float32 need registers beside the accumulator's, and so do activations of 8 bits that
+    # are converted where the tensor cores read both sides from registers.
     crowded = scales_of(like, "products") == "weights"
     most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
