@@ -146,7 +146,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
 
 
 def _order(ptx: str) -> str:
-    """What Hopper's code does, a letter a run: d decodes words, m multiplies, a digit waits for all but so many products."""
+    """What Hopper's code does: d decodes words, m multiplies, a digit waits for all but so many products."""
     found = re.finditer(r"lop3\.b32 t\d|wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned (\d)", ptx)
     letters = [match[1] or ("d" if match[0].startswith("lop3") else "m") for match in found]
     return "".join(letter for letter, before in zip(letters, ["", *letters], strict=False) if letter != before)
