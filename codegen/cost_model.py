@@ -183,7 +183,8 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     crowded = scales_of(like, "products") == "weights"
     most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
-    for block_m in _covers(m, 32 if wide else 256):
+    largest = 32 if wide else 64 if like.activation_scale == "group" else 256
+    for block_m in _covers(m, largest):
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if block_m <= 32 or wide else (64, 128, 256), depths):
@@ -228,16 +229,15 @@ def _tensor_memory(target: str) -> bool:
 
 def _holds_products(like: KernelSpec, tile: Tile) -> bool:
     """Whether registers hold products that are multiplied after, a second accumulator, beside what else there is."""
-    if not like.target.startswith("sm_"):
-        return True
     sums = tile.m * tile.n // (32 * tile.warps)
-    if sums < 64:
+    if like.activation_scale == "group":  # which takes a scale a product more
+        return sums < 64 and tile.k <= 64
+    if not like.target.startswith("sm_") or sums < 64:
         return True
-    grouped = like.activation_scale == "group"  # which takes a scale a product more
     if _before_hopper(like.target):
         blocks = 0 < like.super_columns < like.k  # whose scales are loaded too: by more threads, each loads fewer
-        return sums == 64 and tile.k <= 64 and tile.warps in ((4,) if grouped else (8,) if blocks else (4, 8))
-    return sums == 64 and tile.k <= 128 and tile.warps <= (4 if grouped else 8)
+        return sums == 64 and tile.k <= 64 and tile.warps in ((8,) if blocks else (4, 8))
+    return sums == 64 and tile.k <= 128 and tile.warps <= 8
 
 
 def _slabs(like: KernelSpec, m: int) -> list[Tile]:
