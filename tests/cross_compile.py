@@ -166,7 +166,7 @@ def _amd(code: str) -> dict[str, Any]:
     }
 
 
-def measure(specs: Sequence[KernelSpec | AttentionKernelSpec], limit: float = 240) -> list[dict[str, Any]]:
+def measure(specs: Sequence[KernelSpec | AttentionKernelSpec], limit: float = 480) -> list[dict[str, Any]]:
     """Compile in another process.
 
     Raises:
