@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcompile.codegen.spec import dtype_name, native_fp8, overlaps
+from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
 from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
 
 ATTENTION_TEMPLATE = "attention_decode"
@@ -103,7 +103,7 @@ class AttentionKernelSpec:
             "BLOCK_V": _power(self.value_size * min(self.bits, 8) // 8),
             "BLOCK_T": self.tile.context,
             "SPLIT": self.tile.split,
-            "OVERLAPS": overlaps(self.target),
+            "EARLY": launches_early(self.target),
         }
 
     def encode(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import struct
 from importlib import resources
@@ -12,7 +13,7 @@ import torch
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.printers import HELPERS, operations, to_triton
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, native_fp8, overlaps, scales_of, super_last
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.linear_spec import ACTIVATIONS
@@ -129,7 +130,7 @@ def pair_decoder(fmt: Format, dtype: str, target: str = "") -> str:
         bits, number, room = _MAGIC[dtype]
         if fmt.bits <= room:
             offset = float(number + fmt.offset)
-            if overlaps(target):  # has 16-bit additions of both types
+            if launches_early(target):  # has 16-bit additions of both types
                 negative = _bits(-offset, dtype) * 0x10001
                 packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
                 return _MAGIC_ASSEMBLY.format(bits=bits, number=number, dtype=dtype, negative=negative, packed=packed)
@@ -146,14 +147,10 @@ def word_values(fmt: Format) -> tuple[float, ...] | None:
     if isinstance(fmt, TableFormat):
         return fmt.values
     if isinstance(fmt, FloatFormat):
-        bias = (1 << (fmt.exponent - 1)) - 1
-        ones = [
-            (code & ((1 << fmt.mantissa) - 1)) / (1 << fmt.mantissa) * 2.0 ** (1 - bias)
-            if code >> fmt.mantissa == 0
-            else (1 + (code & ((1 << fmt.mantissa) - 1)) / (1 << fmt.mantissa)) * 2.0 ** ((code >> fmt.mantissa) - bias)
-            for code in range(1 << (fmt.bits - 1))
-        ]
-        return (*ones, *(-value for value in ones))
+        bias, ones = (1 << (fmt.exponent - 1)) - 1, 1 << fmt.mantissa
+        fields = [divmod(code, ones) for code in range(1 << (fmt.bits - 1))]
+        positive = [math.ldexp(m + (ones if e else 0), max(e, 1) - bias - fmt.mantissa) for e, m in fields]
+        return (*positive, *(-value for value in positive))
     return None
 
 
@@ -299,7 +296,8 @@ def _scale_type(spec: KernelSpec) -> str:
     return _DTYPES[spec.compute if exact else "float32"]
 
 
-def _fragment(spec: KernelSpec) -> dict[str, str]:
+def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
+    """Those of `gemm_fragment`; `decoded` is the type that codes become."""
     aligned = spec.aligned or spec.tile.k
     scales = scales_of(spec, spec.tile.scales)
     # With overlap a turn of the loop has two chunks at least.
@@ -307,8 +305,6 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
-    # Values that are scaled before their products are summed are not rounded before.
-    decoded = "float32" if scales == "weights" and not _holds(spec.compute, fmt) else spec.compute
     words, negative = "", 0
     if fmt.bits == 4 and decoded in _FIELDS and spec.target.startswith("sm_"):
         zero_points = not spec.symmetric and not spec.offset and scales != "weights"
@@ -316,7 +312,7 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled)
         if isinstance(fmt, IntegerFormat):
             negative = _bits(-float(_MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
-    constants: dict[str, object] = {
+    return {
         "N": spec.n,
         "K": spec.k,
         "BITS": fmt.bits,
@@ -339,16 +335,27 @@ def _fragment(spec: KernelSpec) -> dict[str, str]:
         "NEGATIVE": negative,
         "SPLIT": spec.tile.split,
         "SLAB": spec.tile.form == "slab" and scales != "weights",
-        "OVERLAP": spec.tile.overlap and scales in ("total", "fragments"),
-        "OVERLAPS": overlaps(spec.target) and not isinstance(spec, GroupedSpec),
+        "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
+        "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "HOPPER": spec.target == "sm_90",
     }
+
+
+def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
+    """What fills `gemm_fragment`, some of its constants changed."""
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
-        pair_decoder(fmt, decoded, spec.target),
+        pair_decoder(FORMATS[spec.weight], decoded, spec.target),
         _convert("decode_x", spec.activation, spec),
     )
-    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
+    constants = _constants(_fragment_constants(spec, decoded) | changed)
+    return {"constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
+
+
+def _fragment(spec: KernelSpec) -> dict[str, str]:
+    # Values that are scaled before their products are summed are not rounded before.
+    exactly = scales_of(spec, spec.tile.scales) == "weights" and not _holds(spec.compute, FORMATS[spec.weight])
+    return _fragment_holes(spec, "float32" if exactly else spec.compute)
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:
@@ -365,7 +372,8 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_N": spec.tile.n,
         "BLOCK_K": spec.tile.k,
         "SPLIT": spec.tile.split,
-        "HOPPER": overlaps(spec.target),
+        "EARLY": launches_early(spec.target),
+        "NVIDIA": spec.target.startswith("sm_"),
     }
     decoders = (
         _scale_decoder(spec.scale_dtype, spec.target),
@@ -404,25 +412,18 @@ def _grouped(spec: KernelSpec) -> dict[str, str]:
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
     # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
-    changed: dict[str, object] = {
-        "CHUNK": spec.tile.k,
-        "RUN": min(spec.aligned or spec.tile.k, spec.tile.k),
-        "SCALE_TYPE": "tl.float32",
-        "SUPER_LAST": False,
-        "SCALES": "weights",
-        "WORDS": "",
-        "SLAB": False,
-        "OVERLAP": False,
-    }
-    lines = _fragment(spec)["constants"].splitlines(keepends=True)
-    constants = "".join(line for line in lines if line.split(" = ")[0] not in changed) + _constants(changed)
-    fmt = FORMATS[spec.weight]
-    decoders = (
-        _scale_decoder(spec.scale_dtype, spec.target),
-        pair_decoder(fmt, spec.compute if _holds(spec.compute, fmt) else "float32"),
-        _convert("decode_x", None, spec),
+    holes = _fragment_holes(
+        spec,
+        spec.compute if _holds(spec.compute, FORMATS[spec.weight]) else "float32",
+        CHUNK=spec.tile.k,
+        RUN=min(spec.aligned or spec.tile.k, spec.tile.k),
+        SCALE_TYPE="tl.float32",
+        SUPER_LAST=False,
+        SCALES="weights",
+        WORDS="",
+        EARLY=False,
     )
-    return {"fragment": _fragment_functions(), "constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
+    return {"fragment": _fragment_functions(), **holes}
 
 
 def _fragment_functions() -> str:

@@ -196,7 +196,7 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     return "fragments" if preferred == "fragments" and exact else "products"
 
 
-def overlaps(target: str) -> bool:
+def launches_early(target: str) -> bool:
     """Whether a kernel may begin before the one before it has ended: programmatic dependent launch, from sm_90."""
     return target.startswith("sm_") and int(target[3:]) >= 90
 

@@ -142,6 +142,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         "flush": len(re.findall(r"(?:mul|fma|add|sub)(?:\.rn)?\.ftz", assembly["ptx"])),
         "mma": max(set(mma), key=mma.count) if mma else "",
         "order": _order(assembly["ptx"]),
+        "added": len(re.findall(r"\b(?:add|fma)(?:\.rn)?\.f32(?:x2)?\b", assembly["ptx"])),
     }
 
 

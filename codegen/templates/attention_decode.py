@@ -34,7 +34,7 @@ BLOCK_D = tl.constexpr(128)
 BLOCK_V = tl.constexpr(128)
 BLOCK_T = tl.constexpr(64)
 SPLIT = tl.constexpr(8)
-OVERLAPS = tl.constexpr(True)
+EARLY = tl.constexpr(True)
 # </constants>
 
 HALVES = tl.constexpr(2 if BITS.value == 4 else 1)
@@ -122,7 +122,7 @@ def kernel(
     query lie side by side. partial: float32, PART a program, and arrived: int32, 0 for each head, and 0 again at the
     end; both only for SPLIT > 1. Pointers that the constants make needless are not read.
     """
-    if OVERLAPS:  # this kernel may begin before the one before has ended, and the next before this one has
+    if EARLY:  # this kernel may begin before the one before has ended, and the next before this one has
         PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
         tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     pair = tl.program_id(0)

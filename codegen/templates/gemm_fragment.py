@@ -51,7 +51,7 @@ NEGATIVE = tl.constexpr(0)
 SPLIT = tl.constexpr(1)
 SLAB = tl.constexpr(False)
 OVERLAP = tl.constexpr(False)
-OVERLAPS = tl.constexpr(True)
+EARLY = tl.constexpr(True)
 HOPPER = tl.constexpr(True)
 # </constants>
 
@@ -80,8 +80,8 @@ GROUP_M = tl.constexpr(8)
 CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.value + 2 * (SCALES.value == "fragments")))
 """Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
 PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * BITS.value // 16 * 16))
-PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
 """Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows; a multiple of 16."""
+PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
 
 
 # <decode>
@@ -120,7 +120,7 @@ def epilogue(value, bias, operand_0, n, offsets, mask):
 @triton.jit
 def wait_for_inputs():
     """Until the kernels before have written all they write; those after may begin then."""
-    if OVERLAPS:
+    if EARLY:
         PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
         tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -134,20 +134,13 @@ def settled(sum):
 
 
 @triton.jit
-def in_order(words):
-    """The same words; what is made of them is not made before what stands before this call."""
-    if HOPPER:
-        KEEP: tl.constexpr = "mov.b32 $0, $1;"
-        return tl.inline_asm_elementwise(KEEP, "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1)
-    else:
-        return words
-
-
-@triton.jit
-def ordered(planes):
-    found = (in_order(planes[0]),)
-    for plane in tl.static_range(1, PLANES):
-        found = found + (in_order(planes[plane]),)
+def in_order(planes):
+    """The same planes; what is made of them is not made before what stands before this call."""
+    KEEP: tl.constexpr = "mov.b32 $0, $1;"
+    found = ()
+    for plane in tl.static_range(PLANES):
+        words = tl.inline_asm_elementwise(KEEP, "=r,r", [planes[plane]], dtype=tl.int32, is_pure=False, pack=1)
+        found = found + (words,)
     return found
 
 
@@ -372,7 +365,7 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
     first: tl.constexpr = chunk * (SCALE_SLOTS + ZERO_SLOTS)
     zeros: tl.constexpr = first + SCALE_SLOTS
     if OVERLAP:
-        planes = ordered(planes)
+        planes = in_order(planes)
     weight = decode_words(planes, blocks[zeros : zeros + ZERO_SLOTS], blocks[first:zeros])
     if SCALES == "products":
         each = blocks[first][:, None]
@@ -393,7 +386,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
     row_mask = n < TILES_N * 64
     x_scale_rows = x_scale + tl.arange(0, BLOCK_M) * GROUPS
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if OVERLAPS and PREFETCH > 0:
+    if EARLY and PREFETCH > 0:
         prefetch(codes, tile_n, first_k // 64)
     wait_for_inputs()
     if SLAB:

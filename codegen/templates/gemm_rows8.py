@@ -26,7 +26,8 @@ BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 BLOCK_K = tl.constexpr(128)
 SPLIT = tl.constexpr(1)
-HOPPER = tl.constexpr(True)
+EARLY = tl.constexpr(True)
+NVIDIA = tl.constexpr(True)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
@@ -76,15 +77,15 @@ def epilogue(value, bias, operand_0, n, offsets, mask):
 @triton.jit
 def wait_for_inputs():
     """Until the kernels before have written all they write; those after may begin then."""
-    if HOPPER:
+    if EARLY:
         PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
         tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def settled(product):
-    """The same product: what is added to it afterwards is added outside of the tensor cores."""
-    if HOPPER:
+    """The same product: it is added to others outside of the tensor cores."""
+    if NVIDIA:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [product], dtype=tl.float32, is_pure=True, pack=1)
     return product
 
@@ -150,7 +151,7 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
     x += first_m.to(tl.int64) * K + m[None, :] * K
     scale_rows = scale + (first_n + n) // ROWS * GROUPS
     x_scale_rows = x_scale + (first_m + m) * GROUPS
-    if HOPPER and PREFETCH > 0:
+    if EARLY and PREFETCH > 0:
         PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
         first_k = tl.minimum(split * STEPS * BLOCK_K, K - PREFETCH)
         address = codes + tl.minimum(first_n + n, N - 1).to(tl.int64) * K + first_k

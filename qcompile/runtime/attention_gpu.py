@@ -21,7 +21,7 @@ from qcompile.codegen.attention_spec import (
     plain_kernel_spec,
 )
 from qcompile.codegen.cost_model import device_of
-from qcompile.codegen.spec import overlaps
+from qcompile.codegen.spec import launches_early
 from qcompile.errors import DeviceError
 from qcompile.kv_cache import AttentionSpec, dequantize
 from qcompile.runtime import cache
@@ -120,7 +120,7 @@ def launch(
         partial = query.new_empty(pairs * split * numbers, dtype=torch.float32)
         arrived = zeros_kept_zero(pairs, query.device)
     options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
-    if overlaps(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
+    if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     # Pointers that a kernel does not use get some input, so that one signature serves all.
     function[(pairs, split)](

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.predict import limit, predict
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, native_fp8, overlaps
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, launches_early, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS
@@ -79,7 +79,7 @@ def launch(
         partial = x.new_empty(tiles * tile.split * tile.m * tile.n, dtype=torch.float32)
         arrived = zeros_kept_zero(tiles, x.device)
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if overlaps(kernel.target) and x.device.type != "cpu":  # which has Triton's interpreter
+    if launches_early(kernel.target) and x.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
     function[(tiles * tile.split,)](

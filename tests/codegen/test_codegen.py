@@ -284,3 +284,13 @@ def test_registers_of_products_under_way_are_not_written(overlap: bool, m: int) 
     (found,) = measure([kernel_spec(spec, torch.bfloat16, torch.bfloat16, "sm_90", tile)])
     # Decode, multiply, wait; with overlap the wait for the second product comes after the next turn's first.
     assert found["order"] == ("dm0dm0" if overlap else "dm0")
+
+
+def test_sums_of_fp8_are_added_outside_of_the_tensor_cores() -> None:
+    """Whose own sums keep few bits; one addition for each of a thread's sums at least."""
+    scheme = preset("fp8").fit("layer", (1024, 4096))
+    spec = LinearSpec(in_features=4096, out_features=1024, scheme=scheme, layout="rows8")
+    tile = Tile(m=64, n=64, k=128, split=1, warps=4, stages=3)
+    kernels = [kernel_spec(spec, torch.float8_e4m3fn, torch.bfloat16, f"sm_{sm}", tile) for sm in (89, 90, 100)]
+    for found in measure(kernels):
+        assert found["added"] >= tile.m * tile.n // (32 * tile.warps), found
