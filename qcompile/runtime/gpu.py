@@ -131,6 +131,7 @@ def gemm(
     operands: list[Tensor],
     spec: LinearSpec,
     out_dtype: torch.dtype,
+    wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
     """The product of activations and a packed weight, with the epilogue of `spec`.
 
@@ -141,6 +142,7 @@ def gemm(
         bias: [N].
         operands: of the epilogue's steps, each [M, N].
         out_dtype: float32, bfloat16 or float16.
+        wrap: `torch.library.wrap_triton` while tracing.
 
     Returns:
         [M, N].
@@ -154,7 +156,7 @@ def gemm(
         return _decoded(x, x_scale, packed, bias, operands, spec, out_dtype)
     if flags.tune and may_time(x):
         tune(spec, bucket(x.shape[0]), x.dtype if x_scale is None else out_dtype, x.device)
-    return execute(choice_for(x, spec, out_dtype), x, x_scale, packed, bias, operands, spec)
+    return execute(choice_for(x, spec, out_dtype), x, x_scale, packed, bias, operands, spec, wrap)
 
 
 def check_dtypes(x: Tensor, x_scale: Tensor | None, out_dtype: torch.dtype) -> None:
@@ -241,11 +243,8 @@ def visible_gemm() -> Any:
         spec: str,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        parsed, wrap = decode_spec(spec), torch.library.wrap_triton
-        packed = PackedWeight.from_tensors(weight, parsed.shape, parsed.scheme.weight, parsed.layout)
-        if not has_kernel(parsed):
-            return _decoded(x, x_scale, packed, bias, operands, parsed, out_dtype)
-        return execute(choice_for(x, parsed, out_dtype), x, x_scale, packed, bias, operands, parsed, wrap)
+        wrap = torch.library.wrap_triton
+        return gemm(x, x_scale, weight, bias, operands, decode_spec(spec), out_dtype, wrap)
 
     return torch.ops.qcompile.visible_gemm
 
