@@ -14,21 +14,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qcompile.runtime import clock
+from qcompile.runtime.tuning import gpu_family
+
 Call = Callable[[], Tensor]
 Row = dict[str, object]
 
-COLD_BYTES = {"cuda": 240 << 20, "cpu": 96 << 20}
-"""Of copies of a weight together, so that none stays in a cache: several times an H100's, which holds 50 MB."""
+COLD_BYTES = {"cuda": clock.COLD_BYTES, "cpu": 96 << 20}
 MOST_COPIES = {"cuda": 512, "cpu": 96}
-SLOW = 2000.0
-"""Microseconds of a call above which two calls make a graph: reading weights is then a small part."""
-ROUNDS = 9
 
 
 def machine_name(device: torch.device) -> str:
     """Vendor and model, such as `nvidia-h100`; of CPUs also the widest extension and cores: `intel-xeon-amx-2core`."""
     if device.type == "cuda":
-        return "-".join(re.split(r"\b\d+GB\b", torch.cuda.get_device_name(device))[0].lower().split())
+        return gpu_family(torch.cuda.get_device_name(device))
     information = Path("/proc/cpuinfo")
     text = information.read_text() if information.is_file() else ""
     model = re.search(r"model name\s*: (.*)", text)
@@ -51,43 +50,16 @@ def microseconds(calls: list[Call], device: torch.device) -> float:
 
 def times_of(calls: list[Call], device: torch.device) -> list[float]:
     """Microseconds of a call, several times over."""
-    return _in_graph(calls) if device.type == "cuda" else _in_turn(calls)
+    return clock.times_in_graph(calls) if device.type == "cuda" else _in_turn(calls)
 
 
 def _in_turn(calls: list[Call]) -> list[float]:
     calls[0]()  # compiles
     times = []
-    for turn in range(max(ROUNDS, min(2 * ROUNDS, len(calls)))):
+    for turn in range(max(clock.ROUNDS, min(2 * clock.ROUNDS, len(calls)))):
         start = time.perf_counter()
         calls[turn % len(calls)]()
         times.append((time.perf_counter() - start) * 1e6)
-    return times
-
-
-def _in_graph(calls: list[Call]) -> list[float]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        calls[0]()  # compiles
-        start.record()
-        calls[0]()
-        end.record()
-        end.synchronize()
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = calls[:2] if start.elapsed_time(end) * 1e3 > SLOW else calls
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in captured:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(ROUNDS):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(captured))
     return times
 
 

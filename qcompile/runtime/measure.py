@@ -32,16 +32,13 @@ from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
-from qcompile.runtime import cache, gpu
+from qcompile.runtime import cache, clock, gpu
 from qcompile.runtime.tuning import Choice, Chosen, any_kernel, chosen, is_tuned, options, record, show
 from qcompile.scheme import SCALE_DTYPES, Scheme, WeightScheme
 
 LIMIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-12}
 """Greatest |y - y'| / |y'| (Frobenius) by the output's type: twice the most that one rounding to it errs, and the sum;
 float32 products are made of 16-bit or TF32 ones."""
-
-COLD_BYTES = 240 << 20
-"""Bytes of all copies of a weight together: several times the L2 cache of the GPUs at hand, which is 50 MB."""
 
 LAUNCHES = 50
 """Launches of the fastest choice whose bits are compared."""
@@ -51,9 +48,6 @@ CHECKED = 64
 
 COMPILE_SECONDS = 120.0
 """A kernel that takes longer to compile is dropped."""
-
-SLOW = 2000.0
-"""Microseconds of a call above which two calls make a graph: reading weights is then a small part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,34 +251,6 @@ def compilers(workers: int) -> Iterator[Compilers]:
         running.close()
 
 
-def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
-    """Median time of a call, in replays of a CUDA graph of all of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.stream(stream):
-        calls[0]()  # compiles
-        start.record()
-        calls[0]()
-        end.record()
-        end.synchronize()
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = calls[:2] if start.elapsed_time(end) * 1e3 > SLOW else calls
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for call in captured:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(9):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(captured))
-    return statistics.median(times)
-
-
 class Bench:
     """A job's tensors on the GPU, on which its choices are timed."""
 
@@ -293,7 +259,9 @@ class Bench:
         self.like = given.like(gpu.target_of(device))
         self.problem = problem(given, str(device))
         size = self.problem.weight.nbytes
-        self.copies = [self.problem.weight.map(lambda _, t: t.clone()) for _ in range(max(2, -(-COLD_BYTES // size)))]
+        self.copies = [
+            self.problem.weight.map(lambda _, t: t.clone()) for _ in range(max(2, -(-clock.COLD_BYTES // size)))
+        ]
 
     def call(self, what: Chosen, weight: PackedWeight, wrap: Callable[[Any], Any] = lambda f: f) -> Tensor:
         """The product."""
@@ -318,7 +286,8 @@ class Bench:
                 return Timing(choice, error=error, note=f"spills {spills} registers")
             if not error <= LIMIT[self.job.dtype]:
                 return Timing(choice, error=error, note=f"wrong: error {error:.2g}")
-            us = microseconds([lambda w=w: self.call(what, w) for w in self.copies])  # type: ignore[misc]
+            calls: list[Callable[[], Tensor]] = [lambda w=w: self.call(what, w) for w in self.copies]  # type: ignore[misc]
+            us = statistics.median(clock.times_in_graph(calls))
         except Exception as failure:  # a compiler's or driver's error of any kind is the result
             return Timing(choice, note=f"{type(failure).__name__}: {failure}"[:500])
         return Timing(choice, us, error)
