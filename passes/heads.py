@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +52,52 @@ def repeated(node: Any) -> Any:
     return source if shape == (batch, heads * repeats, length, size) else None
 
 
+def between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """Nodes after one and before another."""
+    node = first.next
+    while node is not last and node.op != "root":
+        yield node
+        node = node.next
+
+
+_IN_PLACE = (
+    operator.setitem,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+)
+_VIEWS = (
+    operator.getitem,
+    *("expand", "view", "unsqueeze", "squeeze", "transpose", "permute", "reshape", "narrow", "select", "t", "view_as"),
+    *(torch.unsqueeze, torch.squeeze, torch.transpose, torch.permute, torch.reshape, torch.narrow, torch.select),
+)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node may write to a tensor that was there before."""
+    by_schema = compat.schema_writes(node.target)
+    if by_schema is not None:
+        return by_schema
+    name = named(node)
+    return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
+def is_written(tensor: fx.Node) -> bool:
+    """Whether something may write to a tensor, or to a view of it, after it was made."""
+    views = [tensor]
+    for view in views:
+        for user in view.users:
+            if writes(user) and (view in user.args[:1] or user.kwargs.get("out") is view):
+                return True
+            if is_call(user, _VIEWS):
+                views.append(user)
+    return False
+
+
 def layer_of(node: fx.Node) -> str:
     """The module that a node comes from, or its own name."""
     module = compat.module_of(node)
@@ -79,6 +125,8 @@ def is_prefix(mask: fx.Node) -> bool:
     node: Any = mask
     while is_call(node, ("expand",)):
         node = node.args[0]
+    if is_written(node):
+        return False
     if not is_call(node, (operator.le,)) or not all(isinstance(a, fx.Node) for a in node.args):
         return False
     positions, last = node.args

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,17 @@ from qcompile import compat
 from qcompile.kv_cache import AttentionSpec, decode_kv_spec
 from qcompile.passes.context import OP as LINEAR
 from qcompile.passes.context import GraphContext, example, replace
-from qcompile.passes.heads import SDPA_ARGUMENTS, attended_length, is_call, is_prefix, layer_of, named, repeated
+from qcompile.passes.heads import (
+    SDPA_ARGUMENTS,
+    attended_length,
+    between,
+    is_call,
+    is_prefix,
+    layer_of,
+    named,
+    repeated,
+    writes,
+)
 
 ATTENTION = torch.ops.qcompile.attention.default
 RULE = "quantize_attention"
@@ -243,13 +252,6 @@ def _weights_before(node: fx.Node) -> bool:
     return is_call(weights, _SOFTMAX)
 
 
-def _between(graph: fx.Graph, first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    node = first.next
-    while node is not last and node.op != "root":
-        yield node
-        node = node.next
-
-
 def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx.Node], Any, AttentionSpec]:
     """The cache's tensors, the length and the spec."""
     key_codes, key_scale, length, key_text = match.key.args[:4]
@@ -268,10 +270,8 @@ def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx
         raise _No("its mask is not boolean")
     read = {n for n in (*cache, length) if isinstance(n, fx.Node)}
     first = min((match.key, match.value), key=list(context.graph.nodes).index)
-    for other in _between(context.graph, first, node):
-        name = named(other)
-        changes = "store_kv" in name or (other.op == "call_method" and name.endswith("_") and not name.endswith("__"))
-        if changes and read & set(other.all_input_nodes[:2]):
+    for other in between(first, node):
+        if writes(other) and read & set(other.all_input_nodes[:2]):
             raise _No("its cache changes between being read and being attended to")
     spec = AttentionSpec(key=keys, value=values, scale=match.scale, softcap=match.softcap)
     return cache, length if match.mask is not None else None, spec

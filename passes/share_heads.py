@@ -15,7 +15,6 @@ taken is declined with its reason. Attention that reads a quantized cache was ta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,11 +27,13 @@ from qcompile.passes.heads import (
     SDPA_ARGUMENTS,
     add_call,
     attended_length,
+    between,
     is_call,
     is_prefix,
+    is_written,
     layer_of,
-    named,
     repeated,
+    writes,
 )
 
 ATTENTION = torch.ops.qcompile.attention_plain.default
@@ -57,19 +58,6 @@ def _source(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     return source
 
 
-def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
-    while first is not last and first.op != "root":
-        yield first
-        first = first.next
-
-
-def _changes(node: fx.Node) -> bool:
-    """Whether a node may write to a tensor that was there before."""
-    name = named(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("setitem", "store_kv.default") or "out" in node.kwargs
-
-
 def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]) -> str | None:
     """Why an attention over these sources is left alone; None if it is taken."""
     sizes = (*query.shape, *key.shape, *value.shape)
@@ -91,7 +79,7 @@ def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, give
         return "its mask is neither boolean nor of the query's type"
     if given.get("dropout_p") or given.get("is_causal"):
         return "it has dropout, or is_causal aligns its queries with the first keys"
-    if given.get("scale") is not None and not isinstance(given["scale"], float):
+    if given.get("scale") is not None and not isinstance(given["scale"], (int, float)):
         return "its scale is computed in the graph"
     return None
 
@@ -108,13 +96,14 @@ def _rewrite(context: GraphContext, node: fx.Node, lengths: dict[fx.Node, fx.Nod
     if reason is not None:
         return reason
     order = list(context.graph.nodes)
-    if passed and any(map(_changes, _between(min(passed, key=order.index), node))):
+    if passed and any(map(writes, between(min(passed, key=order.index), node))):
         return "something is written between its keys and itself"
     length = None
-    if mask is not None and example(mask).dtype == torch.bool:
+    if mask is not None and example(mask).dtype == torch.bool and not is_written(mask):
         length = attended_length(context, mask, lengths)
         mask = None if is_prefix(mask) else mask
-    scale = given.get("scale") or 1 / math.sqrt(example(given["query"]).shape[-1])
+    scale = given.get("scale")
+    scale = 1 / math.sqrt(example(given["query"]).shape[-1]) if scale is None else float(scale)
     with context.graph.inserting_before(node):
         new = add_call(context, ATTENTION, given["query"], key, value, mask, length, scale)
     replace(context.graph, node, new)

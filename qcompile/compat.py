@@ -142,6 +142,15 @@ def root_module(nodes: Sequence[fx.Node]) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def schema_writes(target: Any) -> bool | None:
+    """Whether an operator, or one of its overloads, says that it writes to an argument; None of what is no operator."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    return None
+
+
 def reset_compiler() -> None:
     """Forget everything that torch.compile compiled in this process."""
     import torch._dynamo

@@ -174,6 +174,41 @@ def test_many_tokens_and_other_types_are_declined() -> None:
     assert "not all bfloat16" in capture(attend, query, key, value, mask).declined(RULE)[0]
 
 
+def written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    """A mask that is filled after it was made."""
+    mask = torch.zeros(m.shape, dtype=torch.bool)
+    mask[..., :8] = True
+    return sdpa(q, repeat(k), repeat(v), mask)
+
+
+def edited(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    """A mask that only ends the context, but for what is written into it."""
+    mask = torch.arange(LENGTH)[None, None, None] <= torch.full((1, 1, 1, 1), 8)
+    mask[..., 0] = False
+    return sdpa(q, repeat(k), repeat(v), mask)
+
+
+@pytest.mark.parametrize("attend", [written, edited, lambda q, k, v, m: sdpa(q, repeat(k), repeat(v), m, scale=0.0)])
+def test_written_masks_and_a_scale_of_zero(attend: Attend) -> None:
+    given = tensors()
+    captured = capture(attend, *given)
+    assert captured.count(ATTENTION) == 1
+    assert close(captured.output, attend(*given))
+
+
+def test_keys_that_change_after_they_were_repeated_are_declined() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        repeated, k = repeat(k), k.clone()
+        k += 1
+        return sdpa(q, repeated, repeat(v), m)
+
+    given = tensors()
+    captured = capture(attend, *given)
+    assert captured.count(ATTENTION) == 0
+    assert "written between" in captured.declined(RULE)[0]
+    assert close(captured.output, attend(*given))
+
+
 def test_the_limits_are_the_kernels() -> None:
     assert (module.MOST_QUERIES, module.MOST_ROWS) == (MOST_QUERIES, MOST_ROWS)
 
