@@ -18,7 +18,9 @@ _CAPTURED = 1 << 18
 
 _of_streams: dict[tuple[int, int], Tensor] = {}
 _blocks: dict[int, Tensor] = {}
-"""By device, what is left of the block for captured launches. Blocks are never freed: graphs hold their addresses."""
+"""By device, what is left of the block for captured launches."""
+_kept: list[Tensor] = []
+"""All that was ever allocated: graphs and running kernels hold its addresses."""
 _lock = threading.Lock()
 
 
@@ -47,7 +49,9 @@ def zeros_kept_zero(count: int, device: torch.device) -> Tensor:
 def _allocate(count: int, index: int) -> Tensor:
     """Zeros that outlive whatever pool the calling thread allocates from, as while a CUDA graph is warmed up."""
     with ThreadPoolExecutor(1) as other:
-        return other.submit(_zeros, count, index).result()
+        found = other.submit(_zeros, count, index).result()
+    _kept.append(found)
+    return found
 
 
 def _zeros(count: int, index: int) -> Tensor:
