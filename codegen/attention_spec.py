@@ -12,10 +12,6 @@ from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
 from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
 
 ATTENTION_TEMPLATE = "attention_decode"
-MOST_QUERIES = 8
-"""Tokens of a sequence that are attended from at once."""
-MOST_ROWS = 64
-"""Queries of a sequence that share a head of keys: tokens times query heads."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 import qcompile.attention  # noqa: F401  (registers the operators)
+from qcompile.kv_cache import MOST_QUERIES, MOST_ROWS, MOST_SIZE
 from qcompile.passes.context import GraphContext, example, replace
 from qcompile.passes.heads import (
     SDPA_ARGUMENTS,
@@ -39,8 +40,6 @@ from qcompile.passes.heads import (
 ATTENTION = torch.ops.qcompile.attention_plain.default
 RULE = "share_heads"
 DEVICES = ("cuda",)
-MOST_QUERIES, MOST_ROWS, MOST_SIZE = 8, 64, 256
-"""What the kernel takes: tokens; tokens times query heads for each head of keys; elements of a key or value."""
 
 
 def _source(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:

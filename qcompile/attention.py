@@ -137,7 +137,7 @@ def _attention_plain(
     if query.device.type == "cuda":
         from qcompile.runtime import attention_gpu
 
-        fixed = all(isinstance(size, int) for size in (*query.shape, *key.shape))
+        fixed = isinstance(query.shape[2], int)
         group = query.shape[1] // key.shape[1]
         if fixed and attention_gpu.has_plain_kernel(query.shape[2], group, key.shape[3], value.shape[3], query.dtype):
             return torch.ops.qcompile.attention_plain_gpu(query.contiguous(), key, value, mask, length, scale)

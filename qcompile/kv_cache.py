@@ -26,6 +26,10 @@ from qcompile.scheme import check_keys
 SCALES = ("tensor", "head", "token")
 """What shares a scale: everything, a head, or one token of one head."""
 
+MOST_QUERIES, MOST_ROWS, MOST_SIZE = 8, 64, 256
+"""What kernels for attention from few tokens take: tokens of a sequence; tokens times query heads for each head of
+keys; elements of a plain key or value."""
+
 
 @dataclass(frozen=True)
 class KVFormat(ABC):

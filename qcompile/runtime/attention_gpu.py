@@ -12,8 +12,6 @@ from torch import Tensor
 
 from qcompile.attention import reference
 from qcompile.codegen.attention_spec import (
-    MOST_QUERIES,
-    MOST_ROWS,
     AttentionKernelSpec,
     AttentionTile,
     attention_kernel_spec,
@@ -23,7 +21,7 @@ from qcompile.codegen.attention_spec import (
 from qcompile.codegen.cost_model import device_of
 from qcompile.codegen.spec import launches_early
 from qcompile.errors import DeviceError
-from qcompile.kv_cache import AttentionSpec, dequantize
+from qcompile.kv_cache import MOST_QUERIES, MOST_ROWS, MOST_SIZE, AttentionSpec, dequantize
 from qcompile.runtime import cache
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.gpu import target_of
@@ -150,7 +148,6 @@ def attention(
 ) -> Tensor:
     """See `qcompile.attention.reference`; for queries that `has_kernel` takes.
 
-
     Raises:
         DeviceError: queries of another type than float32, bfloat16 and float16.
     """
@@ -162,17 +159,13 @@ def attention(
     kernel = choose(
         spec, batch, heads, group, queries, context, kind, length is not None, query.dtype, target_of(query.device)
     )
-    function = cache.load(kernel).kernel
-    # Triton launches on the current device.
-    guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
-    with guard:
-        return launch(kernel, function, query, tensors, mask, length)
+    return _run(kernel, query, tensors, mask, length)
 
 
 def has_plain_kernel(queries: int, group: int, key_size: int, value_size: int, x_dtype: torch.dtype) -> bool:
     """Whether the template attends from so many tokens to keys and values of the queries' type."""
     half = x_dtype in (torch.bfloat16, torch.float16)
-    return half and queries <= MOST_QUERIES and queries * group <= MOST_ROWS and max(key_size, value_size) <= 256
+    return half and queries <= MOST_QUERIES and queries * group <= MOST_ROWS and max(key_size, value_size) <= MOST_SIZE
 
 
 @functools.cache
@@ -210,10 +203,17 @@ def attention_plain(
     kernel = choose_plain(
         batch, heads, group, queries, context, sizes, scale, kind, length is not None, query.dtype, target
     )
+    return _run(kernel, query, [key, key, value, value], mask, length)
+
+
+def _run(
+    kernel: AttentionKernelSpec, query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None
+) -> Tensor:
     function = cache.load(kernel).kernel
+    # Triton launches on the current device.
     guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, query, [key, key, value, value], mask, length)
+        return launch(kernel, function, query, tensors, mask, length)
 
 
 def many_queries(

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.codegen.attention_spec import MOST_QUERIES, MOST_ROWS
 from qcompile.passes.share_heads import ATTENTION, RULE
 from tests import tolerance
 from tests.capture import capture
@@ -207,10 +206,6 @@ def test_keys_that_change_after_they_were_repeated_are_declined() -> None:
     assert captured.count(ATTENTION) == 0
     assert "written between" in captured.declined(RULE)[0]
     assert close(captured.output, attend(*given))
-
-
-def test_the_limits_are_the_kernels() -> None:
-    assert (module.MOST_QUERIES, module.MOST_ROWS) == (MOST_QUERIES, MOST_ROWS)
 
 
 def test_cpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
