@@ -149,8 +149,6 @@ def decode(folder: Path) -> str:
     """The section of whole models on GPUs."""
     text = ""
     for file in load(folder, "decode"):
-        if file["machine"] == "toy":
-            continue
         rows = [row for row in file["rows"] if row["bench"] == "decode" and "tok_s" in row]
         peers = peers_of(folder, file["machine"], "decode")
         columns = sorted({(row["batch"], row["mode"]) for row in rows})
