@@ -18,10 +18,12 @@ Linears of the layers are quantized, the output head only with `--head`. The cac
     reduce-overhead   `torch.compile(mode="reduce-overhead")` in a Python loop: what a user gets
     default           `torch.compile` in a Python loop
 
-`step_us` is the mean over the tokens. `error` is |y - y'| / |y'| (Frobenius) between compiled logits and those of the
-same modules run eagerly on the same tokens, and `same` the share of equal argmaxes; a row of ours whose error exceeds
-`logits_bound` is not kept. `peak_gb` counts from the built model on; `build_gb` is the peak of building it. `kernels`
-lists what the GPU ran in one step, by time; `linear_us` sums those that multiply by weights.
+`step_us` is the mean over the tokens. A row says `lengths`, prompt + tokens, where they are not 128 + 128. `ms` is the
+median of reading a prompt of `--prefill` tokens, compiled, into an empty cache, up to its last logits. `error` is
+|y - y'| / |y'| (Frobenius) between compiled logits and those of the same modules run eagerly on the same tokens, and
+`same` the share of equal argmaxes; a row of ours whose error exceeds `logits_bound` is not kept. `peak_gb` counts from
+the built model on; `build_gb` is the peak of building it. `kernels` lists what the GPU ran in one step, by time;
+`linear_us` sums those that multiply by weights.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ from qcompile.evaluate import timing
 OURS = "qcompile"
 JOBS = ["bf16", "int4", "fp8", "int8", "torchao-int4", "torchao-fp8", "torchao-int8"]
 MODES = ["graph", "reduce-overhead"]
+USUAL = "128+128"
+"""Tokens of the prompt, and decoded, that rows are of unless they say others."""
 WORKER = Path(__file__).with_name("decode_worker.py")
 
 Row = dict[str, Any]
@@ -92,7 +96,7 @@ class Turns:
 
 def key_of(row: Row) -> tuple[Any, ...]:
     """What a row is about: a new one takes the place of an old one with the same key."""
-    names = ("bench", "impl", "scheme", "batch", "mode", "tokens", "layers", "head", "kv", "inductor")
+    names = ("bench", "impl", "scheme", "batch", "mode", "tokens", "layers", "head", "kv", "inductor", "lengths")
     return tuple(row.get(name) for name in names)
 
 
@@ -110,11 +114,10 @@ def store(out: Path, row: Row, device: torch.device, lock: Path) -> None:
         rows = json.loads(source.read_text())["rows"] if source.exists() else []
         old = next((r for r in rows if key_of(r) == key_of(row)), {}) if "warm_compile_s" in row else {}
         rows = [r for r in rows if key_of(r) != key_of(row)] + [old | row]
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
         result = {
             "machine": timing.machine_name(device),
             "date": datetime.date.today().isoformat(),
-            "versions": {"torch": torch.__version__, "gpu": gpu},
+            "versions": timing.versions(device),
             "rows": sorted(rows, key=lambda r: [str(part) for part in key_of(r)]),
         }
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import OURS, Job, Row, Turns, parse, store
+from decode import OURS, USUAL, Job, Row, Turns, parse, store
 from torch import Tensor, nn
 
 CHECKED = 16
@@ -387,6 +388,9 @@ class Worker:
     def row(self, bench: str, batch: int) -> Row:
         row: Row = {"bench": bench, "impl": self.job.impl, "scheme": self.job.scheme, "batch": batch}
         row["layers"] = self.options.layers
+        lengths = f"{self.options.prompt}+{self.options.tokens}"
+        if bench == "decode" and lengths != USUAL:
+            row["lengths"] = lengths
         if self.options.inductor:
             row["inductor"] = "+".join(self.options.inductor)
         if self.job.impl == OURS:
@@ -481,7 +485,7 @@ class Worker:
                 once(run)
                 synchronize(self.device)
                 times.append((time.perf_counter() - start) * 1e3)
-        row = self.row("prefill", 1) | {"tokens": count, "ms": round(sorted(times)[2], 2)}
+        row = self.row("prefill", 1) | {"tokens": count, "ms": round(statistics.median(times), 2)}
         print(json.dumps(row | {"error": float(f"{error:.3g}")}), flush=True)
         self.check(error, logits_bound(self.options.layers, self.job))
         self.store(row | {"error": float(f"{error:.3g}")})
