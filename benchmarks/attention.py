@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompile.caches import KVCache
-from qcompile.evaluate.timing import COLD_BYTES, ceilings, microseconds, write_results
+from qcompile.evaluate.timing import ceilings, copies, microseconds, write_results
 from qcompile.kv_cache import AttentionSpec, dequantize
 
 DEVICE = torch.device("cuda")
@@ -31,12 +31,6 @@ HEADS, GROUP, SIZE = 8, 4, 128
 CONTEXTS = [(1, 256), (16, 256), (1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (64, 4096), (64, 16384)]
 CACHES = ["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
 SCALES = {"fp8_e4m3": "tensor", "fp8_e5m2": "tensor", "int8": "token", "int4": "token"}
-
-
-def copies(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Enough of a cache that together they are far larger than the GPU's own cache; at most 32."""
-    count = min(32, max(1, -(-COLD_BYTES["cuda"] // sum(t.nbytes for t in tensors))))
-    return [[t.clone() for t in tensors] for _ in range(count)]
 
 
 def error(y: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
@@ -65,7 +59,9 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
         }
 
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        plain = [partial(F.scaled_dot_product_attention, query, *t, enable_gqa=True) for t in copies([key, value])]
+        plain = [
+            partial(F.scaled_dot_product_attention, query, *t, enable_gqa=True) for t in copies(DEVICE, key, value)
+        ]
         yield row(
             "SDPA",
             "bfloat16",
@@ -75,7 +71,7 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
         )
     del plain
     shared = torch.ops.qcompile.attention_plain
-    ours = [partial(shared, query, *t, None, None, SIZE**-0.5) for t in copies([key, value])]
+    ours = [partial(shared, query, *t, None, None, SIZE**-0.5) for t in copies(DEVICE, key, value)]
     wrong = error(ours[0](), query, key[:1], value[:1])
     yield row("qcompile", "bfloat16", microseconds(ours, DEVICE), wrong, 2 * key.nbytes)
     del ours
@@ -93,7 +89,7 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
             for codes, scale in (tensors[:2], tensors[2:])
         ]
         attention = torch.ops.qcompile.attention
-        calls = [partial(attention, query, t, None, None, spec) for t in copies(tensors)]
+        calls = [partial(attention, query, list(t), None, None, spec) for t in copies(DEVICE, *tensors)]
         wrong = error(calls[0](), query, *restored)
         yield row("qcompile", name, microseconds(calls, DEVICE), wrong, sum(t.nbytes for t in tensors))
 

@@ -149,8 +149,6 @@ def decode(folder: Path) -> str:
     """The section of whole models on GPUs."""
     text = ""
     for file in load(folder, "decode"):
-        if file["machine"] == "toy":
-            continue
         rows = [row for row in file["rows"] if row["bench"] == "decode" and "tok_s" in row]
         peers = peers_of(folder, file["machine"], "decode")
         columns = sorted({(row["batch"], row["mode"]) for row in rows})
@@ -199,6 +197,7 @@ def _variant(row: Row) -> str:
     parts += [f"head {row['head']}"] if row.get("head", "bfloat16") != "bfloat16" else []
     parts += [f"{row['kv']} cache"] if row.get("kv", "bfloat16") != "bfloat16" else []
     parts += [f"{row['inductor']}"] if "inductor" in row else []
+    parts += [f"prompt+tokens {row['lengths']}"] if "lengths" in row else []
     parts += [f"{row['layers']} layers"] if row.get("layers", 32) != 32 else []
     return ", ".join(parts)
 

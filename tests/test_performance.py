@@ -10,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from qcompile.evaluate.timing import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,29 +56,32 @@ def test_decoding_is_shown_by_batch_and_mode(tmp_path: Path) -> None:
     made = {"busy_us": 2390.0, "linear_us": 1890.0, "kernel_count": 455}
     loop = ours | measured | {"mode": "reduce-overhead", "tok_s": 400.1}
     prompt = {"bench": "prefill", "impl": "inductor", "scheme": "bfloat16", "batch": 1, "tokens": 2048, "ms": 50.1}
-    rows = [ours | measured | made | {"mode": "graph"}, loop, prompt]
-    versions = {"torch": "2.11", "gpu": "a GPU"}
-    file = {"machine": "one", "date": "2026-01-01", "versions": versions, "rows": rows}
+    longer = ours | measured | {"mode": "graph", "tok_s": 398.2, "lengths": "1024+128"}
+    rows = [ours | measured | made | {"mode": "graph"}, loop, longer, prompt]
+    told = {"torch": "2.11", "gpu": "a GPU"}
+    file = {"machine": "one", "date": "2026-01-01", "versions": told, "rows": rows}
     (tmp_path / "one.decode.json").write_text(json.dumps(file))
     peer = {"bench": "decode", "impl": "Marlin", "scheme": "int4", "batch": 1, "mode": "graph", "tok_s": 224.0}
     (tmp_path / "one.peers.json").write_text(json.dumps({"rows": [peer]}))
     page = report.page(tmp_path)
     assert "a GPU, torch 2.11, 2026-01-01." in page
     assert "| **int4, qcompile, fp8 cache** | 412 | 400 |" in page
+    assert "| **int4, qcompile, fp8 cache, prompt+tokens 1024+128** | 398 |  |" in page
     assert "| int4, Marlin † | 224 |  |" in page
     assert "| 1, int4, qcompile, fp8 cache | 2425 | 2390 | 1890 | 455 | 5.91 | 41.2 (8.60 warm) |" in page
     assert "| bfloat16, inductor | 2048 | 50.1 |" in page
 
 
-def test_a_decoding_benchmark_knows_its_implementations() -> None:
-    decode = script("decode")
+def test_a_decoding_benchmark_knows_its_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as where the worker is run from
+    decode, worker = script("decode"), script("decode_worker")
     assert [(job.impl, job.scheme) for job in map(decode.Job, ("bf16", "int4", "torchao-fp8"))] == [
         ("inductor", "bfloat16"),
         ("qcompile", "int4"),
         ("torchao", "fp8"),
     ]
     bounds = [
-        decode.logits_bound(layers, decode.Job(name)) for layers, name in ((2, "int4"), (32, "int4"), (32, "fp8"))
+        worker.logits_bound(layers, decode.Job(name)) for layers, name in ((2, "int4"), (32, "int4"), (32, "fp8"))
     ]
     assert bounds == sorted(bounds)
     assert bounds[-1] < 0.5
@@ -85,9 +91,29 @@ def test_a_decoding_benchmark_knows_its_implementations() -> None:
         "void tinygemm_m16n8k16",
         "triton_red_fused_add_mm_7",
     ):
-        assert decode.LINEAR.search(name)
+        assert worker.LINEAR.search(name)
     for name in ("triton_poi_fused_mul_silu_view_7", "qcompile_attention_decode", "cudnn_generated_sdpa_flash"):
-        assert not decode.LINEAR.search(name)
+        assert not worker.LINEAR.search(name)
+
+
+def test_rows_of_other_lengths_stay_beside_the_usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    decode, worker = script("decode"), script("decode_worker")
+    cpu = torch.device("cpu")
+    for arguments in ((), ("--prompt", "1024"), ("--tokens", "64"), ("--prompt", "128", "--tokens", "128")):
+        options = decode.parse(["--out", str(tmp_path), "--turns", str(tmp_path / "turns"), *arguments])
+        own = worker.Worker(decode.Job("int4"), options, decode.Turns(tmp_path / "turns"))
+        for bench in ("decode", "prefill"):
+            decode.store(tmp_path, own.row(bench, 1), cpu, tmp_path / "lock")
+    (path,) = tmp_path.glob("*.decode.json")
+    file = json.loads(path.read_text())
+    assert [(r["bench"], r.get("lengths")) for r in file["rows"]] == [
+        ("decode", "1024+128"),
+        ("decode", "128+64"),
+        ("decode", None),
+        ("prefill", None),
+    ]
+    assert file["versions"] == versions(cpu)
 
 
 @pytest.mark.parametrize("bench", ["linear", "attention", "decode"])

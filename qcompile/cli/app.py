@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from qcompile.cli.shapes import parse_shapes, parse_tokens, shapes_in
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import parse_config
 from qcompile.errors import ConfigError, DeviceError, QCompileError
@@ -214,9 +215,7 @@ def bench(
         if bool(shape) == (model is not None):
             raise ConfigError("give either --shape, such as 4096x14336, or --model, a folder with a config.json")
         layers = {} if model is None else command.model_shapes(model)
-        shapes, rows_of = command.parse_shapes(shape) or list(layers), command.parse_tokens(tokens)
-        if not shapes or not rows_of:
-            raise ConfigError("--shape and --tokens name nothing; try --shape 4096x4096 --tokens 1,16")
+        shapes, rows_of = list(layers) or parse_shapes(shape), parse_tokens(tokens)
         with Steps(1 + len(shapes)) as steps:
             rows, rates = command.run(shapes, names, rows_of, target, steps)
         command.show(rows, rates, layers, Console())
@@ -348,7 +347,7 @@ def tune(
     with _errors_told():
         from qcompile.cli import tune as command
 
-        shapes, rows = command.parse_shapes(what), command.parse_tokens(tokens)
+        shapes, rows = shapes_in(what), parse_tokens([tokens])
         if shapes is not None and scheme is None:
             raise ConfigError("shapes need a --scheme, such as int4; `qcompile schemes` lists them")
         device = _a_gpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qcompile.cli.shapes import Shape
 from qcompile.cli.steps import Steps
 from qcompile.config import parse_config
 from qcompile.errors import CheckpointError, ConfigError, LayerError
@@ -18,44 +18,6 @@ from qcompile.evaluate.linear import OURS, PLAIN, measure
 from qcompile.evaluate.timing import Row, ceilings
 from qcompile.linears import linear_modules
 from qcompile.scheme import Scheme
-
-Shape = tuple[int, int]
-LARGEST = 1 << 20
-
-
-def split(given: Sequence[str]) -> list[str]:
-    """What repeated options list, separated by commas too; each once."""
-    return list(dict.fromkeys(part.strip() for entry in given for part in entry.split(",") if part.strip()))
-
-
-def parse_shapes(given: Sequence[str]) -> list[Shape]:
-    """(N, K) of texts such as 4096x14336: output features, then input features.
-
-    Raises:
-        ConfigError: a text of another form, or a size that no weight has.
-    """
-    found = []
-    for text in split(given):
-        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
-        if match is None:
-            raise ConfigError(f"--shape {text!r}: a shape is output features x input features, such as 4096x14336")
-        n, k = int(match[1]), int(match[2])
-        if not (0 < n <= LARGEST and 0 < k <= LARGEST):
-            raise ConfigError(f"--shape {text!r}: sizes are from 1 to {LARGEST}")
-        found.append((n, k))
-    return found
-
-
-def parse_tokens(given: Sequence[str]) -> list[int]:
-    """Numbers of rows of activations.
-
-    Raises:
-        ConfigError: something else.
-    """
-    for text in split(given):
-        if not (text.isdecimal() and 0 < int(text) <= LARGEST):
-            raise ConfigError(f"--tokens {text!r}: numbers of tokens are whole, from 1 to {LARGEST}")
-    return [int(text) for text in split(given)]
 
 
 def model_shapes(path: Path) -> dict[Shape, list[str]]:
@@ -65,7 +27,7 @@ def model_shapes(path: Path) -> dict[Shape, list[str]]:
         path: a folder with a `config.json`, or such a file.
 
     Raises:
-        CheckpointError: no configuration that transformers makes a language model of.
+        CheckpointError: something else, or no configuration that transformers makes a language model of.
     """
     import transformers
 
@@ -73,7 +35,9 @@ def model_shapes(path: Path) -> dict[Shape, list[str]]:
 
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise CheckpointError(f"{path}: there is no config.json; --model takes a model's folder, or that file")
+        raise CheckpointError(f"{path}: there is no config.json; --model takes a model's folder or its config.json")
+    if file.suffix != ".json":
+        raise CheckpointError(f"{path}: this is no config.json; --model takes a model's folder or its config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(file)
         model = skeleton(config, torch.bfloat16)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcompile.cli.shapes import Shape
 from qcompile.cli.steps import Steps
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError
@@ -23,31 +23,6 @@ KEEP = 8
 """Tiles that are timed for a linear and a number of tokens."""
 
 
-def parse_shapes(text: str) -> list[tuple[int, int]] | None:
-    """The shapes N x K of "6144x4096,4096x4096"; None for a text that is something else, such as a path.
-
-    Raises:
-        ConfigError: a shape without elements.
-    """
-    if not re.fullmatch(r"\d{1,9}x\d{1,9}(,\d{1,9}x\d{1,9})*", text):
-        return None
-    shapes = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
-    if any(min(shape) < 1 for shape in shapes):
-        raise ConfigError(f"{text!r}: a shape is N x K, out and in features, both at least 1")
-    return [(n, k) for n, k in shapes]
-
-
-def parse_tokens(text: str) -> list[int]:
-    """The numbers of tokens of "1,16,1024".
-
-    Raises:
-        ConfigError: something else.
-    """
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text) or min(map(int, text.split(","))) < 1:
-        raise ConfigError(f"--tokens {text!r}: give numbers of tokens from 1 up, separated by commas")
-    return [int(part) for part in text.split(",")]
-
-
 def _one_scheme(config: QuantConfig) -> Scheme:
     """What a configuration makes of a layer of no name.
 
@@ -59,7 +34,7 @@ def _one_scheme(config: QuantConfig) -> Scheme:
     return config.rules[0].scheme
 
 
-def jobs_of_shapes(shapes: Sequence[tuple[int, int]], scheme: str, tokens: Sequence[int]) -> list[Job]:
+def jobs_of_shapes(shapes: Sequence[Shape], scheme: str, tokens: Sequence[int]) -> list[Job]:
     """bfloat16 jobs, those of few tokens first.
 
     Raises:

@@ -78,7 +78,8 @@ def test_a_models_shapes_are_taken(tmp_path):
         ((), ("--shape", "--model")),
         (("--shape", "64x64", "--model", "."), ("either --shape",)),
         (("--model", "/no/model"), ("there is no config.json",)),
-        (("--shape", ",", "--tokens", "1"), ("name nothing",)),
+        (("--shape", ","), ("no shape is named", "4096x14336")),
+        (("--shape", "64x64", "--tokens", ","), ("--tokens names nothing",)),
     ],
 )
 def test_mistakes(arguments, words):
@@ -89,6 +90,14 @@ def test_mistakes(arguments, words):
     for word in words:
         assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_is_no_configuration(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\xff")
+    result = run("--model", str(path))
+    assert result.exit_code == 1
+    assert "--model takes a model's folder or its config.json" in result.stderr
 
 
 def test_a_configuration_that_is_no_language_model_is_told(tmp_path):

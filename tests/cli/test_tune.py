@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import qcompile
 from qcompile.cli import app
 from qcompile.cli import tune as command
+from qcompile.cli.shapes import parse_shapes, parse_tokens, shapes_in
 from qcompile.cli.steps import Steps
 from qcompile.errors import ConfigError, LayerError
 from qcompile.evaluate import random_language_model
@@ -59,9 +60,9 @@ class Timed:
 
 
 def test_shapes_and_tokens():
-    assert command.parse_shapes("6144x4096,64x64") == [(6144, 4096), (64, 64)]
-    assert command.parse_shapes("model.gguf") is command.parse_shapes("64x64x64") is command.parse_shapes("") is None
-    assert command.parse_tokens("1,16,4096") == [1, 16, 4096]
+    assert shapes_in("6144x4096, 64x64,6144x4096") == parse_shapes(["6144x4096", "64x64"]) == [(6144, 4096), (64, 64)]
+    assert shapes_in("model.gguf") is shapes_in("64x64x64") is shapes_in("64x64,model") is shapes_in("") is None
+    assert parse_tokens(["1, 16", "4096,1"]) == [1, 16, 4096]
     jobs = command.jobs_of_shapes([(256, 512), (512, 256)], "int4", [1, 4, 100])
     assert [(job.m, job.spec.shape) for job in jobs] == [
         (1, (256, 512)), (1, (512, 256)), (16, (256, 512)), (16, (512, 256)), (128, (256, 512)), (128, (512, 256)),
@@ -72,7 +73,9 @@ def test_shapes_and_tokens():
 def test_mistakes():
     fails(run("64x64"), "shapes need a --scheme")
     fails(run("64x64", "--scheme", "int4", "--tokens", "many"), "--tokens 'many'")
-    fails(run("0x64", "--scheme", "int4"), "'0x64'", "at least 1")
+    fails(run("64x64", "--scheme", "int4", "--tokens", ","), "--tokens names nothing")
+    fails(run("0x64", "--scheme", "int4"), "'0x64'", "from 1 to")
+    fails(run("64x1048577", "--scheme", "int4"), "'64x1048577'", "from 1 to")
     fails(run("64x64", "--scheme", "int4"), "torch sees no GPU", "nothing to tune")
     rules = {"rules": [{"layers": "a", "scheme": "int4"}, {"layers": "*", "scheme": "int8"}]}
     with pytest.raises(ConfigError, match="no names for rules"):

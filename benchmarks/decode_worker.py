@@ -1,0 +1,501 @@
+"""What `decode.py` runs in a process of its own: one implementation, measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode import OURS, USUAL, Job, Row, Turns, parse, store
+from torch import Tensor, nn
+
+CHECKED = 16
+"""Tokens that compiled and eager logits are compared on."""
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+TOY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+}
+LINEAR = re.compile(
+    r"qcompile_gemm|gemm_|gemv|nvjet|tinygemm|cutlass|cublas|splitKreduce|_scaled_mm|int8pack|int4pack"
+    r"|triton_(red|per|poi|tem)\w*fused\w*_mm(_|$)"
+)
+"""Names of kernels that multiply by weights."""
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- the model
+
+
+def materialize(module: nn.Module, device: str) -> None:
+    """Give a module on the meta device random matrices of deviation 0.02, and vectors of ones."""
+    module.to_empty(device=device)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1)
+
+
+def quantize(module: nn.Module, job: Job) -> None:
+    """Quantize the linears of a module in place, as the job says."""
+    if job.impl == OURS:
+        import qcompile
+
+        qcompile.quantize_(module, job.scheme, progress=False)
+    elif job.impl == "torchao":
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int4WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+            PerRow,
+            quantize_,
+        )
+
+        configs: dict[str, Callable[[], Any]] = {
+            "int4": lambda: Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d"),
+            "int8": Int8WeightOnlyConfig,
+            "fp8": lambda: Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        }
+        quantize_(module, configs[job.scheme]())
+
+
+def build(job: Job, shape: dict[str, Any], head: str | None, device: str) -> Any:
+    """The model, quantized; no more than one layer of it is ever in memory unquantized."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    given = dict(shape)
+    if "rope_theta" in given:
+        given["rope_parameters"] = {"rope_type": "default", "rope_theta": given.pop("rope_theta")}
+    config = LlamaConfig(tie_word_embeddings=False, **given)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    inner = model.model
+    with torch.device(device):
+        inner.rotary_emb = type(inner.rotary_emb)(config)
+    for layer in inner.layers:
+        materialize(layer, device)
+        quantize(layer, job)
+    for module in (inner.embed_tokens, inner.norm, model.lm_head):
+        materialize(module, device)
+    if head is not None and job.impl == OURS:
+        import qcompile
+
+        qcompile.quantize_(model, {"rules": [{"layers": "lm_head", "scheme": head}]}, progress=False)
+    return model
+
+
+def bytes_a_step(model: nn.Module) -> int:
+    """Of parameters and buffers, the embedding aside, of which a step reads little."""
+    sizes = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        inner = getattr(tensor, "__tensor_flatten__", None)
+        parts = [getattr(tensor, field) for field in inner()[0]] if inner else [tensor]
+        if "embed_tokens" not in name:
+            sizes.update({id(part): part.nbytes for part in parts if isinstance(part, Tensor)})
+    return sum(sizes.values())
+
+
+# ---- decoding
+
+
+@dataclass
+class Prompted:
+    """A model with a cache that holds a prompt.
+
+    Attributes:
+        first: the token after the prompt, int64 [B, 1].
+    """
+
+    model: Any
+    cache: Any
+    prompt: int
+    first: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def start(cls, model: Any, batch: int, prompt: int, length: int, kv: str | None, device: str) -> Prompted:
+        """Read a random prompt eagerly into a cache for `length` tokens."""
+        from transformers import StaticCache
+
+        if kv is None:
+            cache = StaticCache(config=model.config, max_cache_len=length)
+        else:
+            import qcompile
+
+            cache = qcompile.TransformersCache(model, kv, max_cache_len=length)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(device)
+        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+        return cls(model, cache, prompt, logits[:, -1].argmax(-1, keepdim=True))
+
+    def rewind(self) -> None:
+        """Forget what was decoded: later tokens overwrite it."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.prompt)
+
+    def logits(self, run: Any, ids: Tensor) -> Tensor:
+        """Of the token after ids [B, 1]: [B, V]."""
+        return run(input_ids=ids, past_key_values=self.cache).logits[:, -1]
+
+    @torch.no_grad()
+    def follow(self, run: Any, tokens: list[Tensor]) -> list[Tensor]:
+        """Float32 logits after each of the tokens."""
+        self.rewind()
+        return [self.logits(run, ids).float() for ids in tokens]
+
+    @torch.no_grad()
+    def greedy(self, run: Any, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Tokens that greedy decoding feeds, and the float32 logits after each."""
+        self.rewind()
+        ids, tokens, logits = self.first, [], []
+        for _ in range(count):
+            tokens.append(ids)
+            logits.append(self.logits(run, ids).float())
+            ids = logits[-1].argmax(-1, keepdim=True)
+        return tokens, logits
+
+
+def logits_bound(layers: int, job: Job) -> float:
+    """Greatest `error` that two evaluations of the model may have between them, which round in different places.
+
+    Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides. A
+    branch rounds at most 18 times to bfloat16 (u = 2^-8): attention twice in its norm, once in each of the queries,
+    keys and values, thrice in each of queries and keys as they are rotated and twice in the cosines and sines, once in
+    the weights, the sum, the last product and the residual. With 8-bit activations it rounds twice to those: u = 2^-4
+    for E4M3; for int8 a step of the greatest of K normal numbers / 127, so about 4 / 127 / sqrt(12) of the deviation.
+    Branches of random weights are equally large and add up in the residual stream. The stream after n of them thus
+    errs, in power, by e (1 + 1/2 + ... + 1/n) for a branch's own e, since branch n + 1 inherits the stream's error and
+    adds e to the nth part of it. Thrice that in norm is for what functions amplify, and for chance: bfloat16 compiled
+    by Inductor takes twice of it.
+    """
+    codes = {"fp8": 2 * 2.0**-8 / 3, "int8": 2 * (4 / 127) ** 2 / 12}
+    activation = 0.0
+    if job.impl == OURS:
+        from qcompile.config import parse_config
+
+        scheme = parse_config(job.scheme).scheme_for("layers.0.mlp.up_proj")
+        if scheme is not None and scheme.activation is not None:
+            activation = codes["fp8" if "fp8" in scheme.activation.format.name else "int8"]
+    branch = 2 * (18 * 2.0**-16 / 3 + activation)
+    return 3 * math.sqrt(branch * sum(1 / n for n in range(1, 2 * layers + 1)))
+
+
+def difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:
+    """Relative error (Frobenius) of logits, and the share of equal argmaxes.
+
+    Raises:
+        AssertionError: something is not finite.
+    """
+    y, given = torch.stack(actual), torch.stack(expected)
+    assert bool(y.isfinite().all()), "compiled logits are not finite"
+    assert bool(given.isfinite().all()), "eager logits are not finite"
+    return float((y - given).norm() / given.norm()), float((y.argmax(-1) == given.argmax(-1)).float().mean())
+
+
+def compiled(model: Any, job: Job, mode: str | None, options: dict[str, bool]) -> Any:
+    """The model compiled by the job's backend; one compilation for each shape."""
+    torch._dynamo.reset()
+    backend = "qcompile" if job.impl == OURS else "inductor"
+    if options and mode is not None:  # which `torch.compile` does not take together
+        options, mode = torch._inductor.list_mode_options(mode) | options, None
+    return torch.compile(model, backend=backend, mode=mode, options=options or None, fullgraph=True, dynamic=False)
+
+
+def time_loop(prompted: Prompted, run: Any, count: int, device: str) -> float:
+    """Microseconds a token of a Python loop."""
+    ids = prompted.first
+    with torch.no_grad():
+        for timed in (False, True):
+            prompted.rewind()
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(count if timed else 4):
+                ids = prompted.logits(run, ids).argmax(-1, keepdim=True)
+            synchronize(device)
+    return (time.perf_counter() - start) * 1e6 / count
+
+
+class Captured:
+    """A step and its argmax as one CUDA graph; `replay` decodes a token."""
+
+    def __init__(self, prompted: Prompted, run: Any) -> None:
+        self.prompted, self.ids, self.graph = prompted, prompted.first.clone(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):
+                self.advance(run)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.advance(run)
+
+    def advance(self, run: Any) -> None:
+        self.ids.copy_(self.prompted.logits(run, self.ids).argmax(-1, keepdim=True))
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    def time(self, count: int) -> float:
+        """Microseconds a token."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(4):
+            self.replay()
+        self.prompted.rewind()
+        start.record()
+        for _ in range(count):
+            self.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / count
+
+
+# ---- what a step is made of
+
+
+def kernels_of(step: Callable[[], object], device: str) -> list[Row]:
+    """What the device ran in a step: name, grid, count and microseconds, the longest first.
+
+    On a GPU one entry for each kernel and grid, so that a kernel's shapes stay apart; on CPUs operators.
+    """
+    kind = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    step()
+    synchronize(device)
+    with torch.profiler.profile(activities=[kind]) as profile:
+        step()
+        synchronize(device)
+    if device == "cpu":
+        found = {(e.key, ""): (e.count, e.self_cpu_time_total) for e in profile.key_averages()}
+    else:
+        found = _device_events(profile)
+    rows = [{"name": n, "grid": g, "count": c, "us": round(us, 1)} for (n, g), (c, us) in found.items()]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def _device_events(profile: Any) -> dict[tuple[str, str], tuple[int, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            key = event["name"][:100], "x".join(map(str, event["args"].get("grid", [])))
+            count, us = found.get(key, (0, 0.0))
+            found[key] = count + 1, us + event["dur"]
+    return found
+
+
+def composition(kernels: list[Row], batch: int, step_us: float) -> Row:
+    """The fields of a row that say what a step is made of; a table of it is printed."""
+    busy, count = sum(k["us"] for k in kernels), sum(k["count"] for k in kernels)
+    linear = sum(k["us"] for k in kernels if LINEAR.search(k["name"]))
+    print(f"  batch {batch}: {count} kernels, {busy:.0f} us busy of {step_us:.0f}; linears {linear:.0f} us", flush=True)
+    for kernel in kernels[:25]:
+        mark = "*" if LINEAR.search(kernel["name"]) else " "
+        print(f"  {mark}{kernel['us']:>9.1f} us {kernel['count']:>4} x {kernel['grid']:<14} {kernel['name']}")
+    return {
+        "kernel_count": count,
+        "busy_us": round(busy, 1),
+        "linear_us": round(linear, 1),
+        "kernels": kernels[:40],
+    }
+
+
+# ---- one implementation
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Measures one job; runs in a process of its own."""
+
+    job: Job
+    options: argparse.Namespace
+    turns: Turns
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.options.toy else "cuda"
+
+    @property
+    def inductor(self) -> dict[str, bool]:
+        """Options of Inductor's to switch on."""
+        return dict.fromkeys(self.options.inductor, True)
+
+    def run(self) -> None:
+        """Build the model, then measure every batch and mode, and prefill."""
+        torch.manual_seed(0)
+        shape = (TOY if self.options.toy else LLAMA_8B) | {"num_hidden_layers": self.options.layers}
+        with self.turns.building():
+            start = time.perf_counter()
+            with torch.no_grad():
+                model = build(self.job, shape, self.options.head, self.device)
+            synchronize(self.device)
+            build_gb = self.peak()
+            size = bytes_a_step(model) / 1e9
+            print(
+                f"{self.job.name}: built in {time.perf_counter() - start:.1f} s, {size:.2f} GB a step, "
+                f"peak {build_gb:.2f} GB",
+                flush=True,
+            )
+        common = {"weight_gb": round(size, 3), "build_gb": round(build_gb, 3)}
+        if self.options.compile_only:
+            self.warm(model)
+            return
+        caches = "empty"
+        for batch in self.options.batch:
+            with self.turns.building():
+                prompted = self.prompted(model, batch)
+                tokens, expected = prompted.greedy(model, min(CHECKED, self.options.tokens))
+            for mode in self.options.modes:
+                self.decode(prompted, batch, mode, tokens, expected, common | {"caches": caches})
+                caches = "used"
+        del prompted, tokens, expected
+        if self.options.prefill:
+            self.prefill(model)
+
+    def prompted(self, model: Any, batch: int) -> Prompted:
+        length = self.options.prompt + self.options.tokens + 8
+        kv = self.options.kv if self.job.impl == OURS else None
+        return Prompted.start(model, batch, self.options.prompt, length, kv, self.device)
+
+    def peak(self) -> float:
+        return torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else 0.0
+
+    def row(self, bench: str, batch: int) -> Row:
+        row: Row = {"bench": bench, "impl": self.job.impl, "scheme": self.job.scheme, "batch": batch}
+        row["layers"] = self.options.layers
+        lengths = f"{self.options.prompt}+{self.options.tokens}"
+        if bench == "decode" and lengths != USUAL:
+            row["lengths"] = lengths
+        if self.options.inductor:
+            row["inductor"] = "+".join(self.options.inductor)
+        if self.job.impl == OURS:
+            row |= {"head": self.options.head or "bfloat16", "kv": self.options.kv or "bfloat16"}
+        return row
+
+    def store(self, row: Row) -> None:
+        store(self.options.out, row, torch.device(self.device), Path(f"{self.options.turns}.store"))
+
+    def compile_step(self, prompted: Prompted, mode: str) -> tuple[Any, float]:
+        """The compiled model, and the seconds of its first call."""
+        named = "reduce-overhead" if mode == "reduce-overhead" else None
+        run = compiled(prompted.model, self.job, named, self.inductor)
+        synchronize(self.device)
+        start = time.perf_counter()
+        prompted.follow(run, [prompted.first])
+        synchronize(self.device)
+        return run, time.perf_counter() - start
+
+    def warm(self, model: Any) -> None:
+        """Seconds of compiling with the caches that another process left."""
+        batch, mode = self.options.batch[0], self.options.modes[0]
+        with self.turns.building():
+            _, seconds = self.compile_step(self.prompted(model, batch), mode)
+        print(f"{self.job.name}: compiled from caches in {seconds:.1f} s", flush=True)
+        self.store(self.row("decode", batch) | {"mode": mode, "warm_compile_s": round(seconds, 1)})
+
+    def decode(
+        self, prompted: Prompted, batch: int, mode: str, tokens: list[Tensor], expected: list[Tensor], common: Row
+    ) -> None:
+        """One row: a batch in a mode."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with self.turns.building():
+            run, seconds = self.compile_step(prompted, mode)
+            error, same = difference(prompted.follow(run, tokens), expected)
+        bound = logits_bound(self.options.layers, self.job)
+        count = self.options.tokens
+        extra: Row = {}
+        if mode == "graph" and self.device == "cuda":
+            with self.turns.building():
+                captured = Captured(prompted, run)
+            with self.turns.measuring():
+                step_us = captured.time(count)
+                prompted.rewind()
+                extra = composition(kernels_of(captured.replay, self.device), batch, step_us)
+        else:
+            with self.turns.measuring():
+                step_us = time_loop(prompted, run, count, self.device)
+                if self.device == "cpu":
+                    kernels = kernels_of(lambda: prompted.follow(run, tokens[:1]), self.device)
+                    extra = composition(kernels, batch, step_us)
+        row = self.row("decode", batch) | {
+            "mode": mode,
+            "tok_s": round(batch * 1e6 / step_us, 1),
+            "step_us": round(step_us, 1),
+            "peak_gb": round(self.peak(), 3),
+            "compile_s": round(seconds, 1),
+            "error": float(f"{error:.3g}"),
+            "same": round(same, 4),
+        }
+        print(json.dumps(row), flush=True)
+        self.check(error, bound)
+        self.store(row | common | {"jobs": self.options.jobs} | extra)
+
+    def check(self, error: float, bound: float) -> None:
+        """Raises: AssertionError: a result of ours is wrong."""
+        if self.job.impl == OURS:
+            assert error <= bound, f"{self.job.name}: logits differ by {error:.3g} from eager ones, bound {bound:.3g}"
+
+    @torch.no_grad()
+    def prefill(self, model: Any) -> None:
+        """One row: a prompt of `--prefill` tokens, compiled, into an empty static cache."""
+        count = self.options.prefill
+        kv = self.options.kv if self.job.impl == OURS else None
+        with self.turns.building():
+            prompted = Prompted.start(model, 1, count, count + 8, kv, self.device)
+            ids = torch.randint(model.config.vocab_size, (1, count)).to(self.device)
+            run = compiled(model, self.job, None, self.inductor)
+
+            def once(function: Any) -> Tensor:
+                for layer in prompted.cache.layers:
+                    layer.cumulative_length.zero_()
+                return function(input_ids=ids, past_key_values=prompted.cache, logits_to_keep=1).logits[:, -1]
+
+            error, _ = difference([once(run).float()], [once(model).float()])
+        times = []
+        with self.turns.measuring():
+            for _ in range(6):
+                synchronize(self.device)
+                start = time.perf_counter()
+                once(run)
+                synchronize(self.device)
+                times.append((time.perf_counter() - start) * 1e3)
+        row = self.row("prefill", 1) | {"tokens": count, "ms": round(statistics.median(times), 2)}
+        print(json.dumps(row | {"error": float(f"{error:.3g}")}), flush=True)
+        self.check(error, logits_bound(self.options.layers, self.job))
+        self.store(row | {"error": float(f"{error:.3g}")})
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the implementation that `--worker` names."""
+    options = parse(arguments)
+    Worker(Job(options.worker), options, Turns(Path(options.turns))).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
