@@ -113,6 +113,22 @@ def test_round_trip_through_json(scheme):
     assert parse_scheme(json.loads(json.dumps(scheme_to_dict(scheme)))) == scheme
 
 
+@pytest.mark.parametrize(
+    "given_",
+    [
+        {"preset": "int4_asym", "method": "hqq"},
+        {"preset": "q4_1", "method": {"name": "hqq", "iterations": 3}},
+        {"weight": {"format": "uint4", "group_size": 32, "symmetric": False, "offset": True}, "method": "hqq"},
+        {"preset": "int4", "method": ["awq", "gptq"]},
+    ],
+)
+def test_round_trip_of_methods(given_):
+    scheme = parse_scheme(given_)
+    written = json.loads(json.dumps(scheme_to_dict(scheme)))
+    assert parse_scheme(written) == scheme
+    assert "preset" not in given_ or written == given_
+
+
 @given(scheme=schemes(), k=st.integers(1, 1024))
 def test_round_trip_of_fitted_schemes(scheme, k):
     try:
