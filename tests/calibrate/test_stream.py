@@ -152,6 +152,25 @@ def test_models_whose_blocks_cannot_run_apart_are_observed_whole(kind):
         assert tolerance.sqnr(y, model(batch)) > 15.0
 
 
+def test_a_forward_of_a_blocks_own_comes_back():
+    """Hooks of accelerate stand there; they are called whenever a block runs."""
+    model, called = decoder(), []
+    for number, block in enumerate(model.layers):
+
+        def forward(*args, _number=number, _forward=block.forward, **kwargs):
+            called.append(_number)
+            return _forward(*args, **kwargs)
+
+        block.forward = forward
+    own = [block.forward for block in model.layers]
+    qcompile.quantize_(model, {"rules": [{"layers": "*", "scheme": GPTQ}]}, calibration=batches())
+    assert [vars(block).get("forward") for block in model.layers] == own
+    assert set(called) == {0, 1, 2}
+    called.clear()
+    model(batches()[0])
+    assert called == [0, 1, 2]
+
+
 class TwoStacks(nn.Module):
     """An encoder and a decoder, blocks that return tuples, and layers before, between and after."""
 
