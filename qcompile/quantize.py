@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.ops  # noqa: F401  (registers the operators)
-from qcompile.calibrate.codes import choose_codes
+from qcompile.calibrate.codes import check_codes, choose_codes
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
 from qcompile.config import QuantConfig, parse_config
@@ -85,6 +85,7 @@ def quantize_(
     for name in experts:
         if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:
             scheme.check_rounded(name)
+            check_codes(scheme, name)
     _take_over(model, modules)
     wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
     if calibration is None and wanting is not None:
@@ -182,13 +183,14 @@ def planned(model: nn.Module, config: QuantConfig) -> dict[str, Scheme]:
     """The schemes of linear layers that `quantize_` would quantize, by name, fitted to their shapes.
 
     Raises:
-        LayerError: a group size that does not divide a layer's input features.
+        LayerError: a group size that does not divide a layer's input features; a method that cannot choose its codes.
     """
     schemes = {}
     for name, module in linear_modules(model).items():
         scheme = config.scheme_for(name)
         assert isinstance(module.weight, Tensor)
         if scheme is not None and not is_torchao(module.weight):
+            check_codes(scheme, name)
             weight = matrix_of(module)
             schemes[name] = scheme.fit(name, (weight.shape[0], weight.shape[1]))
     return schemes

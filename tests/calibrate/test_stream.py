@@ -323,6 +323,27 @@ def test_what_calibration_cannot_show():
         qcompile.quantize_(decoder(), BLOCKS, calibration=[])
 
 
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ({"weight": {**GPTQ["weight"], "act_order": True}}, r"sorted \(act_order\) by gptq alone; leave act_order out"),
+        (
+            {"weight": {**GPTQ["weight"], "act_order": True}, "method": {"name": "rtn", "clip": "mse"}},
+            r"sorted \(act_order\) by gptq alone; leave act_order out",
+        ),
+        ({"preset": "int4", "method": "checkpoint"}, "method checkpoint is of weights that were read; choose rtn"),
+        ({"preset": "int4", "method": ["awq", "checkpoint"]}, "method checkpoint is of weights that were read"),
+    ],
+)
+def test_methods_that_cannot_choose_codes(scheme, reason):
+    """They are refused before any layer is quantized."""
+    model = decoder()
+    config = {"rules": [{"layers": "layers.0.*", "scheme": "int4"}, {"layers": "head", "scheme": scheme}]}
+    with pytest.raises(LayerError, match=f"head: .*{reason}"):
+        qcompile.quantize_(model, config, calibration=batches())
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
 def test_one_token_of_calibration():
     model = decoder()
     qcompile.quantize_(model, BLOCKS, calibration=[torch.tensor([[3]])])
