@@ -54,7 +54,8 @@ def quantize_(
             wait on the CPU.
         progress: show a progress bar on a terminal.
         resume: a folder for finished blocks: a call that was interrupted goes on from there when it is made again with
-            the same model, configuration and calibration. It is removed at the end.
+            the same model, configuration and calibration. It stays, since the model is nowhere else yet: remove it
+            when the model is saved.
         report: is told of each layer that calibration quantizes.
 
     Returns:

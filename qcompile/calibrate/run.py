@@ -62,7 +62,7 @@ def calibrate_(
     Args:
         schemes: of `linear_modules`, by name, fitted to their shapes.
         calibration: batches, see `as_batches`.
-        resume: a folder for what is done, from which an interrupted call goes on.
+        resume: a folder for what is done, from which an interrupted call goes on. It stays.
         report: told of each layer.
 
     Raises:
@@ -75,7 +75,6 @@ def calibrate_(
         layers = _Calibration(model, schemes, batches, bar, done, report)
         with without_cache(model):
             layers.run()
-    done.finish()
 
 
 class _Calibration:
