@@ -75,6 +75,8 @@ def quantize_(
         raise ConfigError(f"{type(model).__name__} has no nn.Linear (or Conv1D) modules to quantize")
     if parsed is not None:
         parsed.check_used([*modules, *experts])
+        if calibration is not None:
+            _check_kv_cache(model, parsed.kv_cache)
     for name in other_experts(model):
         if parsed is not None and parsed.scheme_for(name) is not None:
             warnings.warn(
@@ -118,12 +120,22 @@ def quantize_(
     return model
 
 
+def _check_kv_cache(model: nn.Module, kv_cache: KVScheme | None) -> None:
+    """Refuse before the work what `_calibrate_kv_cache` could not do after it.
+
+    Raises:
+        ConfigError: static scales of another library's model.
+    """
+    if kv_cache is None or kv_cache.dynamic:
+        return
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ConfigError("scales of a KV cache are calibrated for transformers' models; leave kv_cache out")
+
+
 def _calibrate_kv_cache(model: nn.Module, kv_cache: KVScheme, batches: list[Any]) -> None:
     """Scales of a cache that are not computed as tokens are stored: on attention modules, see `docs/kv_cache.md`."""
     if kv_cache.dynamic:
         return
-    if not hasattr(getattr(model, "config", None), "get_text_config"):
-        raise ConfigError("scales of a KV cache are calibrated for transformers' models; leave kv_cache out")
     from qcompile.integrations.caches import calibrate_kv_cache
 
     given = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]

@@ -15,7 +15,7 @@ import qcompile
 from qcompile import compat
 from qcompile.calibrate import run
 from qcompile.calibrate.stream import NotAStack, as_batches, find_stacks, record, run_whole
-from qcompile.errors import CalibrationError, CheckpointError, LayerError
+from qcompile.errors import CalibrationError, CheckpointError, ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
 from tests import tolerance
 from tests.calibrate.problems import Block, Decoder, batches, decoder
@@ -346,6 +346,13 @@ def test_methods_that_cannot_choose_codes(scheme, reason):
     config = {"rules": [{"layers": "layers.0.*", "scheme": "int4"}, {"layers": "head", "scheme": scheme}]}
     with pytest.raises(LayerError, match=f"head: .*{reason}"):
         qcompile.quantize_(model, config, calibration=batches())
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_a_kv_cache_that_cannot_be_calibrated_is_refused_before_the_work():
+    model = decoder()
+    with pytest.raises(ConfigError, match="are calibrated for transformers' models; leave kv_cache out"):
+        qcompile.quantize_(model, {**BLOCKS, "kv_cache": "fp8"}, calibration=batches())
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
