@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
 import weakref
 
 import pytest
@@ -148,6 +149,12 @@ def test_models_whose_blocks_cannot_run_apart_are_observed_whole(kind):
     results = []
     qcompile.quantize_(model, BLOCKS, calibration=batches(), report=results.append)
     assert len(results) == 15
+    smooth = {"rules": [{"layers": "layers.*", "scheme": {**GPTQ, "method": ["smoothquant", "gptq"]}}]}
+    declined: list = []
+    qcompile.quantize_(kind().eval(), smooth, calibration=batches(), report=declined.append)
+    for result in declined:
+        assert result.declined.startswith("blocks cannot be run apart: ")
+        assert re.search("is not called with what|in another order", result.declined)
     for batch, y in zip(batches(), expected, strict=True):
         assert tolerance.sqnr(y, model(batch)) > 15.0
 
