@@ -209,6 +209,8 @@ Fold = Rotation | SmoothQuant | AWQ
 _CODES: dict[str, type[Codes]] = {kind.name: kind for kind in (RTN, HQQ, GPTQ, Given)}
 _FOLDS: dict[str, type[Fold]] = {kind.name: kind for kind in (Rotation, SmoothQuant, AWQ)}
 _KNOWN: dict[str, type[Codes | Fold]] = {**_CODES, **_FOLDS}
+_OFFERED = [name for name in _KNOWN if name != Given.name]
+"""What users can choose."""
 
 
 @dataclass(frozen=True)
@@ -243,18 +245,22 @@ def parse_method(given: object) -> Method:
     least error of the output, as AWQ does.
 
     Raises:
-        ConfigError: unknown names or settings, several ways to choose codes, or one that is not last.
+        ConfigError: unknown names or settings, a step twice, several ways to choose codes, or one that is not last.
     """
     if isinstance(given, Method):
         return given
     entries = given if isinstance(given, (list, tuple)) else [given]
-    if not 1 <= len(entries) <= len(_KNOWN):
-        raise ConfigError(f"method: a list of 1 to {len(_KNOWN)} steps, not {len(entries)}")
+    if not entries:
+        raise ConfigError(f"method: a list of steps holds at least one; there are: {', '.join(_OFFERED)}")
     steps = [_step(entry) for entry in entries]
     folds = [step for step in steps if isinstance(step, (Rotation, SmoothQuant, AWQ))]
     codes = [step for step in steps if not isinstance(step, (Rotation, SmoothQuant, AWQ))]
     if len(codes) > 1 or (codes and steps[-1] is not codes[0]):
-        raise ConfigError(f"method: one of {', '.join(_CODES)} comes last, after any of {', '.join(_FOLDS)}")
+        ways = [name for name in _CODES if name in _OFFERED]
+        raise ConfigError(f"method: one of {', '.join(ways)} comes last, after any of {', '.join(_FOLDS)}")
+    names = [step.name for step in steps]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"method: {repeated} is named twice; each step is done once")
     if any(isinstance(fold, Rotation) for fold in folds[1:]):
         raise ConfigError("method: hadamard turns the whole model before all else, so it comes first")
     default = RTN(clip="output") if any(isinstance(fold, AWQ) for fold in folds) else RTN()
@@ -264,9 +270,8 @@ def parse_method(given: object) -> Method:
 def _step(given: object) -> Codes | Fold:
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str) or name not in _KNOWN:
-        known = [n for n in _KNOWN if n != Given.name]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) if isinstance(name, str) else []
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+        near = difflib.get_close_matches(name, _OFFERED, n=1, cutoff=0.4) if isinstance(name, str) else []
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(_OFFERED)}"
         raise ConfigError(f"unknown method {shown(name if isinstance(given, Mapping) else given)}; {hint}")
     kind = _KNOWN[name]
     settings = {key: value for key, value in given.items() if key != "name"} if isinstance(given, Mapping) else {}

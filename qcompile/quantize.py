@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.ops  # noqa: F401  (registers the operators)
-from qcompile.calibrate.codes import choose_codes
+from qcompile.calibrate.codes import check_codes, choose_codes
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
 from qcompile.config import QuantConfig, parse_config
@@ -54,7 +54,8 @@ def quantize_(
             wait on the CPU.
         progress: show a progress bar on a terminal.
         resume: a folder for finished blocks: a call that was interrupted goes on from there when it is made again with
-            the same model, configuration and calibration. It is removed at the end.
+            the same model, configuration and calibration. It stays, since the model is nowhere else yet: remove it
+            when the model is saved.
         report: is told of each layer that calibration quantizes.
 
     Returns:
@@ -74,6 +75,8 @@ def quantize_(
         raise ConfigError(f"{type(model).__name__} has no nn.Linear (or Conv1D) modules to quantize")
     if parsed is not None:
         parsed.check_used([*modules, *experts])
+        if calibration is not None:
+            _check_kv_cache(model, parsed.kv_cache)
     for name in other_experts(model):
         if parsed is not None and parsed.scheme_for(name) is not None:
             warnings.warn(
@@ -85,6 +88,7 @@ def quantize_(
     for name in experts:
         if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:
             scheme.check_rounded(name)
+            check_codes(scheme, name)
     _take_over(model, modules)
     wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
     if calibration is None and wanting is not None:
@@ -116,12 +120,22 @@ def quantize_(
     return model
 
 
+def _check_kv_cache(model: nn.Module, kv_cache: KVScheme | None) -> None:
+    """Refuse before the work what `_calibrate_kv_cache` could not do after it.
+
+    Raises:
+        ConfigError: static scales of another library's model.
+    """
+    if kv_cache is None or kv_cache.dynamic:
+        return
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ConfigError("scales of a KV cache are calibrated for transformers' models; leave kv_cache out")
+
+
 def _calibrate_kv_cache(model: nn.Module, kv_cache: KVScheme, batches: list[Any]) -> None:
     """Scales of a cache that are not computed as tokens are stored: on attention modules, see `docs/kv_cache.md`."""
     if kv_cache.dynamic:
         return
-    if not hasattr(getattr(model, "config", None), "get_text_config"):
-        raise ConfigError("scales of a KV cache are calibrated for transformers' models; leave kv_cache out")
     from qcompile.integrations.caches import calibrate_kv_cache
 
     given = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
@@ -182,13 +196,14 @@ def planned(model: nn.Module, config: QuantConfig) -> dict[str, Scheme]:
     """The schemes of linear layers that `quantize_` would quantize, by name, fitted to their shapes.
 
     Raises:
-        LayerError: a group size that does not divide a layer's input features.
+        LayerError: a group size that does not divide a layer's input features; a method that cannot choose its codes.
     """
     schemes = {}
     for name, module in linear_modules(model).items():
         scheme = config.scheme_for(name)
         assert isinstance(module.weight, Tensor)
         if scheme is not None and not is_torchao(module.weight):
+            check_codes(scheme, name)
             weight = matrix_of(module)
             schemes[name] = scheme.fit(name, (weight.shape[0], weight.shape[1]))
     return schemes

@@ -593,7 +593,7 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
     for name, known in PRESETS.items():
         if known == scheme:
             return name
-        if replace(known, method=scheme.method) == scheme:
+        if (known.weight, known.activation) == (scheme.weight, scheme.activation):
             return {"preset": name, "method": method_to_config(scheme.method)}
     weight = scheme.weight
     given: dict[str, Any] = {"weight": {"format": weight.format.name, "symmetric": weight.symmetric}}

@@ -113,6 +113,22 @@ def test_round_trip_through_json(scheme):
     assert parse_scheme(json.loads(json.dumps(scheme_to_dict(scheme)))) == scheme
 
 
+@pytest.mark.parametrize(
+    "given_",
+    [
+        {"preset": "int4_asym", "method": "hqq"},
+        {"preset": "q4_1", "method": {"name": "hqq", "iterations": 3}},
+        {"weight": {"format": "uint4", "group_size": 32, "symmetric": False, "offset": True}, "method": "hqq"},
+        {"preset": "int4", "method": ["awq", "gptq"]},
+    ],
+)
+def test_round_trip_of_methods(given_):
+    scheme = parse_scheme(given_)
+    written = json.loads(json.dumps(scheme_to_dict(scheme)))
+    assert parse_scheme(written) == scheme
+    assert "preset" not in given_ or written == given_
+
+
 @given(scheme=schemes(), k=st.integers(1, 1024))
 def test_round_trip_of_fitted_schemes(scheme, k):
     try:
@@ -158,6 +174,10 @@ def test_unknown_presets_name_the_nearest(text, near):
         (4, "scheme must be a mapping, not int 4"),
         ({"weight": GROUP, "method": "gptp"}, "unknown method 'gptp'; did you mean 'gptq'"),
         ({"weight": GROUP, "method": ["gptq", "awq"]}, "comes last, after any of hadamard, smoothquant, awq"),
+        ({"weight": GROUP, "method": ["gptq", "awq"]}, "method: one of rtn, hqq, gptq comes last"),
+        ({"weight": GROUP, "method": ["smoothquant", "smoothquant"]}, "smoothquant is named twice"),
+        ({"weight": GROUP, "method": ["awq", {"name": "awq", "grid": 9}, "gptq"]}, "awq is named twice"),
+        ({"weight": GROUP, "method": []}, "holds at least one; there are: rtn, hqq, gptq, hadamard, smoothquant, awq$"),
         ({"weight": GROUP, "method": {"name": "gptq", "damp": 1}}, "gptq has no setting 'damp'; there are: damping"),
         ({"weight": GROUP, "method": {"name": "gptq", "damping": -1}}, "damping must be a number from 1e-06 to 10"),
         ({"weight": GROUP, "preset": "int4"}, "either a preset, or a weight"),

@@ -12,10 +12,22 @@ from qcompile.calibrate.gptq import gptq
 from qcompile.calibrate.hqq import hqq_grid
 from qcompile.calibrate.search import search_grid
 from qcompile.errors import LayerError
-from qcompile.methods import GPTQ, HQQ, RTN
+from qcompile.methods import GPTQ, HQQ, RTN, Given
 from qcompile.packed import PackedWeight
 from qcompile.reference import Grid, finite_float32, quantize_weight, row_strips, super_scale
 from qcompile.scheme import Scheme, WeightScheme
+
+
+def check_codes(scheme: Scheme, layer: str) -> None:
+    """Refuse a method that cannot choose codes as a scheme has them.
+
+    Raises:
+        LayerError: names the layer, the reason and the way out.
+    """
+    if isinstance(scheme.method.codes, Given):
+        raise LayerError(f"{layer}: method checkpoint is of weights that were read; choose rtn")
+    if scheme.weight.act_order and not isinstance(scheme.method.codes, GPTQ):
+        raise LayerError(f"{layer}: columns are sorted (act_order) by gptq alone; leave act_order out, or choose gptq")
 
 
 @torch.no_grad()
@@ -29,8 +41,9 @@ def choose_codes(weight: Tensor, scheme: Scheme, hessian: Tensor | None, layer: 
         layer: named in errors.
 
     Raises:
-        LayerError, CalibrationError: see the methods.
+        LayerError, CalibrationError: see `check_codes` and the methods.
     """
+    check_codes(scheme, layer)
     how = scheme.method.codes
     if isinstance(how, GPTQ):
         assert hessian is not None
@@ -49,8 +62,6 @@ def _nearest(
     weight: Tensor, scheme: WeightScheme, layer: str, choose: Callable[[Tensor, Tensor | None], Grid]
 ) -> PackedWeight:
     """The nearest codes on a grid that is chosen for some rows at a time."""
-    if scheme.act_order:
-        raise LayerError(f"{layer}: columns are sorted (act_order) by GPTQ alone; leave act_order out")
     strips = row_strips(weight, scheme, layer)
     above = super_scale(strips, scheme, layer)
     packed = []

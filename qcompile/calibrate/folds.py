@@ -13,12 +13,12 @@ values) make their channels share one scale.
     f(h) * linear(h), attention(q, k, v), relu(x)  the linear; v; x: on from there
 
 Every other reader of a tensor that changes makes the fold illegal, unless it is a linear whose columns can make up for
-it; so do operators that do not commute with scales.
+it; so does an operator that reads one through two operands, and operators that do not commute with scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,10 +140,15 @@ def _root(linear: LinearNode) -> fx.Node:
     node, features = linear.x, shape_of(linear.x)[-1]
     while kind_of(node) in _IDENTITIES | {"view", "reshape", "_unsafe_view", "flatten"}:
         before = node.args[0]
-        if not isinstance(before, fx.Node) or shape_of(before)[-1:] != (features,):
+        if not isinstance(before, fx.Node) or shape_of(before)[-1:] != (features,) or not _is_float(before):
             break
         node = before
     return node
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def site(trace: Trace, root: fx.Node, readers: list[LinearNode], owners: dict[int, int]) -> Site:
@@ -162,6 +167,8 @@ def site(trace: Trace, root: fx.Node, readers: list[LinearNode], owners: dict[in
     pulled = _pull(trace, root, labels, 0.0)
     allowed = {*pulled.path, *between, *(reader.node for reader in readers)}
     for node, changed in pulled.path.items():
+        if _reads_more(trace, node, pulled.path):
+            raise Illegal(f"{_words(node)} reads what would change through another operand too")
         for user in node.users:
             if user not in allowed and not _reads_the_rest(user, node, changed):
                 raise Illegal(f"{_words(user)} reads what would change too")
@@ -207,6 +214,29 @@ def _reads_the_rest(user: fx.Node, node: fx.Node, labels: Tensor) -> bool:
     return kind_of(user) == "slice" and bool((user.target(labels, *user.args[1:]) < 0).all())  # type: ignore[operator]
 
 
+_PASSED = {
+    "add": {0, 1},
+    "layer_norm": {2, 3},
+    "rms_norm": {2},
+    "scaled_dot_product_attention": {2},
+    "matmul": {1},
+    "mm": {1},
+    "bmm": {1},
+}
+"""The operands through which a division is pulled, by their positions; of other operators, the first."""
+
+
+def _reads_more(trace: Trace, node: fx.Node, path: Mapping[fx.Node, Tensor]) -> bool:
+    """Whether an operator on the path reads what changes through an operand that the division did not pass."""
+    changed = {place for place, operand in enumerate(node.args) if isinstance(operand, fx.Node) and operand in path}
+    if any(operand in path for operand in node.all_input_nodes if operand not in node.args):
+        return True
+    if kind_of(node) == "mul":
+        return len(changed) > 1
+    passed: set[int] = set() if trace.linear(node) is not None else _PASSED.get(kind_of(node), {0})
+    return not changed <= passed
+
+
 def _words(node: fx.Node) -> str:
     return "the block's output" if node.op == "output" else f"operator {kind_of(node) or node.name}"
 
@@ -248,6 +278,8 @@ def _pull(trace: Trace, node: Any, labels: Tensor, shift: float) -> _Pulled:
         raise Illegal("it comes from before the block")
     kind = kind_of(node)
     if kind in _IDENTITIES and not (kind == "dropout" and node.args[2]):
+        if not _is_float(node):
+            raise Illegal("a cast to integers does not commute with scales")
         return _pull(trace, node.args[0], labels, shift).through(node, labels)
     if kind in _MOVES:
         return _pull_move(trace, node, node.args[0], labels, shift, lambda t: node.target(t, *node.args[1:]))  # type: ignore[operator]
@@ -255,6 +287,8 @@ def _pull(trace: Trace, node: Any, labels: Tensor, shift: float) -> _Pulled:
         return _pull_item(trace, node, labels, shift)
     if kind == "add" and isinstance(node.args[1], (int, float)) and not node.kwargs:
         return _pull(trace, node.args[0], labels, shift + node.args[1]).through(node, labels)
+    if kind == "div" and node.kwargs:
+        raise Illegal("a division that rounds does not commute with scales")
     if shift != 0:
         raise Illegal(f"a number is added to {_words(node)}")
     if kind in _HOMOGENEOUS or (kind in ("mul", "div") and not isinstance(node.args[1], fx.Node)):
@@ -318,6 +352,8 @@ def _add(trace: Trace, node: fx.Node, labels: Tensor) -> _Pulled:
 def _linear(trace: Trace, node: fx.Node, labels: Tensor) -> _Pulled:
     linear = trace.linear(node)
     if linear is None:
+        if kind_of(node) in ("linear", "addmm"):
+            raise Illegal("a weight that is computed, or a bias, does not take up scales")
         return _matmul(trace, node, labels)
     rows = _last_axis(labels)
     weight = rows.expand(linear.weight.shape) if linear.transposed else rows[:, None].expand(linear.weight.shape)

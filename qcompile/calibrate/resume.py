@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ _INDEX = "calibration.json"
 
 
 class Progress:
-    """A folder of finished blocks; with no folder, nothing is kept.
+    """A folder of finished blocks; with no folder, nothing is kept. Whoever saved the model removes it.
 
     Raises:
         CheckpointError: the folder is of another calibration, or damaged.
@@ -131,11 +130,6 @@ class Progress:
         if made.bias is not None:
             made.bias.data.copy_(tensors[f"{local}.bias"])
         return made
-
-    def finish(self) -> None:
-        """All is done: remove the folder."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None

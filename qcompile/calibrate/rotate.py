@@ -111,8 +111,15 @@ def residual_stream(trace: Trace, starts: Iterable[fx.Node], *, returned: bool) 
                     writes.append(_writer(trace, operand))
     if returned and next(iter(trace.graph.output_node().all_input_nodes)) not in inside:
         raise Illegal("the block's output is not its input with something added")
-    embeddings = tuple(p for n in inside if kind_of(n) == "embedding" and (p := trace.parameter(n.args[0])) is not None)
+    embeddings = tuple(_embedding(trace, node) for node in inside if kind_of(node) == "embedding")
     return Stream(tuple(reads), tuple(writes), embeddings)
+
+
+def _embedding(trace: Trace, node: fx.Node) -> nn.Parameter:
+    parameter = trace.parameter(node.args[0])
+    if parameter is None:
+        raise Illegal("an embedding's weight is computed")
+    return parameter
 
 
 def _both_tensors(node: fx.Node) -> bool:

@@ -62,7 +62,7 @@ def calibrate_(
     Args:
         schemes: of `linear_modules`, by name, fitted to their shapes.
         calibration: batches, see `as_batches`.
-        resume: a folder for what is done, from which an interrupted call goes on.
+        resume: a folder for what is done, from which an interrupted call goes on. It stays.
         report: told of each layer.
 
     Raises:
@@ -75,7 +75,6 @@ def calibrate_(
         layers = _Calibration(model, schemes, batches, bar, done, report)
         with without_cache(model):
             layers.run()
-    done.finish()
 
 
 class _Calibration:
@@ -96,6 +95,7 @@ class _Calibration:
         self.training = {name: module.training for name, module in self.left.items()}
         self.parents = parents_of(model)
         self.unturned = ""
+        self.apart: dict[str, str] = {}
         self.owners: dict[int, int] = {}
 
     def run(self) -> None:
@@ -105,7 +105,9 @@ class _Calibration:
         for names in find_stacks(self.model, [n for n in self.left if self.schemes[n].needs_data]):
             try:
                 stack = record(self.model, names, self.batches, stacks)
-            except NotAStack:
+            except NotAStack as reason:
+                within = [layer for layer in self.left if any(layer.startswith(f"{name}.") for name in names)]
+                self.apart |= dict.fromkeys(within, f"blocks cannot be run apart: {reason}")
                 continue
             for index, name in enumerate(names):
                 block = self.model.get_submodule(name)
@@ -119,7 +121,7 @@ class _Calibration:
             stacks.append(stack)
         rest = list(self.left)
         call = None
-        with suppress(NotAStack):  # called with token ids, say
+        with suppress(NotAStack):  # called with token ids, say: its graph is not that of a block
             call = call_of(self.batches[0].args, self.batches[0].kwargs)
         if rest:
             whole = self.model if not stacks else None
@@ -193,13 +195,13 @@ class _Calibration:
         """Carry out the folds that layers' methods name: where scales went, and why others stayed."""
         wanted = [n for n in names if _local_folds(self.schemes[n])]
         folded: dict[str, tuple[str, ...]] = {}
-        declined = dict.fromkeys(wanted, "it lies outside of the blocks of a decoder")
+        declined = {n: self.apart.get(n, "it lies outside of the blocks of a decoder") for n in wanted}
         if not wanted or block is None or call is None:
             return folded, declined
         try:
             trace = trace_block(block, call)
         except Illegal as reason:
-            return folded, dict.fromkeys(wanted, str(reason))
+            return folded, {n: "; ".join(filter(None, (self.apart.get(n), str(reason)))) for n in wanted}
         declined = dict.fromkeys(wanted, "the block's graph has no product with its weight")
         parameters = {id(p): n for n, p in self.model.named_parameters()}
         for root, readers in groups(trace).items():

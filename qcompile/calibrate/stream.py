@@ -163,8 +163,9 @@ class Stack:
 
 @contextmanager
 def _forwards(replaced: Mapping[str, Callable[..., Any]], model: nn.Module) -> Iterator[None]:
-    """Give modules another `forward` for a while."""
+    """Give modules another `forward` for a while; one of a module's own, as hooks of accelerate are, comes back."""
     modules = {name: model.get_submodule(name) for name in replaced}
+    own = [(module, module.__dict__["forward"]) for module in modules.values() if "forward" in module.__dict__]
     try:
         for name, forward in replaced.items():
             modules[name].forward = forward
@@ -172,6 +173,8 @@ def _forwards(replaced: Mapping[str, Callable[..., Any]], model: nn.Module) -> I
     finally:
         for module in modules.values():
             module.__dict__.pop("forward", None)
+        for module, forward in own:
+            module.forward = forward
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,6 +95,8 @@ def run(
 ) -> Quantized:
     """Load, quantize and save a model. Interrupted, it goes on from `<output>.resume` when it is called again.
 
+    That folder is removed when the model is saved.
+
     Args:
         source: a folder with a checkpoint that is not quantized, or a GGUF file, whose weights are decoded.
         calibration: a text file; None where no scheme looks at activations.
@@ -126,6 +129,8 @@ def run(
     qcompile.quantize_(model, config, calibration=batches, resume=resume, report=results.append)
     steps.next(f"writing {output}")
     saved = qcompile.save(model, output, format, allow_rounding=allow_rounding)
+    if resume is not None and resume.exists():
+        shutil.rmtree(resume)
     return Quantized(tuple(results), saved)
 
 

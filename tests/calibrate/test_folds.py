@@ -220,6 +220,98 @@ def test_near_misses_are_declined(kind, reason):
     assert any(re.match(f"no: .*({reason})", found) for found in outcome.values()), outcome
 
 
+class Several(nn.Module):
+    """A linear behind an operator that reads what would change twice, or in a way that scales do not pass."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.second, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(16)
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(getattr(self, self.kind)(x))
+
+    def square(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return h * h
+
+    def relu_square(self, x: torch.Tensor) -> torch.Tensor:
+        r = torch.relu(self.first(x))
+        return r * r
+
+    def relu_product(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return torch.relu(h) * h
+
+    def quotient(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return h / h.expand(3, 16)
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(x) * self.bias
+        return h + self.first(h)
+
+    def layer_norm(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return h + self.norm(h)
+
+    def rms_norm(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return h + nn.functional.rms_norm(h, (16,), self.bias)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        kv = self.first(x)[None]
+        return nn.functional.scaled_dot_product_attention(x[None], kv, kv)[0]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        v = self.first(x)
+        return torch.mm(torch.mm(v, x.t()), v)
+
+    def floor(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.div(self.first(x), 0.3, rounding_mode="floor")
+
+    def floor_of_a_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.div(self.first(x), torch.sigmoid(x), rounding_mode="floor")
+
+    def integers(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.first(x) * 9).to(torch.int32).to(torch.float32)
+
+    def addmm(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, self.norm(x), self.weight.t())
+
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("square", "operator mul reads what would change through another operand too"),
+        ("relu_square", "operator mul reads what would change through another operand too"),
+        ("relu_product", "operator mul reads what would change through another operand too"),
+        ("quotient", "operator div reads what would change through another operand too|operator expand reads"),
+        ("linear", "operator linear reads what would change through another operand too"),
+        ("layer_norm", "operator layer_norm reads what would change through another operand too"),
+        ("rms_norm", "operator rms_norm reads what would change through another operand too"),
+        ("attention", "operator scaled_dot_product_attention reads what would change through another operand too"),
+        ("product", "operator mm reads what would change"),
+        ("floor", "a division that rounds does not commute with scales"),
+        ("floor_of_a_tensor", "a division that rounds does not commute with scales"),
+        ("integers", "a cast to integers does not commute with scales"),
+        ("addmm", "a weight that is computed"),
+        ("computed", "a weight that is computed"),
+    ],
+)
+def test_operators_that_read_it_otherwise_too_are_declined(kind, reason):
+    torch.manual_seed(0)
+    block = Several(kind).requires_grad_(False)
+    for parameter in block.norm.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    outcome = fold_all(block, call_of((torch.randn(3, 16),), {}))
+    assert re.match(f"no: ({reason})", outcome["second"]), outcome
+
+
 def test_a_block_that_looks_at_values_is_declined():
     block = Near("values").requires_grad_(False)
     with pytest.raises(Illegal, match="the block cannot be traced"):

@@ -69,14 +69,26 @@ def test_architectures(kind):
     assert tolerance.sqnr(expected, model(ids).logits) > tolerance.rewrite_sqnr_floor(DEPTH, INNER)
 
 
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def computed_embedding() -> nn.Module:
+    model = transformer("Llama", {"tie_word_embeddings": False})
+    nn.utils.parametrize.register_parametrization(model.get_input_embeddings(), "weight", Doubled(), unsafe=True)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (lambda: transformer("OPT", {"ffn_dim": 64}), "operator layer_norm reads the residual stream"),
         (decoder, "operator linear reads the residual stream"),
+        (computed_embedding, "an embedding's weight is computed"),
         (lambda: nn.Sequential(nn.Linear(8, 8)), "the model has 0 lists of blocks"),
     ],
-    ids=["layer norm", "no last norm", "no blocks"],
+    ids=["layer norm", "no last norm", "computed embedding", "no blocks"],
 )
 def test_what_a_rotation_does_not_pass_through(model, reason):
     model = model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import re
 import weakref
 
 import pytest
@@ -15,7 +16,7 @@ import qcompile
 from qcompile import compat
 from qcompile.calibrate import run
 from qcompile.calibrate.stream import NotAStack, as_batches, find_stacks, record, run_whole
-from qcompile.errors import CalibrationError, CheckpointError, LayerError
+from qcompile.errors import CalibrationError, CheckpointError, ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
 from tests import tolerance
 from tests.calibrate.problems import Block, Decoder, batches, decoder
@@ -148,8 +149,33 @@ def test_models_whose_blocks_cannot_run_apart_are_observed_whole(kind):
     results = []
     qcompile.quantize_(model, BLOCKS, calibration=batches(), report=results.append)
     assert len(results) == 15
+    smooth = {"rules": [{"layers": "layers.*", "scheme": {**GPTQ, "method": ["smoothquant", "gptq"]}}]}
+    declined: list = []
+    qcompile.quantize_(kind().eval(), smooth, calibration=batches(), report=declined.append)
+    for result in declined:
+        assert result.declined.startswith("blocks cannot be run apart: ")
+        assert re.search("is not called with what|in another order", result.declined)
     for batch, y in zip(batches(), expected, strict=True):
         assert tolerance.sqnr(y, model(batch)) > 15.0
+
+
+def test_a_forward_of_a_blocks_own_comes_back():
+    """Hooks of accelerate stand there; they are called whenever a block runs."""
+    model, called = decoder(), []
+    for number, block in enumerate(model.layers):
+
+        def forward(*args, _number=number, _forward=block.forward, **kwargs):
+            called.append(_number)
+            return _forward(*args, **kwargs)
+
+        block.forward = forward
+    own = [block.forward for block in model.layers]
+    qcompile.quantize_(model, {"rules": [{"layers": "*", "scheme": GPTQ}]}, calibration=batches())
+    assert [vars(block).get("forward") for block in model.layers] == own
+    assert set(called) == {0, 1, 2}
+    called.clear()
+    model(batches()[0])
+    assert called == [0, 1, 2]
 
 
 class TwoStacks(nn.Module):
@@ -223,9 +249,14 @@ def test_interrupted_and_gone_on_with(tmp_path, monkeypatch):
     model, again = decoder(), []
     qcompile.quantize_(model, config, calibration=batches(), resume=folder, report=again.append)
     assert done == [2]
-    assert not folder.exists()
-    assert [(r.name, r.error, r.folded) for r in again] == [(r.name, r.error, r.folded) for r in results]
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), model.state_dict().values(), strict=True))
+    for _ in range(2):  # once more, with all blocks done: what was not saved is not lost
+        assert [(r.name, r.error, r.folded) for r in again] == [(r.name, r.error, r.folded) for r in results]
+        states = zip(whole.state_dict().values(), model.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in states)
+        assert sorted(path.stem for path in folder.iterdir()) == ["calibration", "layers.0", "layers.1", "layers.2"]
+        model, again = decoder(), []
+        qcompile.quantize_(model, config, calibration=batches(), resume=folder, report=again.append)
+    assert done == [2]
 
 
 @pytest.fixture
@@ -302,6 +333,34 @@ def test_what_calibration_cannot_show():
         qcompile.quantize_(decoder(), BLOCKS, calibration=["text"])
     with pytest.raises(CalibrationError, match="no batches"):
         qcompile.quantize_(decoder(), BLOCKS, calibration=[])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        ({"weight": {**GPTQ["weight"], "act_order": True}}, r"sorted \(act_order\) by gptq alone; leave act_order out"),
+        (
+            {"weight": {**GPTQ["weight"], "act_order": True}, "method": {"name": "rtn", "clip": "mse"}},
+            r"sorted \(act_order\) by gptq alone; leave act_order out",
+        ),
+        ({"preset": "int4", "method": "checkpoint"}, "method checkpoint is of weights that were read; choose rtn"),
+        ({"preset": "int4", "method": ["awq", "checkpoint"]}, "method checkpoint is of weights that were read"),
+    ],
+)
+def test_methods_that_cannot_choose_codes(scheme, reason):
+    """They are refused before any layer is quantized."""
+    model = decoder()
+    config = {"rules": [{"layers": "layers.0.*", "scheme": "int4"}, {"layers": "head", "scheme": scheme}]}
+    with pytest.raises(LayerError, match=f"head: .*{reason}"):
+        qcompile.quantize_(model, config, calibration=batches())
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_a_kv_cache_that_cannot_be_calibrated_is_refused_before_the_work():
+    model = decoder()
+    with pytest.raises(ConfigError, match="are calibrated for transformers' models; leave kv_cache out"):
+        qcompile.quantize_(model, {**BLOCKS, "kv_cache": "fp8"}, calibration=batches())
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def test_one_token_of_calibration():

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 import qcompile
+from qcompile.calibrate import run as run_module
 from qcompile.cli import app
 from qcompile.modules import QuantizedLinear
 from tests.checkpoint.test_save import llama
@@ -72,6 +73,30 @@ def test_static_activations_without_a_method(source, text, tmp_path):
     described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     group = described["config_groups"]["group_0"]
     assert group["input_activations"]["dynamic"] is False
+
+
+def test_what_could_not_be_saved_is_not_lost(source, text, tmp_path, monkeypatch):
+    out, original = tmp_path / "out", run_module._Calibration._block
+    options = ["--scheme", "int4", "--method", "gptq", "--calibration", text, "--length", 16]
+
+    def full(*_args, **_more):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qcompile, "save", full)
+        assert run(source, "--output", out, *options).exit_code == 1
+    assert (tmp_path / "out.resume" / "model.layers.1.safetensors").is_file()
+    done = []
+
+    def counted(self, *given):
+        done.append(given)
+        original(self, *given)
+
+    monkeypatch.setattr(run_module._Calibration, "_block", counted)
+    assert run(source, "--output", out, *options).exit_code == 0
+    assert not done
+    assert (out / "model.safetensors").is_file()
+    assert not (tmp_path / "out.resume").exists()
 
 
 def refused(result, *words):
