@@ -96,9 +96,10 @@ def _instructions(spec: KernelSpec) -> float:
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.offset:
         return 8.0
+    sparse = 0.32 * fmt.bits * spec.sparse
     if fmt.bits == 4:
-        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow
-    return 3.6 + narrow
+        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
+    return 3.6 + narrow + sparse
 
 
 def resident(spec: KernelSpec) -> int:
@@ -120,7 +121,7 @@ def seconds(spec: KernelSpec, m: int) -> float:
         m,
         spec.n,
         spec.k,
-        FORMATS[spec.weight].bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
+        spec.stored_bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
         _BYTES.get(spec.x_dtype, 1),
         _BYTES[spec.out_dtype],
         tile.m,
@@ -151,7 +152,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     if tile.form == "slab":
         return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
     x = tile.m * tile.k * width
-    weight = tile.n * tile.k * FORMATS[spec.weight].bits // 8
+    weight = tile.n * tile.k * spec.loaded_bits // 8
     return max(tile.stages * (x + weight), 4 * tile.m * tile.n)
 
 
@@ -249,7 +250,7 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     for block_n, split, warps in itertools.product((64, 128), (2, 4, 8, 16), (4, 8)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
-        if even and part * block_n * bits <= 64 * 32 * 32 * warps:
+        if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
             found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
     return found
 

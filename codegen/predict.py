@@ -15,7 +15,6 @@ import sympy
 
 from qcompile.codegen.cost_model import device_of, seconds
 from qcompile.codegen.spec import KernelSpec
-from qcompile.formats import FORMATS
 
 STRETCH = {
     ("gemm_fragment", "bfloat16"): 1.4,
@@ -68,7 +67,7 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None) -> float:
     if vendor is None:
         return STRETCH.get((spec.template, spec.compute), 1.3) * seconds(spec, m)
     device, width = device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
-    bits = FORMATS[spec.weight].bits
+    bits = spec.stored_bits
     return MARGIN * _compiled(vendor)(m, spec.n, spec.k, bits, width, device.memory, device.operations)
 
 
@@ -76,7 +75,7 @@ def limit(spec: KernelSpec, m: int) -> float:
     """Seconds that no kernel stays below: every byte moved once, products of 16 or, for 8-bit activations, 8 bits."""
     device = device_of(spec.target)
     wide = {"float32": 4, "bfloat16": 2, "float16": 2}
-    weight = spec.n * spec.k * FORMATS[spec.weight].bits / 8
+    weight = spec.n * spec.k * spec.stored_bits / 8
     moved = weight + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * wide[spec.out_dtype]
     rate = device.operations * (1 if spec.activation is None else 2)
     return max(moved / device.memory, 2 * m * spec.n * spec.k / rate)

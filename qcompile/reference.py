@@ -41,7 +41,8 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
     both taken to include 0, is spread over all codes, and the zero point is the code of 0; with offsets, the range is
     that of the weights and the offset is the least. A super scale maps the largest scale of the tensor to the largest
     that `scale_dtype` holds. Codes are chosen for the scale as it is stored, after its rounding to `scale_dtype`. A
-    block of zeros gets scale 1, or 0 if no code of the format is 0.
+    block of zeros gets scale 1, or 0 if no code of the format is 0. 2:4 sparse weights are pruned first
+    (`leave_two_of_four`).
 
     Args:
         weight: floating point [N, K].
@@ -94,7 +95,7 @@ def super_scale(rows: Sequence[Tensor], scheme: WeightScheme, layer: str) -> Ten
 
 def _quantize_rows(weight: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str) -> tuple[Tensor, ...]:
     """The tensors of some packed rows, a multiple of a block's."""
-    w = finite_float32(weight, layer)
+    w = leave_two_of_four(finite_float32(weight, layer), scheme)
     grid = choose_grid(w, scheme, above, layer)
     return pack_bits(grid.encode(w), scheme.format.bits), *grid.tensors
 
@@ -111,6 +112,18 @@ def finite_float32(weight: Tensor, layer: str) -> Tensor:
             f"{layer}: the weight holds NaN or infinity, so it has no scale; keep the layer with scheme null"
         )
     return w
+
+
+def leave_two_of_four(w: Tensor, scheme: WeightScheme) -> Tensor:
+    """A matrix of which, for a 2:4 sparse scheme, the two greatest magnitudes of each four columns are left.
+
+    Of equal ones the first are. A matrix that is sparse already stays as it is.
+    """
+    if scheme.sparsity is None:
+        return w
+    fours = F.pad(w, (0, -w.shape[1] % 4)).unflatten(1, (-1, 4))
+    least = fours.abs().argsort(-1, descending=True, stable=True)[..., 2:]
+    return fours.scatter(-1, least, 0.0).flatten(1)[:, : w.shape[1]]
 
 
 @dataclass(frozen=True, kw_only=True)

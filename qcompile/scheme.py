@@ -122,6 +122,8 @@ class WeightScheme:
         super_scale: what multiplies scales, and offsets likewise.
         act_order: the columns of the codes are sorted by group, as GPTQ with `desc_act` leaves them.
         flexible_group: the group comes from a preset, so it may shrink to fit K.
+        sparsity: "2:4" if of each four neighbouring columns, from a multiple of four, at most two are not 0; None if
+            any may be. For symmetric integers of 4 and 8 bits whose columns are in their own order.
     """
 
     format: Format
@@ -132,8 +134,18 @@ class WeightScheme:
     super_scale: SuperScale | None = None
     act_order: bool = False
     flexible_group: bool = False
+    sparsity: str | None = None
 
     def __post_init__(self) -> None:
+        if self.sparsity not in (None, "2:4"):
+            raise ConfigError(f'sparsity {shown(self.sparsity)} is neither "2:4" nor null')
+        if self.sparsity is not None and (self.format.name not in ("int4", "int8") or not self.symmetric):
+            raise ConfigError(
+                f"2:4 sparse weights are symmetric int4 or int8, not {self.format.name}"
+                + (" with offsets" if self.offset else "")
+            )
+        if self.sparsity is not None and self.act_order:
+            raise ConfigError("columns of 2:4 sparse weights are in their own order: leave act_order out")
         if self.scale_dtype not in tuple(SCALE_DTYPES):
             raise ConfigError(f"scale_dtype {shown(self.scale_dtype)} is none of {', '.join(SCALE_DTYPES)}")
         unsigned = isinstance(self.format, IntegerFormat) and not self.format.signed
@@ -147,6 +159,16 @@ class WeightScheme:
             raise ConfigError(f"scales of dtype {self.scale_dtype} need a super_scale")
         if self.super_scale is not None and self.granularity.rows != 1:
             raise ConfigError(f"a super_scale goes with scales per channel or group, not per {self.granularity}")
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that a weight takes at least: of a sparse one half a code, and one that says whose it is."""
+        return self.format.bits if self.sparsity is None else self.format.bits // 2 + 1
+
+    @property
+    def zero_code(self) -> int:
+        """The code of 0 in a sparse weight."""
+        return 1 << (self.format.bits - 1)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -183,7 +205,7 @@ class WeightScheme:
         return replace(self, granularity=granularity, flexible_group=False)
 
     def __str__(self) -> str:
-        return f"{self.format.name} {self.granularity}"
+        return f"{self.format.name} {self.granularity}" + (f" {self.sparsity} sparse" if self.sparsity else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,13 +317,14 @@ class Scheme:
         return f"{self.weight}" + (f", activations {self.activation}" if self.activation else "")
 
 
-def _integer(bits: int, group: int | None, *, symmetric: bool = True) -> WeightScheme:
+def _integer(bits: int, group: int | None, *, symmetric: bool = True, sparsity: str | None = None) -> WeightScheme:
     return WeightScheme(
         format=get_format(f"{'int' if symmetric else 'uint'}{bits}"),
         granularity=Granularity.channel() if group is None else Granularity.group(group),
         symmetric=symmetric,
         scale_dtype="float32" if group is None else "bfloat16",
         flexible_group=group is not None,
+        sparsity=sparsity,
     )
 
 
@@ -378,6 +401,8 @@ PRESETS: dict[str, Scheme] = {
     "q8_0": Scheme(weight=_gguf("int8")),
     "iq4_nl": Scheme(weight=_gguf("iq4_nl")),
     "int4_int8": Scheme(weight=_integer(4, 128), activation=_activation("int8", _CHANNEL)),
+    "int4_24": Scheme(weight=_integer(4, 128, sparsity="2:4")),
+    "int8_24": Scheme(weight=_integer(8, None, sparsity="2:4")),
 }
 
 ALIASES: dict[str, str] = {
@@ -403,6 +428,7 @@ _WEIGHT_KEYS = (
     "scale_dtype",
     "super_scale",
     "act_order",
+    "sparsity",
 )
 _ACTIVATION_KEYS = (
     "format",
@@ -513,6 +539,7 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
         super_scale=_parse_super_scale(given.get("super_scale")),
         act_order=_boolean("weight: act_order", given.get("act_order", False)),
         flexible_group=granularity.is_group and not sized,
+        sparsity=given.get("sparsity"),
     )
 
 
@@ -606,6 +633,8 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
         given["weight"]["super_scale"] = {"group_size": weight.super_scale.columns, "dtype": weight.super_scale.dtype}
     if weight.act_order:
         given["weight"]["act_order"] = True
+    if weight.sparsity is not None:
+        given["weight"]["sparsity"] = weight.sparsity
     if scheme.activation is not None:
         activation = scheme.activation
         given["activation"] = {"format": activation.format.name, "dynamic": activation.dynamic}

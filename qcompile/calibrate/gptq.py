@@ -5,6 +5,9 @@ Transformers", arXiv:2210.17323. With H = X^T X / n over the inputs X of a layer
 mean square of what the output errs by, small. Groups are static: their scales are chosen before, from the weights as
 they were. It works with every format and granularity, since it asks the grid (`qcompile.reference.Grid`) for the
 nearest code of a number, and nothing else.
+
+Of 2:4 sparse weights two of four columns are chosen where their codes are, by what leaving out the others costs, as
+SparseGPT does (Frantar and Alistarh 2023, arXiv:2301.00774, section 3.3). What is 0 already goes first.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from qcompile.calibrate.search import pick, search_grid
 from qcompile.errors import CalibrationError
 from qcompile.methods import GPTQ
 from qcompile.packed import PackedWeight
-from qcompile.reference import Grid, choose_grid, finite_float32, super_scale
+from qcompile.reference import Grid, choose_grid, finite_float32, leave_two_of_four, super_scale
 from qcompile.scheme import WeightScheme
 
 
@@ -45,8 +48,9 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, settings: GPTQ, 
         w, hessian = w[:, perm], hessian[perm][:, perm]
     above = super_scale([w], scheme, layer)
     grid, codes = _solve(w, hessian, scheme, settings, above, layer)
-    nearest_grid = choose_grid(w, scheme, above, layer)
-    nearest_codes = nearest_grid.encode(w)
+    pruned = leave_two_of_four(w, scheme)
+    nearest_grid = choose_grid(pruned, scheme, above, layer)
+    nearest_codes = nearest_grid.encode(pruned)
     better = _strip_errors(w - nearest_grid.decode(nearest_codes), hessian, scheme) < _strip_errors(
         w - grid.decode(codes), hessian, scheme
     )  # [row blocks]
@@ -75,7 +79,7 @@ def _solve(
     """The grid, and codes uint8 [N, K]."""
     columns = w.shape[1]
     group = scheme.granularity.block_of((w.shape[0], columns))[1]
-    ordered = settings.act_order and not scheme.act_order
+    ordered = settings.act_order and not scheme.act_order and scheme.sparsity is None
     order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns)
     order = order.to(w.device)
     factor = inverse_factor(hessian[order][:, order], settings.damping, layer)
@@ -84,7 +88,8 @@ def _solve(
     rest = w[:, order].clone()
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     places = order.tolist()
-    block = settings.block_size
+    sparse = scheme.sparsity is not None
+    block = settings.block_size + (-settings.block_size % 4 if sparse else 0)
     for start in range(0, columns, block):
         end = min(start + block, columns)
         own, inner = rest[:, start:end], factor[start:end, start:end]
@@ -92,12 +97,22 @@ def _solve(
         for i in range(end - start):
             place = places[start + i]
             column = [None if t is None else t[:, place // group] for t in per_row]
-            code, value = _nearest(own[:, i], column, scheme)
+            if sparse and i % 4 == 0:
+                four = slice(i, i + 4)
+                left = _left(own[:, four], w[:, start:end][:, four], inner.diagonal()[four], scheme)
+            number = own[:, i].where(left[:, i % 4], 0.0) if sparse else own[:, i]
+            code, value = _nearest(number, column, scheme)
             codes[:, place] = code
             errors[:, i] = (own[:, i] - value) / inner[i, i]
             own[:, i:].addr_(errors[:, i], inner[i, i:], alpha=-1)
         rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return grid, codes
+
+
+def _left(four: Tensor, before: Tensor, diagonal: Tensor, scheme: WeightScheme) -> Tensor:
+    """Which of four columns [N, 4] stay: those without which the output errs most, of those that were not 0 before."""
+    costs = (four / diagonal).abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return leave_two_of_four(costs.where(before != 0, 0.0), scheme) > 0
 
 
 def _per_row(grid: Grid) -> list[Tensor | None]:

@@ -46,7 +46,7 @@ def floor(scheme: Scheme | None, n: int, k: int, m: int, rates: dict[str, float]
     if scheme is not None:
         rows, columns = scheme.weight.granularity.block_of((n, k))
         scale = 16 if scheme.weight.scale_dtype == "bfloat16" else 32
-        weight = n * k * (scheme.weight.format.bits + scale / (rows * columns))
+        weight = n * k * (scheme.weight.stored_bits + scale / (rows * columns))
     moved = weight / 8 + 2 * m * (n + k)
     rate = rates["8-bit" if scheme is not None and scheme.activation is not None else "16-bit"]
     return 1e6 * max(moved / rates["memory"], 2 * m * n * k / rate)
@@ -162,6 +162,8 @@ def _of_torch(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expect
     group, (n, k) = weight.granularity.columns, packed.shape
     rows = weight.granularity.rows == 1 and weight.symmetric and not weight.offset and weight.super_scale is None
     whole = rows and not (isinstance(group, int) and 0 < group < k)
+    if weight.sparsity is not None:
+        return
     if weight.format.name == "int4" and activation is None and rows and group in (32, 64, 128, 256):
         if n % (64 if gpu else 16) == 0 and k % 128 == 0:
             yield _tinygemm(name, x, packed, expected)
