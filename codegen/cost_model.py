@@ -185,12 +185,15 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
+    if like.sparse:  # whose words need registers too
+        largest = min(largest, 64 if _before_hopper(like.target) else 128)
     for block_m in _covers(m, largest):
+        small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
-        for block_n, k in itertools.product((64, 128) if block_m <= 32 or wide else (64, 128, 256), depths):
+        for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
-            plain = block_m <= 32 or crowded
+            plain = small or crowded
             for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
                 if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
                     continue

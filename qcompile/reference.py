@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -122,8 +123,13 @@ def leave_two_of_four(w: Tensor, scheme: WeightScheme) -> Tensor:
     if scheme.sparsity is None:
         return w
     fours = F.pad(w, (0, -w.shape[1] % 4)).unflatten(1, (-1, 4))
-    least = fours.abs().argsort(-1, descending=True, stable=True)[..., 2:]
-    return fours.scatter(-1, least, 0.0).flatten(1)[:, : w.shape[1]]
+    sizes = fours.abs()
+    smaller = torch.zeros(fours.shape, dtype=torch.int8, device=w.device)
+    for i, j in itertools.combinations(range(4), 2):
+        first = sizes[..., i] >= sizes[..., j]
+        smaller[..., i] += first
+        smaller[..., j] += ~first
+    return fours.where(smaller >= 2, 0.0).flatten(1)[:, : w.shape[1]]
 
 
 @dataclass(frozen=True, kw_only=True)

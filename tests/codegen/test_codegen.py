@@ -122,7 +122,7 @@ def test_every_cast_is_printed() -> None:
 def specs(draw: st.DrawFn) -> tuple[LinearSpec, KernelSpec]:
     n, k = draw(st.integers(1, 40000)), draw(st.integers(1, 40000))
     scheme = preset(draw(st.sampled_from(sorted(PRESETS)))).fit("layer", (n, k))
-    layout = "rows8" if scheme.activation is not None and scheme.weight.format.native_dtype is not None else "fragment"
+    layout = choose_layout(scheme, (n, k), "cuda").name
     steps = tuple(draw(st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4)))
     linear = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=steps)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
@@ -210,6 +210,7 @@ SHIPPED = {
     **dict.fromkeys(["nf4", "nvfp4", "mxfp8", "q6_k"], (16,)),
     **dict.fromkeys(["mxfp4", "q4_k"], (64,)),
     "iq4_xs": (4096,),
+    **dict.fromkeys(["int4_24", "int8_24"], (16, 64, 4096)),
 }
 """Presets and others by name, and M."""
 
