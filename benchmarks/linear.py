@@ -1,6 +1,6 @@
 """Time of quantized products on a GPU against torch's own kernels, on weights that come from memory.
 
-    python benchmarks/linear.py [--quick]
+    python benchmarks/linear.py [--quick] [--schemes int4,int4_24 --tokens 1,16,64 --out folder]
 
 Writes `benchmarks/results/<machine>.linear.json`. The shapes are the four linears of a Llama-3-8B layer, with the
 query, key and value projections and the gate and up projections merged. Every call takes the next of several copies
@@ -24,7 +24,7 @@ from qcompile.scheme import PRESETS
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = [1, 16, 32, 64, 128, 256, 1024, 4096]
-SCHEMES = ["int4", "int8_weight_only", "fp8", "int8"]
+SCHEMES = ["int4", "int8_weight_only", "fp8", "int8", "int4_24", "int8_24"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,15 +46,17 @@ def main() -> None:
     """Measure every shape, write the results and print sums over the shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, three numbers of tokens; nothing is written")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help=f"of {', '.join(PRESETS)}")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="numbers of rows")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda")
     rates = ceilings(device)
-    shapes, tokens = (SHAPES[:1], [1, 64, 1024]) if options.quick else (SHAPES, TOKENS)
+    shapes, tokens = (SHAPES[:1], [1, 64, 1024]) if options.quick else (SHAPES, [*map(int, options.tokens.split(","))])
 
     def rows_of(n: int, k: int) -> list[Row]:
-        schemes = {name: PRESETS[name].fit(name, (n, k)) for name in SCHEMES}
+        schemes = {name: PRESETS[name].fit(name, (n, k)) for name in options.schemes.split(",")}
         return list(measure(n, k, tokens, schemes, rates, device))
 
     rows = list(itertools.chain.from_iterable(rows_of(n, k) for n, k in shapes))
