@@ -210,7 +210,8 @@ SHIPPED = {
     **dict.fromkeys(["nf4", "nvfp4", "mxfp8", "q6_k"], (16,)),
     **dict.fromkeys(["mxfp4", "q4_k"], (64,)),
     "iq4_xs": (4096,),
-    **dict.fromkeys(["int4_24", "int8_24"], (16, 64, 4096)),
+    "int4_24": (16, 4096),
+    "int8_24": (64,),
 }
 """Presets and others by name, and M."""
 

@@ -95,8 +95,7 @@ def test_fragment_identity_with_scales_on_the_weights(format_name: str) -> None:
     assert torch.equal(given_.interpret("sm_90", SMALL).double(), given_.weight.to(torch.bfloat16).double().T)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(("target", "dtype"), [("sm_80", FLOATS[0]), ("sm_90", FLOATS[1]), ("gfx942", FLOATS[2])])
 @pytest.mark.parametrize("name", ["int4_24", "int8_24"])
 def test_fragment24_identity_returns_the_weights(name: str, target: str, dtype: torch.dtype) -> None:
     given_ = problem(preset(name).fit("layer", (72, 64)), "fragment24", 64, 72, 64, dtype, identity=True)
