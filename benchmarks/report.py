@@ -26,7 +26,8 @@ HEAD = """# Performance
 Written by `benchmarks/report.py` from the files in `benchmarks/results`; do not edit. To measure again on a GPU:
 
 ```
-python benchmarks/linear.py && python benchmarks/attention.py && python benchmarks/decode.py
+python benchmarks/linear.py && python benchmarks/grouped.py
+python benchmarks/attention.py && python benchmarks/decode.py
 python benchmarks/report.py
 ```
 
@@ -130,6 +131,15 @@ def layer_sums(rows: list[Row]) -> dict[tuple[str, str], dict[int, tuple[float, 
     }
 
 
+def summed(rows: list[Row]) -> list[Row]:
+    """`layer_sums` as rows."""
+    return [
+        {"scheme": scheme, "impl": impl, "M": m, "us": us, "floor_us": least}
+        for (scheme, impl), by_m in layer_sums(rows).items()
+        for m, (us, least) in by_m.items()
+    ]
+
+
 def linear(folder: Path) -> str:
     """The section of quantized products."""
     text = ""
@@ -146,15 +156,11 @@ def linear(folder: Path) -> str:
             f"{rates['16-bit'] / 1e12:.0f} T operations/s in bfloat16, {rates['8-bit'] / 1e12:.0f} T of 8 bits. "
             "8-bit activations (int8, fp8) are quantized from bfloat16 within the time."
         )
-        summed = [
-            {"scheme": scheme, "impl": impl, "M": m, "us": us, "floor_us": least}
-            for (scheme, impl), by_m in sums.items()
-            for m, (us, least) in by_m.items()
-        ]
+        rows = summed(file["rows"])
         peers, lines = peers_of(folder, file["machine"], "linear"), []
         for scheme in dict.fromkeys(row["scheme"] for row in file["rows"]):
             beside = [row for row in peers if row["scheme"] in {"int4": ("int4", "nf4")}.get(scheme, (scheme,))]
-            own = [row for row in summed if row["scheme"] == scheme]
+            own = [row for row in rows if row["scheme"] == scheme]
             lines += lines_of(own, beside, _linear_name, lambda row: row["M"], tokens, time_of)
         text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], lines)
         text += f"\n![Speed over bfloat16 by M](performance/{file['machine']}.linear-speed.svg)\n"
@@ -164,6 +170,34 @@ def linear(folder: Path) -> str:
 
 def _linear_name(row: Row) -> str:
     return f"{row['scheme']}, {row['impl']}"
+
+
+# ---- mixtures of experts
+
+
+def grouped(folder: Path) -> str:
+    """The section of products with stacks of experts."""
+    text = ""
+    for file in load(folder, "grouped"):
+        text += f"## Experts on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            "Microseconds of the two products of a mixture's layer (gate and up merged, and down) together, by tokens, "
+            "and in brackets the share of the limit, for which the weights of the experts that are chosen are read "
+            "once. Tokens choose at random. `mm` multiplies for each expert that is chosen, which the host knows here "
+            "and not in a model. 8-bit activations (fp8) are quantized from bfloat16 within the time."
+        )
+        for name in dict.fromkeys(row["model"] for row in file["rows"]):
+            rows = [row for row in file["rows"] if row["model"] == name]
+            lines = []
+            sums = summed(rows)
+            tokens = sorted({row["M"] for row in sums})
+            for scheme in dict.fromkeys(row["scheme"] for row in rows):
+                own = [row for row in sums if row["scheme"] == scheme]
+                lines += lines_of(own, [], _linear_name, lambda row: row["M"], tokens, time_of)
+            shapes = ", ".join(f"{n} x {k}" for n, k in dict.fromkeys((row["N"], row["K"]) for row in rows))
+            head = f"{name}: {rows[0]['chosen']} of {rows[0]['experts']} experts, {shapes}"
+            text += table([head, *map(str, tokens)], lines) + "\n"
+    return text
 
 
 # ---- decoding
@@ -294,7 +328,7 @@ def demo(folder: Path) -> str:
     return text
 
 
-SECTIONS: tuple[Callable[[Path], str], ...] = (linear, decode, attention, demo)
+SECTIONS: tuple[Callable[[Path], str], ...] = (linear, grouped, decode, attention, demo)
 
 
 def page(folder: Path = RESULTS) -> str:

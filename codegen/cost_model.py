@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import KernelSpec, Tile, scales_of
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, grouped_tile, scales_of
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -110,7 +110,7 @@ def resident(spec: KernelSpec) -> int:
 
 
 def seconds(spec: KernelSpec, m: int) -> float:
-    """The model's time of a kernel for M = `m`.
+    """The model's time of a kernel for M = `m`, or of one expert of a stack.
 
     Reading memory and the cache go on beside the rest. Decoding and multiplying take turns, unless the tile overlaps
     them, on unevenly filled processors; and a program's turns follow each other.
@@ -167,7 +167,9 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
 
     After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
     """
-    tiles = _fragment_tiles(like, m) if like.template == "gemm_fragment" else _rows8_tiles(like, m)
+    tiles = _rows8_tiles(like, m) if like.template == "gemm_rows8" else _fragment_tiles(like, m)
+    if isinstance(like, GroupedSpec):
+        tiles = [tile for tile in tiles if tile == grouped_tile(tile)]
     return [replace(like, tile=tile) for tile in tiles]
 
 
