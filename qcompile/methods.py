@@ -142,7 +142,7 @@ class AWQ:
 
 
 OBSERVERS = ("absmax", "percentile", "mse", "kl")
-OBSERVED = ("tensor", "channel", "token")
+OBSERVED = ("tensor", "token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class Observer:
     Attributes:
         name: of `OBSERVERS`.
         percentile: of the magnitudes, for the observer of that name.
-        per: whose magnitudes: of all numbers, of each channel's, or of each token's greatest.
+        per: whose magnitudes: of all numbers, or of each token's greatest.
     """
 
     name: str = "absmax"

@@ -212,8 +212,6 @@ class ActivationScheme:
     def __post_init__(self) -> None:
         if self.observer != ABSMAX and (self.dynamic or self.scale is not None):
             raise ConfigError("an observer finds static scales: it goes with dynamic: false and no stated scale")
-        if self.observer.per == "channel":
-            raise ConfigError("a static activation scale is one for all channels: observe per tensor, or per token")
         if self.scale_dtype not in ("float32", "float8_e8m0fnu") or (
             not self.dynamic and self.scale_dtype != "float32"
         ):
