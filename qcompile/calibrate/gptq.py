@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qcompile.calibrate.search import pick, search_grid
+from qcompile.calibrate.fit import pick
+from qcompile.calibrate.search import search_grid
 from qcompile.errors import CalibrationError
 from qcompile.methods import GPTQ
 from qcompile.packed import PackedWeight
@@ -104,7 +105,7 @@ def _per_row(grid: Grid) -> list[Tensor | None]:
     """Step, zero point and offset, float32 [N, column blocks], of each row."""
     rows = grid.shape[0]
     tall = grid.scheme.granularity.block_of(grid.shape)[0]
-    stored = (grid.step, grid.zero_point, grid.offset)
+    stored = (grid.step, grid.zero_point, grid.shift)
     return [None if t is None else t.float().repeat_interleave(tall, 0)[:rows] for t in stored]
 
 
