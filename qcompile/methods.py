@@ -4,6 +4,7 @@ A method is any number of *folds*, which move magnitudes between a layer's input
 model as it is, and one way to choose *codes*:
 
     "gptq"                                         {"name": "gptq", "act_order": true}
+    "importance"                                   {"name": "rtn", "clip": "importance"}
     ["smoothquant", "gptq"]                        [{"name": "smoothquant", "strength": 0.8}, "gptq"]
 """
 
@@ -209,7 +210,9 @@ Fold = Rotation | SmoothQuant | AWQ
 _CODES: dict[str, type[Codes]] = {kind.name: kind for kind in (RTN, HQQ, GPTQ, Given)}
 _FOLDS: dict[str, type[Fold]] = {kind.name: kind for kind in (Rotation, SmoothQuant, AWQ)}
 _KNOWN: dict[str, type[Codes | Fold]] = {**_CODES, **_FOLDS}
-_OFFERED = [name for name in _KNOWN if name != Given.name]
+_SHORT: dict[str, Codes] = {"importance": RTN(clip="importance")}
+"""Names for steps with settings."""
+_OFFERED = [*(name for name in _KNOWN if name != Given.name), *_SHORT]
 """What users can choose."""
 
 
@@ -268,6 +271,8 @@ def parse_method(given: object) -> Method:
 
 
 def _step(given: object) -> Codes | Fold:
+    if isinstance(given, str) and given in _SHORT:
+        return _SHORT[given]
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str) or name not in _KNOWN:
         near = difflib.get_close_matches(name, _OFFERED, n=1, cutoff=0.4) if isinstance(name, str) else []

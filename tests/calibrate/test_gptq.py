@@ -135,7 +135,7 @@ def test_searched_grids_are_no_worse_than_the_whole_range(name, method):
     scheme = PRESETS[name].weight.fit("layer", (32, 256))
     nearest = weight - dequantize(quantize_weight(weight, scheme))
     if isinstance(method, HQQ) and (scheme.symmetric or scheme.has_super_blocks):
-        with pytest.raises(ConfigError, match="method hqq (moves zero points or offsets, and a symm|does not choose)"):
+        with pytest.raises(ConfigError, match=r"method hqq (moves zero points or offsets, and a symm|does not choose)"):
             replace(PRESETS[name], method=Method(method))
         return
     if isinstance(method, HQQ):
