@@ -4,9 +4,9 @@
 
 writes benchmarks/results/<machine>.calibrate.json: for each of the seven linears of a decoder layer the seconds that
 choosing int4 codes takes (symmetric, groups of 128, act_order in static groups, damping 0.01, blocks of 128), and the
-error of the output over the output, for qcompile, llm-compressor and rounding to nearest. Weights and inputs are random,
-inputs correlated and with outlier channels. What is timed begins with the weight and the mean of x x^T, and ends with
-decoded weights (theirs) or packed codes (ours); the first call of each kind on another weight is not timed.
+error of the output over the output, for qcompile, llm-compressor and rounding to nearest. Weights and inputs are
+random, inputs correlated and with outlier channels. What is timed begins with the weight and the mean of x x^T, and
+ends with decoded weights; a first call, on another weight, is not timed.
 
 Then a stack of `--layers` such layers is quantized from calibration batches by `qcompile.quantize_`, where transformers
 is installed, and the seconds a layer noted, statistics and running the blocks included.

@@ -96,8 +96,8 @@ def run(
 def config_of(scheme: str) -> QuantConfig:
     """What a row's name stands for.
 
-    A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it chooses the token. With
-    those of GGUF it gets Q6_K, as llama.cpp has it.
+    A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it chooses the token.
+    Beside types of GGUF it gets Q6_K, as llama.cpp has it.
     """
     config = parse_config(scheme)
     if scheme not in (*PRESETS, *ALIASES) or PRESETS[ALIASES.get(scheme, scheme)].weight.format.bits >= 8:
