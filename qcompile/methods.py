@@ -189,12 +189,13 @@ def parse_observer(given: object) -> Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Turn the residual stream of the whole model by a Hadamard matrix; see `qcompile.calibrate.rotate`.
+    """Turn the residual stream of the whole model, and the values of each head, by Hadamard matrices (R1 and R2); see
+    `qcompile.calibrate.rotate` and `rotate_heads`.
 
     It is done before all else, once, if any layer's method names it.
 
     Attributes:
-        seed: of the matrix's signs; one for a model.
+        seed: of the matrices' signs; one for a model.
     """
 
     name: ClassVar[str] = "hadamard"

@@ -1,8 +1,9 @@
 """Rotations: a model's hidden states are turned by an orthogonal matrix, so that no channel of them stands out.
 
 QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406): their R1, which
-turns the residual stream. It is folded into weights beforehand, so nothing is added to the model. The matrix is a
-Hadamard matrix of random signs (of a power of two, or blocks of one in other sizes).
+turns the residual stream (`qcompile.calibrate.rotate_heads` has R2). It is folded into weights beforehand, so nothing
+is added to the model. The matrix is a Hadamard matrix of random signs (of a power of two, or blocks of one in other
+sizes).
 
 It is legal where every reader of the residual stream is a norm that a rotation passes through, followed by linears, and
 every writer is a linear or an embedding:
