@@ -5,6 +5,7 @@ assert __name__ == "qcompile.passes", "import this package as qcompile.passes"
 from qcompile.passes.annotate import annotate
 from qcompile.passes.context import Decline, GraphContext, Pass, Rewrite
 from qcompile.passes.fuse_epilogue import fuse_epilogue
+from qcompile.passes.fuse_gate import fuse_gate
 from qcompile.passes.merge_counters import merge_counters
 from qcompile.passes.merge_projections import merge_projections
 from qcompile.passes.normalize import normalize
@@ -21,6 +22,7 @@ PASSES: tuple[Pass, ...] = (
     quantize_attention,
     share_heads,
     merge_counters,
+    fuse_gate,
     fuse_epilogue,
     verify,
 )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
-from qcompile.linear_spec import ACTIVATIONS, LinearSpec, decode_spec
+from qcompile.linear_spec import ACTIVATIONS, GATES, STORES, LinearSpec, decode_spec
 from qcompile.reference import quantize_activation
+from qcompile.scheme import ActivationScheme, Granularity
 
 _library = torch.library.Library("qcompile", "DEF")
 _library.define(
@@ -30,7 +31,7 @@ _library.define(
 
 
 def apply_epilogue(product: Tensor, bias: Tensor | None, operands: list[Tensor], spec: LinearSpec) -> Tensor:
-    """Apply the steps of `spec.epilogue` in float32 to a product of the output's shape."""
+    """Apply the steps of `spec.epilogue` to a product [M, N]: float32, or codes, of the output's shape."""
     y = product.to(torch.float32)
     remaining = iter(operands)
     for step in spec.epilogue:
@@ -41,9 +42,22 @@ def apply_epilogue(product: Tensor, bias: Tensor | None, operands: list[Tensor],
             y = y * next(remaining)
         elif step == "add":
             y = y + next(remaining)
+        elif step in GATES:
+            first, second = GATES[step]
+            a, b = y.split(spec.width, -1)
+            y = (ACTIVATIONS[first](a) if first else a) * (ACTIVATIONS[second](b) if second else b)
+        elif step in STORES:
+            y = store(y, next(remaining), spec)
         else:
             y = ACTIVATIONS[step](y)
     return y
+
+
+def store(y: Tensor, scale: Tensor, spec: LinearSpec) -> Tensor:
+    """The codes that the last step of `spec.epilogue` makes of its output with a static scale."""
+    assert spec.stored is not None
+    scheme = ActivationScheme(format=spec.stored, granularity=Granularity.tensor(), dynamic=False)
+    return quantize_activation(y, scheme, scale)[0]
 
 
 def _linear(
@@ -62,7 +76,8 @@ def _linear(
             "or torch.inference_mode(), or call model.requires_grad_(False) first"
         )
     rows = x.reshape(-1, parsed.in_features)
-    flat = [o.reshape(-1, parsed.out_features) for o in operands]
+    # The scale of an output that is stored as codes is one number.
+    flat = [o.reshape(-1, parsed.width) if o.dim() else o for o in operands]
     if pre_quant_scale is not None:
         rows = rows * pre_quant_scale.to(rows.dtype)
     if parsed.scheme.weight.act_order:
@@ -75,7 +90,8 @@ def _linear(
         outliers = _product(rows.masked_fill(~outlying, 0), weight, None, None, [], unquantized, x.dtype)
         rows, flat = rows.masked_fill(outlying, 0), [outliers, *flat]
         parsed = replace(parsed, epilogue=("add", *parsed.epilogue))
-    return _product(rows, weight, bias, input_scale, flat, parsed, x.dtype).reshape(*x.shape[:-1], parsed.out_features)
+    dtype = getattr(torch, parsed.codes_of) if parsed.codes_of else x.dtype
+    return _product(rows, weight, bias, input_scale, flat, parsed, dtype).reshape(*x.shape[:-1], parsed.width)
 
 
 def _product(
@@ -87,14 +103,22 @@ def _product(
     parsed: LinearSpec,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue of the product of [M, K], which is quantized first if the scheme says so: [M, N]."""
+    """The epilogue of the product of [M, K], which is quantized first if the scheme says so: [M, N], or [M, N / 2].
+
+    Args:
+        dtype: of the output, unless that is stored as codes.
+    """
     x_scale = None
-    if parsed.scheme.activation is not None:
+    if parsed.codes_of:
+        assert input_scale is not None
+        x_scale = input_scale.to(torch.float32).reshape(())
+    elif parsed.scheme.activation is not None:
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu
 
-        return apply_epilogue(cpu.product(rows, x_scale, weight, parsed), bias, operands, parsed).to(dtype)
+        product = cpu.product(rows, x_scale, weight, parsed)
+        return apply_epilogue(product, bias, operands, parsed).to(parsed.output_dtype(dtype))
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu
 
@@ -102,8 +126,12 @@ def _product(
         traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
         visible = traced and gpu.torch_multiplies(rows, x_scale, parsed, dtype)
         operator = gpu.visible_gemm() if visible else torch.ops.qcompile.gemm
-        y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
-        return y
+        if parsed.stored is None or gpu.stores(parsed.stored, rows.device):
+            y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
+            return y
+        floating = replace(parsed, epilogue=parsed.epilogue[:-1])
+        y = operator(rows, x_scale, weight, bias, operands[:-1], floating.encode(), dtype)
+        return store(y, operands[-1], parsed)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
 
 
@@ -156,4 +184,5 @@ def _(
     spec: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=out_dtype)
+    parsed = decode_spec(spec)
+    return x.new_empty((x.shape[0], parsed.width), dtype=parsed.output_dtype(out_dtype))
