@@ -12,6 +12,7 @@ from qcompile.passes.normalize import normalize
 from qcompile.passes.quantize_attention import quantize_attention
 from qcompile.passes.quantize_linear import quantize_linear
 from qcompile.passes.share_heads import share_heads
+from qcompile.passes.store_codes import store_codes
 from qcompile.passes.verify import verify
 
 PASSES: tuple[Pass, ...] = (
@@ -24,6 +25,7 @@ PASSES: tuple[Pass, ...] = (
     merge_counters,
     fuse_gate,
     fuse_epilogue,
+    store_codes,
     verify,
 )
 

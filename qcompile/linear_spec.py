@@ -129,6 +129,19 @@ class LinearSpec:
         """How many tensors the epilogue's steps consume: "mul", "add", and the scale of what is stored as codes."""
         return sum(step in OPERAND_STEPS or step in STORES for step in self.epilogue)
 
+    def floating(self, x_dtype: torch.dtype) -> torch.dtype:
+        """The type of the activations before they were quantized, and of an output that is not stored as codes.
+
+        Args:
+            x_dtype: of the activations as the operator receives them.
+        """
+        found: torch.dtype = getattr(torch, self.codes_of) if self.codes_of else x_dtype
+        return found
+
+    def reading_codes_of(self, dtype: torch.dtype) -> LinearSpec:
+        """The same linear of activations that were of a floating type and come as codes."""
+        return replace(self, codes_of=str(dtype).removeprefix("torch."))
+
     def with_epilogue(self, *steps: str) -> LinearSpec:
         """The same linear with more steps at the end."""
         return replace(self, epilogue=(*self.epilogue, *steps))

@@ -90,8 +90,8 @@ def _linear(
         outliers = _product(rows.masked_fill(~outlying, 0), weight, None, None, [], unquantized, x.dtype)
         rows, flat = rows.masked_fill(outlying, 0), [outliers, *flat]
         parsed = replace(parsed, epilogue=("add", *parsed.epilogue))
-    dtype = getattr(torch, parsed.codes_of) if parsed.codes_of else x.dtype
-    return _product(rows, weight, bias, input_scale, flat, parsed, dtype).reshape(*x.shape[:-1], parsed.width)
+    y = _product(rows, weight, bias, input_scale, flat, parsed, parsed.floating(x.dtype))
+    return y.reshape(*x.shape[:-1], parsed.width)
 
 
 def _product(
@@ -136,11 +136,12 @@ def _product(
 
 
 def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Time the kernels for a linear of so many rows, unless that was done before; only GPUs have a choice."""
+    """Time the kernels for a linear of `rows` rows of `dtype`, unless that was done before; only GPUs have a choice."""
     if device.type == "cuda":
         from qcompile.runtime import gpu
 
-        gpu.tune(decode_spec(spec), gpu.bucket(rows), dtype, device)
+        parsed = decode_spec(spec)
+        gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
 
 
 def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:

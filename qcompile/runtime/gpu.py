@@ -207,7 +207,7 @@ def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device) -> 
     if has_kernel(spec) and dtype in _X_DTYPES:
         from qcompile.runtime import measure
 
-        measure.tune(measure.Job(name="", spec=replace(spec, epilogue=()), m=m, dtype=dtype), device)
+        measure.tune(measure.Job(name="", spec=replace(spec, epilogue=(), codes_of=""), m=m, dtype=dtype), device)
 
 
 def execute(

@@ -331,6 +331,67 @@ def test_outlying_columns_keep_a_gate_apart():
     assert captured.epilogues == [("bias",)]
 
 
+def static(name, scale=0.05, **weight):
+    """A scheme with one scale for the activations, known beforehand."""
+    activation = {"format": name, "granularity": "tensor", "dynamic": False, "scale": scale}
+    return {"weight": {"format": "int8", **weight}, "activation": activation}
+
+
+def mlp(**kwargs):
+    return {**gate_and_up(bias=False), "down": nn.Linear(2 * WIDTH, WIDTH, **kwargs)}
+
+
+HIDDEN = {
+    "swiglu": lambda m, x: F.silu(m.gate(x)) * m.up(x),
+    "mlp": lambda m, x: F.gelu(m.gate(x)),
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_linear_stores_the_codes_of_the_next(case, name):
+    model, x = Function(lambda m, x: m.down(HIDDEN[case](m, x)), **mlp()), torch.randn(2, 3, WIDTH)
+    rules = {"rules": [{"layers": "down", "scheme": static(name)}, {"layers": "*", "scheme": INT8}]}
+    captured = capture(model, x, config=rules)
+    first, second = captured.specs
+    assert first.epilogue[-1] == f"to_{name}"
+    assert second.codes_of == "float32"
+    assert captured.rewritten("store_codes") == [f"to_{name}"]
+    model.run = lambda m, x: (lambda y: (m.down(y), y))(HIDDEN[case](m, x))
+    apart = capture(model, x, config=rules)
+    assert apart.declined("store_codes") == ["its output is read by what does not quantize it with a static scale"]
+    assert torch.equal(captured.output, apart.output[0])
+
+
+def test_readers_that_are_merged_share_the_codes():
+    model = Function(lambda m, x: (lambda y: (m.down(y), m.more(y)))(m.gate(x)), **mlp(), more=nn.Linear(2 * WIDTH, 32))
+    captured = capture(model, torch.randn(3, WIDTH), config=static("int8"))
+    assert [spec.epilogue for spec in captured.specs] == [("to_int8",), ("bias",)]
+
+
+DIFFERENT = {
+    "scales": {"layers": "more", "scheme": static("int8", scale=0.1)},
+    "formats": {"layers": "more", "scheme": static("fp8_e4m3")},
+    "dynamic": {"layers": "more", "scheme": "int8"},
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_readers_that_quantize_in_different_ways_do_so_themselves(case):
+    model = Function(lambda m, x: (lambda y: (m.down(y), m.more(y)))(m.gate(x)), **mlp(), more=nn.Linear(2 * WIDTH, 32))
+    rules = {"rules": [DIFFERENT[case], {"layers": "*", "scheme": static("int8")}]}
+    captured = capture(model, torch.randn(3, WIDTH), config=rules)
+    assert len(captured.declined("store_codes")) == 1
+    assert all(spec.codes_of == "" for spec in captured.specs)
+
+
+def test_dynamic_scales_are_not_stored():
+    model = Function(lambda m, x: m.down(F.gelu(m.gate(x))), **mlp())
+    captured = capture(model, torch.randn(3, WIDTH), config="int8")
+    assert captured.epilogues == [("gelu",), ("bias",)]
+    assert captured.declined("store_codes") == []
+
+
 def test_verify_finds_a_wrong_graph():
     model, x = Function(lambda m, x: m.q(x), q=linear()), torch.randn(3, WIDTH)
     (context,) = capture(model, x, config=INT8).contexts
