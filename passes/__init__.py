@@ -12,6 +12,7 @@ from qcompile.passes.normalize import normalize
 from qcompile.passes.quantize_attention import quantize_attention
 from qcompile.passes.quantize_linear import quantize_linear
 from qcompile.passes.share_heads import share_heads
+from qcompile.passes.share_quantization import share_quantization
 from qcompile.passes.store_codes import store_codes
 from qcompile.passes.verify import verify
 
@@ -26,6 +27,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_gate,
     fuse_epilogue,
     store_codes,
+    share_quantization,
     verify,
 )
 

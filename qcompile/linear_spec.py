@@ -70,8 +70,8 @@ class LinearSpec:
         epilogue: steps of `EPILOGUE_STEPS` applied to the product in this order, in float32. "bias" adds the bias;
             "mul" and "add" each consume the next operand. One step of `GATES` may stand first or after the bias, and
             one of `STORES` last.
-        codes_of: name of the type that the activations had before another linear stored them as codes of the scheme's
-            static activations, which is the output's type; "" if they come as they are.
+        codes_of: name of the type that the activations had before they were quantized as the scheme says, which is the
+            output's type; they come as codes then, with their scale. "" if they come as they are.
 
     Raises:
         ConfigError: steps that do not stand where they may.
@@ -98,7 +98,7 @@ class LinearSpec:
         if set(self.epilogue[:-1]) & set(STORES):
             raise ConfigError(f"what stores codes is the last step: {self.epilogue}")
         if self.codes_of not in ("", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"activations that were stored as codes were of a floating type, not {self.codes_of!r}")
+            raise ConfigError(f"activations that come as codes were of a floating type, not {self.codes_of!r}")
         activation = self.scheme.activation
         if activation is not None:
             activation = replace(activation, observer=ABSMAX)

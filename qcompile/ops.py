@@ -1,9 +1,9 @@
 """The operators that rewritten graphs and quantized modules call: schemas, fakes, and the way to a kernel.
 
 `qcompile::linear` is composite: compilers see through it to what differs between devices. Quantizing the activations
-(and on CPUs the epilogue) is plain torch there, so Inductor fuses it with its neighbours; the product itself is one
-operator, `gemm` on GPUs or `gemm_cpu` on CPUs. Kernels, and the operator that wraps Triton's, are imported at the first
-call on a GPU, so importing this module imports no Triton.
+(`qcompile::quantize` does it for several linears at once; and on CPUs the epilogue) is plain torch there, so Inductor
+fuses it with its neighbours; the product itself is one operator, `gemm` on GPUs or `gemm_cpu` on CPUs. Kernels, and the
+operator that wraps Triton's, are imported at the first call on a GPU, so importing this module imports no Triton.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _library.define(
     "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? input_scale, Tensor? pre_quant_scale, "
     "Tensor[] operands, str spec) -> Tensor"
 )
+_library.define("quantize(Tensor x, Tensor? static_scale, str spec) -> (Tensor, Tensor)")
 _library.define("gemm_cpu(Tensor x, Tensor[] weight, str spec) -> Tensor")
 _library.define(
     "gemm(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
@@ -94,6 +95,15 @@ def _linear(
     return y.reshape(*x.shape[:-1], parsed.width)
 
 
+def _quantize(x: Tensor, static_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    """The codes [..., K] of activations, and their scales, as linears of `spec` quantize them."""
+    activation = decode_spec(spec).scheme.activation
+    assert activation is not None
+    codes, scale = quantize_activation(x, activation, static_scale)
+    # Inductor writes what this is of once; without it every reader would have a copy written for it.
+    return codes.as_strided(codes.shape, codes.stride()), scale.as_strided(scale.shape, scale.stride())
+
+
 def _product(
     rows: Tensor,
     weight: list[Tensor],
@@ -111,7 +121,11 @@ def _product(
     x_scale = None
     if parsed.codes_of:
         assert input_scale is not None
-        x_scale = input_scale.to(torch.float32).reshape(())
+        x_scale = input_scale.to(torch.float32)
+        per_tensor = (
+            parsed.scheme.activation is not None and parsed.scheme.activation.granularity == Granularity.tensor()
+        )
+        x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
     elif parsed.scheme.activation is not None:
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
@@ -165,6 +179,7 @@ def _gemm(
 
 
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
+_library.impl("quantize", _quantize, "CompositeImplicitAutograd")
 _library.impl("gemm_cpu", _gemm_cpu, "CPU")
 _library.impl("gemm", _gemm, "CUDA")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from torch import nn
 
 import qcompile
 from qcompile.errors import ConfigError, LayerError, QCompileError
+from qcompile.formats import get_format
 from qcompile.passes import PASSES, verify
-from qcompile.passes.context import OP, Args
+from qcompile.passes.context import OP, QUANTIZE, Args
+from qcompile.scheme import parse_scheme
 from tests import tolerance
 from tests.capture import capture
 
@@ -383,6 +387,23 @@ def test_readers_that_quantize_in_different_ways_do_so_themselves(case):
     captured = capture(model, torch.randn(3, WIDTH), config=rules)
     assert len(captured.declined("store_codes")) == 1
     assert all(spec.codes_of == "" for spec in captured.specs)
+
+
+@pytest.mark.parametrize("preset", ["int8", "fp8", "fp8_block", "mxfp8", "static"])
+def test_linears_that_are_not_merged_share_their_quantization(preset):
+    scheme = parse_scheme(static("int8") if preset == "static" else preset)
+    other = replace(scheme, weight=replace(scheme.weight, format=get_format("fp8_e5m2")))
+    model = Function(branches, q=linear(), k=nn.Linear(WIDTH, 32), v=nn.Linear(WIDTH, 32, bias=False))
+    x = torch.randn(2, 3, WIDTH)
+    rules = {"rules": [{"layers": "q", "scheme": other}, {"layers": "*", "scheme": scheme}]}
+    captured = capture(model, x, config=rules)
+    assert captured.count(QUANTIZE) == 1
+    assert captured.rewritten("share_quantization") == ["one quantization"]
+    for name, out in zip("qkv", captured.output, strict=True):
+        alone = capture(
+            getattr(model, name), x, config={"rules": [{"layers": "*", "scheme": other if name == "q" else scheme}]}
+        )
+        assert torch.equal(out, alone.output)
 
 
 def test_dynamic_scales_are_not_stored():
