@@ -145,14 +145,21 @@ def seconds(spec: KernelSpec, m: int) -> float:
 
 
 def shared_bytes(spec: KernelSpec) -> int:
-    """Shared memory of the pipeline's stages, from above."""
+    """Shared memory of the pipeline's stages, from above.
+
+    Scales of blocks are copied there too; those with offsets go through it once more on their way to the weights.
+    """
     tile = spec.tile
     width = _BYTES.get(spec.x_dtype, 1)
     if tile.form == "slab":
         return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
     x = tile.m * tile.k * width
     weight = tile.n * tile.k * FORMATS[spec.weight].bits // 8
-    return max(tile.stages * (x + weight), 4 * tile.m * tile.n)
+    scale = _SCALE_BYTES.get(spec.scale_dtype, 1)
+    block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
+    blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0
+    stages = tile.stages * (x + weight + blocks * block) + (8 * blocks if spec.offset else 0)
+    return max(stages, 4 * tile.m * tile.n)
 
 
 def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:

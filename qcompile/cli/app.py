@@ -269,7 +269,7 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="A preset or a configuration file.")] = "int4",
     method: Annotated[
         str,
-        typer.Option(help="rtn, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
+        typer.Option(help="rtn, importance, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
     ] = "rtn",
     calibration: Annotated[
         Path | None, typer.Option(help="A text, for methods and scales that look at activations.", show_default=False)
