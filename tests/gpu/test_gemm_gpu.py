@@ -100,8 +100,8 @@ def test_codes_of_8_bits_times_floats(dtype: torch.dtype, m: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
-def test_arguments_that_are_specialized_in_turn(name: str) -> None:
-    """One kernel for 1, 3 and 16 rows, aligned or not, each of which Triton compiles apart."""
+def test_activations_that_are_aligned_or_not(name: str) -> None:
+    """One kernel for activations that are aligned, or not, which Triton compiles apart, and several numbers of rows."""
     given = {
         m: problem(shipped(name, (200, 512)), layout_of(preset(name), (200, 512)), m, 200, 512) for m in (1, 3, 16)
     }
