@@ -20,7 +20,7 @@ from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache, vendor
+from qcompile.runtime import cache, launcher, vendor
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.tuning import Chosen, choose, gpu_family, show
 from qcompile.tensors import by_bytes
@@ -88,7 +88,9 @@ def launch(
     if launches_early(kernel.target) and x.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
-    function[(tiles * tile.split,)](
+    launcher.launch(
+        function,
+        (tiles * tile.split,),
         x.contiguous() if native else by_bytes(x.contiguous()),
         given(None if x_scale is None else x_scale.contiguous()),
         codes,

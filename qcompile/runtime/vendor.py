@@ -22,7 +22,7 @@ from torch import Tensor
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, decoding_spec, finishing_spec
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
-from qcompile.runtime import cache
+from qcompile.runtime import cache, launcher
 from qcompile.tensors import by_bytes
 
 Product: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
@@ -115,7 +115,8 @@ def decode(weight: PackedWeight, kernel: KernelSpec, wrap: Any = lambda function
     stored = [weight.codes if tensor is None else by_bytes(tensor) for tensor in more]
     grid = (-(-kernel.k // kernel.tile.k), -(-kernel.n // kernel.tile.n))
     function = wrap(cache.load(kernel).kernel)
-    function[grid](weight.codes, *stored, decoded, num_warps=kernel.tile.warps, num_stages=kernel.tile.stages)
+    options = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
+    launcher.launch(function, grid, weight.codes, *stored, decoded, **options)
     return decoded
 
 
@@ -179,7 +180,9 @@ def finish(
     finished = y.new_empty((m, spec.width), dtype=spec.output_dtype(out_dtype))
     given = [y if t is None else t.contiguous() for t in (x_scale, None if scale is None else scale.expand(n), bias)]
     function = wrap(cache.load(last).kernel)
-    function[(-(-m // last.tile.m), -(-spec.width // last.tile.n))](
+    launcher.launch(
+        function,
+        (-(-m // last.tile.m), -(-spec.width // last.tile.n)),
         y,
         *given,
         *([operand.contiguous() for operand in operands] or [y]),
