@@ -279,6 +279,20 @@ def test_shared_memory_is_estimated_from_above(name: str) -> None:
         assert found["shared"] <= shared_bytes(kernel), (kernel, found)
 
 
+@pytest.mark.parametrize("n", [64, 128])
+def test_a_gate_loads_as_many_bytes_at_once(n: int) -> None:
+    """As the same kernel without: addresses in both halves of the weight are as plain to Triton."""
+    spec = LinearSpec(in_features=1024, out_features=512, scheme=shipped("int4", (512, 1024)), layout="fragment")
+    tile = Tile(m=16, n=n, k=128, split=1, warps=n // 16, stages=3)
+    plain, gated = (
+        kernel_spec(spec.with_epilogue(*steps), torch.bfloat16, torch.bfloat16, "sm_90", tile)
+        for steps in ((), ("silu(a)*b",))
+    )
+    without, within = measure([plain, gated])
+    assert set(without["copies"]) == {16}
+    assert within["copies"] == without["copies"]
+
+
 def test_no_candidate_for_blocks_spills() -> None:
     scheme = preset("fp8_block").fit("layer", (1024, 4096))
     spec = LinearSpec(in_features=4096, out_features=1024, scheme=scheme, layout="rows8")
