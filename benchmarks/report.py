@@ -142,6 +142,26 @@ def _peer_rows(peers: list[Row], scheme: str, tokens: list[int]) -> list[list[st
     return [[name, *(number(by_m[m]) if m in by_m else "" for m in tokens)] for name, by_m in found.items()]
 
 
+def gate(folder: Path) -> str:
+    """The section of gate and up on GPUs, with the gate in the product and after it."""
+    text = ""
+    for file in load(folder, "gate"):
+        sums = layer_sums(file["rows"])
+        tokens = sorted({m for by_m in sums.values() for m in by_m})
+        n, k = file["rows"][0]["N"], file["rows"][0]["K"]
+        text += f"## Gate and up on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            f"Microseconds of silu(gate) * up for M tokens, both projections one weight of {n} x {k}, in brackets the "
+            "share of the limit: by the product's own epilogue, and by a kernel of Inductor's after the product."
+        )
+        rows = [
+            [f"{scheme}, {impl}", *(f"{number(by_m[m][0])} ({by_m[m][1] / by_m[m][0]:.0%})" for m in tokens)]
+            for (scheme, impl), by_m in sums.items()
+        ]
+        text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], rows) + "\n"
+    return text
+
+
 # ---- decoding
 
 
@@ -287,7 +307,7 @@ def demo(folder: Path) -> str:
     return text
 
 
-SECTIONS: tuple[Callable[[Path], str], ...] = (linear, decode, attention, cpu_linear, demo)
+SECTIONS: tuple[Callable[[Path], str], ...] = (linear, gate, decode, attention, cpu_linear, demo)
 
 
 def page(folder: Path = RESULTS) -> str:
