@@ -179,20 +179,27 @@ class Prompted:
         return tokens, logits
 
 
+GATED_POWER = 2.1
+"""Relative error of silu(a) * b for an error of 1 in power of a and of b, which are normal of deviation 1.28 here."""
+GREATEST = {"normal": 4, "gated": 13}
+"""Greatest of thousands of numbers over their deviation: of normal ones, and of silu(a) * b."""
+
+
 def logits_bound(layers: int, job: Job) -> float:
     """Greatest `error` that two evaluations of the model may have between them, which round in different places.
 
-    Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides. A
-    branch rounds at most 18 times to bfloat16 (u = 2^-8): attention twice in its norm, once in each of the queries,
-    keys and values, thrice in each of queries and keys as they are rotated and twice in the cosines and sines, once in
-    the weights, the sum, the last product and the residual. With 8-bit activations it rounds twice to those: u = 2^-4
-    for E4M3; for int8 a step of the greatest of K normal numbers / 127, so about 4 / 127 / sqrt(12) of the deviation.
-    Branches of random weights are equally large and add up in the residual stream. The stream after n of them thus
-    errs, in power, by e (1 + 1/2 + ... + 1/n) for a branch's own e, since branch n + 1 inherits the stream's error and
-    adds e to the nth part of it. Thrice that in norm is for what functions amplify, and for chance: bfloat16 compiled
-    by Inductor takes twice of it.
+    Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides.
+    The weights are random: what attention adds to the residual stream, a mean over many tokens, is a tenth of what an
+    MLP adds, and MLPs add equally much. An MLP's branch rounds at most 18 times to bfloat16 (u = 2^-8). With 8-bit
+    activations it rounds twice to those: u = 2^-4 for E4M3; for int8 by up to half a step, which is the greatest number
+    of a token / 127.
+
+    With E_n the error of the stream after n branches, in power, a branch's own e, and `GATED_POWER` times of what the
+    stream brought into it, the stream after it errs by E_(n+1) = (n E_n + 2.1 E_n + e) / (n + 1). A quarter more in
+    norm is for chance.
     """
-    codes = {"fp8": 2 * 2.0**-8 / 3, "int8": 2 * (4 / 127) ** 2 / 12}
+    steps = sum((greatest / 127) ** 2 / 12 for greatest in GREATEST.values())
+    codes = {"fp8": 2 * 2.0**-8 / 3, "int8": steps}
     activation = 0.0
     if job.impl == OURS:
         from qcompile.config import parse_config
@@ -201,7 +208,10 @@ def logits_bound(layers: int, job: Job) -> float:
         if scheme is not None and scheme.activation is not None:
             activation = codes["fp8" if "fp8" in scheme.activation.format.name else "int8"]
     branch = 2 * (18 * 2.0**-16 / 3 + activation)
-    return 3 * math.sqrt(branch * sum(1 / n for n in range(1, 2 * layers + 1)))
+    error = branch
+    for n in range(1, layers):
+        error = ((n + GATED_POWER) * error + branch) / (n + 1)
+    return 1.25 * math.sqrt(error)
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:
@@ -373,9 +383,9 @@ class Worker:
             for mode in self.options.modes:
                 self.decode(prompted, batch, mode, tokens, expected, common | {"caches": caches})
                 caches = "used"
-        del prompted, tokens, expected
+            del prompted, tokens, expected
         if self.options.prefill:
-            self.prefill(model)
+            self.prefill(model, common)
 
     def prompted(self, model: Any, batch: int) -> Prompted:
         length = self.options.prompt + self.options.tokens + 8
@@ -462,10 +472,12 @@ class Worker:
             assert error <= bound, f"{self.job.name}: logits differ by {error:.3g} from eager ones, bound {bound:.3g}"
 
     @torch.no_grad()
-    def prefill(self, model: Any) -> None:
+    def prefill(self, model: Any, common: Row) -> None:
         """One row: a prompt of `--prefill` tokens, compiled, into an empty static cache."""
         count = self.options.prefill
         kv = self.options.kv if self.job.impl == OURS else None
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with self.turns.building():
             prompted = Prompted.start(model, 1, count, count + 8, kv, self.device)
             ids = torch.randint(model.config.vocab_size, (1, count)).to(self.device)
@@ -476,7 +488,12 @@ class Worker:
                     layer.cumulative_length.zero_()
                 return function(input_ids=ids, past_key_values=prompted.cache, logits_to_keep=1).logits[:, -1]
 
-            error, _ = difference([once(run).float()], [once(model).float()])
+            synchronize(self.device)
+            start = time.perf_counter()
+            logits = once(run).float()
+            synchronize(self.device)
+            seconds = time.perf_counter() - start
+            error, _ = difference([logits], [once(model).float()])
         times = []
         with self.turns.measuring():
             for _ in range(6):
@@ -485,10 +502,19 @@ class Worker:
                 once(run)
                 synchronize(self.device)
                 times.append((time.perf_counter() - start) * 1e3)
-        row = self.row("prefill", 1) | {"tokens": count, "ms": round(statistics.median(times), 2)}
-        print(json.dumps(row | {"error": float(f"{error:.3g}")}), flush=True)
+            ms = statistics.median(times)
+            extra = composition(kernels_of(lambda: once(run), self.device), 1, 1e3 * ms)
+        row = self.row("prefill", 1) | {
+            "tokens": count,
+            "tok_s": round(count * 1e3 / ms, 1),
+            "ms": round(ms, 2),
+            "peak_gb": round(self.peak(), 3),
+            "compile_s": round(seconds, 1),
+            "error": float(f"{error:.3g}"),
+        }
+        print(json.dumps(row), flush=True)
         self.check(error, logits_bound(self.options.layers, self.job))
-        self.store(row | {"error": float(f"{error:.3g}")})
+        self.store(row | common | {"jobs": self.options.jobs} | extra)
 
 
 def main(arguments: list[str]) -> None:

@@ -21,18 +21,19 @@ from hypothesis import strategies as st
 from qcompile.codegen.cost_model import candidates, device_of, rank, seconds, shared_bytes
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import decode_formula, pair_decoder, render
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
 from qcompile.layouts import choose_layout
-from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec
+from qcompile.linear_spec import ACTIVATIONS, LinearSpec
 from qcompile.runtime import cache, gpu, tuning
 from qcompile.runtime import measure as timing
 from qcompile.scheme import PRESETS, preset
 from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.test_gemm import shipped
+from tests.strategies import epilogues
 from tests.triton_interpreter import interpret
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -120,10 +121,10 @@ def test_every_cast_is_printed() -> None:
 
 @st.composite
 def specs(draw: st.DrawFn) -> tuple[LinearSpec, KernelSpec]:
-    n, k = draw(st.integers(1, 40000)), draw(st.integers(1, 40000))
+    n, k = 2 * draw(st.integers(1, 20000)), draw(st.integers(1, 40000))
     scheme = preset(draw(st.sampled_from(sorted(PRESETS)))).fit("layer", (n, k))
     layout = choose_layout(scheme, (n, k), "cuda").name
-    steps = tuple(draw(st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4)))
+    steps = draw(epilogues())
     linear = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=steps)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     x_dtype = dtype if scheme.activation is None else scheme.activation.format.native_dtype
@@ -237,6 +238,24 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         assert not found.get("flush"), "subnormals would be flushed, which decoding fp8 relies on"
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
+    kernels = []
+    for name, rows, store in (("int4", (16, 64, 256), "to_int8"), ("int8", (16,), "to_int8"), ("fp8", (64,), "")):
+        given_ = timing.job(name, preset(name), (28672, 4096), 16, torch.bfloat16)
+        spec = given_.spec.with_epilogue("silu(a)*b", *([store] if store else []))
+        if not store and native_fp8(target):
+            spec = spec.with_epilogue("to_fp8_e4m3")
+        x_dtype = getattr(torch, given_.like(target).x_dtype)
+        kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target).kernel for m in rows]
+    assert all(kernel.gated for kernel in kernels)
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, found
+        assert found.get("looped", found["spills"]) == 0, (kernel, found)
+        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["mma"], f"no matrix instruction in {kernel}"
+
+
 def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:
     """The distinct kernels of a shipped table as they were timed, each as its first entry has it."""
     table, found = tuning.shipped(gpu_name), {}
@@ -263,6 +282,35 @@ def test_kernels_of_the_shipped_table_do_not_spill() -> None:
         assert found["shared"] <= device_of("sm_90").shared, (kernel, found)
         assert found["mma"].startswith("wgmma"), (kernel, found)
         assert not found["flush"], "subnormals would be flushed, which decoding fp8 relies on"
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "int3"])
+def test_shared_memory_is_estimated_from_above(name: str) -> None:
+    """Of the candidate that is nearest to what fits, whose scales have many blocks."""
+    scheme = shipped(name, (256, 512))
+    spec = LinearSpec(in_features=512, out_features=256, scheme=scheme, layout="fragment")
+    small = Tile(m=16, n=64, k=64, split=1, warps=4, stages=3)
+    like = kernel_spec(spec, torch.bfloat16, torch.bfloat16, "sm_90", small)
+    loops = [kernel for kernel in candidates(like, 256) if kernel.tile.form == "loop"]
+    (found,) = measure([kernel := max(loops, key=shared_bytes)])
+    if "error" in found:  # Triton itself refuses what does not fit
+        assert shared_bytes(kernel) > device_of("sm_90").shared, found
+    else:
+        assert found["shared"] <= shared_bytes(kernel), (kernel, found)
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_a_gate_loads_as_many_bytes_at_once(n: int) -> None:
+    """As the same kernel without: addresses in both halves of the weight are as plain to Triton."""
+    spec = LinearSpec(in_features=1024, out_features=512, scheme=shipped("int4", (512, 1024)), layout="fragment")
+    tile = Tile(m=16, n=n, k=128, split=1, warps=n // 16, stages=3)
+    plain, gated = (
+        kernel_spec(spec.with_epilogue(*steps), torch.bfloat16, torch.bfloat16, "sm_90", tile)
+        for steps in ((), ("silu(a)*b",))
+    )
+    without, within = measure([plain, gated])
+    assert set(without["copies"]) == {16}
+    assert within["copies"] == without["copies"]
 
 
 def test_no_candidate_for_blocks_spills() -> None:
