@@ -248,15 +248,15 @@ def test_a_bad_token_spoils_no_other(layout: str, bad: float) -> None:
 
 @pytest.mark.parametrize("n", [64, 128, 256])
 @pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("layout", ["fragment", "rows8"])
+@pytest.mark.parametrize("layout", ["fragment", "fragment24", "rows8"])
 def test_a_gate_multiplies_the_halves_of_the_product(layout: str, split: int, n: int) -> None:
     """Bit for bit what the same kernel without it returns in float32; the halves need not be multiples of tiles."""
-    scheme = shipped("int8" if layout == "rows8" else "int4", (384, 256))
-    shape = (384, 256) if layout == "fragment" else (180, 256)
+    scheme = shipped({"fragment": "int4", "fragment24": "int4_24", "rows8": "int8"}[layout], (384, 256))
+    shape = (180, 256) if layout == "rows8" else (384, 256)
     apart = problem(scheme, layout, 5, *shape)
     apart.out_dtype = torch.float32
     together = replace(apart, spec=apart.spec.with_epilogue("a*b"))
-    for form in ("loop", "slab") if layout == "fragment" else ("loop",):
+    for form in ("loop",) if layout == "rows8" else ("loop", "slab"):
         tile = Tile(m=16, n=n, k=128, split=split, warps=4, stages=2, form=form)
         a, b = apart.interpret("sm_90", tile).chunk(2, -1)
         assert torch.equal(together.interpret("sm_90", tile), a * b)
