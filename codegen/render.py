@@ -344,6 +344,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "N": spec.n,
         "K": spec.k,
         "BITS": fmt.bits,
+        "SPARSE": spec.sparse,
         "SYMMETRIC": spec.symmetric,
         "OFFSET": spec.offset,
         "COLUMNS": spec.columns,
