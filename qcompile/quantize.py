@@ -16,10 +16,11 @@ from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, LayerError
-from qcompile.experts import expert_modules, other_experts, quantize_experts
+from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
 from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
 from qcompile.modules import PackedModule
+from qcompile.packed import PackedWeight
 from qcompile.progress import track
 from qcompile.scheme import Scheme
 from qcompile.torchao_tensors import is_torchao
@@ -85,20 +86,24 @@ def quantize_(
                 stacklevel=2,
             )
     schemes = {} if parsed is None else planned(model, parsed)
+    mixtures = {}
     for name in experts:
         if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:
-            scheme.check_rounded(name)
             check_codes(scheme, name)
+            check_scale(scheme, name)
+            mixtures[name] = scheme
     _take_over(model, modules)
-    wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
+    planned_all = {**schemes, **mixtures}
+    wanting = next((name for name, scheme in planned_all.items() if scheme.needs_data), None)
     if calibration is None and wanting is not None:
-        raise LayerError(f"{wanting}: {_needs(schemes[wanting])}")
+        raise LayerError(f"{wanting}: {_needs(planned_all[wanting])}")
     parents = parents_of(model)
     batches = None if calibration is None else list(calibration)
     if wanting is not None:
         assert batches is not None
         modules.clear()
-        calibrate_(model, schemes, batches, progress=progress, resume=resume, report=report)
+        experts.clear()
+        calibrate_(model, schemes, batches, mixtures=mixtures, progress=progress, resume=resume, report=report)
     else:
         for name in track(list(schemes), "quantizing", progress):
             module, chosen = modules.pop(name), schemes[name]
@@ -107,14 +112,13 @@ def quantize_(
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, quantized.train(module.training))
             del module
-    for name in track(list(experts), "quantizing experts", progress):
-        module, scheme = experts.pop(name), None if parsed is None else parsed.scheme_for(name)
-        if scheme is not None:
+        for name in track(list(mixtures), "quantizing experts", progress):
+            module = experts.pop(name)
             with torch.no_grad():
-                replaced = quantize_experts(name, module, scheme).train(module.training)
+                replaced = quantize_experts(name, module, mixtures[name], _without_data).train(module.training)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, replaced)
-        del module
+            del module
     if parsed is not None and parsed.kv_cache is not None and batches is not None:
         _calibrate_kv_cache(model, parsed.kv_cache, batches)
     return model
@@ -167,6 +171,11 @@ def _needs(scheme: Scheme) -> str:
             "configuration, or choose dynamic activations"
         )
     return f"method {scheme.method} looks at the layer's inputs; pass calibration=batches, or choose rtn or hqq"
+
+
+def _without_data(_projection: str, _index: int, weight: Tensor, scheme: Scheme, layer: str) -> PackedWeight:
+    """An expert's weight by a method that looks at nothing else."""
+    return choose_codes(weight, scheme, None, layer)
 
 
 def _stated_scale(module: nn.Module, scheme: Scheme) -> Tensor | None:

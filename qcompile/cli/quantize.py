@@ -209,7 +209,7 @@ def show(done: Quantized, console: Console) -> None:
             table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
         table.add_column("note", overflow="fold")
         for layer in sorted(done.layers, key=lambda result: -(result.error or 0.0)):
-            note = f"not folded: {layer.declined}" if layer.declined else ""
+            note = "; ".join(filter(None, (f"not folded: {layer.declined}" if layer.declined else "", layer.note)))
             error = "" if layer.error is None else f"{layer.error:.1e}"
             table.add_row(escape(layer.name), layer.scheme, layer.method, error, escape(note))
         console.print(table)
