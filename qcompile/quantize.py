@@ -14,6 +14,7 @@ import qcompile.ops  # noqa: F401  (registers the operators)
 from qcompile.calibrate.codes import check_codes, choose_codes
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
+from qcompile.calibrate.stream import Waiting
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, LayerError
 from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
@@ -68,6 +69,25 @@ def quantize_(
         CalibrationError: batches that do not show what is needed, or hold NaN or infinity.
         CheckpointError: a `resume` folder of another calibration.
     """
+    return quantize_waiting(
+        model, config, None, calibration=calibration, progress=progress, resume=resume, report=report
+    )
+
+
+def quantize_waiting(
+    model: Model,
+    config: str | Path | Mapping[str, Any] | Scheme | QuantConfig | None,
+    waiting: Waiting | None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    progress: bool = True,
+    resume: str | Path | None = None,
+    report: Callable[[LayerResult], None] | None = None,
+) -> Model:
+    """`quantize_` of a model some of whose blocks are not in memory before their turn.
+
+    Then the peak of memory is the result and one block, with statistics of its inputs.
+    """
     parsed = None if config is None else parse_config(config)
     if type(model) is nn.Linear or is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")
@@ -103,9 +123,19 @@ def quantize_(
         assert batches is not None
         modules.clear()
         experts.clear()
-        calibrate_(model, schemes, batches, mixtures=mixtures, progress=progress, resume=resume, report=report)
+        calibrate_(
+            model,
+            schemes,
+            batches,
+            mixtures=mixtures,
+            waiting=waiting,
+            progress=progress,
+            resume=resume,
+            report=report,
+        )
     else:
         for name in track(list(schemes), "quantizing", progress):
+            _fill(waiting, name)
             module, chosen = modules.pop(name), schemes[name]
             packed = choose_codes(matrix_of(module), chosen, None, name)
             quantized = quantized_linear(name, module, chosen, _stated_scale(module, chosen), packed)
@@ -113,12 +143,14 @@ def quantize_(
                 setattr(parent, child_name, quantized.train(module.training))
             del module
         for name in track(list(mixtures), "quantizing experts", progress):
+            _fill(waiting, name)
             module = experts.pop(name)
             with torch.no_grad():
                 replaced = quantize_experts(name, module, mixtures[name], _without_data).train(module.training)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, replaced)
             del module
+    _fill(waiting)
     if parsed is not None and parsed.kv_cache is not None and batches is not None:
         _calibrate_kv_cache(model, parsed.kv_cache, batches)
     return model
@@ -171,6 +203,14 @@ def _needs(scheme: Scheme) -> str:
             "configuration, or choose dynamic activations"
         )
     return f"method {scheme.method} looks at the layer's inputs; pass calibration=batches, or choose rtn or hqq"
+
+
+def _fill(waiting: Waiting | None, layer: str | None = None) -> None:
+    """Let the block of a layer (None: all blocks) be in memory."""
+    if waiting is not None:
+        for block in list(waiting.blocks):
+            if layer is None or layer.startswith(f"{block}."):
+                waiting.fill(block)
 
 
 def _without_data(_projection: str, _index: int, weight: Tensor, scheme: Scheme, layer: str) -> PackedWeight:

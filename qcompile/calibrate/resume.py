@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qcompile.calibrate.codes import choose_codes
 from qcompile.calibrate.report import LayerResult
-from qcompile.calibrate.stream import Batch
+from qcompile.calibrate.stream import Batch, Waiting
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import QuantizedExperts, quantize_experts
 from qcompile.fingerprint import fingerprint
@@ -45,13 +45,14 @@ class Progress:
         schemes: Mapping[str, Scheme],
         mixtures: Mapping[str, Scheme],
         batches: Sequence[Batch],
+        waiting: Waiting | None = None,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.results: dict[str, LayerResult] = {}
         self.schemes, self.mixtures = schemes, mixtures
         if self.folder is None:
             return
-        self.key = _key(model, {**schemes, **mixtures}, batches)
+        self.key = _key(model, {**schemes, **mixtures}, batches, waiting)
         index = self.folder / _INDEX
         if not index.is_file():
             if self.folder.exists() and any(self.folder.iterdir()):
@@ -178,12 +179,15 @@ def _result(entry: dict[str, Any]) -> LayerResult:
     return LayerResult(**{**entry, "folded": tuple(entry["folded"])})
 
 
-def _key(model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch]) -> str:
+def _key(
+    model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch], waiting: Waiting | None = None
+) -> str:
     """What a calibration depends on, hashed: code, schemes, batches, and the shapes and some content of parameters."""
     digest = hashlib.sha256(fingerprint().encode())
     digest.update(json.dumps({name: scheme_to_dict(s) for name, s in schemes.items()}).encode())
     for name, parameter in model.named_parameters():
-        few = parameter.detach().reshape(-1)[:64].float().cpu()
+        content = waiting.peek(name) if parameter.is_meta and waiting is not None else parameter.detach()
+        few = content.reshape(-1)[:64].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{few.tolist()}".encode())
     for batch in batches:
         _update(digest, [*batch.args, *sorted(batch.kwargs.items())])

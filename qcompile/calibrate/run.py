@@ -28,6 +28,7 @@ from qcompile.calibrate.stream import (
     Call,
     NotAStack,
     Stack,
+    Waiting,
     as_batches,
     call_of,
     find_stacks,
@@ -55,6 +56,7 @@ def calibrate_(
     calibration: Iterable[Any],
     *,
     mixtures: Mapping[str, Scheme] | None = None,
+    waiting: Waiting | None = None,
     progress: bool = True,
     resume: str | Path | None = None,
     report: Callable[[LayerResult], None] | None = None,
@@ -68,6 +70,7 @@ def calibrate_(
         schemes: of `linear_modules`, by name, fitted to their shapes.
         calibration: batches, see `as_batches`.
         mixtures: of `expert_modules`, by name.
+        waiting: blocks that are not in memory yet. A rotation, or blocks that cannot be run apart, need them all.
         resume: a folder for what is done, from which an interrupted call goes on. It stays.
         report: told of each layer.
 
@@ -77,10 +80,10 @@ def calibrate_(
     """
     batches = as_batches(calibration)
     mixtures = mixtures or {}
-    done = Progress(resume, model, schemes, mixtures, batches)
+    done = Progress(resume, model, schemes, mixtures, batches, waiting)
     parts = len(schemes) + 2 * len(mixtures)  # experts have two projections
     with Bar(parts, "calibrating", progress) as bar, torch.no_grad():
-        layers = _Calibration(model, {**schemes, **mixtures}, batches, bar, done, report)
+        layers = _Calibration(model, {**schemes, **mixtures}, batches, bar, done, report, waiting)
         with without_cache(model):
             layers.run()
 
@@ -96,8 +99,9 @@ class _Calibration:
         bar: Bar,
         done: Progress,
         report: Callable[[LayerResult], None] | None,
+        waiting: Waiting | None,
     ) -> None:
-        self.model, self.schemes = model, schemes
+        self.model, self.schemes, self.waiting = model, schemes, waiting
         modules = linear_modules(model) | expert_modules(model)
         self.left = {name: module for name, module in modules.items() if name in schemes}
         self.mixtures = self.left.keys() & expert_modules(model).keys()
@@ -110,9 +114,10 @@ class _Calibration:
 
     def run(self) -> None:
         self._rotate()
-        self.owners = owners_of(self.model)
         stacks: list[Stack] = []
         for names in find_stacks(self.model, [n for n in self.left if self.schemes[n].needs_data]):
+            # The model runs up to these blocks, and the first of them, whose output says what blocks return.
+            self._fill([*names[:1], *(n for n in (self.waiting.blocks if self.waiting else ()) if n not in names)])
             try:
                 stack = record(self.model, names, self.batches, stacks)
             except NotAStack as reason:
@@ -120,6 +125,7 @@ class _Calibration:
                 self.apart |= dict.fromkeys(within, f"blocks cannot be run apart: {reason}")
                 continue
             for index, name in enumerate(names):
+                self._fill([name])
                 block = self.model.get_submodule(name)
                 device = next((p.device for p in block.parameters()), torch.device("cpu"))
                 own = [layer for layer in self.left if layer.startswith(f"{name}.")]
@@ -130,12 +136,20 @@ class _Calibration:
                     stack.advance(index, block, device)
             stacks.append(stack)
         rest = list(self.left)
+        self._fill()
         call = None
         with suppress(NotAStack):  # called with token ids, say: its graph is not that of a block
             call = call_of(self.batches[0].args, self.batches[0].kwargs)
         if rest:
             whole = self.model if not stacks else None
             self._quantize(rest, lambda: run_whole(self.model, self.batches, stacks), whole, call)
+
+    def _fill(self, names: Sequence[str] | None = None) -> None:
+        """Let blocks (None: all) be in memory."""
+        if self.waiting is not None:
+            for name in list(self.waiting.blocks) if names is None else names:
+                self.waiting.fill(name)
+        self.owners = owners_of(self.model)
 
     def _rotate(self) -> None:
         """Turn the residual stream and values, if any layer's method says so; where it cannot be, note why."""
@@ -144,6 +158,7 @@ class _Calibration:
         if len(seeds) > 1:
             raise ConfigError(f"method hadamard: layers name different seeds, {sorted(seeds)}; a model has one")
         for seed in seeds:
+            self._fill()
             self.unturned = {name: [] for name in wanted}
             try:
                 rotate_(self.model, self.batches[0], list(self.left), seed)
