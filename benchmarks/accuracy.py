@@ -26,9 +26,12 @@ from typing import Any
 import torch
 
 import qcompile
+from qcompile.calibrate.rotate_heads import rotate_heads_
+from qcompile.calibrate.stream import Batch
 from qcompile.checkpoint.gguf import smollm2_path
 from qcompile.config import QuantConfig, Rule
 from qcompile.evaluate import compare, load_language_model, sample_text, weight_bytes
+from qcompile.linears import linear_modules
 from qcompile.scheme import PRESETS, parse_scheme
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +81,8 @@ ROWS: dict[str, Any] = {
     "Q4_K RTN, importance matrix": {"preset": "q4_k", "method": "importance"},
     "Q4_K GPTQ": {"preset": "q4_k", "method": "gptq"},
 }
-CACHES = {"KV fp8": "fp8", "KV int8": "int8", "KV int4": "int4"}
+CACHES = {"KV fp8": "fp8", "KV int8": "int8", "KV int4": "int4", "KV int4, Hadamard": "int4"}
+"""The last of a model whose values are rotated (R2)."""
 
 
 class WithCache:
@@ -164,7 +168,10 @@ def row(
     seconds = time.perf_counter() - start
     size = weight_bytes(model)
     if name in CACHES:
-        model = WithCache(original, CACHES[name])
+        if name.endswith("Hadamard"):
+            model = copy.deepcopy(original)
+            rotate_heads_(model, Batch((ids[:WINDOW][None],), {"use_cache": False}), list(linear_modules(model)), 0)
+        model = WithCache(model, CACHES[name])
     quality = compare(model, reference, ids, WINDOW)
     errors = [result.error for result in results if result.error is not None]
     return {

@@ -344,7 +344,36 @@ def demo(folder: Path) -> str:
     return text
 
 
-SECTIONS: tuple[Callable[[Path], str], ...] = (linear, gate, grouped, decode, attention, demo)
+# ---- choosing codes
+
+
+def calibrate(folder: Path) -> str:
+    """The section of GPTQ's time."""
+    text = ""
+    for path in sorted(folder.glob("*.calibrate.json")):
+        file = json.loads(path.read_text())
+        ways = [way for way in ("qcompile", "qcompile, plain ranges", "llm-compressor") if file["linears"][0].get(way)]
+        text += f"## GPTQ on {path.name.removesuffix('.calibrate.json')}\n\n"
+        text += filled(
+            f"{file['machine']}, torch {file['torch']}: int4 in groups of 128 for the linears of a decoder layer, from "
+            "a weight and the mean of x x^T, random ones (`benchmarks/calibrate.py`). Seconds, and in brackets the "
+            "mean square of the output's error, in thousandths of the output's."
+        )
+        lines = []
+        for row in file["linears"]:
+            cells = [f"{row[way]['seconds']:.3f} ({1000 * row[way]['error']:.2f})" for way in ways]
+            lines.append([f"{row['linear']} {row['n']}x{row['k']}", *cells, f"({1000 * row['nearest']['error']:.2f})"])
+        sums = [f"{sum(row[way]['seconds'] for row in file['linears']):.2f}" for way in ways]
+        text += table(["linear", *ways, "rounding"], [*lines, ["a layer", *sums, ""]]) + "\n"
+        if (stack := file["stack"]) is not None:
+            text += filled(
+                f"A whole calibration of {stack['layers']} such layers with {stack['tokens']:,} tokens took "
+                f"{stack['seconds_per_layer']:.1f} s a layer."
+            )
+    return text
+
+
+SECTIONS: tuple[Callable[[Path], str], ...] = (linear, gate, grouped, decode, attention, calibrate, demo)
 
 
 def page(folder: Path = RESULTS) -> str:

@@ -14,12 +14,14 @@ import qcompile.ops  # noqa: F401  (registers the operators)
 from qcompile.calibrate.codes import check_codes, choose_codes
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
+from qcompile.calibrate.stream import Waiting
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, LayerError
-from qcompile.experts import expert_modules, other_experts, quantize_experts
+from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
 from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
 from qcompile.modules import PackedModule
+from qcompile.packed import PackedWeight
 from qcompile.progress import track
 from qcompile.scheme import Scheme
 from qcompile.torchao_tensors import is_torchao
@@ -67,6 +69,25 @@ def quantize_(
         CalibrationError: batches that do not show what is needed, or hold NaN or infinity.
         CheckpointError: a `resume` folder of another calibration.
     """
+    return quantize_waiting(
+        model, config, None, calibration=calibration, progress=progress, resume=resume, report=report
+    )
+
+
+def quantize_waiting(
+    model: Model,
+    config: str | Path | Mapping[str, Any] | Scheme | QuantConfig | None,
+    waiting: Waiting | None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    progress: bool = True,
+    resume: str | Path | None = None,
+    report: Callable[[LayerResult], None] | None = None,
+) -> Model:
+    """`quantize_` of a model some of whose blocks are not in memory before their turn.
+
+    Then the peak of memory is the result and one block, with statistics of its inputs.
+    """
     parsed = None if config is None else parse_config(config)
     if type(model) is nn.Linear or is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")
@@ -85,36 +106,51 @@ def quantize_(
                 stacklevel=2,
             )
     schemes = {} if parsed is None else planned(model, parsed)
+    mixtures = {}
     for name in experts:
         if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:
-            scheme.check_rounded(name)
             check_codes(scheme, name)
+            check_scale(scheme, name)
+            mixtures[name] = scheme
     _take_over(model, modules)
-    wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
+    planned_all = {**schemes, **mixtures}
+    wanting = next((name for name, scheme in planned_all.items() if scheme.needs_data), None)
     if calibration is None and wanting is not None:
-        raise LayerError(f"{wanting}: {_needs(schemes[wanting])}")
+        raise LayerError(f"{wanting}: {_needs(planned_all[wanting])}")
     parents = parents_of(model)
     batches = None if calibration is None else list(calibration)
     if wanting is not None:
         assert batches is not None
         modules.clear()
-        calibrate_(model, schemes, batches, progress=progress, resume=resume, report=report)
+        experts.clear()
+        calibrate_(
+            model,
+            schemes,
+            batches,
+            mixtures=mixtures,
+            waiting=waiting,
+            progress=progress,
+            resume=resume,
+            report=report,
+        )
     else:
         for name in track(list(schemes), "quantizing", progress):
+            _fill(waiting, name)
             module, chosen = modules.pop(name), schemes[name]
             packed = choose_codes(matrix_of(module), chosen, None, name)
             quantized = quantized_linear(name, module, chosen, _stated_scale(module, chosen), packed)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, quantized.train(module.training))
             del module
-    for name in track(list(experts), "quantizing experts", progress):
-        module, scheme = experts.pop(name), None if parsed is None else parsed.scheme_for(name)
-        if scheme is not None:
+        for name in track(list(mixtures), "quantizing experts", progress):
+            _fill(waiting, name)
+            module = experts.pop(name)
             with torch.no_grad():
-                replaced = quantize_experts(name, module, scheme).train(module.training)
+                replaced = quantize_experts(name, module, mixtures[name], _without_data).train(module.training)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, replaced)
-        del module
+            del module
+    _fill(waiting)
     if parsed is not None and parsed.kv_cache is not None and batches is not None:
         _calibrate_kv_cache(model, parsed.kv_cache, batches)
     return model
@@ -167,6 +203,19 @@ def _needs(scheme: Scheme) -> str:
             "configuration, or choose dynamic activations"
         )
     return f"method {scheme.method} looks at the layer's inputs; pass calibration=batches, or choose rtn or hqq"
+
+
+def _fill(waiting: Waiting | None, layer: str | None = None) -> None:
+    """Let the block of a layer (None: all blocks) be in memory."""
+    if waiting is not None:
+        for block in list(waiting.blocks):
+            if layer is None or layer.startswith(f"{block}."):
+                waiting.fill(block)
+
+
+def _without_data(_projection: str, _index: int, weight: Tensor, scheme: Scheme, layer: str) -> PackedWeight:
+    """An expert's weight by a method that looks at nothing else."""
+    return choose_codes(weight, scheme, None, layer)
 
 
 def _stated_scale(module: nn.Module, scheme: Scheme) -> Tensor | None:

@@ -10,12 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qcompile.errors import CalibrationError, shown
+
+
+class Waiting(Protocol):
+    """Blocks whose parameters are on the meta device until their turn comes."""
+
+    blocks: list[str]
+
+    def fill(self, block: str) -> None:
+        """Give a block its parameters, if it waits."""
+
+    def peek(self, name: str) -> Tensor:
+        """A parameter that waits; empty if it is not known as such."""
 
 
 class NotAStack(Exception):

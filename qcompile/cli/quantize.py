@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.calibrate.report import LayerResult
+from qcompile.calibrate.stream import Waiting, find_stacks
 from qcompile.checkpoint.gguf import load_decoded
 from qcompile.checkpoint.gguf_tokenizer import load_tokenizer
-from qcompile.checkpoint.loader import open_checkpoint
+from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
 from qcompile.checkpoint.saving.layers import Layer
@@ -29,9 +30,10 @@ from qcompile.cli.demo import config_of
 from qcompile.cli.steps import Steps
 from qcompile.config import QuantConfig, Rule, parse_config
 from qcompile.errors import CheckpointError, ConfigError
+from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules, matrix_of
 from qcompile.methods import ROUND, parse_method
-from qcompile.quantize import planned
+from qcompile.quantize import planned, quantize_waiting
 from qcompile.reference import quantize_weight
 from qcompile.scheme import ALIASES, PRESETS, Scheme
 
@@ -95,7 +97,8 @@ def run(
 ) -> Quantized:
     """Load, quantize and save a model. Interrupted, it goes on from `<output>.resume` when it is called again.
 
-    That folder is removed when the model is saved.
+    That folder is removed when the model is saved. Blocks of a checkpoint are read when their turn comes: the peak of
+    memory is the result and one block.
 
     Args:
         source: a folder with a checkpoint that is not quantized, or a GGUF file, whose weights are decoded.
@@ -112,7 +115,7 @@ def run(
     if output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output}: is not empty; name another folder")
     steps.next(f"loading {source}")
-    model = _load(source, device, dtype)
+    model, waiting = _load(source, device, dtype)
     schemes = planned(model, config)
     check_format(model, schemes, format)
     batches = None
@@ -126,7 +129,7 @@ def run(
     resume = output.with_name(f"{output.name}.resume") if batches is not None else None
     steps.next(f"quantizing {len(schemes)} layers")
     steps.pause()
-    qcompile.quantize_(model, config, calibration=batches, resume=resume, report=results.append)
+    quantize_waiting(model, config, waiting, calibration=batches, resume=resume, report=results.append)
     steps.next(f"writing {output}")
     saved = qcompile.save(model, output, format, allow_rounding=allow_rounding)
     if resume is not None and resume.exists():
@@ -134,14 +137,17 @@ def run(
     return Quantized(tuple(results), saved)
 
 
-def _load(source: Path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _load(source: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[nn.Module, Waiting | None]:
+    """A model, and its blocks that are read from the files when they are quantized."""
     if source.suffix == ".gguf":
         model = load_decoded(source, dtype or torch.float32, device)
         model.name_or_path = str(source)  # type: ignore[assignment]
-        return model
-    if open_checkpoint(source).method is not None:
-        raise CheckpointError(f"{source}: is quantized already; take the original, or `qcompile convert` this one")
-    return qcompile.load(source, device=device, dtype=dtype, progress=False)
+        return model, None
+    return load_pending(source, _blocks, device, dtype)
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    return [name for names in find_stacks(model, [*linear_modules(model), *expert_modules(model)]) for name in names]
 
 
 def check_format(model: nn.Module, schemes: dict[str, Scheme], format: str) -> None:
@@ -209,7 +215,7 @@ def show(done: Quantized, console: Console) -> None:
             table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
         table.add_column("note", overflow="fold")
         for layer in sorted(done.layers, key=lambda result: -(result.error or 0.0)):
-            note = f"not folded: {layer.declined}" if layer.declined else ""
+            note = "; ".join(filter(None, (f"not folded: {layer.declined}" if layer.declined else "", layer.note)))
             error = "" if layer.error is None else f"{layer.error:.1e}"
             table.add_row(escape(layer.name), layer.scheme, layer.method, error, escape(note))
         console.print(table)
