@@ -44,7 +44,7 @@ class Progress:
         self.schemes = schemes
         if self.folder is None:
             return
-        self.key = _key(model, schemes, batches)
+        self.key = calibration_key(model, schemes, batches)
         index = self.folder / _INDEX
         if not index.is_file():
             if self.folder.exists() and any(self.folder.iterdir()):
@@ -147,7 +147,7 @@ def _result(entry: dict[str, Any]) -> LayerResult:
     return LayerResult(**{**entry, "folded": tuple(entry["folded"])})
 
 
-def _key(model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch]) -> str:
+def calibration_key(model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch]) -> str:
     """What a calibration depends on, hashed: code, schemes, batches, and the shapes and some content of parameters."""
     digest = hashlib.sha256(fingerprint().encode())
     digest.update(json.dumps({name: scheme_to_dict(s) for name, s in schemes.items()}).encode())

@@ -75,7 +75,7 @@ def configuration(scheme: str, method: Sequence[str]) -> QuantConfig:
 
 
 def _scheme(rule: Rule) -> Scheme:
-    assert rule.scheme is not None
+    assert isinstance(rule.scheme, Scheme)
     return rule.scheme
 
 
