@@ -317,6 +317,32 @@ def quantize(
 
 
 @app.command()
+def recommend(
+    model: Annotated[Path, typer.Argument(help="A folder with a config.json, such a file, or a GGUF file.")],
+    device: Annotated[
+        str, typer.Option(help="h100, a100, 4090, mi300x, ...; cuda or cpu for this machine's; auto: a GPU if any.")
+    ] = "auto",
+    prefer: Annotated[str, typer.Option(help="accuracy, speed or memory.")] = "accuracy",
+    batch: Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences at once.")] = 1,
+    context: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of a sequence.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every option, instead of a table.")] = False,
+) -> None:
+    """Say which schemes fit a model on a device, what each takes and loses, and the command for the best."""
+    with _errors_told():
+        quiet_imports()
+        from qcompile.cli.recommend import show, to_dict
+        from qcompile.evaluate import recommend as command
+
+        command.check_preference(prefer)
+        target = command.target_of(choose_device(device).type if device == "auto" else device)
+        found = command.recommend(command.read_model(model), target, prefer, batch, context)
+        if as_json:
+            typer.echo(json.dumps(to_dict(found, str(model)), indent=1))
+        else:
+            show(found, str(model), Console())
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A folder with a checkpoint, a .safetensors or a GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every layer, instead of a table.")] = False,
