@@ -109,8 +109,7 @@ class Chosen:
             ConfigError: a name of neither, or a file that cannot be written.
         """
         path = Path(path)
-        if path.suffix not in (".yaml", ".yml", ".json"):
-            raise ConfigError(f"{path}: a configuration is called .yaml, .yml or .json")
+        check_name(path)
         text = json.dumps(self.config.to_dict(), indent=1) + "\n" if path.suffix == ".json" else self.to_yaml()
         temporary = path.with_name(f"{path.name}.part")
         try:
@@ -118,6 +117,18 @@ class Chosen:
             temporary.replace(path)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error})") from None
+
+
+def check_name(path: Path) -> None:
+    """Refuse a place that no configuration can be written to.
+
+    Raises:
+        ConfigError: another suffix than .yaml, .yml and .json, or no such folder.
+    """
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ConfigError(f"{path}: a configuration is called .yaml, .yml or .json")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.absolute().parent}")
 
 
 def label(scheme: Scheme) -> str:

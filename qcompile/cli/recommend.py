@@ -29,7 +29,7 @@ def show(found: Recommendation, model: str, console: Console) -> None:
     for name in ("GB: weights", "cache", "activations", "all", "tok/s", "prompt s", "KL", "perplexity x"):
         table.add_column(name, justify="right")
     best = [option for option in found.options if option.score is not None][:SHOWN]
-    for option in best or found.options[:1]:
+    for option in best or sorted(found.options, key=lambda option: option.memory)[:1]:
         table.add_row(*_cells(option, found.batch), style="bold" if option is found.best else None)
     console.print(table)
     if found.best is None:

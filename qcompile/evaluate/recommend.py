@@ -25,9 +25,10 @@ from torch import nn
 
 from qcompile.calibrate.assign import label
 from qcompile.calibrate.statistics import observed
+from qcompile.checkpoint.saving.save import FORMATS, formats_for
 from qcompile.codegen.cost_model import CARDS, Card, Device
 from qcompile.codegen.predict import predict, predict_plain
-from qcompile.config import Auto, parse_config
+from qcompile.config import AUTO, Auto, parse_config
 from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerError
 from qcompile.experts import expert_modules, projection_shapes
 from qcompile.kv_cache import parse_kv_cache
@@ -134,6 +135,7 @@ class ModelShape:
         tied: whether the embedding is the head's weight.
         other: bytes of all else, the embedding included, in 16 bits.
         layers: with a KV cache.
+        heads: of queries.
         kv_heads, head_dim: of the cache.
         width: of the residual stream.
         vocabulary: of the output.
@@ -148,6 +150,7 @@ class ModelShape:
     tied: bool
     other: int
     layers: int
+    heads: int
     kv_heads: int
     head_dim: int
     width: int
@@ -201,6 +204,7 @@ def read_model(path: Path) -> ModelShape:
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         other=2 * rest,
         layers=text.num_hidden_layers,
+        heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         width=text.hidden_size,
@@ -278,7 +282,10 @@ def measured() -> Table:
     """The packaged results."""
     text = (importlib.resources.files("qcompile.evaluate") / "measured.json").read_text(encoding="utf-8")
     given = json.loads(text)
-    rows = tuple(Measured(row["name"], row["config"], _mix(row), row["kl"], row["loss"]) for row in given["accuracy"])
+    rows = tuple(
+        Measured(row["name"] if row["config"] else UNQUANTIZED, row["config"], _mix(row), row["kl"], row["loss"])
+        for row in given["accuracy"]
+    )
     caches = {name: (entry["kl"], entry["loss"]) for name, entry in given["caches"].items()}
     return Table(given["model"], rows, caches, given["between_us"] * 1e-6)
 
@@ -397,7 +404,7 @@ def recommend(
                 activation_bytes=working,
                 fits=weights + kept + working <= (1 - RESERVED) * target.capacity,
                 step=step.seconds + read + beside,
-                prompt=prompt.seconds + beside,
+                prompt=prompt.seconds + beside + _attention(model, target, batch, context),
                 timed=step.timed,
                 kl=row.kl + kl,
                 loss=row.loss + loss,
@@ -502,6 +509,12 @@ def _work(
         yield model.head, 1, min(tokens, 16), ((head_scheme(mix), 1.0),) if mix else ()
 
 
+def _attention(model: ModelShape, target: Target, batch: int, context: int) -> float:
+    """Seconds of causal attention over a context that is read at once, at half the device's rate of operations."""
+    operations = 2 * batch * context**2 * model.layers * model.heads * model.head_dim
+    return operations / (0.5 * target.device.operations)
+
+
 _LARGEST = 4096
 """Rows of the largest bucket that kernels are chosen for; more take as much longer."""
 
@@ -537,16 +550,17 @@ def command(option: Option, model: str, output: str = "out") -> str:
     (rule,) = parse_config(option.config).rules
     scheme = rule.scheme
     assert scheme is not None
+    each = scheme.schemes if isinstance(scheme, Auto) else (scheme,)
+    formats = [f for f in formats_for(each[0]) if all(f in formats_for(other) for other in each)]
     method = method_to_config(scheme.method)
     steps: list[Any] = method if isinstance(method, list) else [method]
-    calibrated = scheme.method.needs_data or isinstance(scheme, Auto)
-    name = "auto" if isinstance(scheme, Auto) else label(scheme)
-    if not all(isinstance(step, str) for step in steps) or (name not in PRESETS and name != "auto"):
-        data = ", calibration=batches" if calibrated or (isinstance(scheme, Scheme) and scheme.needs_data) else ""
-        return f"qcompile.quantize_(model, {json.dumps(option.config)}{data})"
+    data = isinstance(scheme, Auto) or scheme.needs_data
+    name = AUTO if isinstance(scheme, Auto) else label(scheme)
+    if not formats or name not in (*PRESETS, AUTO) or not all(isinstance(step, str) for step in steps):
+        return f"qcompile.quantize_(model, {option.config!r}{', calibration=batches' if data else ''})"
     parts = [f"qcompile quantize {model} --scheme {name}"]
-    if isinstance(scheme, Auto):
-        parts += [f"--bits {scheme.bits:g}"]
+    parts += [f"--bits {scheme.bits:g}"] if isinstance(scheme, Auto) else []
     parts += [f"--method {','.join(steps)}"] if steps != ["rtn"] else []
-    parts += ["--calibration text.txt"] if calibrated else []
+    parts += ["--calibration text.txt"] if data else []
+    parts += [f"--format {formats[0]}"] if formats[0] != FORMATS[0] else []
     return " ".join([*parts, f"--output {output}"])
