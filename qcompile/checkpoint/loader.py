@@ -238,7 +238,9 @@ def skeleton_of(path: Path) -> nn.Module:
         return skeleton(gguf_source(path, decode=True).config, torch.bfloat16)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file() or file.suffix != ".json":
-        raise CheckpointError(f"{path}: this is no config.json, folder with one, or GGUF file")
+        raise CheckpointError(
+            f"{path}: there is no config.json; name a model's folder, its config.json, or a GGUF file"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(file, trust_remote_code=False)
         return skeleton(config, torch.bfloat16)

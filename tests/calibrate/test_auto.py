@@ -58,13 +58,13 @@ def tables(draw):
         sizes.append(draw(st.lists(st.integers(1, 50), min_size=count, max_size=count)))
         costs.append(draw(st.lists(st.integers(0, 1000), min_size=count, max_size=count)))
     scale = draw(st.sampled_from([1, 997, 10**7]))
-    return [[c * 1e-5 for c in row] for row in costs], [[s * scale for s in row] for row in sizes], scale
+    return [[c * 1e-5 for c in row] for row in costs], [[s * scale for s in row] for row in sizes]
 
 
 @settings(max_examples=40, deadline=None)
 @given(table=tables(), share=st.floats(0, 1.2))
 def test_no_other_assignment_is_better(table, share):
-    cost, size, scale = table
+    cost, size = table
     limit = int(share * sum(map(max, size)))
     found = least(cost, size, limit)
     every = list(itertools.product(*(range(len(row)) for row in cost)))
@@ -181,7 +181,10 @@ def test_quantize_decides_and_calibrates():
         (auto(kl=1e-12), r"no choice stays within kl 1e-12; the least that its candidates reach is"),
         ("int4", "no rule has scheme auto"),
         ({"rules": [*auto(bits=5.0)["rules"], {"layers": "*", "scheme": "int4"}]}, "decides no layer"),
-        ({"rules": [{"layers": "head", "scheme": {"preset": "auto", "bits": 6}}, *auto(bits=5)["rules"]]}, "one budget"),
+        (
+            {"rules": [{"layers": "head", "scheme": {"preset": "auto", "bits": 6}}, *auto(bits=5)["rules"]]},
+            "one budget",
+        ),
     ],
 )
 def test_budgets_and_rules_that_cannot_be(config, message):
