@@ -56,7 +56,7 @@ class Auto:
     kl: float | None = None
     candidates: tuple[Scheme, ...] = _default_candidates()
     method: Method = ROUND
-    tokens: int = 256
+    tokens: int = 512
 
     def __post_init__(self) -> None:
         given = [name for name in _BUDGETS if getattr(self, name) is not None]

@@ -36,7 +36,8 @@ class Choice:
     Attributes:
         layers: their names.
         schemes: the candidates, as the configuration names them.
-        kl: measured divergence of each candidate, in nats.
+        kl: divergence of each candidate, in nats.
+        measured: the candidates whose divergence was measured; see `qcompile.calibrate.sensitivity`.
         nbytes: packed weights of all layers, by candidate.
         chosen: the index of a candidate.
     """
@@ -44,6 +45,7 @@ class Choice:
     layers: tuple[str, ...]
     schemes: tuple[Scheme, ...]
     kl: tuple[float, ...]
+    measured: tuple[int, ...]
     nbytes: tuple[int, ...]
     chosen: int
 
@@ -88,16 +90,17 @@ class Chosen:
         plain = self.config.to_dict()
         lines = [
             f"# {self.bits:.3f} bits a weight, {self.nbytes:,} bytes; KL divergence expected: {self.kl:.3g} nats.",
-            "# Behind each layer: the divergence that each candidate makes alone, of all layers that share its input.",
+            "# Behind each layer: the divergence that each candidate makes alone, of all layers that share its input;",
+            "# ~ is of one that follows from a measured one's.",
             "rules:",
         ]
         for entry in plain["rules"]:
             choice = of.get(entry["layers"])
             text = f"- {line(entry)}"
             if choice is not None:
-                text += "  # KL " + ", ".join(
-                    f"{label(scheme)} {kl:.1e}" for scheme, kl in zip(choice.schemes, choice.kl, strict=True)
-                )
+                each = enumerate(zip(choice.schemes, choice.kl, strict=True))
+                told = [f"{label(s)} {'' if i in choice.measured else '~'}{kl:.1e}" for i, (s, kl) in each]
+                text += f"  # KL {', '.join(told)}"
             lines.append(text)
         rest = {key: value for key, value in plain.items() if key != "rules"}
         return "\n".join(lines) + "\n" + (yaml.safe_dump(rest, sort_keys=False) if rest else "")
@@ -147,8 +150,8 @@ def choose_schemes(
 ) -> Chosen:
     """Decide the rules of a configuration whose scheme is auto; see `qcompile.config.Auto`.
 
-    Every layer is quantized alone, with every candidate, and the model's output is compared with the unquantized one's.
-    The model is left as it was.
+    Layers that read one tensor are quantized alone, and the model's output is compared with the unquantized one's
+    (`qcompile.calibrate.sensitivity`). The model is left as it was.
 
     Args:
         model: floating point, with logits (or one tensor of scores) as its output.
@@ -193,7 +196,7 @@ def choose_schemes(
     nbytes = [tuple(sum(sizes[n][i] for n in g.layers) for i in range(len(auto.schemes))) for g in groups]
     indices = solve(auto, [g.kl for g in groups], nbytes, weights)
     choices = [
-        Choice(g.layers, auto.schemes, g.kl, size, index)
+        Choice(g.layers, auto.schemes, g.kl, g.measured, size, index)
         for g, size, index in zip(groups, nbytes, indices, strict=True)
     ]
     scheme_of = {name: auto.schemes[choice.chosen] for choice in choices for name in choice.layers}

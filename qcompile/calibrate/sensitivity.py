@@ -5,6 +5,10 @@ nats a position, on some tokens of the calibration. Groups are the linears that 
 that `merge_projections` makes one product of, which is why they stay on one scheme. Codes are chosen by the scheme's
 own method from what arrives at a layer in the unquantized model. Folds are left out: they change layers together.
 
+Of candidates that differ in their weights alone, the one in the middle by size is measured. To second order, the first
+that does not vanish, the divergence is a quadratic form of the layer's error E x. So that of another candidate is to it
+as tr(E H E^T), with H the mean of x x^T over inputs, is to that; rounding to nearest gives the ratio, for every method.
+
 Where a model's blocks run one after the other, what arrives at a block is kept, and a group of that block is measured
 by running this block and those after it.
 """
@@ -23,14 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qcompile.calibrate.codes import choose_codes
+from qcompile.calibrate.gptq import hessian_error
 from qcompile.calibrate.resume import calibration_key
 from qcompile.calibrate.statistics import Collector, observed
 from qcompile.calibrate.stream import Batch, NotAStack, Stack, find_stacks, record, run_whole, without_cache
 from qcompile.errors import CalibrationError, CheckpointError
 from qcompile.linears import is_conv1d, linear_modules, matrix_of
 from qcompile.methods import Method
+from qcompile.packed import stored_bytes
 from qcompile.progress import Bar
-from qcompile.reference import dequantize, dequantize_activation, quantize_activation
+from qcompile.reference import dequantize, dequantize_activation, quantize_activation, quantize_weight
 from qcompile.scheme import Scheme
 
 Candidates = tuple[Scheme, ...]
@@ -43,10 +49,12 @@ class Sensitivity:
     Attributes:
         layers: their names.
         kl: mean divergence of the model's outputs in nats, a number for each candidate.
+        measured: the candidates whose divergence was measured; the others' follow from theirs.
     """
 
     layers: tuple[str, ...]
     kl: tuple[float, ...]
+    measured: tuple[int, ...]
 
 
 def measure(
@@ -58,7 +66,7 @@ def measure(
     progress: bool = True,
     keep: Path | None = None,
 ) -> list[Sensitivity]:
-    """The sensitivity of each group of layers to each of its candidates. The model is left as it was.
+    """The sensitivity of each group of layers to each of its candidates; see above. The model is left as it was.
 
     Args:
         candidates: of `linear_modules`, by name, fitted to their shapes. Layers with other candidates are apart.
@@ -151,11 +159,29 @@ class _Measurement:
                 )
             groups.setdefault((id(seen), self.candidates[name]), []).append(name)
         for (_, candidates), layers in groups.items():
-            hessian = collector.of[layers[0]].hessian
-            divergences = [self._divergence(layers, scheme, hessian, output) for scheme in candidates]
-            found = Sensitivity(tuple(layers), tuple(divergences))
+            found = self._sensitivity(layers, candidates, collector.of[layers[0]].hessian, output)
             self.kept.add(found)
             self._note(found)
+
+    def _sensitivity(
+        self, layers: list[str], candidates: Candidates, hessian: Tensor, output: Callable[[int], Any]
+    ) -> Sensitivity:
+        weights = [matrix_of(self.modules[name]) for name in layers]
+        alike: dict[Any, list[int]] = {}
+        for index, scheme in enumerate(candidates):
+            alike.setdefault((scheme.activation, scheme.method), []).append(index)
+        kl, measured = [0.0] * len(candidates), []
+        for indices in alike.values():
+            size = {i: stored_bytes(candidates[i].weight, (len(weights[0]), len(hessian))) for i in indices}
+            middle = sorted(indices, key=size.__getitem__)[len(indices) // 2]
+            error = {i: rounding_error(weights, candidates[i], hessian, layers) for i in indices if len(indices) > 1}
+            for index in sorted(indices, key=middle.__ne__):  # the middle one first
+                if index == middle or error[middle] == 0:
+                    kl[index] = self._divergence(layers, candidates[index], hessian, output)
+                    measured.append(index)
+                else:
+                    kl[index] = kl[middle] * error[index] / error[middle]
+        return Sensitivity(tuple(layers), tuple(kl), tuple(sorted(measured)))
 
     def _note(self, found: Sensitivity) -> None:
         for name in found.layers:
@@ -222,6 +248,15 @@ def quantized_weights(
     return [part.to(w.dtype) for part, w in zip(parts, weights, strict=True)]
 
 
+def rounding_error(weights: Sequence[Tensor], scheme: Scheme, hessian: Tensor, layers: Sequence[str]) -> float:
+    """tr(E H E^T) of weights [N, K] that are rounded to nearest, summed over them."""
+    total = 0.0
+    for weight, layer in zip(weights, layers, strict=True):
+        error = weight.float() - dequantize(quantize_weight(weight, scheme.weight, layer))
+        total += hessian_error(error, hessian).sum().item()
+    return total
+
+
 @contextmanager
 def replaced(modules: Sequence[nn.Module], weights: Sequence[Tensor], scheme: Scheme) -> Iterator[None]:
     """Give linears other weights [N, K], and inputs as a scheme quantizes them, for a while."""
@@ -277,7 +312,7 @@ class _Kept:
                 layers, kl = tuple(entry["layers"]), tuple(float(number) for number in entry["kl"])
                 if not all(name in candidates and len(kl) == len(candidates[name]) for name in layers):
                     raise ValueError("its layers are others")
-                self.found.append(Sensitivity(layers, kl))
+                self.found.append(Sensitivity(layers, kl, tuple(int(index) for index in entry["measured"])))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: is damaged ({error}); remove it to measure anew") from None
         if key != self.key:
@@ -295,7 +330,7 @@ class _Kept:
         self.found.append(found)
         if self.path is None:
             return
-        groups = [{"layers": list(f.layers), "kl": list(f.kl)} for f in self.found]
+        groups = [{"layers": list(f.layers), "kl": list(f.kl), "measured": list(f.measured)} for f in self.found]
         temporary = self.path.with_name(f"{self.path.name}.part")
         temporary.write_text(json.dumps({"key": self.key, "groups": groups}, indent=1), encoding="utf-8")
         temporary.replace(self.path)
