@@ -27,6 +27,7 @@ from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules, matrix_of
 from qcompile.packed import stored_bytes
 from qcompile.scheme import PRESETS, Scheme
+from qcompile.torchao_tensors import is_torchao
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,9 @@ def choose_schemes(
     owner = {n: r for n in (*modules, *experts) if (r := parsed.rule_for(n)) and isinstance(r.scheme, Auto)}
     if of_experts := next((name for name in experts if name in owner), None):
         raise ConfigError(f"{of_experts}: experts are not measured; put a rule for them before that of scheme auto")
+    owner = {n: r for n, r in owner.items() if not is_torchao(modules[n].weight)}  # type: ignore[arg-type]
+    if not owner:
+        raise ConfigError("rules of scheme auto decide no linear layer whose weight is floating point")
     fitted: dict[str, tuple[Scheme, ...]] = {}
     for name in owner:
         n, k = matrix_of(modules[name]).shape
@@ -227,7 +231,7 @@ def check_budget(auto: Auto, sizes: Iterable[Sequence[int]], weights: int) -> No
     sizes = list(sizes)
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
     limit = _limit(auto, weights)
-    if least <= limit <= most or limit == most:
+    if least <= limit <= most:
         return
     if auto.bits is not None:
         asked, low, high = f"{auto.bits:g} bits a weight", f"{8 * least / weights:.4f}", f"{8 * most / weights:.4f}"
@@ -259,6 +263,7 @@ def solve(auto: Auto, kl: Sequence[Sequence[float]], nbytes: Sequence[Sequence[i
     Raises:
         ConfigError: no choice is within the budget.
     """
+    check_budget(auto, nbytes, weights)
     chosen = least(kl, nbytes, _limit(auto, weights)) if auto.kl is None else least(nbytes, kl, auto.kl)
     if chosen is None:
         best = sum(map(min, kl))
