@@ -183,7 +183,7 @@ def choose_schemes(
     owner = {n: r for n in (*modules, *experts) if (r := parsed.rule_for(n)) and isinstance(r.scheme, Auto)}
     if of_experts := next((name for name in experts if name in owner), None):
         raise ConfigError(f"{of_experts}: experts are not measured; put a rule for them before that of scheme auto")
-    owner = {n: r for n, r in owner.items() if not is_torchao(modules[n].weight)}  # type: ignore[arg-type]
+    owner = {n: r for n, r in owner.items() if not is_torchao(modules[n].weight)}
     if not owner:
         raise ConfigError("rules of scheme auto decide no linear layer whose weight is floating point")
     fitted: dict[str, tuple[Scheme, ...]] = {}
