@@ -182,6 +182,9 @@ def read_model(path: Path) -> ModelShape:
         raise CheckpointError(f"{path}: does not exist; {hint}")
     model = skeleton_of(path).to("meta")
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
+    if missing := [key for key in needed if not isinstance(getattr(text, key, None), int)]:
+        raise CheckpointError(f"{path}: it has no {', '.join(missing)}; recommend knows decoders with attention")
     modules = linear_modules(model)
     shapes = {name: _shape(module) for name, module in modules.items()}
     head = shapes.pop(_HEAD, None)

@@ -195,6 +195,11 @@ def test_mistakes_name_what_is_near(tmp_path):
         r.read_model(tmp_path / "Lama-8B")
     with pytest.raises(CheckpointError, match=r"there is no config\.json"):
         r.read_model(tmp_path / "Llama-8B")
+    transformers.MambaConfig(architectures=["MambaForCausalLM"], num_hidden_layers=2).save_pretrained(
+        tmp_path / "mamba"
+    )
+    with pytest.raises(CheckpointError, match="it has no num_attention_heads"):
+        r.read_model(tmp_path / "mamba")
     with pytest.raises(ConfigError, match="did you mean speed"):
         r.check_preference("sped")
     assert r.target_of("RTX4090").card == CARDS["4090"]
