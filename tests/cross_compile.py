@@ -40,13 +40,15 @@ def _pointer(dtype: str, target: str) -> str:
 
 
 def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
-    """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of the output's type."""
+    """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of `out_dtype`."""
     if spec.template != "gemm_rows8":
         codes = "*i32"
     else:
         native = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
         codes = _pointer(native[spec.weight], spec.target)
-    out = _POINTERS[spec.out_dtype]
+    out = stored = _POINTERS[spec.out_dtype]
+    if spec.stored is not None:
+        stored = _pointer(str(spec.stored.native_dtype).removeprefix("torch."), spec.target)
     scale = "*u8" if spec.scale_dtype.startswith("float8") else _POINTERS[spec.scale_dtype]
     above = "*fp32" if spec.super_columns == spec.k else "*fp16"  # as NVFP4 and K-quants have it
     types = {
@@ -61,7 +63,8 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "super_offset": above if spec.super_columns and spec.offset else codes,
         "offsets": "*i32",
         "bias": "*fp32",
-        "y": out,
+        "y": stored,
+        f"operand_{spec.operand_count - 1}": out if spec.stored is None else "*fp32",
         "partial": codes if spec.tile.split == 1 else "*fp32",
         "arrived": codes if spec.tile.split == 1 else "*i32",
         "M": "i32",
