@@ -195,8 +195,8 @@ def logits_bound(layers: int, job: Job) -> float:
     of a token / 127.
 
     With E_n the error of the stream after n branches, in power, a branch's own e, and `GATED_POWER` times of what the
-    stream brought into it, the stream after it errs by E_(n+1) = (n E_n + 2.1 E_n + e) / (n + 1). A quarter more in norm
-    is for chance.
+    stream brought into it, the stream after it errs by E_(n+1) = (n E_n + 2.1 E_n + e) / (n + 1). A quarter more in
+    norm is for chance.
     """
     steps = sum((greatest / 127) ** 2 / 12 for greatest in GREATEST.values())
     codes = {"fp8": 2 * 2.0**-8 / 3, "int8": steps}

@@ -2,8 +2,8 @@
 
 As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
 {"registers", "shared", "spills", "seconds", "mma"} or {"error"}; for NVIDIA "looped" too, which is how many of the
-instructions that spill are in loops. Triton can hang on targets it does not serve, so `measure` runs it as a process
-with a time limit.
+instructions that spill are in loops, and "copies", the bytes of each asynchronous one. Triton can hang on targets that
+it does not serve, so `measure` runs it as a process with a time limit.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         "flush": len(re.findall(r"(?:mul|fma|add|sub)(?:\.rn)?\.ftz", assembly["ptx"])),
         "mma": max(set(mma), key=mma.count) if mma else "",
         "order": _order(assembly["ptx"]),
+        "copies": sorted(int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*, (0x\w+)", assembly["ptx"])),
         "added": len(re.findall(r"\b(?:add|fma)(?:\.rn)?\.f32(?:x2)?\b", assembly["ptx"])),
     }
 

@@ -162,12 +162,12 @@ def first_tile(tile_n):
 def place_of(tile_n, index, SIZE: tl.constexpr):
     """For element `index` of a program's tiles, of SIZE elements each: its tile, from the first, and place in it."""
     if GATED:
-        HALF: tl.constexpr = NT * SIZE // 2
-        tile, place = index // HALF % 2 * (TILES_N // 2), index % HALF
         if NT == 1:
-            return tile, place + tile_n % 2 * HALF
+            HALF: tl.constexpr = SIZE // 2
+            return index // HALF % 2 * (TILES_N // 2), index % HALF + tile_n % 2 * HALF
         else:
-            return tile + place // SIZE, place % SIZE
+            nt = index // SIZE % NT
+            return nt % (NT // 2) + nt // (NT // 2) * (TILES_N // 2), index % SIZE
     else:
         return index // SIZE % NT, index % SIZE
 

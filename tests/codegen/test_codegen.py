@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from qcompile.codegen.cost_model import candidates, device_of, rank, seconds, shared_bytes
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import decode_formula, pair_decoder, render
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
@@ -236,6 +236,24 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         assert not found.get("flush"), "subnormals would be flushed, which decoding fp8 relies on"
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
+    kernels = []
+    for name, rows, store in (("int4", (16, 64, 256), "to_int8"), ("int8", (16,), "to_int8"), ("fp8", (64,), "")):
+        given_ = timing.job(name, preset(name), (28672, 4096), 16, torch.bfloat16)
+        spec = given_.spec.with_epilogue("silu(a)*b", *([store] if store else []))
+        if not store and native_fp8(target):
+            spec = spec.with_epilogue("to_fp8_e4m3")
+        x_dtype = getattr(torch, given_.like(target).x_dtype)
+        kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target).kernel for m in rows]
+    assert all(kernel.gated for kernel in kernels)
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, found
+        assert found.get("looped", found["spills"]) == 0, (kernel, found)
+        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["mma"], f"no matrix instruction in {kernel}"
+
+
 def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:
     """The distinct kernels of a shipped table as they were timed, each as its first entry has it."""
     table, found = tuning.shipped(gpu_name), {}
@@ -277,6 +295,20 @@ def test_shared_memory_is_estimated_from_above(name: str) -> None:
         assert shared_bytes(kernel) > device_of("sm_90").shared, found
     else:
         assert found["shared"] <= shared_bytes(kernel), (kernel, found)
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_a_gate_loads_as_many_bytes_at_once(n: int) -> None:
+    """As the same kernel without: addresses in both halves of the weight are as plain to Triton."""
+    spec = LinearSpec(in_features=1024, out_features=512, scheme=shipped("int4", (512, 1024)), layout="fragment")
+    tile = Tile(m=16, n=n, k=128, split=1, warps=n // 16, stages=3)
+    plain, gated = (
+        kernel_spec(spec.with_epilogue(*steps), torch.bfloat16, torch.bfloat16, "sm_90", tile)
+        for steps in ((), ("silu(a)*b",))
+    )
+    without, within = measure([plain, gated])
+    assert set(without["copies"]) == {16}
+    assert within["copies"] == without["copies"]
 
 
 def test_no_candidate_for_blocks_spills() -> None:
