@@ -14,7 +14,7 @@ from rich.console import Console
 
 from qcompile.cli.shapes import parse_experts, parse_shapes, parse_tokens, shapes_in
 from qcompile.cli.steps import Steps, quiet_imports
-from qcompile.config import parse_config
+from qcompile.config import AUTO, parse_config
 from qcompile.errors import ConfigError, DeviceError, QCompileError
 from qcompile.scheme import ALIASES, PRESETS
 
@@ -265,8 +265,10 @@ def convert(
 @app.command()
 def quantize(
     model: Annotated[Path, typer.Argument(help="A folder with a checkpoint, or a GGUF file to decode.")],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
-    scheme: Annotated[str, typer.Option(help="A preset or a configuration file.")] = "int4",
+    output: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    scheme: Annotated[str, typer.Option(help="A preset, a configuration file, or auto: a scheme for each layer.")] = (
+        "int4"
+    ),
     method: Annotated[
         str,
         typer.Option(help="rtn, importance, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
@@ -284,6 +286,24 @@ def quantize(
         typer.Option(help="To compute in; by default the checkpoint's own.", show_default=False),
     ] = None,
     device: _Device = "auto",
+    bits: Annotated[
+        float | None, typer.Option(help="For auto: stored bits a weight, at most.", show_default=False)
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="For auto: bytes of packed weights, at most.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="For auto: KL divergence in nats, at most; least size.", show_default=False)
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="For auto: presets, separated by commas.", show_default=False)
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="For auto: write what was chosen here, .yaml or .json; without --output only that.", show_default=False
+        ),
+    ] = None,
     allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Round scales, and say how far.")] = False,
 ) -> None:
     """Quantize a model, block by block, and save it. An interrupted run goes on when the command is given again."""
@@ -296,8 +316,19 @@ def quantize(
         from qcompile.cli import quantize as command
 
         names = [name.strip() for name in method.split(",")]
-        config = command.configuration(scheme, [] if names == ["rtn"] else names)
-        with Steps(command.STEPS) as steps, warnings.catch_warnings():
+        methods = [] if names == ["rtn"] else names
+        budget = {"bits": bits, "bytes": max_bytes, "kl": max_kl}
+        given = {name: value for name, value in budget.items() if value is not None}
+        if output is None and write_config is None:
+            raise ConfigError("name a folder to write, --output, or with --scheme auto a file, --write-config")
+        if scheme == AUTO:
+            listed = [] if candidates is None else parse_schemes([candidates])
+            config = command.auto_configuration(given, methods, listed, None if output is None else format)
+        else:
+            config = command.configuration(scheme, methods)
+        if not config.undecided and (given or candidates is not None or write_config is not None):
+            raise ConfigError("--bits, --max-bytes, --max-kl, --candidates and --write-config go with --scheme auto")
+        with Steps(command.STEPS + config.undecided) as steps, warnings.catch_warnings():
             if allow_rounding:
                 warnings.simplefilter("ignore", UserWarning)  # the table says it
             done = command.run(
@@ -312,8 +343,35 @@ def quantize(
                 dtype=kept,
                 allow_rounding=allow_rounding,
                 steps=steps,
+                write_config=write_config,
             )
         command.show(done, Console())
+
+
+@app.command()
+def recommend(
+    model: Annotated[Path, typer.Argument(help="A folder with a config.json, such a file, or a GGUF file.")],
+    device: Annotated[
+        str, typer.Option(help="h100, a100, 4090, mi300x, ...; cuda or cpu for this machine's; auto: a GPU if any.")
+    ] = "auto",
+    prefer: Annotated[str, typer.Option(help="accuracy, speed or memory.")] = "accuracy",
+    batch: Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences at once.")] = 1,
+    context: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of a sequence.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every option, instead of a table.")] = False,
+) -> None:
+    """Say which schemes fit a model on a device, what each takes and loses, and the command for the best."""
+    with _errors_told():
+        quiet_imports()
+        from qcompile.cli.recommend import show, to_dict
+        from qcompile.evaluate import recommend as command
+
+        command.check_preference(prefer)
+        target = command.target_of(choose_device(device).type if device == "auto" else device)
+        found = command.recommend(command.read_model(model), target, prefer, batch, context)
+        if as_json:
+            typer.echo(json.dumps(to_dict(found, str(model)), indent=1))
+        else:
+            show(found, str(model), Console())
 
 
 @app.command()
