@@ -370,6 +370,7 @@ def evaluate(
         from qcompile.evaluate.models import find_model
         from qcompile.report.evaluation import to_dict, write
         from qcompile.report.page import to_html
+        from qcompile.report.plots import installed
 
         plan = command.make_plan(smollm2_path() if model is None else find_model(model), scheme, reference)
         with Steps(plan.steps(speed, bool(tasks))) as steps:
@@ -390,6 +391,10 @@ def evaluate(
             write(json_path, json.dumps(to_dict(report), indent=1) + "\n")
         if html_path is not None:
             write(html_path, to_html(report))
+            if not installed():
+                Console(stderr=True).print(
+                    f"{_plain(str(html_path))} has no plots: `pip install matplotlib`", highlight=False, soft_wrap=True
+                )
 
 
 @app.command()

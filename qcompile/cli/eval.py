@@ -294,20 +294,20 @@ def show(report: Report, console: Console) -> None:
         pad_edge=False,
         collapse_padding=True,
         title=escape(f"{report.model} on {about['device']}, {about['dtype']}, torch {about['torch']}"),
-        caption=f"{report.tokens} tokens of {escape(report.text)}, in windows of {report.window}; ± is the standard "
-        "error. Weights of the whole model, embeddings included; bits of quantized weights with their scales."
+        caption=f"{report.tokens} tokens of {escape(report.text)}, in windows of {report.window}. Weights of the whole "
+        "model, embeddings included; bits of quantized weights with their scales."
         + (" KL(unquantized || model) and agreement of the likeliest token." if report.reference else ""),
     )
-    table.add_column("model", overflow="fold")
+    table.add_column("model", overflow="fold", min_width=len(ORIGINAL))
     columns = columns_of(report)
     for column in columns:
-        table.add_column(column.title, justify="right")
+        table.add_column("\n".join(column.title.split(" ")), justify="right", no_wrap=True)
     for row in report.rows:
-        table.add_row(escape(row.name), *(column.text(row) for column in columns))
+        table.add_row(escape(row.name), *(column.text(row).partition(" ±")[0] for column in columns))
     console.print(table)
     for row in report.rows:
-        for layer in worst_layers(row, 3):
+        for layer in worst_layers(row, 1):
             assert layer.output is not None
-            console.print(f"{escape(row.name)}: {escape(layer.name)} errs most: {layer.output.sqnr_db:.1f} dB")
+            console.print(f"{escape(row.name)}: {escape(layer.name)}'s output has {layer.output.sqnr_db:.1f} dB SQNR")
         for note in row.notes:
             console.print(f"{escape(row.name)}: {escape(note)}", soft_wrap=True)

@@ -51,7 +51,7 @@ def distance(original: Tensor, other: Tensor) -> Distance:
         a, b = a.double(), b.to(a.device).double()
         signal += a.square().sum().item()
         noise += (a - b).square().sum().item()
-        lengths = a.norm(dim=1) * b.norm(dim=1)
+        lengths = (a.square().sum(1) * b.square().sum(1)).sqrt()
         cosine = (a * b).sum(1) / torch.where(lengths == 0, 1.0, lengths)
         cosines += torch.where((a == 0).all(1) & (b == 0).all(1), 1.0, cosine).sum().item()
     return Distance(_decibels(signal, noise), cosines / len(original))
@@ -205,7 +205,7 @@ def weight_channels(model: nn.Module) -> tuple[Channels, ...]:
     for name, module in measured_layers(model).items():
         if isinstance(module, QuantizedLinear):
             weight = decoded_weight(module)
-        elif isinstance(module.weight, Tensor):
+        elif isinstance(getattr(module, "weight", None), Tensor):
             weight = matrix_of(module).float()
         else:
             continue

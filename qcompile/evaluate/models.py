@@ -100,7 +100,8 @@ def load_tokenizer_of(path: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of any kind, with files of any content
-        raise CheckpointError(f"{path}: has no tokenizer that transformers reads ({error})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: has no tokenizer that transformers reads ({reason})") from None
 
 
 def load_language_model(
@@ -143,7 +144,8 @@ def load_language_model(
         return str(own.decode(ids, skip_special_tokens=True))
 
     stop = () if own.eos_token_id is None else (int(own.eos_token_id),)
-    return LanguageModel(path.stem, model, encode, encode_prompt, decode_ids, stop, own)
+    name = path.stem if path.suffix == ".gguf" else path.name
+    return LanguageModel(name, model, encode, encode_prompt, decode_ids, stop, own)
 
 
 def stored_weights(path: Path) -> Original:

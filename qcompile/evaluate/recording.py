@@ -34,6 +34,7 @@ class Recording:
     Attributes:
         ids: int64 [T], the text.
         window: tokens that the model saw at once.
+        rows: see `record`.
         quality: of the reference itself.
         logits: [predicted tokens, V], in a file, in the model's dtype.
         samples: rows of the calls of linears and of experts, by their names, on the CPU.
@@ -46,6 +47,7 @@ class Recording:
 
     ids: Tensor
     window: int
+    rows: int
     quality: Quality
     logits: Tensor
     samples: Mapping[str, Samples]
@@ -275,6 +277,7 @@ def record(
     return Recording(
         ids=ids,
         window=window,
+        rows=rows,
         quality=reading.quality,
         logits=kept[0],
         samples=reading.samples,

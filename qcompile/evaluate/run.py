@@ -81,8 +81,7 @@ def evaluate(
         ids: the text, int64 [T].
         reference: the model before it was quantized, or what `record` made of it, for several models and for memory
             that holds one model alone.
-        window: tokens that the models see at once; a `Recording` has its own.
-        rows: see `record`.
+        window, rows: see `record`; a `Recording` has its own.
         call: how the model is called on ids [1, T], such as with a KV cache; as it is by default.
         progress: show progress bars on a terminal.
 
@@ -94,7 +93,7 @@ def evaluate(
         with tempfile.TemporaryDirectory() as folder:
             own = next(t for t in (*reference.parameters(), *reference.buffers())).device
             recording = record(reference, ids.to(own), Path(folder), window=window, rows=rows, progress=progress)
-            return evaluate(model, ids, recording, rows=rows, call=call, progress=progress)
+            return evaluate(model, ids, recording, call=call, progress=progress)
     if reference is None:
         reading = read(
             model, ids.to(device), window, rows, _nothing, layers=True, call=call, description="text", progress=progress
@@ -115,7 +114,7 @@ def evaluate(
         model,
         ids.to(device),
         reference.window,
-        rows,
+        reference.rows,
         recorded,
         layers=False,
         call=call,

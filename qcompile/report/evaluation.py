@@ -101,7 +101,7 @@ class Column:
 
 
 def _number(value: float, digits: int) -> str:
-    """In decimals, or with an exponent where there would be too many digits."""
+    """In decimals; with an exponent where there would be too many digits."""
     return f"{value:.{digits}f}" if value < 10**6 or not math.isfinite(value) else f"{value:.2e}"
 
 
@@ -121,6 +121,7 @@ def columns_of(report: Report) -> list[Column]:
     if report.reference is not None:
         columns += [
             Column("KL nats", lambda row: f"{row.evaluation.quality.kl:.4f} ± {row.evaluation.quality.kl_error:.4f}"),
+            Column("99% below", lambda row: f"{row.evaluation.quality.kl_p99:.3f}"),
             Column("same token", lambda row: f"{row.evaluation.quality.top1:.1%}"),
         ]
     if any(row.speed for row in report.rows):

@@ -24,9 +24,9 @@ h1 { font-size: 1.5rem; margin-bottom: 0; overflow-wrap: anywhere } h2 { font-si
 p, li { max-width: 48rem } .soft, figcaption { color: var(--soft) } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9em }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8rem }
+th:first-child, td:first-child, .text { text-align: left }
 thead th { color: var(--soft); font-weight: 600 } tbody tr:hover { background: var(--shade) }
-figure { margin: 1rem 0 } svg { width: 100%; height: auto; max-width: 60rem } summary { cursor: pointer }
+figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } summary { cursor: pointer }
 """
 
 
@@ -70,10 +70,15 @@ def _about(report: Report) -> str:
     return f'<p class="soft">{escape("; ".join(facts))}.</p>'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the text of all cells is escaped."""
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A table whose first columns are words and the others numbers; the text of all cells is escaped."""
+
+    def cells(kind: str, row: Sequence[str]) -> str:
+        texts = (f'<{kind} class="text">' if 0 < i < words else f"<{kind}>" for i in range(len(row)))
+        return "".join(f"{start}{escape(cell)}</{kind}>" for start, cell in zip(texts, row, strict=True))
+
+    titles = cells("th", head)
+    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="wide"><table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
@@ -118,7 +123,7 @@ def _worst(report: Report) -> str:
         for layer in worst_layers(row, WORST)
     ]
     head = ["layer", "model", "scheme", "weight dB", "weight cosine", "output dB", "output cosine"]
-    return f"<p>The layers whose outputs err most, of each model:</p>\n{_table(head, rows)}" if rows else ""
+    return f"<p>The layers whose outputs err most, of each model:</p>\n{_table(head, rows, 3)}" if rows else ""
 
 
 def _all_layers(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -27,27 +28,24 @@ def installed() -> bool:
     return True
 
 
-def _figure(rows: int, columns: int, width: float, height: float, salt: str) -> tuple[Any, Any]:
-    """A figure without a background, and its axes [rows, columns]."""
+def _style(salt: str) -> Any:
+    """A context: settings of matplotlib; `salt` keeps ids of plots apart, so that they can share a page."""
     import matplotlib
+
+    colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    settings: dict[str, Any] = dict.fromkeys(colors, _INK)
+    settings |= {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "axes.titlesize": 9}
+    settings |= {"text.parse_math": False}  # names may hold dollar signs
+    settings |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+    return matplotlib.rc_context(settings)
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure without a background, and its axes [rows, columns]; sizes in inches."""
     from matplotlib.figure import Figure
 
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,  # ids differ between plots, so that they can share a page
-        "text.parse_math": False,  # names may hold dollar signs
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        **dict.fromkeys(
-            ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
-        ),
-        "legend.labelcolor": _INK,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     figure.patch.set_alpha(0)
     for each in axes.flat:
         each.patch.set_alpha(0)
@@ -56,18 +54,12 @@ def _figure(rows: int, columns: int, width: float, height: float, salt: str) -> 
     return figure, axes
 
 
-def _svg(figure: Any, salt: str) -> str:
+def _svg(figure: Any) -> str:
     """The figure as an element of HTML."""
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(
-        r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", text, count=1)
-    )
     return text.replace(_INK, "currentColor")
 
 
@@ -79,56 +71,62 @@ def colors_of(report: Report) -> dict[str, tuple[str, str]]:
 def quality(report: Report) -> str:
     """Size and speed against quality: KL where there is a reference, and else perplexity."""
     timed = [row for row in report.rows if row.speed is not None]
-    figure, axes = _figure(1, 2 if timed else 1, 8.5 if timed else 4.5, 3.2, "quality")
     known = report.reference is not None
 
     def draw(axis: Any, rows: Sequence[Row], xs: Sequence[float], label: str) -> None:
         values = [row.evaluation.quality.kl if known else row.evaluation.quality.perplexity for row in rows]
-        shown = [(row, x, y) for row, x, y in zip(rows, xs, values, strict=True) if y < float("inf")]
+        shown = [(row, x, y) for row, x, y in zip(rows, xs, values, strict=True) if y < math.inf]
         for row, x, y in shown:
             color, marker = colors_of(report)[row.name]
             axis.plot([x], [y], marker=marker, color=color, markersize=8, linestyle="none", clip_on=False)
             axis.annotate(_short(row.name), (x, y), xytext=(6, 6), textcoords="offset points", color=_INK)
-        least = min((y for _, _, y in shown if y > 0), default=1.0)
-        axis.set_yscale("symlog", linthresh=least) if known else axis.set_yscale("log")
+        if known:
+            axis.set_yscale("symlog", linthresh=min((y for _, _, y in shown if y > 0), default=1.0))
+        else:
+            axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_ylabel("KL to the original, nats" if known else "perplexity")
         axis.set_xlabel(label)
         axis.margins(0.2)
 
-    draw(axes[0, 0], report.rows, [row.evaluation.weight_bytes / 1e6 for row in report.rows], "weights, MB")
-    if timed:
-        draw(axes[0, 1], timed, [row.speed.decode for row in timed if row.speed], "decoded tokens a second")
-    return _svg(figure, "quality")
+    with _style("quality"):
+        figure, axes = _figure(1, 2 if timed else 1, 8.5 if timed else 4.5, 3.2)
+        draw(axes[0, 0], report.rows, [row.evaluation.weight_bytes / 1e6 for row in report.rows], "weights, MB")
+        if timed:
+            draw(axes[0, 1], timed, [row.speed.decode for row in timed if row.speed], "decoded tokens a second")
+        return _svg(figure)
 
 
 def layers(report: Report) -> str:
     """SQNR of weights, of outputs, and of hidden states after blocks, by depth."""
-    figure, axes = _figure(3, 1, 8.5, 7.5, "layers")
-    for row in report.rows:
-        color, marker = colors_of(report)[row.name]
-        rows = [layer for layer in row.evaluation.layers if layer.shape is not None]
-        series: tuple[list[tuple[int, Distance | None]], ...] = (
-            [(i, layer.weight) for i, layer in enumerate(rows)],
-            [(i, layer.output) for i, layer in enumerate(rows)],
-            [(i, block.hidden) for i, block in enumerate(row.evaluation.blocks)],
-        )
-        for axis, points in zip(axes[:, 0], series, strict=True):
-            kept = [(i, d.sqnr_db) for i, d in points if d is not None and abs(d.sqnr_db) < float("inf")]
-            if kept:
-                xs, ys = zip(*kept, strict=True)
-                axis.plot(xs, ys, color=color, marker=marker, markersize=2.5, linewidth=0.9, label=_short(row.name))
     titles = (
         ("weights: each layer's own error", "layer, in the model's order"),
         ("outputs on the original's inputs: each layer's own error", "layer, in the model's order"),
         ("hidden states: errors of all blocks so far", "block"),
     )
-    for axis, (title, label) in zip(axes[:, 0], titles, strict=True):
-        axis.set_title(title, loc="left", fontsize=9)
-        axis.set_xlabel(label)
-        axis.set_ylabel("SQNR, dB")
-        if axis.lines:
-            axis.legend(frameon=False, ncols=4, fontsize=8)
-    return _svg(figure, "layers")
+    with _style("layers"):
+        figure, axes = _figure(3, 1, 8.5, 7.5)
+        for row in report.rows:
+            color, marker = colors_of(report)[row.name]
+            rows = [layer for layer in row.evaluation.layers if layer.shape is not None]
+            series: tuple[list[Distance | None], ...] = (
+                [layer.weight for layer in rows],
+                [layer.output for layer in rows],
+                [block.hidden for block in row.evaluation.blocks],
+            )
+            for axis, found in zip(axes[:, 0], series, strict=True):
+                kept = [(i, d.sqnr_db) for i, d in enumerate(found) if d is not None and math.isfinite(d.sqnr_db)]
+                if kept:
+                    xs, ys = zip(*kept, strict=True)
+                    axis.plot(xs, ys, color=color, marker=marker, markersize=2.5, linewidth=0.9, label=_short(row.name))
+        for axis, (title, label) in zip(axes[:, 0], titles, strict=True):
+            axis.set_title(title)
+            axis.set_xlabel(label)
+            axis.set_ylabel("SQNR, dB")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            if axis.lines:
+                axis.legend(frameon=False, ncols=4, fontsize=8)
+        return _svg(figure)
 
 
 def outliers(channels: Sequence[Channels], salt: str) -> str:
@@ -139,26 +137,29 @@ def outliers(channels: Sequence[Channels], salt: str) -> str:
     kinds = kinds_of(channels)
     columns = min(4, len(kinds))
     lines = -(-len(kinds) // columns)
-    figure, axes = _figure(lines, columns, 8.5, 0.5 + 2.1 * lines, salt)
     top = max(max(c.peak for c in channels), 2.0)
-    for axis in axes.flat[len(kinds) :]:
-        axis.set_axis_off()
-    for axis, (kind, members) in zip(axes.flat, kinds.items(), strict=False):
-        rows = [c.binned(BINS) for c in members]
-        width = max(map(len, rows))
-        table = numpy.full((len(rows), width), numpy.nan)
-        for i, row in enumerate(rows):
-            table[i, : len(row)] = row
-        image = axis.imshow(
-            table.clip(min=1.0), aspect="auto", norm=LogNorm(1.0, top), cmap="viridis", interpolation="nearest"
+    with _style(salt):
+        figure, axes = _figure(lines, columns, 8.5, 0.9 + 1.9 * lines)
+        for axis in axes.flat[len(kinds) :]:
+            axis.set_axis_off()
+        for axis, (kind, members) in zip(axes.flat, kinds.items(), strict=False):
+            rows = [c.binned(BINS) for c in members]
+            table = numpy.full((len(rows), max(map(len, rows))), numpy.nan)
+            for i, row in enumerate(rows):
+                table[i, : len(row)] = row
+            image = axis.imshow(
+                table.clip(min=1.0), aspect="auto", norm=LogNorm(1.0, top), cmap="viridis", interpolation="nearest"
+            )
+            axis.grid(visible=False)
+            axis.set_title(_short(kind))
+            axis.set_xticks([])
+            axis.set_yticks([0, len(rows) - 1] if len(rows) > 1 else [])
+        bar = figure.colorbar(
+            image, ax=axes, location="bottom", shrink=0.5, aspect=40, format="{x:g}", label="largest / RMS"
         )
-        axis.grid(visible=False)
-        axis.set_title(_short(kind, 30), fontsize=8, loc="left")
-        axis.set_xticks([])
-        axis.set_yticks([0, len(rows) - 1] if len(rows) > 1 else [])
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, label="largest / RMS")
-    bar.outline.set_visible(False)
-    return _svg(figure, salt)
+        bar.outline.set_visible(False)
+        bar.ax.patch.set_alpha(0)
+        return _svg(figure)
 
 
 def kinds_of(channels: Sequence[Channels]) -> dict[str, list[Channels]]:
