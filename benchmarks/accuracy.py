@@ -72,6 +72,11 @@ ROWS: dict[str, Any] = {
     "nf4 GPTQ": {"preset": "nf4", "method": "gptq"},
     "mxfp4 RTN": "mxfp4",
     "mxfp4 GPTQ": {"preset": "mxfp4", "method": "gptq"},
+    "Q4_0 RTN": "q4_0",
+    "Q4_0 RTN, importance matrix": {"preset": "q4_0", "method": "importance"},
+    "Q4_K RTN": "q4_k",
+    "Q4_K RTN, importance matrix": {"preset": "q4_k", "method": "importance"},
+    "Q4_K GPTQ": {"preset": "q4_k", "method": "gptq"},
 }
 CACHES = {"KV fp8": "fp8", "KV int8": "int8", "KV int4": "int4"}
 

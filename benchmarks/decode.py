@@ -1,14 +1,15 @@
 """Greedy decoding and prefill of a Llama-3-8B-shaped model of random weights, end to end.
 
     python benchmarks/decode.py [--only bf16,int4,fp8] [--batch 1,16] [--layers 32] [--modes graph,reduce-overhead]
+    python benchmarks/decode.py --batch "" --prefill 2048      prompts alone; `--prefill 0` leaves them out
     python benchmarks/decode.py --toy        a model of two small layers on the CPU, to see that the script works
 
 Every implementation is measured in a process of its own (`decode_worker.py`), with a time limit and empty compiler
-caches, and each row goes into `<out>/<machine>.decode.json` as soon as it is there; rows of other implementations stay.
-Names of implementations:
+caches, and each row goes into `<out>/<machine>.decode.json` as soon as it is there; other rows stay, so that several
+runs may share the work. Names of implementations:
 
     bf16                                      the model as it is, compiled by Inductor
-    int4, int8, fp8, ... (any preset)         ours: `quantize_`, then `backend="qcompile"`
+    int4, int8, fp8, int4_fp8, ...            ours, any preset: `quantize_`, then `backend="qcompile"`
     torchao-int4, torchao-int8, torchao-fp8   torchao's tile-packed int4; int8 weights; fp8 rows of both operands
 
 Linears of the layers are quantized, the output head only with `--head`. The cache is transformers' `StaticCache`; with
@@ -19,11 +20,13 @@ Linears of the layers are quantized, the output head only with `--head`. The cac
     default           `torch.compile` in a Python loop
 
 `step_us` is the mean over the tokens. A row says `lengths`, prompt + tokens, where they are not 128 + 128. `ms` is the
-median of reading a prompt of `--prefill` tokens, compiled, into an empty cache, up to its last logits. `error` is
+median of reading a prompt of `--prefill` tokens, compiled, into an empty cache, up to its last logits. `compile_s` are
+the seconds of the first call of what `torch.compile` returns; with `--warm` a second process, which finds the caches of
+the first, compiles the first batch and mode again: `warm_compile_s`. `error` is
 |y - y'| / |y'| (Frobenius) between compiled logits and those of the same modules run eagerly on the same tokens, and
 `same` the share of equal argmaxes; a row of ours whose error exceeds `logits_bound` is not kept. `peak_gb` counts from
-the built model on; `build_gb` is the peak of building it. `kernels` lists what the GPU ran in one step, by time;
-`linear_us` sums those that multiply by weights.
+the built model on; `build_gb` is the peak of building it. `kernels` lists what the GPU ran in one step, or for one
+prompt, by time; `linear_us` sums those that multiply by weights.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +53,7 @@ import torch
 from qcompile.evaluate import timing
 
 OURS = "qcompile"
-JOBS = ["bf16", "int4", "fp8", "int8", "torchao-int4", "torchao-fp8", "torchao-int8"]
+JOBS = ["bf16", "int4", "fp8", "int8", "int4_fp8", "int4_int8", "torchao-int4", "torchao-fp8", "torchao-int8"]
 MODES = ["graph", "reduce-overhead"]
 USUAL = "128+128"
 """Tokens of the prompt, and decoded, that rows are of unless they say others."""
@@ -186,9 +190,11 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
 
         def measure(name: str) -> str | None:
+            begun = time.monotonic()
             failure = spawn(Job(name), passed, Path(scratch), options.timeout)
             if failure is None and options.warm:
                 failure = spawn(Job(name), [*passed, "--compile-only"], Path(scratch), options.timeout)
+            print(f"{name}: {time.monotonic() - begun:.0f} s in all", flush=True)
             return failure
 
         failures = [failure for failure in pool.map(measure, options.only) if failure]

@@ -373,9 +373,9 @@ class Worker:
             for mode in self.options.modes:
                 self.decode(prompted, batch, mode, tokens, expected, common | {"caches": caches})
                 caches = "used"
-        del prompted, tokens, expected
+            del prompted, tokens, expected
         if self.options.prefill:
-            self.prefill(model)
+            self.prefill(model, common)
 
     def prompted(self, model: Any, batch: int) -> Prompted:
         length = self.options.prompt + self.options.tokens + 8
@@ -462,10 +462,12 @@ class Worker:
             assert error <= bound, f"{self.job.name}: logits differ by {error:.3g} from eager ones, bound {bound:.3g}"
 
     @torch.no_grad()
-    def prefill(self, model: Any) -> None:
+    def prefill(self, model: Any, common: Row) -> None:
         """One row: a prompt of `--prefill` tokens, compiled, into an empty static cache."""
         count = self.options.prefill
         kv = self.options.kv if self.job.impl == OURS else None
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with self.turns.building():
             prompted = Prompted.start(model, 1, count, count + 8, kv, self.device)
             ids = torch.randint(model.config.vocab_size, (1, count)).to(self.device)
@@ -476,7 +478,12 @@ class Worker:
                     layer.cumulative_length.zero_()
                 return function(input_ids=ids, past_key_values=prompted.cache, logits_to_keep=1).logits[:, -1]
 
-            error, _ = difference([once(run).float()], [once(model).float()])
+            synchronize(self.device)
+            start = time.perf_counter()
+            logits = once(run).float()
+            synchronize(self.device)
+            seconds = time.perf_counter() - start
+            error, _ = difference([logits], [once(model).float()])
         times = []
         with self.turns.measuring():
             for _ in range(6):
@@ -485,10 +492,19 @@ class Worker:
                 once(run)
                 synchronize(self.device)
                 times.append((time.perf_counter() - start) * 1e3)
-        row = self.row("prefill", 1) | {"tokens": count, "ms": round(statistics.median(times), 2)}
-        print(json.dumps(row | {"error": float(f"{error:.3g}")}), flush=True)
+            ms = statistics.median(times)
+            extra = composition(kernels_of(lambda: once(run), self.device), 1, 1e3 * ms)
+        row = self.row("prefill", 1) | {
+            "tokens": count,
+            "tok_s": round(count * 1e3 / ms, 1),
+            "ms": round(ms, 2),
+            "peak_gb": round(self.peak(), 3),
+            "compile_s": round(seconds, 1),
+            "error": float(f"{error:.3g}"),
+        }
+        print(json.dumps(row), flush=True)
         self.check(error, logits_bound(self.options.layers, self.job))
-        self.store(row | {"error": float(f"{error:.3g}")})
+        self.store(row | common | {"jobs": self.options.jobs} | extra)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,12 +1,12 @@
-"""Time of quantized products on a GPU against torch's own kernels, on weights that come from memory.
+"""Time of quantized products against torch's own kernels, on weights that come from memory.
 
-    python benchmarks/linear.py [--quick]
+    python benchmarks/linear.py [--device cpu] [--quick]
 
 Writes `benchmarks/results/<machine>.linear.json`. The shapes are the four linears of a Llama-3-8B layer, with the
 query, key and value projections and the gate and up projections merged. Every call takes the next of several copies
-of the weight, `COLD_BYTES` of them together at least; the calls are captured in a CUDA graph, and a time is the
+of the weight, `COLD_BYTES` of them together at least; on GPUs the calls are captured in a CUDA graph, and a time is the
 median over its replays. What is measured is written down in `qcompile/evaluate/linear.py`; `qcompile bench` measures
-other shapes, and CPUs.
+other shapes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from qcompile.evaluate.timing import Row, ceilings, write_results
 from qcompile.scheme import PRESETS
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-TOKENS = [1, 16, 32, 64, 128, 256, 1024, 4096]
-SCHEMES = ["int4", "int8_weight_only", "fp8", "int8"]
+TOKENS = {"cuda": [1, 16, 32, 64, 128, 256, 1024, 4096], "cpu": [1, 4, 32, 512]}
+SCHEMES = {
+    "cuda": ["int4", "int8_weight_only", "fp8", "int8"],
+    "cpu": ["int4", "int4_asym", "nf4", "mxfp4", "int8_weight_only", "fp8_weight_only", "int8", "int4_int8"],
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -45,16 +48,17 @@ def summary(rows: list[Row]) -> str:
 def main() -> None:
     """Measure every shape, write the results and print sums over the shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one shape, three numbers of tokens; nothing is written")
+    parser.add_argument("--device", choices=TOKENS, default="cuda")
+    parser.add_argument("--quick", action="store_true", help="one shape, few numbers of tokens; nothing is written")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args()
     torch.manual_seed(0)
-    device = torch.device("cuda")
+    device = torch.device(options.device)
     rates = ceilings(device)
-    shapes, tokens = (SHAPES[:1], [1, 64, 1024]) if options.quick else (SHAPES, TOKENS)
+    shapes, tokens = (SHAPES[:1], TOKENS[device.type][::3]) if options.quick else (SHAPES, TOKENS[device.type])
 
     def rows_of(n: int, k: int) -> list[Row]:
-        schemes = {name: PRESETS[name].fit(name, (n, k)) for name in SCHEMES}
+        schemes = {name: PRESETS[name].fit(name, (n, k)) for name in SCHEMES[device.type]}
         return list(measure(n, k, tokens, schemes, rates, device))
 
     rows = list(itertools.chain.from_iterable(rows_of(n, k) for n, k in shapes))

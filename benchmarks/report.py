@@ -26,11 +26,13 @@ HEAD = """# Performance
 Written by `benchmarks/report.py` from the files in `benchmarks/results`; do not edit. To measure again on a GPU:
 
 ```
-python benchmarks/linear.py && python benchmarks/attention.py && python benchmarks/decode.py
+python benchmarks/linear.py && python benchmarks/grouped.py
+python benchmarks/attention.py && python benchmarks/decode.py
 python benchmarks/report.py
 ```
 
-and on a CPU `python benchmarks/cpu_linear.py`; `qcompile bench --shape 4096x14336 --scheme int4` measures any shape.
+and on a CPU `python benchmarks/linear.py --device cpu`; `qcompile bench --shape 4096x14336 --scheme int4` measures any
+shape.
 
 "The limit" is the longer of reading every byte once and of multiplying, at the rates that the same run reached in a
 large copy and in products of 8192 x 8192; other shapes may multiply a little faster than those, and then have more than
@@ -83,6 +85,33 @@ def run_of(file: File) -> str:
     return f"{where}, {', '.join(named)}, {file['date']}."
 
 
+def lines_of(
+    rows: list[Row],
+    peers: list[Row],
+    name: Callable[[Row], str],
+    place: Callable[[Row], Any],
+    places: Sequence[Any],
+    cell: Callable[[Row], str],
+) -> list[list[str]]:
+    """Lines of a table: one for each `name`, ours in bold, others' of another run after them with a mark.
+
+    Args:
+        place: the column of a row, one of `places`.
+    """
+    found: dict[str, dict[Any, str]] = {}
+    for source, mark in ((rows, ""), (peers, " †")):
+        for row in source:
+            label = f"**{name(row)}**" if row["impl"] == OURS else name(row) + mark
+            found.setdefault(label, {})[place(row)] = cell(row)
+    return [[label, *(cells.get(each, "") for each in places)] for label, cells in found.items()]
+
+
+def time_of(row: Row) -> str:
+    """Microseconds, and in brackets the share of the limit where it is known."""
+    share = f" ({row['floor_us'] / row['us']:.0%})" if "floor_us" in row else ""
+    return number(row["us"]) + share
+
+
 # ---- linears
 
 
@@ -102,8 +131,17 @@ def layer_sums(rows: list[Row]) -> dict[tuple[str, str], dict[int, tuple[float, 
     }
 
 
+def summed(rows: list[Row]) -> list[Row]:
+    """`layer_sums` as rows."""
+    return [
+        {"scheme": scheme, "impl": impl, "M": m, "us": us, "floor_us": least}
+        for (scheme, impl), by_m in layer_sums(rows).items()
+        for m, (us, least) in by_m.items()
+    ]
+
+
 def linear(folder: Path) -> str:
-    """The section of quantized products on GPUs."""
+    """The section of quantized products."""
     text = ""
     for file in load(folder, "linear"):
         sums = layer_sums(file["rows"])
@@ -115,31 +153,51 @@ def linear(folder: Path) -> str:
             "Microseconds of a Llama-3-8B layer's products together "
             f"({', '.join(f'{n} x {k}' for n, k in shapes)}) for M tokens, weights from memory, and in brackets the "
             f"share of the limit. Limits: {rates['memory'] / 1e9:.0f} GB/s, "
-            f"{rates['16-bit'] / 1e12:.0f} T operations/s in bfloat16, {rates['8-bit'] / 1e12:.0f} T in FP8. "
+            f"{rates['16-bit'] / 1e12:.0f} T operations/s in bfloat16, {rates['8-bit'] / 1e12:.0f} T of 8 bits. "
             "8-bit activations (int8, fp8) are quantized from bfloat16 within the time."
         )
-        rows = []
+        rows = summed(file["rows"])
+        peers, lines = peers_of(folder, file["machine"], "linear"), []
         for scheme in dict.fromkeys(row["scheme"] for row in file["rows"]):
-            for (name, impl), by_m in sums.items():
-                if name != scheme:
-                    continue
-                label = f"**{scheme}, {impl}**" if impl == OURS else f"{scheme}, {impl}"
-                cells = [f"{number(by_m[m][0])} ({by_m[m][1] / by_m[m][0]:.0%})" if m in by_m else "" for m in tokens]
-                rows.append([label, *cells])
-            rows += _peer_rows(peers_of(folder, file["machine"], "linear"), scheme, tokens)
-        text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], rows)
+            beside = [row for row in peers if row["scheme"] in {"int4": ("int4", "nf4")}.get(scheme, (scheme,))]
+            own = [row for row in rows if row["scheme"] == scheme]
+            lines += lines_of(own, beside, _linear_name, lambda row: row["M"], tokens, time_of)
+        text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], lines)
         text += f"\n![Speed over bfloat16 by M](performance/{file['machine']}.linear-speed.svg)\n"
         text += f"![Share of the limit by M](performance/{file['machine']}.linear-limit.svg)\n\n"
     return text
 
 
-def _peer_rows(peers: list[Row], scheme: str, tokens: list[int]) -> list[list[str]]:
-    shown = {"int4": ("int4", "nf4")}.get(scheme, (scheme,))
-    found: dict[str, dict[int, float]] = {}
-    for row in peers:
-        if row["scheme"] in shown:
-            found.setdefault(f"{row['scheme']}, {row['impl']} †", {})[row["M"]] = row["us"]
-    return [[name, *(number(by_m[m]) if m in by_m else "" for m in tokens)] for name, by_m in found.items()]
+def _linear_name(row: Row) -> str:
+    return f"{row['scheme']}, {row['impl']}"
+
+
+# ---- mixtures of experts
+
+
+def grouped(folder: Path) -> str:
+    """The section of products with stacks of experts."""
+    text = ""
+    for file in load(folder, "grouped"):
+        text += f"## Experts on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            "Microseconds of the two products of a mixture's layer (gate and up merged, and down) together, by tokens, "
+            "and in brackets the share of the limit, for which the weights of the experts that are chosen are read "
+            "once. Tokens choose at random. `mm` multiplies for each expert that is chosen, which the host knows here "
+            "and not in a model. 8-bit activations (fp8) are quantized from bfloat16 within the time."
+        )
+        for name in dict.fromkeys(row["model"] for row in file["rows"]):
+            rows = [row for row in file["rows"] if row["model"] == name]
+            lines = []
+            sums = summed(rows)
+            tokens = sorted({row["M"] for row in sums})
+            for scheme in dict.fromkeys(row["scheme"] for row in rows):
+                own = [row for row in sums if row["scheme"] == scheme]
+                lines += lines_of(own, [], _linear_name, lambda row: row["M"], tokens, time_of)
+            shapes = ", ".join(f"{n} x {k}" for n, k in dict.fromkeys((row["N"], row["K"]) for row in rows))
+            head = f"{name}: {rows[0]['chosen']} of {rows[0]['experts']} experts, {shapes}"
+            text += table([head, *map(str, tokens)], lines) + "\n"
+    return text
 
 
 # ---- decoding
@@ -158,13 +216,9 @@ def decode(folder: Path) -> str:
             "128 tokens after a prompt of 128), by batch. `graph`: a step captured by hand as one CUDA graph; "
             "`reduce-overhead`: `torch.compile`'s mode, in a Python loop."
         )
-        labels = list(dict.fromkeys(map(_variant, rows)))
-        lines = []
-        for source, mark in ((rows, ""), (peers, " †")):
-            for label in labels if not mark else list(dict.fromkeys(map(_variant, peers))):
-                speeds = {(r["batch"], r["mode"]): r["tok_s"] for r in source if _variant(r) == label}
-                name = f"**{label}**" if not mark and OURS in label else f"{label}{mark}"
-                lines.append([name, *(number(speeds[c]) if c in speeds else "" for c in columns)])
+        lines = lines_of(
+            rows, peers, _variant, lambda row: (row["batch"], row["mode"]), columns, lambda row: number(row["tok_s"])
+        )
         text += table(["scheme, implementation", *(f"{b}, {mode}" for b, mode in columns)], lines)
         text += (
             "\n`triton.enable_pdl` and `combo_kernels` are options of Inductor's, which `options` take "
@@ -205,8 +259,12 @@ def _variant(row: Row) -> str:
 def _prefill(rows: list[Row]) -> str:
     if not rows:
         return ""
-    lines = [[_variant(row), str(row["tokens"]), number(row["ms"])] for row in rows]
-    return "Reading a prompt:\n\n" + table(["scheme, implementation", "tokens", "ms"], lines) + "\n"
+    lines = [
+        [f"{row['tokens']}, {_variant(row)}", number(row["tok_s"]), number(row["ms"]), number(row["peak_gb"])]
+        for row in rows
+    ]
+    head = ["tokens, scheme, implementation", "tok/s", "ms", "peak GB"]
+    return "Reading a prompt of one sequence, compiled:\n\n" + table(head, lines) + "\n"
 
 
 # ---- attention
@@ -217,49 +275,32 @@ def attention(folder: Path) -> str:
     text = ""
     for file in load(folder, "attention"):
         rows, peers = file["rows"], peers_of(folder, file["machine"], "attention")
-        places = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
+        places = list(dict.fromkeys(map(_place, rows)))
         text += f"## Attention from one token on {file['machine']}\n\n{run_of(file)}\n\n"
         text += filled(
             "Microseconds by batch x context (32 query heads, 8 key heads of 128), caches from memory, and in brackets "
             "the share of the limit, which is reading the cache once. The error is relative, to float64 attention over "
             "what the cache stands for."
         )
-        lines = []
-        for source, mark in ((rows, ""), (peers, " †")):
-            for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in source):
-                mine = [row for row in source if (row["kv"], row["impl"]) == (kv, impl)]
-                by_place = {(row["batch"], row["context"]): row for row in mine}
-                name = f"**{kv}, {impl}**" if impl == OURS else f"{kv}, {impl}{mark}"
-                cells = [_time(by_place[place]) if place in by_place else "" for place in places]
-                lines.append([name, *cells, f"{max(row['error'] for row in mine):.1g}"])
+        worst: dict[str, float] = {}
+        for row in [*rows, *peers]:
+            worst[_attention_name(row)] = max(row["error"], worst.get(_attention_name(row), 0.0))
+        lines = lines_of(rows, peers, _attention_name, _place, places, time_of)
+        lines = [[*line, f"{worst[line[0].removesuffix(' †').strip('*')]:.1g}"] for line in lines]
         text += table(["cache, kernel", *(f"{b} x {context(c)}" for b, c in places), "error"], lines)
         text += f"\n![Share of the limit](performance/{file['machine']}.attention-limit.svg)\n\n"
     return text
 
 
-def _time(row: Row) -> str:
-    share = f" ({row['floor_us'] / row['us']:.0%})" if "floor_us" in row else ""
-    return number(row["us"]) + share
+def _attention_name(row: Row) -> str:
+    return f"{row['kv']}, {row['impl']}"
 
 
-# ---- CPUs and the demonstration
+def _place(row: Row) -> tuple[int, int]:
+    return row["batch"], row["context"]
 
 
-def cpu_linear(folder: Path) -> str:
-    """The section of quantized products on CPUs."""
-    text = ""
-    for file in load(folder, "cpu-linear"):
-        rows = file["rows"]
-        plain = {(r["N"], r["K"], r["M"]): r["us"] for r in rows if r["scheme"] == "none"}
-        columns = list(plain)
-        text += f"## Linears on {file['machine']}\n\n{run_of(file)}\n\n"
-        text += "bfloat16's time (`torch.mm`) over ours, by output x input features and tokens.\n\n"
-        lines = []
-        for scheme in dict.fromkeys(r["scheme"] for r in rows if r["scheme"] != "none"):
-            ours = {(r["N"], r["K"], r["M"]): r["us"] for r in rows if r["scheme"] == scheme}
-            lines.append([scheme, *(f"{plain[c] / ours[c]:.2f}" if c in ours else "" for c in columns)])
-        text += table(["scheme", *(f"{n} x {k}, {m}" for n, k, m in columns)], lines) + "\n"
-    return text
+# ---- the demonstration
 
 
 def demo(folder: Path) -> str:
@@ -287,12 +328,13 @@ def demo(folder: Path) -> str:
     return text
 
 
-SECTIONS: tuple[Callable[[Path], str], ...] = (linear, decode, attention, cpu_linear, demo)
+SECTIONS: tuple[Callable[[Path], str], ...] = (linear, grouped, decode, attention, demo)
 
 
 def page(folder: Path = RESULTS) -> str:
     """The text of docs/performance.md for the files in a folder."""
-    return HEAD + "\n" + "\n".join(section(folder).rstrip() + "\n" for section in SECTIONS if section(folder))
+    texts = [section(folder).rstrip() for section in SECTIONS]
+    return HEAD + "\n" + "\n".join(text + "\n" for text in texts if text)
 
 
 # ---- plots

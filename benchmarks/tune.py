@@ -5,7 +5,7 @@
 Kernels are compiled by all processors but one, in the order in which they are timed; see `qcompile.runtime.measure` for
 what counts. The table is written after each job, and one that is there already is continued: jobs that it has are
 skipped, unless `--again` is given. A job is a scheme, a shape and a bucket; all shapes and schemes of the first bucket
-come first.
+come first. With `--experts` shapes are those of a mixture's experts, and buckets are of twice the rows that one has.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ BUCKETS = "1,16,1024,64,4096,32,256,128,2048,512"
 SCHEMES = "int4,fp8,int8,int8_weight_only,fp8_weight_only,mxfp4,nvfp4,nf4,int4_asym,fp8_block"
 
 
-def jobs(schemes: str, shapes: str, buckets: str, dtype: torch.dtype) -> list[measure.Job]:
+def jobs(schemes: str, shapes: str, buckets: str, dtype: torch.dtype, experts: int) -> list[measure.Job]:
     """Every scheme with every shape, bucket by bucket."""
     given = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
     return [
-        measure.job(name, preset(name), (n, k), int(bucket), dtype)
+        measure.job(name, preset(name), (n, k), int(bucket), dtype, experts)
         for bucket in buckets.split(",")
         for name in schemes.split(",")
         for n, k in given
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--schemes", default=SCHEMES, help=f"of {', '.join(PRESETS)}")
     parser.add_argument("--shapes", default=SHAPES, help="N x K")
     parser.add_argument("--buckets", default=BUCKETS, help="1, and powers of two from 16 to 4096")
+    parser.add_argument("--experts", type=int, default=0, help="of a mixture, whose experts have the shapes")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--minutes", type=float, default=8.0, help="no job is begun later")
     parser.add_argument("--keep", type=int, default=12, help="tiles that are timed for a job")
@@ -59,7 +60,7 @@ def main() -> None:
     path = given.table or Path(__file__).parents[1] / "codegen" / "tuned" / f"{name}.json"
     table = tuning.parse_table(path.read_text()) if path.exists() else {}
     wanted = []
-    for job in jobs(given.schemes, given.shapes, given.buckets, getattr(torch, given.dtype)):
+    for job in jobs(given.schemes, given.shapes, given.buckets, getattr(torch, given.dtype), given.experts):
         like = job.like(target)
         known = table.get(tuning.family(like), {}).get((like.n, like.k, job.m))
         if given.again or known is None or tuning.resolve(known.choice, like, job.m) is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import KernelSpec, Tile, scales_of
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, grouped_tile, scales_of
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -110,7 +110,7 @@ def resident(spec: KernelSpec) -> int:
 
 
 def seconds(spec: KernelSpec, m: int) -> float:
-    """The model's time of a kernel for M = `m`.
+    """The model's time of a kernel for M = `m`, or of one expert of a stack.
 
     Reading memory and the cache go on beside the rest. Decoding and multiplying take turns, unless the tile overlaps
     them, on unevenly filled processors; and a program's turns follow each other.
@@ -145,14 +145,21 @@ def seconds(spec: KernelSpec, m: int) -> float:
 
 
 def shared_bytes(spec: KernelSpec) -> int:
-    """Shared memory of the pipeline's stages, from above."""
+    """Shared memory of the pipeline's stages, from above.
+
+    Scales of blocks are copied there too; those with offsets go through it once more on their way to the weights.
+    """
     tile = spec.tile
     width = _BYTES.get(spec.x_dtype, 1)
     if tile.form == "slab":
         return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
     x = tile.m * tile.k * width
     weight = tile.n * tile.k * FORMATS[spec.weight].bits // 8
-    return max(tile.stages * (x + weight), 4 * tile.m * tile.n)
+    scale = _SCALE_BYTES.get(spec.scale_dtype, 1)
+    block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
+    blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0
+    stages = tile.stages * (x + weight + blocks * block) + (8 * blocks if spec.offset else 0)
+    return max(stages, 4 * tile.m * tile.n)
 
 
 def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
@@ -160,7 +167,9 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
 
     After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
     """
-    tiles = _fragment_tiles(like, m) if like.template == "gemm_fragment" else _rows8_tiles(like, m)
+    tiles = _rows8_tiles(like, m) if like.template == "gemm_rows8" else _fragment_tiles(like, m)
+    if isinstance(like, GroupedSpec):
+        tiles = [tile for tile in tiles if tile == grouped_tile(tile)]
     return [replace(like, tile=tile) for tile in tiles]
 
 

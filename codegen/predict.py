@@ -16,6 +16,7 @@ import sympy
 from qcompile.codegen.cost_model import device_of, seconds
 from qcompile.codegen.spec import KernelSpec
 from qcompile.formats import FORMATS
+from qcompile.scheme import SCALE_DTYPES
 
 STRETCH = {
     ("gemm_fragment", "bfloat16"): 1.4,
@@ -72,11 +73,26 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None) -> float:
     return MARGIN * _compiled(vendor)(m, spec.n, spec.k, bits, width, device.memory, device.operations)
 
 
+def stored_bytes(spec: KernelSpec) -> int:
+    """Bytes of a packed weight, in the logical layout, or some less.
+
+    A spec does not say of which type scales of scales are, nor that columns are permuted: two bytes are counted for
+    each of the former, which is the least, and none for the latter.
+    """
+    blocks = -(-spec.n // spec.rows) * spec.groups
+    scale = SCALE_DTYPES[spec.scale_dtype].itemsize
+    block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
+    above = -(-spec.k // spec.super_columns) * (2 if spec.offset else 1) if spec.super_columns else 0
+    return spec.n * -(-spec.k * FORMATS[spec.weight].bits // 8) + blocks * block + 2 * spec.n * above
+
+
 def limit(spec: KernelSpec, m: int) -> float:
-    """Seconds that no kernel stays below: every byte moved once, products of 16 or, for 8-bit activations, 8 bits."""
+    """Seconds that no kernel stays below: `stored_bytes`, input and output moved once, and products.
+
+    These are of 16 bits or, for 8-bit activations, of 8.
+    """
     device = device_of(spec.target)
     wide = {"float32": 4, "bfloat16": 2, "float16": 2}
-    weight = spec.n * spec.k * FORMATS[spec.weight].bits / 8
-    moved = weight + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * wide[spec.out_dtype]
+    moved = stored_bytes(spec) + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * wide[spec.out_dtype]
     rate = device.operations * (1 if spec.activation is None else 2)
     return max(moved / device.memory, 2 * m * spec.n * spec.k / rate)

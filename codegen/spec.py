@@ -281,6 +281,10 @@ def finishing_spec(kernel: KernelSpec, product: torch.dtype, *, x_scale: bool, s
 def grouped_spec(kernel: KernelSpec, experts: int) -> GroupedSpec:
     """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them."""
     given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
-    # Compilers see through to this kernel, and take instructions that order others for writes to all inputs.
-    tile = dataclasses.replace(kernel.tile, split=1, form="loop", overlap=False)
-    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATE, "tile": tile}, experts=experts)
+    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATE, "tile": grouped_tile(kernel.tile)}, experts=experts)
+
+
+def grouped_tile(tile: Tile) -> Tile:
+    """The tile without what kernels for stacks of experts do not do."""
+    # Compilers see through to these kernels, and take instructions that order others for writes to all inputs.
+    return dataclasses.replace(tile, split=1, form="loop", overlap=False)

@@ -40,8 +40,9 @@ class LinearSpec:
 
     Attributes:
         in_features, out_features: K and N.
-        scheme: weight and activation formats; its group fits K. How codes and scales were chosen makes no
-            difference to a kernel, so its method and observer are always the default ones.
+        scheme: weight and activation formats; its group fits K. How codes and scales were chosen, and
+            from what range, makes no difference to a kernel, so method, observer and `super_scale.bits` are always the
+            default ones.
         layout: name of the packed weight's layout.
         epilogue: steps of `EPILOGUE_STEPS` applied to the product in this order, in float32. "bias" adds the bias;
             "mul" and "add" each consume the next operand.
@@ -57,7 +58,10 @@ class LinearSpec:
         activation = self.scheme.activation
         if activation is not None:
             activation = replace(activation, observer=ABSMAX)
-        object.__setattr__(self, "scheme", replace(self.scheme, activation=activation, method=ROUND))
+        weight = self.scheme.weight
+        if weight.super_scale is not None:
+            weight = replace(weight, super_scale=replace(weight.super_scale, bits=8))
+        object.__setattr__(self, "scheme", replace(self.scheme, weight=weight, activation=activation, method=ROUND))
 
     @property
     def shape(self) -> tuple[int, int]:

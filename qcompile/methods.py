@@ -4,6 +4,7 @@ A method is any number of *folds*, which move magnitudes between a layer's input
 model as it is, and one way to choose *codes*:
 
     "gptq"                                         {"name": "gptq", "act_order": true}
+    "importance"                                   {"name": "rtn", "clip": "importance"}
     ["smoothquant", "gptq"]                        [{"name": "smoothquant", "strength": 0.8}, "gptq"]
 """
 
@@ -142,7 +143,7 @@ class AWQ:
 
 
 OBSERVERS = ("absmax", "percentile", "mse", "kl")
-OBSERVED = ("tensor", "channel", "token")
+OBSERVED = ("tensor", "token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class Observer:
     Attributes:
         name: of `OBSERVERS`.
         percentile: of the magnitudes, for the observer of that name.
-        per: whose magnitudes: of all numbers, of each channel's, or of each token's greatest.
+        per: whose magnitudes: of all numbers, or of each token's greatest.
     """
 
     name: str = "absmax"
@@ -188,12 +189,13 @@ def parse_observer(given: object) -> Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Turn the residual stream of the whole model by a Hadamard matrix; see `qcompile.calibrate.rotate`.
+    """Turn the residual stream of the whole model, and the values of each head, by Hadamard matrices (R1 and R2); see
+    `qcompile.calibrate.rotate` and `rotate_heads`.
 
     It is done before all else, once, if any layer's method names it.
 
     Attributes:
-        seed: of the matrix's signs; one for a model.
+        seed: of the matrices' signs; one for a model.
     """
 
     name: ClassVar[str] = "hadamard"
@@ -209,7 +211,9 @@ Fold = Rotation | SmoothQuant | AWQ
 _CODES: dict[str, type[Codes]] = {kind.name: kind for kind in (RTN, HQQ, GPTQ, Given)}
 _FOLDS: dict[str, type[Fold]] = {kind.name: kind for kind in (Rotation, SmoothQuant, AWQ)}
 _KNOWN: dict[str, type[Codes | Fold]] = {**_CODES, **_FOLDS}
-_OFFERED = [name for name in _KNOWN if name != Given.name]
+_SHORT: dict[str, Codes] = {"importance": RTN(clip="importance")}
+"""Names for steps with settings."""
+_OFFERED = [*(name for name in _KNOWN if name != Given.name), *_SHORT]
 """What users can choose."""
 
 
@@ -268,6 +272,8 @@ def parse_method(given: object) -> Method:
 
 
 def _step(given: object) -> Codes | Fold:
+    if isinstance(given, str) and given in _SHORT:
+        return _SHORT[given]
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str) or name not in _KNOWN:
         near = difflib.get_close_matches(name, _OFFERED, n=1, cutoff=0.4) if isinstance(name, str) else []

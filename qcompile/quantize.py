@@ -153,56 +153,6 @@ def _calibrate_kv_cache(model: nn.Module, kv_cache: KVScheme, batches: list[Any]
     calibrate_kv_cache(model, given, per_head=kv_cache.scales == "head")
 
 
-def _static_scales(
-    model: nn.Module, modules: dict[str, nn.Module], schemes: dict[str, Scheme], calibration: Iterable[Any] | None
-) -> dict[str, Tensor]:
-    """Input scales (float32 scalars) of the layers whose activations are static."""
-    scales: dict[str, Tensor] = {}
-    wanted: dict[str, float] = {}
-    for name, scheme in schemes.items():
-        activation = scheme.activation
-        if activation is None or activation.dynamic:
-            continue
-        if activation.scale is not None:
-            scales[name] = torch.tensor(activation.scale, device=modules[name].weight.device)  # type: ignore[arg-type]
-        else:
-            wanted[name] = activation.format.absmax
-    if not wanted:
-        return scales
-    if calibration is None:
-        raise LayerError(
-            f"{next(iter(wanted))}: static activation scales come from calibration; pass calibration=batches, state "
-            '"scale" in the configuration, or choose dynamic activations'
-        )
-    seen: dict[str, Tensor] = {}
-
-    def observe(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            top = args[0].detach().abs().amax().float()
-            seen[name] = torch.maximum(seen[name], top) if name in seen else top
-
-        return hook
-
-    handles = [modules[name].register_forward_pre_hook(observe(name)) for name in wanted]
-    try:
-        with torch.no_grad():
-            for batch in calibration:
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                else:
-                    model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, largest in wanted.items():
-        top = seen.get(name)
-        if top is None or not torch.isfinite(top):
-            what = "calibration batches never reached it" if top is None else "calibration gave it NaN or infinity"
-            raise LayerError(f"{name}: {what}, so its static scale is unknown")
-        scales[name] = torch.where(top == 0, torch.ones_like(top), top / largest)
-    return scales
-
-
 def planned(model: nn.Module, config: QuantConfig) -> dict[str, Scheme]:
     """The schemes of linear layers that `quantize_` would quantize, by name, fitted to their shapes.
 

@@ -40,8 +40,9 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
     number, so that the largest weights may saturate). Asymmetric: the range between the least and the greatest weight,
     both taken to include 0, is spread over all codes, and the zero point is the code of 0; with offsets, the range is
     that of the weights and the offset is the least. A super scale maps the largest scale of the tensor to the largest
-    that `scale_dtype` holds. Codes are chosen for the scale as it is stored, after its rounding to `scale_dtype`. A
-    block of zeros gets scale 1, or 0 if no code of the format is 0.
+    that `scale_dtype` holds; in a super-block (integer scales) the largest scale, and the lowest offset, become the
+    largest integer. Codes are chosen for the scale as it is stored, after its rounding to `scale_dtype`. A block of
+    zeros gets scale 1, or 0 if no code of the format is 0.
 
     Args:
         weight: floating point [N, K].
@@ -82,8 +83,8 @@ _CHUNK = 1 << 22
 
 
 def super_scale(rows: Sequence[Tensor], scheme: WeightScheme, layer: str) -> Tensor | None:
-    """One number for the whole weight, float32 []."""
-    if scheme.super_scale is None:
+    """One number for the whole weight, float32 []; None where there is none, or super-blocks have their own."""
+    if scheme.super_scale is None or scheme.has_super_blocks:
         return None
     if scheme.scale_dtype != "float8_e4m3fn" or not scheme.symmetric or scheme.super_scale.columns != WHOLE:
         raise LayerError(f"{layer}: {scheme.scale_dtype} scales of scales are read from checkpoints, not chosen here")
@@ -119,7 +120,8 @@ class Grid:
 
     Attributes:
         scale, zero_point, offset: as a packed weight stores them.
-        above: the super scale that all share, float32 [].
+        above: the super scale that all share, float32 [], or those of super-blocks, float32 [rows, D].
+        above_offset: those of super-blocks' offsets.
     """
 
     scheme: WeightScheme
@@ -128,19 +130,34 @@ class Grid:
     zero_point: Tensor | None = None
     offset: Tensor | None = None
     above: Tensor | None = None
+    above_offset: Tensor | None = None
 
     @property
     def step(self) -> Tensor:
         """What a code's value is multiplied by, float32 of the scale's shape."""
-        return self.scale.float() if self.above is None else self.scale.float() * self.above
+        return self._under(self.scale, self.above)
+
+    @property
+    def shift(self) -> Tensor | None:
+        """What is added to a code's value after that, float32 of the scale's shape."""
+        return None if self.offset is None else self._under(self.offset, self.above_offset)
+
+    def _under(self, per_block: Tensor, above: Tensor | None) -> Tensor:
+        if above is None:
+            return per_block.float()
+        if above.dim() == 0:
+            return per_block.float() * above
+        return per_block.float() * above.repeat_interleave(per_block.shape[1] // above.shape[1], 1)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What a packed weight stores beside its codes, in its order."""
         stored = [t for t in (self.scale, self.zero_point, self.offset) if t is not None]
-        if self.above is not None:
-            assert self.scheme.super_scale is not None
-            stored.append(self.above.to(SCALE_DTYPES[self.scheme.super_scale.dtype]).expand(self.shape[0], 1))
+        for above in (self.above, self.above_offset):
+            if above is not None:
+                assert self.scheme.super_scale is not None
+                above = above.expand(self.shape[0], 1) if above.dim() == 0 else above
+                stored.append(above.to(SCALE_DTYPES[self.scheme.super_scale.dtype]))
         return tuple(stored)
 
     def every(self, per_block: Tensor) -> Tensor:
@@ -149,8 +166,8 @@ class Grid:
 
     def encode(self, w: Tensor) -> Tensor:
         """The nearest codes, uint8 [rows, columns], of a float32 matrix."""
-        if self.offset is not None:
-            w = w - self.every(self.offset.float())
+        if (shift := self.shift) is not None:
+            w = w - self.every(shift)
         scaled = w / self.every(self.step)
         if self.zero_point is not None:
             scaled += self.every(self.zero_point.float())
@@ -163,7 +180,7 @@ class Grid:
         if self.zero_point is not None:
             values = values - self.every(self.zero_point.float())
         values = values * self.every(self.step)
-        return values if self.offset is None else values + self.every(self.offset.float())
+        return values if (shift := self.shift) is None else values + self.every(shift)
 
     def pack(self, codes: Tensor, layer: str, perm: Tensor | None = None) -> PackedWeight:
         """The packed weight of codes uint8 [rows, columns].
@@ -192,7 +209,6 @@ def choose_grid(w: Tensor, scheme: WeightScheme, above: Tensor | None, layer: st
         LayerError: a scale overflows its dtype.
     """
     shape = (w.shape[0], w.shape[1])
-    scale_dtype = SCALE_DTYPES[scheme.scale_dtype]
     blocks = blocks_of(w, scheme.granularity.block_of(shape))
     steps = 2**scheme.format.bits - 1
     offset = None
@@ -203,17 +219,72 @@ def choose_grid(w: Tensor, scheme: WeightScheme, above: Tensor | None, layer: st
         if shrink != 1.0:
             lost = (highest - lowest) * ((1 - shrink) / 2)
             lowest, highest = lowest + lost, highest - lost
-        offset = lowest.to(scale_dtype)
+        if scheme.has_super_blocks:
+            lowest = lowest.clamp(max=0)
+            return under_super_blocks((highest - lowest).clamp(min=0) / steps, lowest, scheme, shape, layer)
+        offset = lowest.to(SCALE_DTYPES[scheme.scale_dtype])
         spread = (highest - offset.float()).clamp(min=0) / steps
     else:
         lowest = blocks.amin((1, 3)).clamp(max=0) * shrink
         spread = blocks.amax((1, 3)).clamp(min=0) * shrink / steps - lowest / steps  # first the difference: overflows
+    if scheme.has_super_blocks:
+        return under_super_blocks(spread, None, scheme, shape, layer)
     scale = stored_scale(spread if above is None else spread / above, scheme, layer)
     grid = Grid(scheme=scheme, shape=shape, scale=scale, offset=offset, above=above)
     if scheme.symmetric or scheme.offset:
         return grid
     zero_point = scheme.format.encode(-lowest / grid.step)
     return replace(grid, zero_point=zero_point)
+
+
+def under_super_blocks(
+    step: Tensor, shift: Tensor | None, scheme: WeightScheme, shape: tuple[int, int], layer: str
+) -> Grid:
+    """The grid whose integer scales and offsets are nearest to given ones, under the least super scales for them.
+
+    Args:
+        step: float32 [rows, blocks], which super-blocks divide; of either sign where scales are int8.
+        shift: float32 [rows, blocks], not positive.
+
+    Raises:
+        LayerError: a super scale overflows its dtype; zero points, or blocks that cross super-blocks.
+    """
+    assert scheme.super_scale is not None
+    count = scheme.super_scale.count(shape[1])
+    if step.shape[1] % count or scheme.symmetric != (shift is None):
+        raise LayerError(
+            f"{layer}: {scheme.scale_dtype} scales of scales with zero points, or for {scheme.super_scale.columns} "
+            f"columns over {scheme.granularity}, are read from checkpoints, not chosen here"
+        )
+    scale, above = _integers(step, count, scheme, layer)
+    if shift is None:
+        return Grid(scheme=scheme, shape=shape, scale=scale, above=above)
+    offset, above_offset = _integers(-shift, count, scheme, layer)
+    return Grid(scheme=scheme, shape=shape, scale=scale, offset=offset, above=above, above_offset=-above_offset)
+
+
+def _integers(values: Tensor, count: int, scheme: WeightScheme, layer: str) -> tuple[Tensor, Tensor]:
+    """Integers [rows, blocks], and what multiplies those of each of `count` super-blocks, float32 [rows, count]."""
+    assert scheme.super_scale is not None
+    top = values.unflatten(1, (count, -1)).abs().amax(2)
+    above = (top / largest_scale(scheme)).to(SCALE_DTYPES[scheme.super_scale.dtype]).float()
+    if not torch.isfinite(above).all():
+        raise LayerError(f"{layer}: a super scale overflows {scheme.super_scale.dtype}; choose another scheme")
+    return to_integers(values, above, scheme), above
+
+
+def largest_scale(scheme: WeightScheme) -> int:
+    """The largest integer scale; signed ones also have its negative, and one less."""
+    assert scheme.super_scale is not None
+    return 2 ** (scheme.super_scale.bits - (scheme.scale_dtype == "int8")) - 1
+
+
+def to_integers(values: Tensor, above: Tensor, scheme: WeightScheme) -> Tensor:
+    """Values [rows, blocks] in units of what is above them, float32 [rows, D], as integers of the scales' dtype."""
+    top = largest_scale(scheme)
+    lowest = -top - 1 if scheme.scale_dtype == "int8" else 0
+    above = above.repeat_interleave(values.shape[1] // above.shape[1], 1)
+    return (values / above).nan_to_num(0.0).round().clamp(lowest, top).to(SCALE_DTYPES[scheme.scale_dtype])
 
 
 def stored_scale(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:

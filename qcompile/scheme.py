@@ -94,12 +94,16 @@ class SuperScale:
     Attributes:
         columns: of a row of the weight that share one; -1 is the whole row.
         dtype: "float32", "bfloat16" or "float16".
+        bits: of the integers that the scales beneath are; 8 for others.
     """
 
     columns: int
     dtype: str
+    bits: int = 8
 
     def __post_init__(self) -> None:
+        if self.bits not in range(2, 9):
+            raise ConfigError(f"super_scale bits must be an integer from 2 to 8, not {shown(self.bits)}")
         if self.dtype not in tuple(FLOAT_SCALES):
             raise ConfigError(f"super_scale dtype {shown(self.dtype)} is none of {', '.join(FLOAT_SCALES)}")
 
@@ -143,10 +147,17 @@ class WeightScheme:
             raise ConfigError(f"an asymmetric weight takes an unsigned integer format, not {self.format.name}")
         if self.symmetric and unsigned:
             raise ConfigError(f"a symmetric weight takes a signed format, not {self.format.name}")
-        if self.scale_dtype in ("uint8", "int8") and self.super_scale is None:
+        if self.has_super_blocks and self.super_scale is None:
             raise ConfigError(f"scales of dtype {self.scale_dtype} need a super_scale")
         if self.super_scale is not None and self.granularity.rows != 1:
             raise ConfigError(f"a super_scale goes with scales per channel or group, not per {self.granularity}")
+        if self.super_scale is not None and self.super_scale.bits != 8 and not self.has_super_blocks:
+            raise ConfigError(f"super_scale bits are of integer scales, not of {self.scale_dtype}")
+
+    @property
+    def has_super_blocks(self) -> bool:
+        """Whether scales (and offsets) are integers, under others that runs of a row's blocks share."""
+        return self.scale_dtype in ("uint8", "int8")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -166,12 +177,22 @@ class WeightScheme:
         """This scheme with a group that divides the K of a layer of shape (N, K).
 
         A preset's group becomes the largest power of two that divides K, a scale per channel where that is below 16.
+        A preset's super-blocks, where they do not divide K, give way to the type that llama.cpp takes then
+        (`SUBSTITUTES`).
 
         Raises:
-            LayerError: an explicit group that does not divide K; names the layer and the groups that do.
+            LayerError: an explicit group or super-block that does not divide K; names the layer and what does.
         """
         size = self.granularity.columns
         inner = shape[1]
+        above = self.super_scale.columns if self.has_super_blocks and self.super_scale is not None else WHOLE
+        if above != WHOLE and inner % above:
+            if self.flexible_group and self.format.name in SUBSTITUTES:
+                return PRESETS[SUBSTITUTES[self.format.name]].weight.fit(layer, shape)
+            raise LayerError(
+                f"{layer}: super-blocks of {above} do not divide its {inner} input features; presets of GGUF's K types "
+                "give way to others then, or give it another scheme"
+            )
         if not self.granularity.is_group or inner % size == 0:
             return self
         divisors = [g for g in (16, 32, 64, 128, 256, 512) if inner % g == 0]
@@ -212,8 +233,6 @@ class ActivationScheme:
     def __post_init__(self) -> None:
         if self.observer != ABSMAX and (self.dynamic or self.scale is not None):
             raise ConfigError("an observer finds static scales: it goes with dynamic: false and no stated scale")
-        if self.observer.per == "channel":
-            raise ConfigError("a static activation scale is one for all channels: observe per tensor, or per token")
         if self.scale_dtype not in ("float32", "float8_e8m0fnu") or (
             not self.dynamic and self.scale_dtype != "float32"
         ):
@@ -249,6 +268,11 @@ class Scheme:
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise ConfigError(f"a scheme's method is a qcompile.methods.Method, not {shown(self.method)}")
+        if isinstance(self.method.codes, HQQ) and self.weight.has_super_blocks:
+            raise ConfigError(
+                f"method hqq does not choose {self.weight.scale_dtype} scales and offsets; take gptq, or "
+                '{"name": "rtn", "clip": "mse"}'
+            )
         if isinstance(self.method.codes, HQQ) and self.weight.symmetric:
             raise ConfigError(
                 f"method hqq moves zero points or offsets, and a symmetric {self.weight.format.name} has neither; take "
@@ -326,6 +350,18 @@ def _gguf(name: str, *, offset: bool = False) -> WeightScheme:
     )
 
 
+def _gguf_k(name: str, group: int, bits: int, *, offset: bool = False) -> WeightScheme:
+    return WeightScheme(
+        format=get_format(name),
+        granularity=Granularity.group(group),
+        symmetric=not offset,
+        offset=offset,
+        scale_dtype="uint8" if offset else "int8",
+        super_scale=SuperScale(columns=256, dtype="float16", bits=bits),
+        flexible_group=True,
+    )
+
+
 def _fp8(granularity: Granularity) -> WeightScheme:
     return WeightScheme(format=get_format("fp8_e4m3"), granularity=granularity)
 
@@ -377,8 +413,25 @@ PRESETS: dict[str, Scheme] = {
     "q5_1": Scheme(weight=_gguf("uint5", offset=True)),
     "q8_0": Scheme(weight=_gguf("int8")),
     "iq4_nl": Scheme(weight=_gguf("iq4_nl")),
+    "q2_k": Scheme(weight=_gguf_k("uint2", 16, 4, offset=True)),
+    "q3_k": Scheme(weight=_gguf_k("int3", 16, 6)),
+    "q4_k": Scheme(weight=_gguf_k("uint4", 32, 6, offset=True)),
+    "q5_k": Scheme(weight=_gguf_k("uint5", 32, 6, offset=True)),
+    "q6_k": Scheme(weight=_gguf_k("int6", 16, 8)),
+    "iq4_xs": Scheme(weight=_gguf_k("iq4_nl", 32, 6)),
     "int4_int8": Scheme(weight=_integer(4, 128), activation=_activation("int8", _CHANNEL)),
 }
+
+SUBSTITUTES = {
+    "uint2": "iq4_nl",
+    "int3": "iq4_nl",
+    "iq4_nl": "iq4_nl",
+    "uint4": "q5_0",
+    "uint5": "q5_1",
+    "int6": "q8_0",
+}
+"""What a preset with super-blocks becomes where K is no multiple of them, by its format: the choice of llama.cpp's
+`llama_tensor_get_type` (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp)."""
 
 ALIASES: dict[str, str] = {
     "W4A16": "int4",
@@ -519,11 +572,12 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
 def _parse_super_scale(given: Mapping[str, Any] | None) -> SuperScale | None:
     if given is None:
         return None
-    check_keys("super_scale", given, ("group_size", "dtype"))
+    check_keys("super_scale", given, ("group_size", "dtype", "bits"))
     columns = given.get("group_size", WHOLE)
     if columns != WHOLE:
         columns = _size("super_scale: group_size", columns)
-    return SuperScale(columns=columns, dtype=given.get("dtype", "float32"))
+    bits = _size("super_scale: bits", given.get("bits", 8))
+    return SuperScale(columns=columns, dtype=given.get("dtype", "float32"), bits=bits)
 
 
 def _positive(what: str, value: object) -> float | None:
@@ -604,6 +658,8 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
         given["weight"]["offset"] = True
     if weight.super_scale is not None:
         given["weight"]["super_scale"] = {"group_size": weight.super_scale.columns, "dtype": weight.super_scale.dtype}
+        if weight.super_scale.bits != 8:
+            given["weight"]["super_scale"]["bits"] = weight.super_scale.bits
     if weight.act_order:
         given["weight"]["act_order"] = True
     if scheme.activation is not None:

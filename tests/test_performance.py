@@ -50,12 +50,28 @@ def test_a_sum_needs_every_shape() -> None:
     assert sums == {("int4", "qcompile"): {1: (8.0, 4.0)}}
 
 
+def test_experts_are_shown_by_model(tmp_path: Path) -> None:
+    def row(impl: str, scheme: str, n: int, m: int, us: float) -> dict[str, object]:
+        about = {"bench": "grouped", "model": "mixtral", "chosen": 2, "experts": 8, "impl": impl, "scheme": scheme}
+        return about | {"N": n, "K": 64, "M": m, "us": us, "floor_us": us / 2}
+
+    rows = [row("qcompile", "int4", n, m, 10.0 * m) for n in (32, 64) for m in (1, 16)]
+    rows += [row("_grouped_mm", "bfloat16", n, 16, 200.0) for n in (32, 64)]
+    file = {"machine": "one", "date": "2026-01-01", "versions": {"torch": "2.11", "gpu": "a GPU"}, "rows": rows}
+    (tmp_path / "one.grouped.json").write_text(json.dumps(file))
+    page = report.page(tmp_path)
+    assert "| mixtral: 2 of 8 experts, 32 x 64, 64 x 64 | 1 | 16 |" in page
+    assert "| **int4, qcompile** | 20.0 (50%) | 320 (50%) |" in page
+    assert "| bfloat16, _grouped_mm |  | 400 (50%) |" in page
+
+
 def test_decoding_is_shown_by_batch_and_mode(tmp_path: Path) -> None:
     ours = {"bench": "decode", "impl": "qcompile", "scheme": "int4", "batch": 1, "layers": 32, "kv": "fp8"}
     measured = {"tok_s": 412.3, "step_us": 2425.4, "peak_gb": 5.91, "compile_s": 41.2, "warm_compile_s": 8.6}
     made = {"busy_us": 2390.0, "linear_us": 1890.0, "kernel_count": 455}
     loop = ours | measured | {"mode": "reduce-overhead", "tok_s": 400.1}
-    prompt = {"bench": "prefill", "impl": "inductor", "scheme": "bfloat16", "batch": 1, "tokens": 2048, "ms": 50.1}
+    prompt = {"bench": "prefill", "impl": "inductor", "scheme": "bfloat16", "batch": 1, "tokens": 2048}
+    prompt |= {"tok_s": 40878.2, "ms": 50.1, "peak_gb": 17.2}
     longer = ours | measured | {"mode": "graph", "tok_s": 398.2, "lengths": "1024+128"}
     rows = [ours | measured | made | {"mode": "graph"}, loop, longer, prompt]
     told = {"torch": "2.11", "gpu": "a GPU"}
@@ -69,7 +85,7 @@ def test_decoding_is_shown_by_batch_and_mode(tmp_path: Path) -> None:
     assert "| **int4, qcompile, fp8 cache, prompt+tokens 1024+128** | 398 |  |" in page
     assert "| int4, Marlin † | 224 |  |" in page
     assert "| 1, int4, qcompile, fp8 cache | 2425 | 2390 | 1890 | 455 | 5.91 | 41.2 (8.60 warm) |" in page
-    assert "| bfloat16, inductor | 2048 | 50.1 |" in page
+    assert "| 2048, bfloat16, inductor | 40878 | 50.1 | 17.2 |" in page
 
 
 def test_a_decoding_benchmark_knows_its_implementations(monkeypatch: pytest.MonkeyPatch) -> None:

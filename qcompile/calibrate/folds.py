@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from qcompile.calibrate.trace import Illegal, LinearNode, Trace, kind_of, shape_of
 
-_IDENTITIES = {
+IDENTITIES = {
     "to",
     "type_as",
     "float",
@@ -39,11 +39,11 @@ _IDENTITIES = {
     "dropout",
     "lift_fresh_copy",
 }
-_MOVES = {
+MOVES = {
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "transpose", "permute", "t", "expand", "repeat",
     "repeat_interleave", "unsqueeze", "squeeze", "select", "slice",
 }  # fmt: skip
-_SPLITS = {"split", "split_with_sizes", "chunk", "unbind"}
+SPLITS = {"split", "split_with_sizes", "chunk", "unbind"}
 _HOMOGENEOUS = {"relu", "leaky_relu", "neg"}
 """f(a x) = a f(x) for positive a."""
 
@@ -69,11 +69,13 @@ class Site:
         readers: all of them; their columns are multiplied.
         sources: see `Source`.
         classes: int64 [K]; channels of one class share a scale.
+        path: the nodes whose values change, each with the channel whose scale divides an element, or -1.
     """
 
     readers: tuple[LinearNode, ...]
     sources: tuple[Source, ...]
     classes: Tensor
+    path: Mapping[fx.Node, Tensor]
 
     @torch.no_grad()
     def apply(self, scale: Tensor) -> None:
@@ -138,7 +140,7 @@ def groups(trace: Trace) -> dict[fx.Node, list[LinearNode]]:
 
 def _root(linear: LinearNode) -> fx.Node:
     node, features = linear.x, shape_of(linear.x)[-1]
-    while kind_of(node) in _IDENTITIES | {"view", "reshape", "_unsafe_view", "flatten"}:
+    while kind_of(node) in IDENTITIES | {"view", "reshape", "_unsafe_view", "flatten"}:
         before = node.args[0]
         if not isinstance(before, fx.Node) or shape_of(before)[-1:] != (features,) or not _is_float(before):
             break
@@ -183,7 +185,7 @@ def site(trace: Trace, root: fx.Node, readers: list[LinearNode], owners: dict[in
     classes = _classes(pulled.merges, features)
     if features > 1 and len(classes.unique()) == 1:
         raise Illegal("all channels would share one scale")
-    return Site(tuple(readers), pulled.sources, classes)
+    return Site(tuple(readers), pulled.sources, classes, pulled.path)
 
 
 def _check_readers(root: fx.Node, readers: list[LinearNode]) -> frozenset[fx.Node]:
@@ -200,7 +202,7 @@ def _check_readers(root: fx.Node, readers: list[LinearNode]) -> frozenset[fx.Nod
         for user in node.users:
             if user in products:
                 continue
-            if kind_of(user) not in _IDENTITIES | {"view", "reshape", "_unsafe_view", "flatten"}:
+            if kind_of(user) not in IDENTITIES | {"view", "reshape", "_unsafe_view", "flatten"}:
                 raise Illegal(f"{_words(user)} reads its input too")
             between.add(user)
             ahead.append(user)
@@ -209,7 +211,7 @@ def _check_readers(root: fx.Node, readers: list[LinearNode]) -> frozenset[fx.Nod
 
 def _reads_the_rest(user: fx.Node, node: fx.Node, labels: Tensor) -> bool:
     """Whether a part of a tensor is taken that does not change."""
-    if kind_of(node) in _SPLITS:
+    if kind_of(node) in SPLITS:
         return kind_of(user) == "getitem"
     return kind_of(user) == "slice" and bool((user.target(labels, *user.args[1:]) < 0).all())  # type: ignore[operator]
 
@@ -277,11 +279,11 @@ def _pull(trace: Trace, node: Any, labels: Tensor, shift: float) -> _Pulled:
     if node.op == "placeholder":
         raise Illegal("it comes from before the block")
     kind = kind_of(node)
-    if kind in _IDENTITIES and not (kind == "dropout" and node.args[2]):
+    if kind in IDENTITIES and not (kind == "dropout" and node.args[2]):
         if not _is_float(node):
             raise Illegal("a cast to integers does not commute with scales")
         return _pull(trace, node.args[0], labels, shift).through(node, labels)
-    if kind in _MOVES:
+    if kind in MOVES:
         return _pull_move(trace, node, node.args[0], labels, shift, lambda t: node.target(t, *node.args[1:]))  # type: ignore[operator]
     if kind == "getitem":
         return _pull_item(trace, node, labels, shift)
@@ -311,7 +313,7 @@ def _pull_move(
 def _pull_item(trace: Trace, node: fx.Node, labels: Tensor, shift: float) -> _Pulled:
     """A part of what was split: the other parts do not change."""
     split, index = node.args
-    if not isinstance(split, fx.Node) or kind_of(split) not in _SPLITS:
+    if not isinstance(split, fx.Node) or kind_of(split) not in SPLITS:
         raise Illegal("it is one of an operator's several results")
 
     def part(t: Tensor) -> Any:

@@ -9,13 +9,16 @@ nearest code of a number, and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from qcompile.calibrate.search import pick, search_grid
+from qcompile.calibrate.fit import pick
+from qcompile.calibrate.search import search_grid
 from qcompile.errors import CalibrationError
+from qcompile.formats.table import TableFormat
 from qcompile.methods import GPTQ
 from qcompile.packed import PackedWeight
 from qcompile.reference import Grid, choose_grid, finite_float32, super_scale
@@ -80,32 +83,87 @@ def _solve(
     order = order.to(w.device)
     factor = inverse_factor(hessian[order][:, order], settings.damping, layer)
     grid = search_grid(w, scheme, above, layer, settings.clip, hessian)
-    per_row = _per_row(grid)
-    rest = w[:, order].clone()
+    blocks = _per_block(grid)
+    rest = w[:, order].t().contiguous()  # [K, N], so that a column of the weight lies together
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    places = order.tolist()
-    block = settings.block_size
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        own, inner = rest[:, start:end], factor[start:end, start:end]
-        errors = torch.empty_like(own)
-        for i in range(end - start):
-            place = places[start + i]
-            column = [None if t is None else t[:, place // group] for t in per_row]
-            code, value = _nearest(own[:, i], column, scheme)
-            codes[:, place] = code
-            errors[:, i] = (own[:, i] - value) / inner[i, i]
-            own[:, i:].addr_(errors[:, i], inner[i, i:], alpha=-1)
-        rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    done = _Columns(min(settings.block_size, columns), w.shape[0], scheme, w.device)
+    for start in range(0, columns, settings.block_size):
+        end = min(start + settings.block_size, columns)
+        if end - start < done.size:
+            done = _Columns(end - start, w.shape[0], scheme, w.device)
+        places = order[start:end]
+        done.solve(
+            rest[start:end], factor[start:end, start:end], [None if b is None else b(places // group) for b in blocks]
+        )
+        codes[:, places] = done.codes.t()
+        rest[end:].addmm_(factor[start:end, end:].t(), done.errors, alpha=-1)
     return grid, codes
 
 
-def _per_row(grid: Grid) -> list[Tensor | None]:
-    """Step, zero point and offset, float32 [N, column blocks], of each row."""
+class _Columns:
+    """One block of columns after another, each in the same memory: a GPU records the many small steps once.
+
+    Attributes:
+        size: how many columns.
+        codes: uint8 [size, N], the result.
+        errors: float32 [size, N], what each column is off by over the factor's diagonal.
+    """
+
+    def __init__(self, size: int, rows: int, scheme: WeightScheme, device: torch.device) -> None:
+        self.size, self.scheme = size, scheme
+        self.codes = torch.empty(size, rows, dtype=torch.uint8, device=device)
+        self.errors = torch.empty(size, rows, device=device)
+        self._inputs: list[Tensor | None] = []
+        self._recorded = device.type == "cuda" and not isinstance(
+            scheme.format, TableFormat
+        )  # tables come from the host
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def solve(self, own: Tensor, factor: Tensor, per_column: Sequence[Tensor | None]) -> None:
+        """Choose codes.
+
+        Args:
+            own: float32 [size, N], the columns.
+            factor: float32 [size, size], of the inverse Hessian.
+            per_column: step, zero point and shift, float32 [size, N].
+        """
+        inputs = [own, factor, *per_column]
+        if not self._inputs:
+            self._inputs = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
+            self._run()  # also what a recording must find done: kernels that are loaded at their first call
+            return
+        for kept, given in zip(self._inputs, inputs, strict=True):
+            if kept is not None and given is not None:
+                kept.copy_(given)
+        if not self._recorded:
+            self._run()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._run()
+        self._graph.replay()
+
+    def _run(self) -> None:
+        own, factor, *per_column = self._inputs
+        assert own is not None
+        assert factor is not None
+        for i in range(self.size):
+            code, value = _nearest(own[i], [None if t is None else t[i] for t in per_column], self.scheme)
+            self.codes[i] = code
+            self.errors[i] = (own[i] - value) / factor[i, i]
+            own[i:].addr_(factor[i, i:], self.errors[i], alpha=-1)
+
+
+def _per_block(grid: Grid) -> list[Callable[[Tensor], Tensor] | None]:
+    """Step, zero point and shift: from numbers of column blocks [n] to float32 [n, N]."""
     rows = grid.shape[0]
     tall = grid.scheme.granularity.block_of(grid.shape)[0]
-    stored = (grid.step, grid.zero_point, grid.offset)
-    return [None if t is None else t.float().repeat_interleave(tall, 0)[:rows] for t in stored]
+
+    def at(stored: Tensor, numbers: Tensor) -> Tensor:
+        return stored.t()[numbers].float().repeat_interleave(tall, 1)[:, :rows]
+
+    return [None if t is None else partial(at, t) for t in (grid.step, grid.zero_point, grid.shift)]
 
 
 def _nearest(column: Tensor, per_row: Sequence[Tensor | None], scheme: WeightScheme) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qcompile.calibrate.search import pick
+from qcompile.calibrate.fit import pick
 from qcompile.methods import HQQ
 from qcompile.reference import Grid, blocks_of, choose_grid
 from qcompile.scheme import WeightScheme

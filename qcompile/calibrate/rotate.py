@@ -1,10 +1,11 @@
 """Rotations: a model's hidden states are turned by an orthogonal matrix, so that no channel of them stands out.
 
-QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406): R1 turns the residual
-stream, R2 each head's values. Both are folded into weights beforehand, so nothing is added to the model. The matrices
-are Hadamard matrices of random signs (powers of two, and blocks of them in other sizes).
+QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406): their R1, which
+turns the residual stream (`qcompile.calibrate.rotate_heads` has R2). It is folded into weights beforehand, so nothing
+is added to the model. The matrix is a Hadamard matrix of random signs (of a power of two, or blocks of one in other
+sizes).
 
-R1 is legal where every reader of the residual stream is a norm that a rotation passes through, followed by linears, and
+It is legal where every reader of the residual stream is a norm that a rotation passes through, followed by linears, and
 every writer is a linear or an embedding:
 
     h = embedding(ids)               E -> E Q
@@ -299,9 +300,7 @@ def turn(streams: Iterable[Stream], rotation: Tensor, owners: dict[int, int]) ->
             if read.weight is not None:
                 read.weight.fill_(1.0 - read.shift)
         for write in stream.writes:
-            _replace(write.weight, _matrix(write) if write.transposed else _matrix(write).T, rotation, write.transposed)
-            if write.bias is not None:
-                write.bias.copy_((write.bias.double() @ rotation.to(write.bias.device)).to(write.bias.dtype))
+            _turn_writer(write, rotation)
         for embedding in stream.embeddings:
             embedding.copy_((embedding.double() @ rotation.to(embedding.device)).to(embedding.dtype))
 
@@ -318,7 +317,10 @@ def _turn_reader(reader: LinearNode, read: Scaled, rotation: Tensor) -> None:
     reader.weight.copy_(turned.T if reader.transposed else turned)
 
 
-def _replace(parameter: nn.Parameter, by_output: Tensor, rotation: Tensor, transposed: bool) -> None:
-    """Turn a weight [K, N]'s outputs."""
-    turned = (by_output @ rotation.to(by_output.device)).to(parameter.dtype)
-    parameter.copy_(turned if transposed else turned.T)
+def _turn_writer(writer: LinearNode, rotation: Tensor) -> None:
+    weight = _matrix(writer) if writer.transposed else _matrix(writer).T  # [K, N]
+    turned = (weight @ rotation.to(weight.device)).to(writer.weight.dtype)
+    writer.weight.copy_(turned if writer.transposed else turned.T)
+    if writer.bias is not None:
+        bias = writer.bias.detach().double()
+        writer.bias.copy_((bias @ rotation.to(bias.device)).to(writer.bias.dtype))

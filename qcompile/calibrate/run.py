@@ -19,6 +19,7 @@ from qcompile.calibrate.observers import Observed
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.resume import Progress
 from qcompile.calibrate.rotate import rotate_
+from qcompile.calibrate.rotate_heads import rotate_heads_
 from qcompile.calibrate.smoothquant import smooth_scales
 from qcompile.calibrate.statistics import Collector, InputStatistics, observed
 from qcompile.calibrate.stream import (
@@ -94,7 +95,7 @@ class _Calibration:
         self.batches, self.bar, self.done, self.report = batches, bar, done, report
         self.training = {name: module.training for name, module in self.left.items()}
         self.parents = parents_of(model)
-        self.unturned = ""
+        self.unturned: dict[str, list[str]] = {}
         self.apart: dict[str, str] = {}
         self.owners: dict[int, int] = {}
 
@@ -128,15 +129,21 @@ class _Calibration:
             self._quantize(rest, lambda: run_whole(self.model, self.batches, stacks), whole, call)
 
     def _rotate(self) -> None:
-        """Turn the residual stream, if any layer's method says so; where it cannot be, note why."""
-        seeds = {f.seed for n in self.left for f in self.schemes[n].method.folds if isinstance(f, Rotation)}
+        """Turn the residual stream and values, if any layer's method says so; where it cannot be, note why."""
+        wanted = {n: f.seed for n in self.left for f in self.schemes[n].method.folds if isinstance(f, Rotation)}
+        seeds = set(wanted.values())
         if len(seeds) > 1:
             raise ConfigError(f"method hadamard: layers name different seeds, {sorted(seeds)}; a model has one")
-        try:
-            for seed in seeds:
+        for seed in seeds:
+            self.unturned = {name: [] for name in wanted}
+            try:
                 rotate_(self.model, self.batches[0], list(self.left), seed)
-        except Illegal as reason:
-            self.unturned = f"hadamard: {reason}"
+            except Illegal as reason:
+                for reasons in self.unturned.values():
+                    reasons.append(f"hadamard: {reason}")
+            for name, why in rotate_heads_(self.model, self.batches[0], list(self.left), seed).items():
+                if name in self.unturned:
+                    self.unturned[name].append(f"hadamard of values: {why}")
 
     def _block(self, block: nn.Module, own: list[str], stack: Stack, index: int, device: torch.device) -> None:
         first = stack.calls[index][0].with_hidden(stack.hidden[0].to(device))
@@ -260,8 +267,7 @@ class _Calibration:
         scale = None if input_scale is None else input_scale.to(weight.device)
         self._put(name, quantized_linear(name, module, scheme, scale, packed))
         del module
-        if self.unturned and any(isinstance(fold, Rotation) for fold in scheme.method.folds):
-            declined = "; ".join(filter(None, (self.unturned, declined)))
+        declined = "; ".join(filter(None, (*self.unturned.get(name, ()), declined)))
         result = LayerResult(
             name=name,
             scheme=str(scheme),

@@ -8,16 +8,14 @@ Lin et al. 2023, arXiv:2306.00978, section 3.2 and its code).
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from qcompile.calibrate.fit import best_grid
+from qcompile.calibrate.super_blocks import search_super_blocks
 from qcompile.reference import Grid, blocks_of, choose_grid
 from qcompile.scheme import WeightScheme
 
-_SHRINKS = (1.0, 1.075, *(1 - step / 20 for step in range(1, 14)))  # down to 0.35
-_POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two
 _WIDEST = 512
 """Columns of a block up to which the error of its part of the output is computed; of wider ones the inputs' mean
 squares weight it."""
@@ -26,28 +24,28 @@ squares weight it."""
 def search_grid(
     w: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str, clip: str, gram: Tensor | None
 ) -> Grid:
-    """The best of several grids, block by block; of equals that of the weights' own range.
+    """The best of several grids, block by block (super-block by super-block); of equals that of the weights' own range.
 
     Args:
         w: float32 [N, K], finite.
         above: the weight's super scale, float32 [].
-        clip: of `qcompile.methods.CLIPS`.
+        clip: of `qcompile.methods.CLIPS`. Super-blocks take "output" for "importance".
         gram: float32 [K, K], the mean of x x^T over inputs; for "importance" and "output".
 
     Raises:
         LayerError: a scale overflows its dtype.
     """
-    best = choose_grid(w, scheme, above, layer)
     if clip == "none":
-        return best
-    least = block_errors(w - best.decode(best.encode(w)), scheme, clip, gram)
-    shrinks = _POWERS if scheme.scale_dtype == "float8_e8m0fnu" else _SHRINKS
-    for shrink in shrinks[1:]:
-        grid = choose_grid(w, scheme, above, layer, shrink)
-        errors = block_errors(w - grid.decode(grid.encode(w)), scheme, clip, gram)
-        best = pick(errors < least, grid, best)
-        least = torch.minimum(errors, least)
-    return best
+        return choose_grid(w, scheme, above, layer)
+    weight = torch.ones_like(w[0]) if clip == "mse" else _diagonal(gram)
+    if scheme.has_super_blocks:
+        return search_super_blocks(w, weight, scheme, layer)
+    return best_grid(w, weight, scheme, above, layer, lambda error: block_errors(error, scheme, clip, gram))
+
+
+def _diagonal(gram: Tensor | None) -> Tensor:
+    assert gram is not None
+    return gram.diagonal()
 
 
 def block_errors(error: Tensor, scheme: WeightScheme, clip: str, gram: Tensor | None) -> Tensor:
@@ -69,26 +67,3 @@ def block_errors(error: Tensor, scheme: WeightScheme, clip: str, gram: Tensor | 
         per_row = (products * parts).sum(-1)
         return blocks_of(per_row, (block[0], 1)).sum((1, 3))
     return blocks_of(error.square() * gram.diagonal(), block).sum((1, 3))
-
-
-def pick(first_where: Tensor, first: Grid, second: Grid) -> Grid:
-    """The grid of two of one scheme whose blocks are those of the first where a mask [row blocks, column blocks] says.
-
-    Their super scale is the same.
-    """
-
-    def chosen(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        if a is None or b is None:
-            return None
-        if a.element_size() == 1:  # where has no kernel for float8
-            return torch.where(first_where, a.view(torch.uint8), b.view(torch.uint8)).view(a.dtype)
-        return torch.where(first_where, a, b)
-
-    scale = chosen(first.scale, second.scale)
-    assert scale is not None
-    return replace(
-        second,
-        scale=scale,
-        zero_point=chosen(first.zero_point, second.zero_point),
-        offset=chosen(first.offset, second.offset),
-    )

@@ -163,15 +163,16 @@ def _mxfp4(blocks: Tensor) -> Parts:
     return Parts(_rows(_fields(blocks[..., 1:], 4, 16)), _rows(blocks[..., 0]).view(torch.float8_e8m0fnu))
 
 
-def _scheme(format_name: str, group: int, scale_dtype: str = "float16", *, offset: bool = False) -> WeightScheme:
-    small = scale_dtype in ("uint8", "int8")
+def _scheme(
+    format_name: str, group: int, scale_dtype: str = "float16", bits: int = 0, *, offset: bool = False
+) -> WeightScheme:
     return WeightScheme(
         format=get_format(format_name),
         granularity=Granularity.group(group),
         symmetric=not offset,
         offset=offset,
         scale_dtype=scale_dtype,
-        super_scale=SuperScale(columns=_SUPER, dtype="float16") if small else None,
+        super_scale=SuperScale(columns=_SUPER, dtype="float16", bits=bits) if bits else None,
     )
 
 
@@ -181,13 +182,13 @@ BLOCK_TYPES: dict[int, BlockType] = {
     6: BlockType("Q5_0", 32, 22, _scheme("int5", 32), _q5_0),
     7: BlockType("Q5_1", 32, 24, _scheme("uint5", 32, offset=True), _q5_1),
     8: BlockType("Q8_0", 32, 34, _scheme("int8", 32), _q8_0),
-    10: BlockType("Q2_K", 256, 84, _scheme("uint2", 16, "uint8", offset=True), _q2_k),
-    11: BlockType("Q3_K", 256, 110, _scheme("int3", 16, "int8"), _q3_k),
-    12: BlockType("Q4_K", 256, 144, _scheme("uint4", 32, "uint8", offset=True), _q4_k),
-    13: BlockType("Q5_K", 256, 176, _scheme("uint5", 32, "uint8", offset=True), _q5_k),
-    14: BlockType("Q6_K", 256, 210, _scheme("int6", 16, "int8"), _q6_k),
+    10: BlockType("Q2_K", 256, 84, _scheme("uint2", 16, "uint8", 4, offset=True), _q2_k),
+    11: BlockType("Q3_K", 256, 110, _scheme("int3", 16, "int8", 6), _q3_k),
+    12: BlockType("Q4_K", 256, 144, _scheme("uint4", 32, "uint8", 6, offset=True), _q4_k),
+    13: BlockType("Q5_K", 256, 176, _scheme("uint5", 32, "uint8", 6, offset=True), _q5_k),
+    14: BlockType("Q6_K", 256, 210, _scheme("int6", 16, "int8", 8), _q6_k),
     20: BlockType("IQ4_NL", 32, 18, _scheme("iq4_nl", 32), _q4_0),
-    23: BlockType("IQ4_XS", 256, 136, _scheme("iq4_nl", 32, "int8"), _iq4_xs),
+    23: BlockType("IQ4_XS", 256, 136, _scheme("iq4_nl", 32, "int8", 6), _iq4_xs),
     39: BlockType("MXFP4", 32, 17, _scheme("fp4_e2m1", 32, "float8_e8m0fnu"), _mxfp4),
 }
 """The types that can be read, by their numbers in files."""

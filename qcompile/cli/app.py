@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from qcompile.cli.shapes import parse_shapes, parse_tokens, shapes_in, split
+from qcompile.cli.shapes import parse_experts, parse_shapes, parse_tokens, shapes_in, split
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import parse_config
 from qcompile.errors import ConfigError, DeviceError, QCompileError
@@ -264,7 +264,7 @@ def quantize(
     scheme: Annotated[str, typer.Option(help="A preset or a configuration file.")] = "int4",
     method: Annotated[
         str,
-        typer.Option(help="rtn, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
+        typer.Option(help="rtn, importance, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
     ] = "rtn",
     calibration: Annotated[
         Path | None, typer.Option(help="A text, for methods and scales that look at activations.", show_default=False)
@@ -423,6 +423,12 @@ def tune(
         typer.Option(help="A preset or a configuration file; for what is not quantized yet.", show_default=False),
     ] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of rows that linears get, separated by commas.")] = "1,64,1024",
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a mixture, whose experts have the shapes: 2/8 if a token chooses 2 of 8.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Time the kernels for a model's linears on this GPU, and keep the fastest; what was timed before is skipped."""
     with _errors_told():
@@ -431,10 +437,13 @@ def tune(
         shapes, rows = shapes_in(what), parse_tokens([tokens])
         if shapes is not None and scheme is None:
             raise ConfigError("shapes need a --scheme, such as int4; `qcompile schemes` lists them")
+        if experts is not None and shapes is None:
+            raise ConfigError("--experts is for shapes; a model says itself what experts it has")
+        mixture = (1, 0) if experts is None else parse_experts(experts)
         device = _a_gpu()
         quiet_imports()
         if shapes is not None and scheme is not None:
-            jobs = command.jobs_of_shapes(shapes, scheme, rows)
+            jobs = command.jobs_of_shapes(shapes, scheme, rows, *mixture)
         else:
             jobs = command.jobs_of_model(Path(what), scheme, rows, device)
         left = command.missing(jobs, device)

@@ -97,11 +97,13 @@ def config_of(scheme: str) -> QuantConfig:
     """What a row's name stands for.
 
     A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it chooses the token.
+    Beside types of GGUF it gets Q6_K, as llama.cpp has it.
     """
     config = parse_config(scheme)
     if scheme not in (*PRESETS, *ALIASES) or PRESETS[ALIASES.get(scheme, scheme)].weight.format.bits >= 8:
         return config
-    return QuantConfig((Rule(layers="lm_head", scheme=PRESETS["int8_weight_only"]), *config.rules))
+    head = PRESETS["q6_k" if scheme.startswith(("q", "iq")) else "int8_weight_only"]
+    return QuantConfig((Rule(layers="lm_head", scheme=head), *config.rules))
 
 
 def _row(

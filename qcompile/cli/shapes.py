@@ -47,6 +47,18 @@ def shapes_in(text: str) -> list[Shape] | None:
     return parse_shapes([text]) if parts and all(_SHAPE.fullmatch(part) for part in parts) else None
 
 
+def parse_experts(given: str) -> tuple[int, int]:
+    """Of a mixture: how many experts a token chooses, and how many there are, of a text such as 2/8.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", given.strip())
+    if match is None or not 0 < int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--experts {given!r}: how many a token chooses, of how many, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
 def parse_tokens(given: Sequence[str]) -> list[int]:
     """Numbers of rows of activations.
 

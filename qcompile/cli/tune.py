@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from qcompile.linear_spec import LinearSpec
     from qcompile.runtime.measure import Job
 
 KEEP = 8
@@ -34,23 +35,44 @@ def _one_scheme(config: QuantConfig) -> Scheme:
     return config.rules[0].scheme
 
 
-def jobs_of_shapes(shapes: Sequence[Shape], scheme: str, tokens: Sequence[int]) -> list[Job]:
+def buckets(tokens: Sequence[int], chosen: int = 1, experts: int = 0) -> list[int]:
+    """The buckets of rows that decide the kernels for numbers of tokens.
+
+    Args:
+        chosen, experts: how many experts a token chooses, of how many; 0 for linears that are alone.
+    """
+    from qcompile.runtime import gpu, gpu_grouped
+
+    return sorted({gpu_grouped.rows_bucket(m * chosen, experts) if experts else gpu.bucket(m) for m in tokens})
+
+
+def jobs_of_shapes(
+    shapes: Sequence[Shape], scheme: str, tokens: Sequence[int], chosen: int = 1, experts: int = 0
+) -> list[Job]:
     """bfloat16 jobs, those of few tokens first.
+
+    Args:
+        chosen, experts: see `buckets`; `shapes` are each expert's.
 
     Raises:
         ConfigError, LayerError: a scheme that does not exist or does not fit a shape.
     """
     import torch
 
-    from qcompile.runtime import gpu, measure
+    from qcompile.runtime import measure
 
     parsed = _one_scheme(parse_config(scheme))
-    buckets = sorted({gpu.bucket(m) for m in tokens})
-    return [measure.job(scheme, parsed, shape, m, torch.bfloat16) for m in buckets for shape in shapes]
+    return [
+        measure.job(scheme, parsed, shape, m, torch.bfloat16, experts)
+        for m in buckets(tokens, chosen, experts)
+        for shape in shapes
+    ]
 
 
 def jobs_of_model(path: Path, scheme: str | None, tokens: Sequence[int], device: torch.device) -> list[Job]:
     """A job for each kind of linear that the compiled model has, and each bucket, those of few tokens first.
+
+    Stacks of experts come last.
 
     Raises:
         CheckpointError, ConfigError, LayerError: a model that cannot be read, or quantized as the scheme says.
@@ -67,8 +89,38 @@ def jobs_of_model(path: Path, scheme: str | None, tokens: Sequence[int], device:
     specs = linear_specs(model, ids, config=config, use_cache=False)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     kinds = {replace(spec, epilogue=()): name for name, spec in reversed(specs.items()) if gpu.has_kernel(spec)}
-    buckets = sorted({gpu.bucket(m) for m in tokens})
-    return [measure.Job(name=name, spec=spec, m=m, dtype=dtype) for m in buckets for spec, name in kinds.items()]
+    jobs = [
+        measure.Job(name=name, spec=spec, m=m, dtype=dtype) for m in buckets(tokens) for spec, name in kinds.items()
+    ]
+    return jobs + _jobs_of_experts(model, tokens, dtype)
+
+
+def _jobs_of_experts(model: torch.nn.Module, tokens: Sequence[int], dtype: torch.dtype) -> list[Job]:
+    """
+    Raises:
+        ConfigError: a configuration that does not say how many experts a token chooses.
+    """
+    from qcompile.experts import GroupedLinear
+    from qcompile.linear_spec import decode_spec
+    from qcompile.runtime import gpu, measure
+
+    kinds: dict[tuple[LinearSpec, int], str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GroupedLinear):
+            spec = replace(decode_spec(module.spec), epilogue=())
+            if gpu.has_kernel(spec):
+                kinds.setdefault((spec, module.experts), name)
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+    if kinds and not isinstance(chosen, int):
+        raise ConfigError(
+            "the model has experts, and its configuration does not say how many a token chooses "
+            "(num_experts_per_tok): time shapes instead, with --experts"
+        )
+    return [
+        measure.Job(name=name, spec=spec, m=m, dtype=dtype, experts=experts)
+        for (spec, experts), name in kinds.items()
+        for m in buckets(tokens, chosen or 1, experts)
+    ]
 
 
 def run(jobs: Sequence[Job], device: torch.device, steps: Steps, console: Console) -> int:
@@ -87,7 +139,7 @@ def run(jobs: Sequence[Job], device: torch.device, steps: Steps, console: Consol
     outcomes = measure.tune_all(jobs, device, keep=KEEP)
     try:
         for job in jobs:
-            steps.next("{} {} x {}, M={}".format(job.name, *job.spec.shape, job.m))
+            steps.next(job.title)
             outcome = next(outcomes)
             done += 1
             if outcome.best is not None:

@@ -40,14 +40,13 @@ class Candidate:
     expected: Tensor
 
 
-def floor(scheme: Scheme | None, n: int, k: int, m: int, rates: dict[str, float]) -> float:
-    """Microseconds that no kernel stays below: `ceilings` for what must be moved and multiplied."""
-    weight = 16.0 * n * k
-    if scheme is not None:
-        rows, columns = scheme.weight.granularity.block_of((n, k))
-        scale = 16 if scheme.weight.scale_dtype == "bfloat16" else 32
-        weight = n * k * (scheme.weight.format.bits + scale / (rows * columns))
-    moved = weight / 8 + 2 * m * (n + k)
+def floor(scheme: Scheme | None, packed: PackedWeight | None, n: int, k: int, m: int, rates: dict[str, float]) -> float:
+    """Microseconds that no kernel stays below: `ceilings` for what must be moved and multiplied.
+
+    Args:
+        scheme, packed: of the weight, in the logical layout; None for one in bfloat16.
+    """
+    moved = (2 * n * k if packed is None else packed.nbytes) + 2 * m * (n + k)
     rate = rates["8-bit" if scheme is not None and scheme.activation is not None else "16-bit"]
     return 1e6 * max(moved / rates["memory"], 2 * m * n * k / rate)
 
@@ -77,7 +76,7 @@ def _bfloat16(x: Tensor, weight: Tensor) -> Candidate:
 
 
 def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor) -> Candidate:
-    """What a linear of this scheme runs in a compiled graph: quantization, if any, and one kernel."""
+    """What a linear runs in a compiled graph: quantization, if any, and, on GPUs, what `runtime/tuning.py` chooses."""
     n, k = packed.shape
     layout = choose_layout(scheme, (n, k), x.device.type)
     spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout.name)
@@ -116,16 +115,11 @@ def _tinygemm(name: str, x: Tensor, packed: PackedWeight, expected: Tensor) -> C
 
 def _int8_weights(name: str, x: Tensor, packed: PackedWeight, expected: Tensor) -> Candidate:
     """torch's product with int8 weights, on CPUs."""
-    codes = packed.unpack_codes().to(torch.int8) if packed.codes.dtype == torch.int8 else _signed(packed)
-    weights = copies(x.device, codes.contiguous(), packed.scale.reshape(-1).to(torch.bfloat16))
+    codes = LAYOUTS["rows8"].pack(packed).codes
+    weights = copies(x.device, codes, packed.scale.reshape(-1).to(torch.bfloat16))
     multiply = torch.ops.aten._weight_int8pack_mm
     calls: list[Call] = [lambda w=w, s=s: multiply(x, w, s) for w, s in weights]  # type: ignore[misc]
     return Candidate("_weight_int8pack_mm", name, calls, expected)
-
-
-def _signed(packed: PackedWeight) -> Tensor:
-    """The int8 values of codes in the layout that 8-bit kernels take."""
-    return LAYOUTS["rows8"].pack(packed).codes
 
 
 def _scaled_mm(
@@ -219,5 +213,7 @@ def measure(
                 "M": m,
                 "us": round(microseconds(candidate.calls, device), 2),
                 "error": float(f"{error:.3g}"),
-                "floor_us": round(floor(schemes.get(candidate.scheme), n, k, m, rates), 2),
+                "floor_us": round(
+                    floor(schemes.get(candidate.scheme), packed.get(candidate.scheme), n, k, m, rates), 2
+                ),
             }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Model = Callable[[Tensor], "object"]
-_AT_ONCE = 1 << 22
+_AT_ONCE = 1 << 20
 """Logits that are held in float64 at a time."""
 
 

@@ -181,12 +181,13 @@ def may_time(x: Tensor) -> bool:
 
 
 @functools.cache
-def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device) -> None:
+def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device, experts: int = 0) -> None:
     """Time the kernels for a linear, once a process, unless the user's table has this shape and bucket.
 
     Args:
         m: a `bucket`.
         dtype: of the activations before they are quantized.
+        experts: see `tuning.any_kernel`.
 
     Raises:
         OSError: the table cannot be written.
@@ -194,7 +195,8 @@ def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device) -> 
     if has_kernel(spec) and dtype in _X_DTYPES:
         from qcompile.runtime import measure
 
-        measure.tune(measure.Job(name="", spec=replace(spec, epilogue=()), m=m, dtype=dtype), device)
+        job = measure.Job(name="", spec=replace(spec, epilogue=()), m=m, dtype=dtype, experts=experts)
+        measure.tune(job, device)
 
 
 def execute(

@@ -10,33 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.cost_model import candidates, rank
-from qcompile.codegen.spec import GroupedSpec, Tile, grouped_spec, kernel_spec, native_fp8
+from qcompile.codegen.spec import GroupedSpec, native_fp8
 from qcompile.errors import DeviceError
+from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache
-from qcompile.runtime.gpu import bucket, target_of
+from qcompile.runtime.gpu import bucket, may_time, name_of, target_of, tune
+from qcompile.runtime.tuning import Chosen, choose
 from qcompile.stacks import padded_rows
 from qcompile.tensors import by_bytes
 
 _X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@functools.cache
-def choose(
-    spec: LinearSpec, experts: int, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str
-) -> GroupedSpec:
-    """The kernel for experts with up to `m` rows, by the cost model of one expert's product."""
-    like = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
-    whole = [
-        kernel
-        for kernel in candidates(like, m)
-        if kernel.tile.split == 1 and kernel.tile.form == "loop" and not kernel.tile.overlap
-    ]
-    return grouped_spec(rank(whole, m)[0], experts)
+def rows_bucket(rows: int, experts: int) -> int:
+    """The bucket of rows that decides the kernel of a stack: of twice the mean, more than which few experts have."""
+    return bucket(-(-2 * rows // experts))
 
 
 def tile_count(rows: int, experts: int, height: int) -> int:
@@ -143,14 +135,30 @@ def grouped_gemm(
     packed = PackedWeight.from_tensors(weight, shape, spec.scheme.weight, spec.layout)
     if spec.layout != "fragment":
         return _decoded(x, x_scale, offsets, packed, bias, spec, out_dtype)
-    # Twice the mean: few experts have more rows than a tile then.
-    rows = bucket(-(-2 * x.shape[0] // experts))
-    kernel = choose(spec, experts, rows, x.dtype, out_dtype, target_of(x.device))
+    rows = rows_bucket(x.shape[0], experts)
+    if flags.tune and may_time(x):
+        tune(spec, rows, x.dtype if x_scale is None else out_dtype, x.device, experts)
+    chosen = choose(spec, rows, x.dtype, out_dtype, target_of(x.device), name_of(x.device), experts)
+    return execute(chosen, x, x_scale, offsets, packed, bias, wrap)
+
+
+def execute(
+    chosen: Chosen,
+    x: Tensor,
+    x_scale: Tensor | None,
+    offsets: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    wrap: Callable[[Any], Any] = lambda function: function,
+) -> Tensor:
+    """`grouped_gemm` with a choice that is made."""
+    kernel = chosen.kernel
+    assert isinstance(kernel, GroupedSpec)
     function = wrap(cache.load(kernel).kernel)
     # Triton launches on the current device.
     guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, x, x_scale, offsets, packed, bias, out_dtype)
+        return launch(kernel, function, x, x_scale, offsets, weight, bias, getattr(torch, kernel.out_dtype))
 
 
 @functools.cache

@@ -26,15 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec, Tile, decode_kernel_spec
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, decode_kernel_spec
 from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
-from qcompile.runtime import cache, clock, gpu
+from qcompile.runtime import cache, clock, gpu, gpu_grouped
 from qcompile.runtime.tuning import Choice, Chosen, any_kernel, chosen, is_tuned, options, record, show
 from qcompile.scheme import SCALE_DTYPES, Scheme, WeightScheme
+from qcompile.stacks import expert, padded_rows, stack_layout, stacked_scheme
 
 LIMIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-12}
 """Greatest |y - y'| / |y'| (Frobenius) by the output's type: twice the most that one rounding to it errs, and the sum;
@@ -57,31 +58,41 @@ class Job:
     Attributes:
         name: what reports call it.
         dtype: of the activations before they are quantized, and of the output.
+        experts: of a stack, of which `spec` is one and whose bucket of rows is `m`; 0 for a linear that is alone.
     """
 
     name: str
     spec: LinearSpec
     m: int
     dtype: torch.dtype
+    experts: int = 0
+
+    @property
+    def title(self) -> str:
+        """For reports."""
+        (n, k), stack = self.spec.shape, f"{self.experts} experts " if self.experts else ""
+        return f"{self.name} {stack}{n} x {k} M={self.m}"
 
     def like(self, target: str) -> KernelSpec:
         """See `tuning.any_kernel`."""
         activation = self.spec.scheme.activation
         x_dtype = self.dtype if activation is None else activation.format.native_dtype
         assert x_dtype is not None
-        return any_kernel(self.spec, x_dtype, self.dtype, target)
+        return any_kernel(self.spec, x_dtype, self.dtype, target, self.experts)
 
 
-def job(name: str, scheme: Scheme, shape: tuple[int, int], m: int, dtype: torch.dtype) -> Job:
-    """The job of a linear [N, K] with the layout that it has on GPUs.
+def job(name: str, scheme: Scheme, shape: tuple[int, int], m: int, dtype: torch.dtype, experts: int = 0) -> Job:
+    """The job of a linear [N, K], or of a stack of such experts, with the layout that it has on GPUs.
 
     Raises:
         LayerError: a scheme whose groups do not divide K.
     """
     fitted = scheme.fit(name, shape)
-    layout = choose_layout(fitted, shape, "cuda").name
+    if experts:
+        fitted = replace(fitted, weight=stacked_scheme(fitted.weight, shape[0]))
+    layout = (stack_layout if experts else choose_layout)(fitted, shape, "cuda").name
     spec = LinearSpec(in_features=shape[1], out_features=shape[0], scheme=fitted, layout=layout)
-    return Job(name=name, spec=spec, m=m, dtype=dtype)
+    return Job(name=name, spec=spec, m=m, dtype=dtype, experts=experts)
 
 
 @dataclass(frozen=True)
@@ -96,12 +107,19 @@ class Timing:
 
 @dataclass
 class Problem:
-    """Random tensors for a job; see `gpu.gemm`."""
+    """Random tensors for a job; see `gpu.gemm` and, of a stack of experts, which has `offsets`, `grouped_gemm`."""
 
     x: Tensor
     x_scale: Tensor | None
     weight: PackedWeight
+    offsets: Tensor | None
     expected: Tensor | None
+
+    def call(self, what: Chosen, weight: PackedWeight, spec: LinearSpec, wrap: Callable[[Any], Any]) -> Tensor:
+        """The product by a copy of the weight."""
+        if self.offsets is not None:
+            return gpu_grouped.execute(what, self.x, self.x_scale, self.offsets, weight, None, wrap)
+        return gpu.execute(what, self.x, self.x_scale, weight, None, [], spec, wrap)
 
 
 def random_weight(scheme: WeightScheme, shape: tuple[int, int], device: str) -> PackedWeight:
@@ -134,10 +152,16 @@ def random_weight(scheme: WeightScheme, shape: tuple[int, int], device: str) -> 
 
 
 def problem(given: Job, device: str) -> Problem:
-    """Random tensors; on the device "meta" without values, and without what is expected."""
-    spec, activation = given.spec, given.spec.scheme.activation
-    weight = random_weight(spec.scheme.weight, spec.shape, device)
-    x, x_scale = torch.randn(given.m, spec.in_features, device=device).to(given.dtype), None
+    """Random tensors; on the device "meta" without values, and without what is expected.
+
+    For a stack of experts, 2 M tokens choose a quarter of them each.
+    """
+    spec, activation, experts = given.spec, given.spec.scheme.activation, given.experts
+    chosen = max(1, experts // 4)
+    rows = 2 * given.m * chosen if experts else given.m
+    offsets = routed(2 * given.m, chosen, experts, device) if experts else None
+    weight = random_stack(given, device) if experts else random_weight(spec.scheme.weight, spec.shape, device)
+    x, x_scale = torch.randn(rows, spec.in_features, device=device).to(given.dtype), None
     inputs = x
     if activation is not None:
         static = None if activation.dynamic else torch.full((), 4 / activation.format.absmax, device=device)
@@ -145,8 +169,37 @@ def problem(given: Job, device: str) -> Problem:
         inputs = dequantize_activation(x, x_scale, activation)
     expected = None
     if device != "meta":
-        expected = ends(inputs).double() @ dequantize(weight).double().t()
-    return Problem(x, x_scale, to_layout(weight, LAYOUTS[spec.layout]), expected)
+        if offsets is None:
+            expected = ends(inputs).double() @ dequantize(weight).double().t()
+        else:
+            expected = grouped_product(ends(inputs), ends(experts_of(offsets, rows)), weight, spec.out_features)
+    return Problem(x, x_scale, to_layout(weight, LAYOUTS[spec.layout]), offsets, expected)
+
+
+def random_stack(given: Job, device: str) -> PackedWeight:
+    """`random_weight` of all experts of a job."""
+    n, k = given.spec.shape
+    return random_weight(given.spec.scheme.weight, (given.experts * padded_rows(n), k), device)
+
+
+def routed(tokens: int, chosen: int, experts: int, device: str) -> Tensor:
+    """Where each expert's rows begin, and the last end, if every token chooses some at random: int32 [experts + 1]."""
+    ids = torch.rand(tokens, experts, device=device).topk(chosen).indices.flatten().sort().values
+    return torch.searchsorted(ids, torch.arange(experts + 1, device=device), out_int32=True)
+
+
+def experts_of(offsets: Tensor, rows: int) -> Tensor:
+    """The expert of each row, the inverse of `routed`: int64 [rows]."""
+    return torch.searchsorted(offsets[1:].long(), torch.arange(rows, device=offsets.device), right=True)
+
+
+def grouped_product(rows: Tensor, expert_ids: Tensor, weight: PackedWeight, out_features: int) -> Tensor:
+    """Rows [S, K], each times the weight of its expert in a stack in the logical layout, in float64: [S, N]."""
+    y = rows.new_empty((len(rows), out_features), dtype=torch.float64)
+    for index in expert_ids.unique().tolist():
+        own = expert_ids == index
+        y[own] = rows[own].double() @ dequantize(expert(weight, index, out_features)).double().t()
+    return y
 
 
 def ends(rows: Tensor) -> Tensor:
@@ -183,10 +236,15 @@ def compile_kernel(kernel: KernelSpec, spec: LinearSpec) -> None:
     """Compile a kernel for the current GPU into Triton's cache on disk, where its first launch finds it."""
     activation = spec.scheme.activation
     dtype = getattr(torch, kernel.out_dtype if activation is not None else kernel.x_dtype)
-    shapes = problem(Job(name="", spec=spec, m=16, dtype=dtype), "meta")
-    function = _CompileOnly(cache.load(kernel).kernel)
-    out_dtype = getattr(torch, kernel.out_dtype)
-    gpu.launch(kernel, function, shapes.x, shapes.x_scale, shapes.weight, None, [], out_dtype)
+    experts = kernel.experts if isinstance(kernel, GroupedSpec) else 0
+    shapes = problem(Job(name="", spec=spec, m=16, dtype=dtype, experts=experts), "meta")
+    function, out_dtype = _CompileOnly(cache.load(kernel).kernel), getattr(torch, kernel.out_dtype)
+    if isinstance(kernel, GroupedSpec):
+        assert shapes.offsets is not None
+        given = shapes.x, shapes.x_scale, shapes.offsets, shapes.weight, None
+        gpu_grouped.launch(kernel, function, *given, out_dtype)
+    else:
+        gpu.launch(kernel, function, shapes.x, shapes.x_scale, shapes.weight, None, [], out_dtype)
 
 
 def _compile_encoded(kernel: str, spec: str, cache_dir: str) -> str:
@@ -265,7 +323,7 @@ class Bench:
 
     def call(self, what: Chosen, weight: PackedWeight, wrap: Callable[[Any], Any] = lambda f: f) -> Tensor:
         """The product."""
-        return gpu.execute(what, self.problem.x, self.problem.x_scale, weight, None, [], self.job.spec, wrap)
+        return self.problem.call(what, weight, self.job.spec, wrap)
 
     def time(self, choice: Choice) -> Timing:
         """Run, check and time a choice."""
@@ -309,8 +367,7 @@ class Outcome:
 
     def describe(self) -> str:
         """One line, and one for each choice that was dropped."""
-        shape = "{} x {}".format(*self.job.spec.shape)
-        head = f"{self.job.name} {shape} M={self.job.m}: "
+        head = f"{self.job.title}: "
         head += "nothing counts" if self.best is None else f"{self.best.us:.2f} us, {show(self.best.choice)}"
         return "\n".join([head, *(f"  dropped {show(t.choice)}: {t.note}" for t in self.timings if t.note)])
 
@@ -389,7 +446,7 @@ def tune_all(
 def to_lines(outcome: Outcome) -> str:
     """All timings of an outcome, a JSON object a line."""
     n, k = outcome.job.spec.shape
-    head = {"scheme": outcome.job.name, "N": n, "K": k, "M": outcome.job.m}
+    head = {"scheme": outcome.job.name, "N": n, "K": k, "M": outcome.job.m, "experts": outcome.job.experts}
     rows = [
         head
         | {"choice": t.choice if isinstance(t.choice, str) else vars(t.choice)}

@@ -32,7 +32,7 @@ import torch
 
 from qcompile.codegen.cost_model import candidates, rank
 from qcompile.codegen.predict import predict
-from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec
+from qcompile.codegen.spec import KernelSpec, Tile, grouped_spec, kernel_spec
 from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
 from qcompile.linear_spec import LinearSpec, generation
@@ -258,26 +258,36 @@ def _look_up(like: KernelSpec, m: int, gpu: str) -> tuple[Choice, str, float | N
     return None
 
 
-def any_kernel(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str) -> KernelSpec:
+def any_kernel(
+    spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str, experts: int = 0
+) -> KernelSpec:
     """A linear's kernel with the smallest tile.
 
     Args:
         x_dtype: of the activations as the kernel receives them: 8-bit if the scheme quantizes them.
+        experts: of a stack, in which `spec` is one of them; 0 for a linear that is alone.
     """
-    return kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
+    kernel = kernel_spec(spec, x_dtype, out_dtype, target, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
+    return grouped_spec(kernel, experts) if experts else kernel
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    spec: LinearSpec, m: int, x_dtype: torch.dtype, out_dtype: torch.dtype, target: str, gpu: str = ""
+    spec: LinearSpec,
+    m: int,
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    target: str,
+    gpu: str = "",
+    experts: int = 0,
 ) -> Chosen:
-    """What runs a linear for M up to `m`, a `gpu.bucket`.
+    """What runs a linear for M up to `m`, a `gpu.bucket`, or a stack of experts with as many rows each.
 
     Args:
-        x_dtype, target: see `any_kernel`.
+        x_dtype, target, experts: see `any_kernel`.
         gpu: `gpu_family` of the device; "" looks into no table.
     """
-    like = any_kernel(spec, x_dtype, out_dtype, target)
+    like = any_kernel(spec, x_dtype, out_dtype, target, experts)
     found = _look_up(like, m, gpu) if gpu else None
     choice, origin, us = found or (predicted(like, m), PREDICTED, None)
     return chosen(choice, like, m, origin, us)

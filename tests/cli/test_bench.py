@@ -12,6 +12,7 @@ from qcompile.cli import app
 from qcompile.cli import bench as command
 from qcompile.evaluate import timing
 from qcompile.evaluate.linear import floor
+from qcompile.reference import quantize_weight
 from qcompile.scheme import PRESETS
 
 RATES = {"memory": 1e10, "16-bit": 1e11, "8-bit": 2e11}
@@ -109,11 +110,22 @@ def test_a_configuration_that_is_no_language_model_is_told(tmp_path):
 
 
 def test_the_limit_is_the_longer_of_moving_and_multiplying():
-    n, k = 4096, 4096
+    n, k = 512, 1024
     scheme = PRESETS["int4"].fit("layer", (n, k))
+    packed = quantize_weight(torch.randn(n, k), scheme.weight)
     moved = n * k * (4 + 16 / scheme.weight.granularity.columns) / 8 + 2 * (n + k)
-    assert floor(scheme, n, k, 1, RATES) == pytest.approx(1e6 * moved / RATES["memory"])
-    assert floor(None, n, k, 4096, RATES) == pytest.approx(1e6 * 2 * 4096 * n * k / RATES["16-bit"])
+    assert floor(scheme, packed, n, k, 1, RATES) == pytest.approx(1e6 * moved / RATES["memory"])
+    assert floor(None, None, n, k, 4096, RATES) == pytest.approx(1e6 * 2 * 4096 * n * k / RATES["16-bit"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_limit_moves_what_is_stored(name):
+    n, k = 96, 512
+    scheme = PRESETS[name].fit("layer", (n, k))
+    packed = quantize_weight(torch.randn(n, k), scheme.weight)
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in packed.tensors)
+    slow = {"memory": 1e6, "16-bit": 1e15, "8-bit": 1e15}
+    assert floor(scheme, packed, n, k, 1, slow) == pytest.approx(stored + 2 * (n + k))
 
 
 def test_copies_together_exceed_the_caches():

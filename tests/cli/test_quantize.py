@@ -21,16 +21,19 @@ from tests.checkpoint.test_save import llama
 WORDS = "a quantized model multiplies its inputs by codes and scales until the answer comes out of the last layer"
 
 
-@pytest.fixture
-def source(tmp_path):
+def saved(folder, **changes):
     """A folder with a small Llama and a tokenizer of words."""
-    model = llama(num_hidden_layers=2)
-    model.save_pretrained(tmp_path / "model")
+    llama(**changes).save_pretrained(folder)
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["?", *WORDS.split()]))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    return saved(tmp_path / "model", num_hidden_layers=2)
 
 
 @pytest.fixture
@@ -65,6 +68,18 @@ def test_methods(method, source, text, tmp_path):
     with torch.no_grad():
         agree = (loaded(ids).logits - original(ids).logits).norm() / original(ids).logits.norm()
     assert agree < 0.5
+
+
+def test_k_types_by_importance(text, tmp_path):
+    """To GGUF, and back: super-blocks where they fit, llama.cpp's substitute where they do not."""
+    source = saved(tmp_path / "model", num_hidden_layers=1, hidden_size=64, intermediate_size=256)
+    options = ["--scheme", "q4_k", "--method", "importance", "--calibration", text, "--format", "gguf"]
+    result = run(source, "--output", tmp_path / "out", *options, "--length", 16)
+    assert result.exit_code == 0, result.output
+    loaded = qcompile.load(tmp_path / "out" / "model.gguf", progress=False)
+    weights = [getattr(loaded.model.layers[0].mlp, name).scheme.weight for name in ("down_proj", "up_proj")]
+    assert [weight.format.name for weight in weights] == ["uint4", "int5"]
+    assert [weight.has_super_blocks for weight in weights] == [True, False]
 
 
 def test_static_activations_without_a_method(source, text, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from rich.console import Console
@@ -13,13 +16,14 @@ pytest.importorskip("transformers")
 import qcompile
 from qcompile.cli import app
 from qcompile.cli import tune as command
-from qcompile.cli.shapes import parse_shapes, parse_tokens, shapes_in
+from qcompile.cli.shapes import parse_experts, parse_shapes, parse_tokens, shapes_in
 from qcompile.cli.steps import Steps
 from qcompile.errors import ConfigError, LayerError
 from qcompile.evaluate import random_language_model
 from qcompile.flags import override
 from qcompile.runtime import gpu, measure, tuning
 from qcompile.scheme import parse_scheme
+from tests.checkpoint.moe_files import make_moe
 from tests.cli.test_cli import TINY, fails
 
 DEVICE = torch.device("cpu")
@@ -70,6 +74,29 @@ def test_shapes_and_tokens():
     assert jobs[0].spec.layout == "fragment"
 
 
+def test_experts_are_timed_for_the_rows_that_they_get():
+    assert parse_experts(" 2/8") == (2, 8)
+    jobs = command.jobs_of_shapes([(256, 512)], "int4", [1, 16, 64, 1024], 2, 8)
+    assert [(job.m, job.experts) for job in jobs] == [(1, 8), (16, 8), (32, 8), (512, 8)]
+    assert command.missing(jobs, DEVICE) == jobs
+
+
+def test_experts_of_a_model_are_jobs(monkeypatch, tmp_path):
+    model = make_moe("mixtral")
+    qcompile.quantize_(model, {"rules": [{"layers": "*.experts", "scheme": "int4"}]}, progress=False)
+    monkeypatch.setattr("qcompile.checkpoint.loader.load", lambda path, device: model)
+    explain = importlib.import_module("qcompile.report.explain")
+    monkeypatch.setattr(explain, "linear_specs", lambda *_, **__: {})  # its linears are not quantized
+    monkeypatch.setattr(gpu, "has_kernel", lambda spec: True)  # the layout is that of CPUs here
+    jobs = command.jobs_of_model(tmp_path, None, [1, 64], DEVICE)
+    experts = model.model.layers[0].mlp.experts
+    shapes = {(experts.gate_up_proj.out_features, 64), (64, experts.down_proj.in_features)}
+    assert {(job.spec.shape, job.m, job.experts) for job in jobs} == {(s, m, 4) for s in shapes for m in (1, 64)}
+    model.config = SimpleNamespace()
+    with pytest.raises(ConfigError, match="num_experts_per_tok"):
+        command.jobs_of_model(tmp_path, None, [1], DEVICE)
+
+
 def test_mistakes():
     fails(run("64x64"), "shapes need a --scheme")
     fails(run("64x64", "--scheme", "int4", "--tokens", "many"), "--tokens 'many'")
@@ -77,6 +104,9 @@ def test_mistakes():
     fails(run("0x64", "--scheme", "int4"), "'0x64'", "from 1 to")
     fails(run("64x1048577", "--scheme", "int4"), "'64x1048577'", "from 1 to")
     fails(run("64x64", "--scheme", "int4"), "torch sees no GPU", "nothing to tune")
+    for wrong in ("8", "2/0", "9/8", "a/b"):
+        fails(run("64x64", "--scheme", "int4", "--experts", wrong), f"--experts '{wrong}'")
+    fails(run("model", "--experts", "2/8"), "--experts is for shapes")
     rules = {"rules": [{"layers": "a", "scheme": "int4"}, {"layers": "*", "scheme": "int8"}]}
     with pytest.raises(ConfigError, match="no names for rules"):
         command.jobs_of_shapes([(64, 64)], rules, [1])

@@ -263,6 +263,21 @@ def test_kernels_of_the_shipped_table_do_not_spill() -> None:
         assert not found["flush"], "subnormals would be flushed, which decoding fp8 relies on"
 
 
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "int3"])
+def test_shared_memory_is_estimated_from_above(name: str) -> None:
+    """Of the candidate that is nearest to what fits, whose scales have many blocks."""
+    scheme = shipped(name, (256, 512))
+    spec = LinearSpec(in_features=512, out_features=256, scheme=scheme, layout="fragment")
+    small = Tile(m=16, n=64, k=64, split=1, warps=4, stages=3)
+    like = kernel_spec(spec, torch.bfloat16, torch.bfloat16, "sm_90", small)
+    loops = [kernel for kernel in candidates(like, 256) if kernel.tile.form == "loop"]
+    (found,) = measure([kernel := max(loops, key=shared_bytes)])
+    if "error" in found:  # Triton itself refuses what does not fit
+        assert shared_bytes(kernel) > device_of("sm_90").shared, found
+    else:
+        assert found["shared"] <= shared_bytes(kernel), (kernel, found)
+
+
 def test_no_candidate_for_blocks_spills() -> None:
     scheme = preset("fp8_block").fit("layer", (1024, 4096))
     spec = LinearSpec(in_features=4096, out_features=1024, scheme=scheme, layout="rows8")

@@ -28,7 +28,7 @@ def on_gpu(given: Problem) -> Problem:
     )
 
 
-def run(given: Problem) -> torch.Tensor:
+def run(given: Problem, launches: int = LAUNCHES) -> torch.Tensor:
     """The operator's result, after calling it many times and comparing bits."""
     moved = on_gpu(given)
 
@@ -39,7 +39,7 @@ def run(given: Problem) -> torch.Tensor:
         return y
 
     first = call()
-    for _ in range(LAUNCHES):
+    for _ in range(launches):
         assert torch.equal(first.view(torch.uint8), call().view(torch.uint8)), "launches differ"
     return first.cpu()
 
@@ -113,7 +113,7 @@ def test_every_split_gives_the_same_within_the_bound() -> None:
                 given.check_kernel(y.cpu())
 
 
-def run_plain(given: Plain) -> torch.Tensor:
+def run_plain(given: Plain, launches: int = LAUNCHES) -> torch.Tensor:
     """The operator's result on keys and values that are not quantized, after many launches whose bits are compared."""
     moved = replace(
         given,
@@ -124,7 +124,7 @@ def run_plain(given: Plain) -> torch.Tensor:
         length=None if given.length is None else given.length.cuda(),
     )
     first = moved.operator()
-    for _ in range(LAUNCHES):
+    for _ in range(launches):
         assert torch.equal(first.view(torch.uint8), moved.operator().view(torch.uint8)), "launches differ"
     return first.cpu()
 

@@ -21,7 +21,7 @@ from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize_activation, quantize_activation
-from qcompile.runtime import cache, gpu_grouped
+from qcompile.runtime import cache, gpu_grouped, tuning
 from qcompile.scheme import PRESETS, SCALE_DTYPES, Granularity, Scheme, SuperScale, WeightScheme, preset
 from qcompile.stacks import expert, padded_rows, stack, stack_layout, stacked_scheme
 from tests import oracle, tolerance
@@ -301,7 +301,7 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         spec = LinearSpec(in_features=2048, out_features=1536, scheme=scheme, layout="fragment").with_epilogue("bias")
         x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
         assert x_dtype is not None
-        kernels.append(gpu_grouped.choose(spec, 128, m, x_dtype, torch.bfloat16, target))
+        kernels.append(tuning.choose(spec, m, x_dtype, torch.bfloat16, target, experts=128).kernel)
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompile.codegen.cost_model import device_of
-from qcompile.codegen.predict import EXPRESSIONS, predict
+from qcompile.codegen.predict import EXPRESSIONS, limit, predict, stored_bytes
 from qcompile.codegen.spec import KernelSpec, Tile, decoding_spec, finishing_spec
 from qcompile.flags import override
 from qcompile.formats import FORMATS, get_format
@@ -299,3 +299,16 @@ def test_vendors_are_predicted() -> None:
         like = tuning.any_kernel(spec, x_dtype, torch.bfloat16, "sm_90")
         times = [predict(like, m, name) for m in (16, 256, 4096)]
         assert 0 < times[0] <= times[1] < times[2] < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (200, 512)])
+@pytest.mark.parametrize("name", [*PRESETS, *GGUF_LIKE])
+def test_the_limit_counts_what_a_weight_stores(name: str, shape: tuple[int, int]) -> None:
+    scheme = shipped(name, shape)
+    given_ = problem(scheme, choose_layout(scheme, shape, "cuda").name, 4, *shape)
+    kernel, weight = kernel_of(given_), LAYOUTS[given_.packed.layout].unpack(given_.packed)
+    above = [t for t in (weight.super_scale, weight.super_offset) if t is not None]
+    unknown = sum(t.numel() * (t.element_size() - 2) for t in above)
+    assert stored_bytes(kernel) == weight.nbytes - unknown
+    moved = stored_bytes(kernel) + 4 * (given_.x.element_size() * shape[1] + 2 * shape[0])
+    assert limit(kernel, 4) == pytest.approx(moved / device_of("sm_90").memory)

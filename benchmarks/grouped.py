@@ -1,0 +1,215 @@
+"""Time of products with stacks of experts on a GPU against torch's own kernels, on weights that come from memory.
+
+    python benchmarks/grouped.py [--models mixtral,gpt-oss] [--schemes int4,fp8,mxfp4] [--tokens 1,16,64,256,1024]
+
+Rows go into `benchmarks/results/<machine>.grouped.json` and take the place of those of the same model, shape, scheme
+and tokens. The shapes are the two products of a layer's experts, gate and up merged, and down; every token chooses its
+experts at random, and rows are sorted by expert. A time is the median over replays of a CUDA graph whose calls take
+turns with copies of the weights. `error` is |y - y'| / |y'| (Frobenius), where y' is the float64 product of the very
+numbers that a kernel multiplies. The limit is the longer of moving once the weights of the experts that are chosen, the
+rows and the products, and of multiplying, at the rates of `timing.ceilings`. Peers:
+
+    _grouped_mm          torch's product of bfloat16 rows and stacks
+    mm                   a `torch.mm` for each expert that is chosen, which the host knows here, and `torch.cat`
+    _scaled_grouped_mm   torch's product of fp8 rows and stacks, and their scales; quantizing is part of the time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompile import compat
+from qcompile.evaluate.linear import LIMIT, OURS, Candidate, quantize_rows
+from qcompile.evaluate.timing import Call, Row, ceilings, copies, machine_name, microseconds, write_results
+from qcompile.layouts import LAYOUTS, to_layout
+from qcompile.packed import PackedWeight
+from qcompile.reference import dequantize_activation
+from qcompile.runtime import gpu_grouped, measure
+from qcompile.scheme import PRESETS, Scheme
+from qcompile.stacks import expert
+
+TOKENS = "1,16,64,256,1024"
+SCHEMES = "int4,fp8,mxfp4"
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A mixture: `chosen` of `experts` for each token, and (N, K) of an expert's products."""
+
+    chosen: int
+    experts: int
+    shapes: tuple[tuple[int, int], ...]
+
+
+MODELS = {
+    "mixtral": Model(2, 8, ((28672, 4096), (4096, 14336))),
+    "gpt-oss": Model(4, 32, ((5760, 2880), (2880, 2880))),
+    "toy": Model(2, 4, ((128, 256),)),
+}
+
+
+def key_of(row: Row) -> tuple[object, ...]:
+    """What a row is about."""
+    return tuple(row[name] for name in ("model", "scheme", "impl", "N", "K", "M"))
+
+
+def plain(x: Tensor, stack: Tensor, offsets: Tensor, ids: Tensor) -> Iterator[Candidate]:
+    """torch's kernels for bfloat16 weights [experts, N, K]."""
+    expected = torch.empty(len(x), stack.shape[1], dtype=torch.float64, device=x.device)
+    for index in ids.unique().tolist():
+        expected[ids == index] = x[ids == index].double() @ stack[index].double().t()
+    weights = copies(x.device, stack)
+    if x.device.type == "cuda":
+        calls: list[Call] = [
+            lambda w=w: torch._grouped_mm(x, w.transpose(1, 2), offs=offsets[1:])  # type: ignore[misc]
+            for (w,) in weights
+        ]
+        yield Candidate("_grouped_mm", "bfloat16", calls, expected)
+    ends = offsets.tolist()
+    parts = [(index, slice(*ends[index : index + 2])) for index in ids.unique().tolist()]
+
+    def loop(weight: Tensor) -> Tensor:
+        return torch.cat([torch.mm(x[rows], weight[index].t()) for index, rows in parts])
+
+    calls = [lambda w=w: loop(w) for (w,) in weights]  # type: ignore[misc]
+    yield Candidate("mm", "bfloat16", calls, expected)
+
+
+def quantized(
+    name: str, given: measure.Job, packed: PackedWeight, x: Tensor, offsets: Tensor, ids: Tensor
+) -> Iterator[Candidate]:
+    """Ours, and torch's of the same scheme."""
+    activation, inputs = given.spec.scheme.activation, x
+    if activation is not None:
+        inputs = dequantize_activation(*quantize_rows(x, activation), activation)
+    expected = measure.grouped_product(inputs, ids, packed, given.spec.out_features)
+
+    def call(weight: tuple[Tensor, ...]) -> Tensor:
+        rows, x_scale = (x, None) if activation is None else quantize_rows(x, activation)
+        return gpu_grouped.grouped_gemm(rows, x_scale, offsets, list(weight), None, given.spec, torch.bfloat16)
+
+    weights = copies(x.device, *to_layout(packed, LAYOUTS[given.spec.layout]).tensors)
+    calls: list[Call] = [lambda w=w: call(w) for w in weights]  # type: ignore[misc]
+    yield Candidate(OURS, name, calls, expected)
+    if name == "fp8" and x.device.type == "cuda":
+        assert activation is not None
+        of_experts = [expert(packed, index, given.spec.out_features) for index in range(given.experts)]
+        codes = torch.stack([LAYOUTS["rows8"].pack(each).codes for each in of_experts])
+        scale = torch.stack([each.scale.reshape(-1) for each in of_experts])
+        for fast in (False, True):
+
+            def theirs(codes: Tensor, scale: Tensor, fast: bool = fast) -> Tensor:
+                rows, x_scale = quantize_rows(x, activation)
+                return torch._scaled_grouped_mm(
+                    rows,
+                    codes.transpose(1, 2),
+                    x_scale.reshape(-1),
+                    scale,
+                    offs=offsets[1:],
+                    out_dtype=torch.bfloat16,
+                    use_fast_accum=fast,
+                )
+
+            calls = [lambda w=w: theirs(*w) for w in copies(x.device, codes, scale)]  # type: ignore[misc]
+            yield Candidate("_scaled_grouped_mm" + ", fast accumulation" * fast, name, calls, expected)
+
+
+def floor(
+    scheme: Scheme | None, stack_bytes: int, experts: int, n: int, k: int, ids: Tensor, rates: dict[str, float]
+) -> float:
+    """Microseconds that no kernel stays below."""
+    rows = len(ids)
+    moved = stack_bytes * len(ids.unique()) / experts + 2 * rows * (n + k)
+    rate = rates["8-bit" if scheme is not None and scheme.activation is not None else "16-bit"]
+    return 1e6 * max(moved / rates["memory"], 2 * rows * n * k / rate)
+
+
+def rows_of(
+    name: str, schemes: list[str], tokens: list[int], rates: dict[str, float], device: torch.device
+) -> Iterator[Row]:
+    """One row for each shape, number of tokens and candidate.
+
+    Raises:
+        AssertionError: a result of ours is wrong.
+    """
+    model = MODELS[name]
+    routes = {m: measure.routed(m, model.chosen, model.experts, str(device)) for m in tokens}
+    for n, k in model.shapes:
+        for scheme in [None, *schemes]:
+            if scheme is None:
+                stack = torch.randn(model.experts, n, k, device=device, dtype=torch.bfloat16)
+                size, fitted = stack.nbytes, None
+            else:
+                given = measure.job(scheme, PRESETS[scheme], (n, k), 16, torch.bfloat16, model.experts)
+                fitted = given.spec.scheme
+                packed = measure.random_stack(given, str(device))
+                size = packed.nbytes
+            for m in tokens:
+                offsets, rows = routes[m], m * model.chosen
+                ids = measure.experts_of(offsets, rows)
+                x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+                found = (
+                    plain(x, stack, offsets, ids)
+                    if scheme is None
+                    else quantized(scheme, given, packed, x, offsets, ids)
+                )
+                for candidate in found:
+                    try:
+                        y, us = candidate.calls[0](), microseconds(candidate.calls, device)
+                    except RuntimeError as failure:
+                        if candidate.impl == OURS:
+                            raise
+                        print(f"{candidate.impl}: {failure}", flush=True)
+                        continue
+                    error = float((y.double() - candidate.expected).norm() / candidate.expected.norm())
+                    wrong = f"{candidate.scheme} {n}x{k} M={m}: error {error:.2g}"
+                    assert candidate.impl != OURS or error <= LIMIT, wrong
+                    yield {
+                        "bench": "grouped",
+                        "impl": candidate.impl,
+                        "scheme": candidate.scheme,
+                        "model": name,
+                        "chosen": model.chosen,
+                        "experts": model.experts,
+                        "N": n,
+                        "K": k,
+                        "M": m,
+                        "us": round(us, 2),
+                        "error": float(f"{error:.3g}"),
+                        "floor_us": round(floor(fitted, size, model.experts, n, k, ids, rates), 2),
+                    }
+
+
+def main() -> None:
+    """Measure, write the results after each shape's rows, and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="mixtral,gpt-oss", help=", ".join(MODELS))
+    parser.add_argument("--schemes", default=SCHEMES)
+    parser.add_argument("--tokens", default=TOKENS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    compat.allow_recompilations(256)  # a kernel that quantizes for each number of rows
+    device = torch.device("cuda")
+    rates = ceilings(device)
+    name = f"{machine_name(device)}.grouped.json"
+    path = next((folder / name for folder in (options.out, RESULTS) if (folder / name).exists()), None)
+    kept = {key_of(row): row for row in json.loads(path.read_text())["rows"]} if path is not None else {}
+    for model in options.models.split(","):
+        for row in rows_of(model, options.schemes.split(","), list(map(int, options.tokens.split(","))), rates, device):
+            kept[key_of(row)] = row
+            print(json.dumps(row), flush=True)
+            write_results(options.out, "grouped", device, list(kept.values()), rates)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,107 @@
+"""One launch of each template's kinds of kernels, of ragged shapes and few blocks, to be run under compute-sanitizer:
+
+    for tool in memcheck racecheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 1 \
+            python -m pytest -q tests/gpu/test_sanitizer_gpu.py
+    done
+
+Without torch's cache of memory every tensor is an allocation of its own, so that memcheck sees reads beyond its end. A
+plain run first compiles the kernels. Tensors are made on the CPU, so that few kernels but ours run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qcompile.codegen.cost_model import candidates, rank
+from qcompile.codegen.spec import Tile, decoding_spec
+from qcompile.layouts import LAYOUTS, choose_layout
+from qcompile.reference import dequantize, quantize_activation
+from qcompile.runtime import cache, gpu, gpu_grouped, vendor
+from tests.gpu.test_attention_gpu import run, run_plain
+from tests.gpu.test_gemm_gpu import TARGET, unit_of
+from tests.kernels import test_attention, test_grouped
+from tests.kernels.problems import problem
+from tests.kernels.test_gemm import shipped
+from tests.kernels.test_grouped import SCHEMES
+
+pytestmark = pytest.mark.gpu
+
+SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
+BF16 = torch.bfloat16
+KINDS: dict[str, tuple[str, int, tuple[int, int], Callable[[Tile], bool]]] = {
+    "one part": ("int4", 5, (200, 448), lambda t: t.split == 1 and t.form == "loop"),
+    "parts of K": ("int4_asym", 5, (200, 1024), lambda t: t.split > 1 and t.form == "loop"),
+    "slab": ("mxfp4", 5, (136, 1024), lambda t: t.form == "slab"),
+    "scaled products": ("nvfp4", 70, (200, 512), lambda t: t.split == 1),
+    "scaled fragments": ("mxfp4", 70, (200, 512), lambda t: t.scales == "fragments" and not t.overlap),
+    "overlap": ("mxfp4", 70, (200, 512), lambda t: t.overlap),
+    "scaled weights": ("q4_k", 5, (200, 512), lambda t: True),
+    "8-bit activations": ("int4_fp8", 33, (200, 512), lambda t: True),
+    "rows of int8": ("int8", 33, (200, 448), lambda t: t.split == 1),
+    "rows of int8, parts of K": ("int8", 5, (200, 1024), lambda t: t.split > 1),
+    "rows of fp8": ("fp8", 70, (200, 448), lambda t: t.split == 1),
+    "blocks of fp8": ("fp8_block", 33, (256, 512), lambda t: True),
+}
+"""By what is special: a scheme, M, (N, K), and which of its tiles; the cost model's best of them is launched."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(kind: str) -> None:
+    name, m, shape, wanted = KINDS[kind]
+    scheme = shipped(name, shape)
+    steps = ("bias", "silu", "mul") if m == 33 else ()
+    given = problem(scheme, choose_layout(scheme, shape, "cuda").name, m, *shape, epilogue=steps)
+    like = given.kernel(TARGET, SMALL)
+    found = [each for each in rank(candidates(like, gpu.bucket(m)), m, keep=1000) if wanted(each.tile)]
+    if not found:
+        pytest.skip(f"no such tile for {TARGET}")
+    y = gpu.launch(found[0], cache.load(found[0]).kernel, *given.arguments("cuda"), given.out_dtype)
+    given.check(y.cpu(), BF16, unit_of(found[0]))
+
+
+@pytest.mark.parametrize("name", ["int3", "q4_k"])
+def test_decoding(name: str) -> None:
+    given = problem(shipped(name, (200, 512)), "fragment", 1, 200, 512)
+    decoded = vendor.decode(given.packed.to("cuda"), decoding_spec(given.kernel(TARGET, SMALL)))
+    assert torch.equal(decoded.cpu(), dequantize(LAYOUTS["fragment"].unpack(given.packed)).to(BF16))
+
+
+def test_finishing() -> None:
+    given = problem(shipped("int8", (200, 64)), "rows8", 7, 200, 64, epilogue=("bias", "silu", "mul"))
+    _, x_scale, weight, bias, operands = given.arguments("cuda")
+    product = torch.randint(-1000, 1000, (7, 200), dtype=torch.int32)
+    parts = product.cuda(), x_scale, weight.scale.reshape(-1)
+    y = vendor.finish(parts, bias, operands, given.spec, given.kernel(TARGET, SMALL), lambda function: function)
+    assert given.x_scale is not None
+    plain = product, given.x_scale, given.packed.scale.reshape(-1)
+    expected = vendor.finish_in_torch(plain, given.bias, given.operands, given.spec, BF16)
+    torch.testing.assert_close(y.cpu(), expected, rtol=2.0**-7, atol=1e-6)  # two roundings to bfloat16
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8", "mxfp4"])
+def test_experts(name: str) -> None:
+    given = test_grouped.problem(SCHEMES[name].fit("layer", (136, 320)), [3, 0, 17, 1], 136, 320, bias=True)
+    activation = given.spec.scheme.activation
+    x, x_scale = (given.x, None) if activation is None else quantize_activation(given.x, activation)
+    weight, bias = LAYOUTS["fragment"].pack(given.stacked).to("cuda"), given.bias
+    kernel = given.kernel(TARGET, SMALL, x.dtype, BF16)
+    x_scale = None if x_scale is None else x_scale.cuda()
+    assert bias is not None
+    arguments = x.cuda(), x_scale, given.offsets.cuda(), weight, bias.cuda()
+    y = gpu_grouped.launch(kernel, cache.load(kernel).kernel, *arguments, BF16)
+    given.check(y.cpu(), BF16)
+
+
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "int4"])
+def test_attention_to_a_cache(kv: str) -> None:
+    given = test_attention.problem(kv, "token", heads=3, group=3, context=333, size=80, dtype=BF16, length=300)
+    given.check_kernel(run(given, launches=0))
+
+
+def test_attention_to_plain_keys() -> None:
+    given = test_attention.plain_problem(heads=2, group=4, context=333, size=128, dtype=BF16)
+    given.check(run_plain(given, launches=0))
