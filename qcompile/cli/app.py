@@ -338,7 +338,10 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="A text to read instead of the essay in the package.", show_default=False)
     ] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens that the model sees at once.")] = 512,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens that the model sees at once: 512, if it can.", show_default=False),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of the text, at most.", show_default=False)] = None,
     tasks: Annotated[
         list[str],
@@ -365,14 +368,12 @@ def evaluate(
         _check_folder(json_path)
         _check_folder(html_path, "--html")
         quiet_imports()
-        from qcompile.checkpoint.gguf import smollm2_path
         from qcompile.cli import eval as command
-        from qcompile.evaluate.models import find_model
         from qcompile.report.evaluation import to_dict, write
         from qcompile.report.page import to_html
         from qcompile.report.plots import installed
 
-        plan = command.make_plan(smollm2_path() if model is None else find_model(model), scheme, reference)
+        plan = command.make_plan(model, scheme, reference)
         with Steps(plan.steps(speed, bool(tasks))) as steps:
             report = command.run(
                 plan,

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.checkpoint.gguf import smollm2_path
 from qcompile.checkpoint.loader import open_checkpoint
 from qcompile.cli.demo import config_of
 from qcompile.cli.shapes import split
@@ -25,7 +26,7 @@ from qcompile.cli.steps import Steps
 from qcompile.config import QuantConfig
 from qcompile.errors import CheckpointError, ConfigError, shown
 from qcompile.evaluate.models import find_model, load_language_model, load_tokenizer_of, sample_text, stored_weights
-from qcompile.evaluate.recording import Recording, check_text, record
+from qcompile.evaluate.recording import Recording, check_text, default_window, record
 from qcompile.evaluate.run import Evaluation, check_scheme, evaluate, quantized_copy
 from qcompile.evaluate.speed import compiled_decoder, prefill_rate, weight_bytes
 from qcompile.evaluate.tasks import Tasks
@@ -50,12 +51,13 @@ class Plan:
     """What is evaluated.
 
     Attributes:
-        model: the checkpoint that was named.
+        name, model: the checkpoint that was named.
         reference: the original; None for the perplexity of `model` alone.
         schemes: that quantize the reference.
         checkpoints: quantized ones beside it.
     """
 
+    name: str
     model: Path
     reference: Path | None
     schemes: tuple[Candidate, ...]
@@ -74,27 +76,30 @@ def parse_candidate(given: str) -> Candidate:
     """
     path = Path(given)
     if path.suffix not in _CONFIGURATIONS and (path.is_dir() or path.suffix == ".gguf" or "/" in given):
-        return Candidate(path.name or given, None, find_model(given))
+        return Candidate(given, None, find_model(given))
     return Candidate(given, config_of(given), None)
 
 
-def make_plan(model: Path, schemes: Sequence[str], reference: str | None) -> Plan:
-    """What `MODEL`, `--scheme` and `--reference` say together.
+def make_plan(model: str | None, schemes: Sequence[str], reference: str | None) -> Plan:
+    """What `MODEL` (None for SmolLM2), `--scheme` and `--reference` say together.
 
     Raises:
         ConfigError, CheckpointError: a name that means nothing, or a damaged checkpoint; a reference that is quantized.
     """
+    path = smollm2_path() if model is None else find_model(model)
+    name = model if model is not None and not Path(model).exists() else path.resolve().name
     candidates = [parse_candidate(name) for name in split(schemes) if name != ORIGINAL]
     if reference is not None:
-        candidates.insert(0, Candidate(model.name, None, model))
-    original = find_model(reference) if reference is not None else model if candidates else None
-    opened = {path: open_checkpoint(path) for path in (model, original, *(c.path for c in candidates)) if path}
+        candidates.insert(0, Candidate(name, None, path))
+    original = find_model(reference) if reference is not None else path if candidates else None
+    opened = {each: open_checkpoint(each) for each in (path, original, *(c.path for c in candidates)) if each}
     if original is not None and original.suffix != ".gguf" and opened[original].method is not None:
         raise ConfigError(
             f"{original} is quantized already: name the model that it was made from, --reference ORIGINAL"
         )
     return Plan(
-        model,
+        name,
+        path,
         original,
         tuple(candidate for candidate in candidates if candidate.config is not None),
         tuple(candidate for candidate in candidates if candidate.path is not None),
@@ -199,7 +204,7 @@ def run(
     plan: Plan,
     text: Path | None,
     *,
-    window: int,
+    window: int | None,
     tokens: int | None,
     tasks: Sequence[str],
     limit: int | None,
@@ -214,6 +219,7 @@ def run(
     wait in a file.
 
     Args:
+        window: tokens that a model sees at once; None for 512, or as many as it can.
         tokens: of the text, at most; None for all.
         tasks, limit: see `Tasks`.
 
@@ -230,6 +236,7 @@ def run(
     loaded = load_language_model(first, device, dtype, decode=plan.reference is not None)
     model, tokenizer, ids = loaded.model, loaded.tokenizer, loaded.encode(content)[:tokens].to(device)
     del loaded
+    window = default_window(model) if window is None else window
     check_text(model, ids, window)
     for candidate in plan.schemes:
         assert candidate.config is not None
@@ -245,10 +252,10 @@ def run(
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    report = Report(plan.model.name, None, where, ids.numel(), window, about, (), (), ())
+    report = Report(plan.name, None, where, ids.numel(), window, about, (), (), ())
     session.begin(f"reading {ids.numel()} tokens")
     if plan.reference is None:
-        row = session.row(Candidate(plan.model.name, None, plan.model), model, None, start)
+        row = session.row(Candidate(plan.name, None, plan.model), model, None, start)
         return replace(report, rows=(row,), inputs=row.evaluation.inputs, weights=row.evaluation.weights)
     with tempfile.TemporaryDirectory(prefix="qcompile-eval-") as folder:
         recording = record(model, ids, Path(folder), window=window)

@@ -7,9 +7,10 @@ layer's calls some rows stay in memory, and of each block's hidden states.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.calibrate.stream import find_stacks, hidden_of
+from qcompile.calibrate.stream import find_stacks, hidden_of, without_cache
 from qcompile.errors import ConfigError
 from qcompile.evaluate.layers import Channels, Original, Samples, measured_layers, module_weights, weight_channels
 from qcompile.evaluate.quality import Quality, Tally, logits_of, windows
 from qcompile.progress import Bar
 
+WINDOW = 512
+"""Tokens that a model sees at once, unless it cannot."""
 EMBEDDING_ROWS = 64
 """Rows of an embedding by which a rotated model is known."""
 
@@ -207,7 +210,12 @@ def read(
 
     inner = measured_layers(model) if layers else {}
     total = -(-ids.numel() // window)
-    with Bar(total, description, progress) as bar, _hooked(inner, seen.see), _hooked(blocks, see_block):
+    with ExitStack() as stack:
+        bar = stack.enter_context(Bar(total, description, progress))
+        stack.enter_context(_hooked(inner, seen.see))
+        stack.enter_context(_hooked(blocks, see_block))
+        if call is None:
+            stack.enter_context(without_cache(model))
         for tokens, first in windows(ids, window):
             made = logits_of(call or model, tokens)[0, first - 1 : -1]
             tally.add(made, tokens[0, first:], logits(done, made))
@@ -217,6 +225,19 @@ def read(
     return Reading(
         tally.quality(), seen.joined(), {name: torch.cat(parts) for name, parts in hidden.items()}, seen.channels()
     )
+
+
+def _limit(model: nn.Module, name: str) -> int | None:
+    """What a model's configuration says of text, if it does."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else None
+
+
+def default_window(model: nn.Module) -> int:
+    """`WINDOW`, or as many tokens as the model reads at once."""
+    return min(WINDOW, _limit(model, "max_position_embeddings") or WINDOW)
 
 
 def check_text(model: nn.Module, ids: Tensor, window: int) -> None:
@@ -229,13 +250,10 @@ def check_text(model: nn.Module, ids: Tensor, window: int) -> None:
         raise ConfigError(
             f"the text has {ids.numel()} tokens; perplexity needs two, and some thousand to mean something"
         )
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(text_config, "max_position_embeddings", None)
-    if window < 2 or (isinstance(most, int) and min(window, ids.numel()) > most):
+    most, known = _limit(model, "max_position_embeddings"), _limit(model, "vocab_size")
+    if window < 2 or (most is not None and min(window, ids.numel()) > most):
         raise ConfigError(f"a window of {window} tokens: this model reads 2 to {most or 'any number of'} at once")
-    known = getattr(text_config, "vocab_size", None)
-    if isinstance(known, int) and int(ids.max()) >= known:
+    if known is not None and int(ids.max()) >= known:
         raise ConfigError(
             f"the tokenizer makes token {int(ids.max())} of the text, but the model knows {known} tokens; they do not "
             "belong together"
@@ -247,7 +265,7 @@ def record(
     ids: Tensor,
     folder: Path,
     *,
-    window: int = 512,
+    window: int | None = None,
     rows: int = 128,
     call: Callable[[Tensor], Any] | None = None,
     progress: bool = True,
@@ -258,13 +276,14 @@ def record(
         model: not quantized; from token ids [1, T] to an object whose `logits` are [1, T, V].
         ids: int64 [T] on the model's device.
         folder: for the logits, T times V numbers, in a file that lives as long as the folder does.
-        window: tokens that it sees at once.
+        window: tokens that it sees at once; None for `default_window`.
         rows: of each layer's calls and each block's hidden states, about, to keep in memory.
         progress: show a progress bar on a terminal.
 
     Raises:
         ConfigError: too short a text, windows that the model cannot read, or no room in the folder.
     """
+    window = default_window(model) if window is None else window
     count = predicted(ids.numel(), window)
     kept: list[Tensor] = []
 
@@ -302,5 +321,8 @@ def _file(folder: Path, count: int, logits: Tensor) -> Tensor:
             f"the reference's logits, {needed / 1e9:.1f} GB, do not fit in {folder} ({free / 1e9:.1f} GB free); take "
             "fewer tokens of the text, or let TMPDIR name a folder on a larger disk"
         )
-    path = str(folder / "logits")
-    return torch.from_file(path, shared=True, size=math.prod(shape), dtype=logits.dtype).view(shape)
+    path = folder / "logits"
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process
+            os.posix_fallocate(file.fileno(), 0, needed)
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=logits.dtype).view(shape)

@@ -18,7 +18,7 @@ from qcompile.config import QuantConfig
 from qcompile.errors import ConfigError
 from qcompile.evaluate.layers import Channels, Distance, LayerError, distance, layer_errors, weight_channels
 from qcompile.evaluate.quality import Quality
-from qcompile.evaluate.recording import Recording, plain_parameters, read, record
+from qcompile.evaluate.recording import Recording, default_window, plain_parameters, read, record
 from qcompile.evaluate.speed import weight_bytes
 from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules
@@ -65,7 +65,7 @@ def evaluate(
     ids: Tensor,
     reference: nn.Module | Recording | None = None,
     *,
-    window: int = 512,
+    window: int | None = None,
     rows: int = 128,
     call: Callable[[Tensor], Any] | None = None,
     progress: bool = True,
@@ -95,6 +95,7 @@ def evaluate(
             recording = record(reference, ids.to(own), Path(folder), window=window, rows=rows, progress=progress)
             return evaluate(model, ids, recording, call=call, progress=progress)
     if reference is None:
+        window = default_window(model) if window is None else window
         reading = read(
             model, ids.to(device), window, rows, _nothing, layers=True, call=call, description="text", progress=progress
         )
