@@ -65,7 +65,7 @@ class Plan:
 
     def steps(self, speed: bool, tasks: bool) -> int:
         """How many steps `run` takes."""
-        return (1 + len(self.schemes) + len(self.checkpoints)) * (2 + speed + tasks)
+        return 1 + (1 + len(self.schemes) + len(self.checkpoints)) * (1 + speed + tasks)
 
 
 def parse_candidate(given: str) -> Candidate:
@@ -315,6 +315,7 @@ def show(report: Report, console: Console) -> None:
     for row in report.rows:
         for layer in worst_layers(row, 1):
             assert layer.output is not None
-            console.print(f"{escape(row.name)}: {escape(layer.name)}'s output has {layer.output.sqnr_db:.1f} dB SQNR")
+            worst = f"{escape(row.name)}: {escape(layer.name)} errs most, SQNR {layer.output.sqnr_db:.1f} dB"
+            console.print(worst, highlight=False, soft_wrap=True)
         for note in row.notes:
-            console.print(f"{escape(row.name)}: {escape(note)}", soft_wrap=True)
+            console.print(f"{escape(row.name)}: {escape(note)}", highlight=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from qcompile.evaluate.layers import Channels, LayerError
 from qcompile.evaluate.run import Evaluation
 from qcompile.evaluate.tasks import Scores
 
-BINS = 96
+BINS = 64
 """Columns of outlier maps."""
 
 
@@ -105,6 +105,15 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if value < 10**6 or not math.isfinite(value) else f"{value:.2e}"
 
 
+def _small(value: float) -> str:
+    """In decimals; with an exponent where they would not show it."""
+    return f"{value:.4f}" if value == 0 or value >= 0.001 or not math.isfinite(value) else f"{value:.1e}"
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{_small(value)} ± {error:.4f}" if "e" not in _small(value) else f"{_small(value)} ± {error:.1e}"
+
+
 def columns_of(report: Report) -> list[Column]:
     """The columns for which some model has something."""
     columns = [
@@ -120,8 +129,11 @@ def columns_of(report: Report) -> list[Column]:
     ]
     if report.reference is not None:
         columns += [
-            Column("KL nats", lambda row: f"{row.evaluation.quality.kl:.4f} ± {row.evaluation.quality.kl_error:.4f}"),
-            Column("99% below", lambda row: f"{row.evaluation.quality.kl_p99:.3f}"),
+            Column(
+                "KL nats",
+                lambda row: _with_error(row.evaluation.quality.kl, row.evaluation.quality.kl_error),
+            ),
+            Column("KL p99", lambda row: _small(row.evaluation.quality.kl_p99)),
             Column("same token", lambda row: f"{row.evaluation.quality.top1:.1%}"),
         ]
     if any(row.speed for row in report.rows):

@@ -13,6 +13,7 @@ from qcompile.report.evaluation import Report, columns_of, worst_layers
 WORST = 8
 """Rows of the tables of the worst layers and of the largest outliers."""
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --paper: #ffffff; --line: #d5dae0; --soft: #5a6672; --shade: #f4f6f8 }
 @media (prefers-color-scheme: dark) {
@@ -26,7 +27,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child, .text { text-align: left }
 thead th { color: var(--soft); font-weight: 600 } tbody tr:hover { background: var(--shade) }
-figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } summary { cursor: pointer }
+figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } svg image { image-rendering: pixelated }
+summary { cursor: pointer }
 """
 
 
@@ -45,8 +47,14 @@ def to_html(report: Report) -> str:
         parts += ["<h2>Size, quality, speed</h2>", _drawn(plots.quality(report), caption)]
     if any(row.evaluation.layers or row.evaluation.blocks for row in report.rows):
         parts.append("<h2>Layers</h2>")
+        if plotted and any(layer.output for row in report.rows for layer in row.evaluation.layers):
+            caption = (
+                "Outputs of layers on the original's inputs, by block: each layer's own error. Above is better; 6 dB "
+                "more halve the error."
+            )
+            parts.append(_drawn(plots.outputs(report), caption))
         if plotted:
-            parts.append(_drawn(plots.layers(report), "Above is better: 6 dB more halve the error."))
+            parts.append(_drawn(plots.depth(report), "Errors of weights, and of the model as it runs."))
         parts += [_worst(report), _all_layers(report)]
     for what, channels in (("inputs", report.inputs), ("weights", report.weights)):
         if channels:
@@ -58,6 +66,7 @@ def to_html(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"

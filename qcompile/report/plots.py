@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompile.evaluate.layers import Channels, Distance
@@ -14,8 +14,11 @@ from qcompile.report.evaluation import BINS, Report, Row
 COLORS = ("#2f7ebc", "#d9730d", "#3a9a4f", "#c2455b", "#8763c5", "#8a6d3b", "#159588", "#7a8290")
 """That stand out from white and from black."""
 MARKERS = "osD^vPXh"
+MOST_KINDS = 12
+"""Kinds of layers that a plot has room for."""
 _INK = "#010203"
 """Stands for the page's colour of text."""
+_FRACTION = re.compile(r"(\.\d\d)\d+")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -40,12 +43,12 @@ def _style(salt: str) -> Any:
     return matplotlib.rc_context(settings)
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Any, Any]:
     """A figure without a background, and its axes [rows, columns]; sizes in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **shared)
     figure.patch.set_alpha(0)
     for each in axes.flat:
         each.patch.set_alpha(0)
@@ -60,6 +63,7 @@ def _svg(figure: Any) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' d="[^"]*"', lambda path: _FRACTION.sub(r"\1", path[0]), text)
     return text.replace(_INK, "currentColor")
 
 
@@ -97,35 +101,59 @@ def quality(report: Report) -> str:
         return _svg(figure)
 
 
-def layers(report: Report) -> str:
-    """SQNR of weights, of outputs, and of hidden states after blocks, by depth."""
-    titles = (
-        ("weights: each layer's own error", "layer, in the model's order"),
-        ("outputs on the original's inputs: each layer's own error", "layer, in the model's order"),
-        ("hidden states: errors of all blocks so far", "block"),
-    )
-    with _style("layers"):
-        figure, axes = _figure(3, 1, 8.5, 7.5)
-        for row in report.rows:
-            color, marker = colors_of(report)[row.name]
-            rows = [layer for layer in row.evaluation.layers if layer.shape is not None]
-            series: tuple[list[Distance | None], ...] = (
-                [layer.weight for layer in rows],
-                [layer.output for layer in rows],
-                [block.hidden for block in row.evaluation.blocks],
-            )
-            for axis, found in zip(axes[:, 0], series, strict=True):
-                kept = [(i, d.sqnr_db) for i, d in enumerate(found) if d is not None and math.isfinite(d.sqnr_db)]
-                if kept:
-                    xs, ys = zip(*kept, strict=True)
-                    axis.plot(xs, ys, color=color, marker=marker, markersize=2.5, linewidth=0.9, label=_short(row.name))
-        for axis, (title, label) in zip(axes[:, 0], titles, strict=True):
-            axis.set_title(title)
-            axis.set_xlabel(label)
+def _lines(axis: Any, report: Report, found: Mapping[str, Sequence[Distance | None]]) -> None:
+    """SQNR along a sequence of layers or blocks, of each model by its name."""
+    for name, distances in found.items():
+        kept = [(i, d.sqnr_db) for i, d in enumerate(distances) if d is not None and math.isfinite(d.sqnr_db)]
+        if kept:
+            xs, ys = zip(*kept, strict=True)
+            color, marker = colors_of(report)[name]
+            alone = {"marker": marker, "markersize": 5} if len(kept) == 1 else {}
+            axis.plot(xs, ys, color=color, linewidth=1.0, label=_short(name), **alone)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    if all(len(distances) < 2 for distances in found.values()):
+        axis.set_xticks([])
+
+
+def outputs(report: Report) -> str:
+    """SQNR of layers' outputs on the original's inputs, by block, for each kind of layer."""
+    kinds: dict[str, dict[str, list[Distance | None]]] = {}
+    for row in report.rows:
+        for layer in row.evaluation.layers:
+            if layer.output is not None:
+                kinds.setdefault(kind_of(layer.name), {}).setdefault(row.name, []).append(layer.output)
+    worst = sorted(kinds, key=lambda kind: min(d.sqnr_db for found in kinds[kind].values() for d in found if d))
+    kept = [kind for kind in kinds if kind in worst[:MOST_KINDS]]
+    columns = min(4, len(kept))
+    lines = -(-len(kept) // columns)
+    with _style("outputs"):
+        figure, axes = _figure(lines, columns, 8.5, 0.4 + 1.8 * lines, sharey=True)
+        for axis in axes.flat[len(kept) :]:
+            axis.set_axis_off()
+        for axis, kind in zip(axes.flat, kept, strict=False):
+            _lines(axis, report, kinds[kind])
+            axis.set_title(_short(kind))
+        for axis in axes[:, 0]:
             axis.set_ylabel("SQNR, dB")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            if axis.lines:
-                axis.legend(frameon=False, ncols=4, fontsize=8)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        return _svg(figure)
+
+
+def depth(report: Report) -> str:
+    """SQNR of weights and of hidden states after blocks, by depth."""
+    layers = {r.name: [x.weight for x in r.evaluation.layers if x.shape is not None] for r in report.rows}
+    blocks = {r.name: [block.hidden for block in r.evaluation.blocks] for r in report.rows}
+    with _style("depth"):
+        figure, axes = _figure(1, 2, 8.5, 2.8)
+        for axis, found in ((axes[0, 0], layers), (axes[0, 1], blocks)):
+            _lines(axis, report, found)
+            axis.set_ylabel("SQNR, dB")
+        axes[0, 0].set_title("weights")
+        axes[0, 0].set_xlabel("layer, in the model's order")
+        axes[0, 1].set_title("hidden states: errors of all blocks so far")
+        axes[0, 1].set_xlabel("block")
+        labelled = max(axes[0], key=lambda axis: len(axis.lines))
+        figure.legend(*labelled.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         return _svg(figure)
 
 
@@ -148,7 +176,7 @@ def outliers(channels: Sequence[Channels], salt: str) -> str:
             for i, row in enumerate(rows):
                 table[i, : len(row)] = row
             image = axis.imshow(
-                table.clip(min=1.0), aspect="auto", norm=LogNorm(1.0, top), cmap="viridis", interpolation="nearest"
+                table.clip(min=1.0), aspect="auto", norm=LogNorm(1.0, top), cmap="viridis", interpolation="none"
             )
             axis.grid(visible=False)
             axis.set_title(_short(kind))
@@ -162,12 +190,17 @@ def outliers(channels: Sequence[Channels], salt: str) -> str:
         return _svg(figure)
 
 
+def kind_of(name: str) -> str:
+    """What layers have in common whose names differ in numbers alone: the name within a block."""
+    return _NUMBER.sub("*", name).rpartition(".*.")[2]
+
+
 def kinds_of(channels: Sequence[Channels]) -> dict[str, list[Channels]]:
-    """Channels of layers whose names differ in numbers alone; of the kinds the twelve with the largest outliers."""
+    """Channels by the kind of their layers; of the kinds those with the largest outliers."""
     found: dict[str, list[Channels]] = {}
     for each in channels:
-        found.setdefault(_NUMBER.sub("*", each.names[0]).rpartition(".*.")[2], []).append(each)
-    largest = sorted(found, key=lambda kind: -max(c.peak for c in found[kind]))[:12]
+        found.setdefault(kind_of(each.names[0]), []).append(each)
+    largest = sorted(found, key=lambda kind: -max(c.peak for c in found[kind]))[:MOST_KINDS]
     return {kind: members for kind, members in found.items() if kind in largest}
 
 

@@ -96,7 +96,7 @@ def test_page(full, with_matplotlib, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     text = to_html(full)
     page = Page(text)
-    assert page.tags.count("svg") == (4 if with_matplotlib else 0)
+    assert page.tags.count("svg") == (5 if with_matplotlib else 0)
     assert ("pip install" in text) != with_matplotlib
     assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     assert page.tags.count("img") == 0
@@ -113,7 +113,7 @@ def test_page(full, with_matplotlib, monkeypatch):
 
 def test_plots_have_no_colours_that_one_scheme_hides(full):
     pytest.importorskip("matplotlib")
-    for svg in (plots.quality(full), plots.layers(full), plots.outliers(full.inputs, "inputs")):
+    for svg in (plots.quality(full), plots.outputs(full), plots.depth(full), plots.outliers(full.inputs, "inputs")):
         assert svg.startswith("<svg")
         assert "currentColor" in svg
         texts = re.findall(r"<text[^>]*style=\"([^\"]*)\"", svg)
@@ -134,7 +134,7 @@ def test_ids_of_plots_do_not_meet(full):
 
 def test_columns(full):
     titles = {column.title: column for column in columns_of(full)}
-    assert list(titles)[:6] == ["bits", "weights MB", "perplexity", "KL nats", "99% below", "same token"]
+    assert list(titles)[:6] == ["bits", "weights MB", "perplexity", "KL nats", "KL p99", "same token"]
     int4, broken = full.rows[1], full.rows[3]
     assert titles["bits"].text(int4) == "4.25"
     assert titles["bits"].text(full.rows[0]) == ""
@@ -171,7 +171,7 @@ def test_json(full):
     assert broken["layers"][1]["output"]["sqnr_db"] is None
     inputs = found["outliers"]["inputs"]
     assert len(inputs) == 9
-    assert len(inputs[0]["maxima"]) == 96
+    assert len(inputs[0]["maxima"]) == 64
     assert max(inputs[0]["maxima"]) == pytest.approx(inputs[0]["peak"], rel=5e-3)
 
 
