@@ -179,20 +179,27 @@ class Prompted:
         return tokens, logits
 
 
+GATED_POWER = 2.1
+"""Relative error of silu(a) * b for an error of 1 in power of a and of b, which are normal of deviation 1.28 here."""
+GREATEST = {"normal": 4, "gated": 13}
+"""Greatest of thousands of numbers over their deviation: of normal ones, and of silu(a) * b."""
+
+
 def logits_bound(layers: int, job: Job) -> float:
     """Greatest `error` that two evaluations of the model may have between them, which round in different places.
 
-    Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides. A
-    branch rounds at most 18 times to bfloat16 (u = 2^-8): attention twice in its norm, once in each of the queries,
-    keys and values, thrice in each of queries and keys as they are rotated and twice in the cosines and sines, once in
-    the weights, the sum, the last product and the residual. With 8-bit activations it rounds twice to those: u = 2^-4
-    for E4M3; for int8 a step of the greatest of K normal numbers / 127, so about 4 / 127 / sqrt(12) of the deviation.
-    Branches of random weights are equally large and add up in the residual stream. The stream after n of them thus
-    errs, in power, by e (1 + 1/2 + ... + 1/n) for a branch's own e, since branch n + 1 inherits the stream's error and
-    adds e to the nth part of it. Thrice that in norm is for what functions amplify, and for chance: bfloat16 compiled
-    by Inductor takes twice of it.
+    Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides.
+    The weights are random: what attention adds to the residual stream, a mean over many tokens, is a tenth of what an
+    MLP adds, and MLPs add equally much. An MLP's branch rounds at most 18 times to bfloat16 (u = 2^-8). With 8-bit
+    activations it rounds twice to those: u = 2^-4 for E4M3; for int8 by up to half a step, which is the greatest number
+    of a token / 127.
+
+    With E_n the error of the stream after n branches, in power, a branch's own e, and `GATED_POWER` times of what the
+    stream brought into it, the stream after it errs by E_(n+1) = (n E_n + 2.1 E_n + e) / (n + 1). A quarter more in
+    norm is for chance.
     """
-    codes = {"fp8": 2 * 2.0**-8 / 3, "int8": 2 * (4 / 127) ** 2 / 12}
+    steps = sum((greatest / 127) ** 2 / 12 for greatest in GREATEST.values())
+    codes = {"fp8": 2 * 2.0**-8 / 3, "int8": steps}
     activation = 0.0
     if job.impl == OURS:
         from qcompile.config import parse_config
@@ -201,7 +208,10 @@ def logits_bound(layers: int, job: Job) -> float:
         if scheme is not None and scheme.activation is not None:
             activation = codes["fp8" if "fp8" in scheme.activation.format.name else "int8"]
     branch = 2 * (18 * 2.0**-16 / 3 + activation)
-    return 3 * math.sqrt(branch * sum(1 / n for n in range(1, 2 * layers + 1)))
+    error = branch
+    for n in range(1, layers):
+        error = ((n + GATED_POWER) * error + branch) / (n + 1)
+    return 1.25 * math.sqrt(error)
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, float]:

@@ -88,6 +88,11 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SCALE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # others: 1
 
 
+def bytes_out(spec: KernelSpec) -> float:
+    """Bytes of output for each row of the weight, and of activations: half of them if two rows make a column."""
+    return (_BYTES[spec.out_dtype] if spec.stored is None else 1) * spec.width / spec.n
+
+
 def _instructions(spec: KernelSpec) -> float:
     """Instructions a weight in a turn of the loop, as counted in machine code of sm_90."""
     if spec.template == "gemm_rows8":
@@ -122,7 +127,7 @@ def seconds(spec: KernelSpec, m: int) -> float:
         spec.k,
         FORMATS[spec.weight].bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
         _BYTES.get(spec.x_dtype, 1),
-        _BYTES[spec.out_dtype],
+        bytes_out(spec),
         tile.m,
         tile.n,
         tile.split,

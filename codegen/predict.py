@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import sympy
 
-from qcompile.codegen.cost_model import device_of, seconds
+from qcompile.codegen.cost_model import bytes_out, device_of, seconds
 from qcompile.codegen.spec import KernelSpec
 from qcompile.formats import FORMATS
 from qcompile.scheme import SCALE_DTYPES
@@ -93,6 +93,6 @@ def limit(spec: KernelSpec, m: int) -> float:
     """
     device = device_of(spec.target)
     wide = {"float32": 4, "bfloat16": 2, "float16": 2}
-    moved = stored_bytes(spec) + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * wide[spec.out_dtype]
+    moved = stored_bytes(spec) + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * bytes_out(spec)
     rate = device.operations * (1 if spec.activation is None else 2)
     return max(moved / device.memory, 2 * m * spec.n * spec.k / rate)

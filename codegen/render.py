@@ -16,7 +16,7 @@ from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
-from qcompile.linear_spec import ACTIVATIONS
+from qcompile.linear_spec import ACTIVATIONS, GATES, OPERAND_STEPS, STORES
 
 _DTYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
 
@@ -237,20 +237,48 @@ def _epilogue(spec: KernelSpec) -> str:
     formulas = []
     lines = []
     operand = 0
+
+    def apply(step: str, name: str) -> None:
+        formula = _formula(ACTIVATIONS[step](var(name)))
+        formulas.append(formula)
+        lines.append(f"{name} = {to_triton(formula)}")
+
     for step in spec.epilogue:
         if step == "bias":
-            lines.append("value = value + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)")
-        elif step in ("mul", "add"):
+            mask = f"n < {spec.width}"
+            lines.append(f"value = value + tl.load(bias + n, mask={mask}, other=0.0).to(tl.float32)")
+            if spec.gated:
+                loaded = f"tl.load(bias + {spec.width} + n, mask={mask}, other=0.0)"
+                lines.append(f"second = second + {loaded}.to(tl.float32)")
+        elif step in OPERAND_STEPS:
             sign = "*" if step == "mul" else "+"
             loaded = f"tl.load(operand_{operand} + offsets, mask=mask, other=0.0)"
             lines.append(f"value = value {sign} {loaded}.to(tl.float32)")
             operand += 1
+        elif step in GATES:
+            for name, function in zip(("value", "second"), GATES[step], strict=True):
+                if function is not None:
+                    apply(function, name)
+            lines.append("value = value * second")
+        elif step in STORES:
+            lines += _store(FORMATS[STORES[step]], f"operand_{operand}")
         else:
-            formula = _formula(ACTIVATIONS[step](var("value")))
-            formulas.append(formula)
-            lines.append(f"value = {to_triton(formula)}")
+            apply(step, "value")
     body = "".join(f"    {line}\n" for line in [*lines, "return value"])
-    return f"{_helpers(*formulas)}@triton.jit\ndef epilogue(value, bias, operand_0, n, offsets, mask):\n{body}\n\n"
+    head = "@triton.jit\ndef epilogue(value, second, bias, operand_0, n, offsets, mask):\n"
+    return f"{_helpers(*formulas)}{head}{body}\n\n"
+
+
+def _store(fmt: Format, scale: str) -> list[str]:
+    """Lines that make `value` what a conversion to the format's own type stores as the nearest code; NaN stays."""
+    least = -fmt.absmax if isinstance(fmt, FloatFormat) else -(2.0 ** (fmt.bits - 1))
+    most = fmt.absmax if isinstance(fmt, FloatFormat) else 2.0 ** (fmt.bits - 1) - 1
+    lines = [f"value = value / tl.load({scale})"]
+    lines.append(f"value = tl.clamp(value, {least!r}, {most!r}, propagate_nan=tl.PropagateNan.ALL)")
+    if isinstance(fmt, IntegerFormat):
+        # The sum's last place is 1, so it is rounded to an integer, half to even.
+        lines.append("value = (value + 12582912.0) - 12582912.0")
+    return lines
 
 
 def _constants(values: dict[str, object]) -> str:
@@ -333,6 +361,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "SUPER_LAST": scales in ("weights", "fragments") and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
+        "GATED": spec.gated,
         "SPLIT": spec.tile.split,
         "SLAB": spec.tile.form == "slab" and scales != "weights",
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
@@ -371,6 +400,7 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_M": spec.tile.m,
         "BLOCK_N": spec.tile.n,
         "BLOCK_K": spec.tile.k,
+        "GATED": spec.gated,
         "SPLIT": spec.tile.split,
         "EARLY": launches_early(spec.target),
         "NVIDIA": spec.target.startswith("sm_"),
@@ -437,6 +467,7 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
         "N": spec.n,
         "X_SCALE": spec.activation_scale,
         "SCALED": spec.rows == 1,
+        "GATED": spec.gated,
         "BLOCK_M": spec.tile.m,
         "BLOCK_N": spec.tile.n,
     }

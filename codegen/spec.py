@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qcompile.formats import FORMATS
-from qcompile.linear_spec import LinearSpec
+from qcompile.formats import FORMATS, Format
+from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
 from qcompile.scheme import WHOLE, Granularity
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class KernelSpec:
         super_columns: columns that share a scale of scales; 0 if there are none.
         activation: name of the activations' format, or None if they are floating point.
         activation_scale: "tensor", "token" or "group" (of `columns`); "" if there is none.
-        x_dtype, out_dtype: torch's names of the input's and output's types.
+        x_dtype, out_dtype: torch's names of the input's type, and of the output's unless that is stored as codes.
         epilogue: see `LinearSpec`.
         target: "sm_90" and the like for NVIDIA, "gfx942" and the like for AMD.
         tile: see `Tile`.
@@ -111,7 +111,22 @@ class KernelSpec:
     @property
     def operand_count(self) -> int:
         """Tensors that the epilogue takes beside the bias."""
-        return sum(step in ("mul", "add") for step in self.epilogue)
+        return sum(step in OPERAND_STEPS or step in STORES for step in self.epilogue)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first half of a product's columns is multiplied by the second."""
+        return gate_of(self.epilogue) is not None
+
+    @property
+    def width(self) -> int:
+        """Columns of the output."""
+        return self.n // 2 if self.gated else self.n
+
+    @property
+    def stored(self) -> Format | None:
+        """The format in which the output is stored as codes; None if it is of `out_dtype`."""
+        return stored_by(self.epilogue)
 
     @property
     def compute(self) -> str:

@@ -19,6 +19,9 @@ from qcompile.scheme import Scheme
 OP = torch.ops.qcompile.linear.default
 """The operator that linears become; its arguments in order are named by `Args`."""
 
+QUANTIZE = torch.ops.qcompile.quantize.default
+"""The operator that quantizes activations for several linears."""
+
 Args = ("x", "weight", "bias", "input_scale", "pre_quant_scale", "operands", "spec")
 
 
@@ -94,7 +97,7 @@ class GraphContext:
         values: the real value of every placeholder; symbolic sizes included.
         layers: linear nodes that are to be quantized, or are.
         left: names of linears that stay as they are, with the reason.
-        packed_inputs: graph inputs of a packed weight, by weight and scheme.
+        packed_inputs: graph inputs of a packed weight, by weight and scheme; and of a static scale, by its value.
         events: what was rewritten and declined, in order.
     """
 

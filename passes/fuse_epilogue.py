@@ -8,6 +8,7 @@ vector that acts as the bias. The steps are computed in float32 before the outpu
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _ACTIVATIONS: dict[Any, str] = {
     "tanh": "tanh",
     "sigmoid": "sigmoid",
 }
-_BINARY: dict[Any, str] = {
+BINARY: dict[Any, str] = {
     torch.add: "add",
     operator.add: "add",
     "add": "add",
@@ -42,7 +43,8 @@ _BINARY: dict[Any, str] = {
 _IN_PLACE = (operator.iadd, operator.imul, "add_", "mul_", "relu_", torch.relu_, F.relu_)
 
 
-def _activation(node: fx.Node) -> str | None:
+def activation_of(node: fx.Node) -> str | None:
+    """The step that a call of an activation function is, if it is one."""
     if node.target is F.gelu:
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
     if node.kwargs.get("inplace") or node.target not in _ACTIVATIONS:
@@ -59,9 +61,9 @@ def _step(linear: fx.Node, user: fx.Node) -> tuple[str, Any] | str:
         return f"{getattr(user.target, '__name__', user.target)} works in place"
     if not isinstance(result, Tensor) or result.shape != out.shape or result.dtype != out.dtype:
         return f"{getattr(user.target, '__name__', user.target)} changes shape or dtype"
-    if (name := _activation(user)) is not None:
+    if (name := activation_of(user)) is not None:
         return name, None
-    if user.target not in _BINARY or len(user.args) != 2 or user.kwargs:
+    if user.target not in BINARY or len(user.args) != 2 or user.kwargs:
         return f"{getattr(user.target, '__name__', user.target)} is no epilogue step"
     other = user.args[1] if user.args[0] is linear else user.args[0]
     if other is linear:
@@ -72,27 +74,41 @@ def _step(linear: fx.Node, user: fx.Node) -> tuple[str, Any] | str:
     if value.device != out.device:
         return "the other operand is on another device"
     if value.shape == out.shape and value.is_floating_point():
-        return _BINARY[user.target], other
+        return BINARY[user.target], other
     spec = decode_spec(linear.args[-1])  # type: ignore[arg-type]
-    if _BINARY[user.target] == "add" and value.dim() == 1 and value.shape[0] == spec.out_features and not spec.epilogue:
+    if BINARY[user.target] == "add" and value.dim() == 1 and value.shape[0] == spec.out_features and not spec.epilogue:
         return "bias", other
     return "the other operand would be broadcast"
 
 
-def _fuse(context: GraphContext, linear: fx.Node, user: fx.Node, step: str, operand: Any) -> fx.Node:
+def fuse(
+    context: GraphContext,
+    rule: str,
+    linear: fx.Node,
+    result: fx.Node,
+    step: str,
+    operand: Any = None,
+    between: Sequence[fx.Node] = (),
+) -> fx.Node:
+    """Make `result` the linear's own output by one more step, and return the new linear.
+
+    Args:
+        between: nodes from the linear to the result, readers first, which nothing else reads.
+    """
     arguments = list(linear.args)
     arguments[-1] = decode_spec(arguments[-1]).with_epilogue(step).encode()  # type: ignore[arg-type]
     if step == "bias":
         arguments[Args.index("bias")] = operand
     elif operand is not None:
         arguments[Args.index("operands")] = [*arguments[Args.index("operands")], operand]  # type: ignore[misc]
-    with context.graph.inserting_before(user):  # where every operand is known
+    with context.graph.inserting_before(result):  # where every operand is known
         new = context.graph.call_function(OP, tuple(arguments))
     layer = context.layers.pop(linear)
-    replace(context.graph, user, new)
-    context.graph.erase_node(linear)
+    replace(context.graph, result, new)
+    for node in (*between, linear):
+        context.graph.erase_node(node)
     context.layers[new] = layer
-    context.rewrote(_RULE, layer.name, step)
+    context.rewrote(rule, layer.name, step)
     return new
 
 
@@ -111,4 +127,4 @@ def fuse_epilogue(context: GraphContext) -> None:
                 break
             if user in context.layers:
                 break
-            node = _fuse(context, node, user, *found)
+            node = fuse(context, _RULE, node, user, *found)

@@ -73,7 +73,11 @@ def _quantize(context: GraphContext, node: fx.Node, layer: Layer) -> None:
         input_scale = _prepared_scale(context, layer, ref, "input_scale")
     elif scheme.activation is not None and not scheme.activation.dynamic:
         constant = layer.input_scale = _input_scale(layer, value.device)
-        input_scale = context.bind(f"{layer.name}_input_scale", (), lambda _: (constant,))
+        # One input for all layers that the configuration gives the same scale, so that what reads it is seen to agree.
+        key = ("input_scale", scheme.activation.scale, value.device)
+        if key not in context.packed_inputs:
+            context.packed_inputs[key] = context.bind(f"{layer.name}_input_scale", (), lambda _: (constant,))
+        input_scale = context.packed_inputs[key]
     if layer.pre_quant_scale is not None:
         pre_quant_scale = _prepared_scale(context, layer, ref, "pre_quant_scale")
     bias = node.args[2] if len(node.args) > 2 else None

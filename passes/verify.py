@@ -25,8 +25,8 @@ def _check_operator(context: GraphContext, node: fx.Node, name: str) -> None:
     if len(given["weight"]) != len(spec.scheme.weight.fields):  # type: ignore[arg-type]
         problems.append(f"the weight's tensors are {', '.join(spec.scheme.weight.fields)}")
     static = spec.scheme.activation is not None and not spec.scheme.activation.dynamic
-    if static != (given["input_scale"] is not None):
-        problems.append("an input scale and a static scheme go together")
+    if (static or spec.codes_of != "") != (given["input_scale"] is not None):
+        problems.append("an input scale and a static scheme, or activations that come as codes, go together")
     if not problems:
         arguments = fx.node.map_arg(node.args, example)
         with context.fake_mode:

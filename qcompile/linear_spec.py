@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qcompile import expr
 from qcompile.errors import ConfigError
 from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
-from qcompile.formats import Format, get_format
+from qcompile.formats import FORMATS, Format, get_format
 from qcompile.methods import ABSMAX, ROUND
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme, check_keys
 
@@ -32,6 +34,28 @@ OPERAND_STEPS = ("mul", "add")
 """Epilogue steps that take a tensor of the output's shape: a gating multiply, a residual."""
 
 EPILOGUE_STEPS = ("bias", *ACTIVATIONS, *OPERAND_STEPS)
+"""Steps that keep the product's shape and stay in float32."""
+
+GATES: dict[str, tuple[str | None, str | None]] = {
+    "a*b": (None, None),
+    **{f"{name}(a)*b": (name, None) for name in ACTIVATIONS},
+    **{f"a*{name}(b)": (None, name) for name in ACTIVATIONS},
+}
+"""Steps that multiply the first half of the columns, a, by the second, b, with the activations of the two: [M, N]
+becomes [M, N / 2]. (N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202.)"""
+
+STORES = {f"to_{name}": name for name, fmt in FORMATS.items() if fmt.native_dtype is not None}
+"""Last steps, which quantize with the static scale that is the last operand, float32 []: the format of the codes."""
+
+
+def gate_of(epilogue: tuple[str, ...]) -> str | None:
+    """The step of `GATES` among an epilogue's."""
+    return next((step for step in epilogue if step in GATES), None)
+
+
+def stored_by(epilogue: tuple[str, ...]) -> Format | None:
+    """The format of the codes in which an epilogue stores the output; None if it stays floating point."""
+    return get_format(STORES[epilogue[-1]]) if epilogue and epilogue[-1] in STORES else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +69,13 @@ class LinearSpec:
             default ones.
         layout: name of the packed weight's layout.
         epilogue: steps of `EPILOGUE_STEPS` applied to the product in this order, in float32. "bias" adds the bias;
-            "mul" and "add" each consume the next operand.
+            "mul" and "add" each consume the next operand. One step of `GATES` may stand first or after the bias, and
+            one of `STORES` last.
+        codes_of: name of the type that the activations had before they were quantized as the scheme says, which is the
+            output's type; they come as codes then, with their scale. "" if they come as they are.
+
+    Raises:
+        ConfigError: steps that do not stand where they may.
     """
 
     in_features: int
@@ -53,8 +83,23 @@ class LinearSpec:
     scheme: Scheme
     layout: str
     epilogue: tuple[str, ...] = ()
+    codes_of: str = ""
 
     def __post_init__(self) -> None:
+        if unknown := set(self.epilogue) - {*EPILOGUE_STEPS, *GATES, *STORES}:
+            raise ConfigError(
+                f"unknown epilogue steps {sorted(unknown)}; there are {', '.join((*EPILOGUE_STEPS, *GATES, *STORES))}"
+            )
+        gate = gate_of(self.epilogue)
+        after = self.epilogue[self.epilogue[:1] == ("bias",) :]
+        if gate is not None and (after[0] != gate or set(after[1:]) & {"bias", *GATES} or self.out_features % 2):
+            raise ConfigError(
+                f"{gate} takes two halves of a product, to which at most a bias was added: {self.epilogue}"
+            )
+        if set(self.epilogue[:-1]) & set(STORES):
+            raise ConfigError(f"what stores codes is the last step: {self.epilogue}")
+        if self.codes_of not in ("", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"activations that come as codes were of a floating type, not {self.codes_of!r}")
         activation = self.scheme.activation
         if activation is not None:
             activation = replace(activation, observer=ABSMAX)
@@ -69,9 +114,37 @@ class LinearSpec:
         return self.out_features, self.in_features
 
     @property
+    def width(self) -> int:
+        """Columns of the output: N, or N / 2 if there is a gate."""
+        return self.out_features // (1 if gate_of(self.epilogue) is None else 2)
+
+    @property
+    def stored(self) -> Format | None:
+        """The format in which the output is stored as codes; None if it stays floating point."""
+        return stored_by(self.epilogue)
+
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of an output that is of `dtype` unless it is stored as codes."""
+        stored = None if self.stored is None else self.stored.native_dtype
+        return stored or dtype
+
+    @property
     def operand_count(self) -> int:
-        """How many tensors the epilogue's "mul" and "add" steps consume."""
-        return sum(step in OPERAND_STEPS for step in self.epilogue)
+        """How many tensors the epilogue's steps consume: "mul", "add", and the scale of what is stored as codes."""
+        return sum(step in OPERAND_STEPS or step in STORES for step in self.epilogue)
+
+    def floating(self, x_dtype: torch.dtype) -> torch.dtype:
+        """The type of the activations before they were quantized, and of an output that is not stored as codes.
+
+        Args:
+            x_dtype: of the activations as the operator receives them.
+        """
+        found: torch.dtype = getattr(torch, self.codes_of) if self.codes_of else x_dtype
+        return found
+
+    def reading_codes_of(self, dtype: torch.dtype) -> LinearSpec:
+        """The same linear of activations that were of a floating type and come as codes."""
+        return replace(self, codes_of=str(dtype).removeprefix("torch."))
 
     def with_epilogue(self, *steps: str) -> LinearSpec:
         """The same linear with more steps at the end."""
@@ -91,6 +164,8 @@ class LinearSpec:
         given: dict[str, Any] = {"k": self.in_features, "n": self.out_features, "scheme": scheme, "layout": self.layout}
         if self.epilogue:
             given["epilogue"] = list(self.epilogue)
+        if self.codes_of:
+            given["codes_of"] = self.codes_of
         return json.dumps(given, separators=(",", ":"))
 
 
@@ -139,14 +214,12 @@ def decode_spec(text: str) -> LinearSpec:
         given = json.loads(text)
     except ValueError:
         raise ConfigError(f"not a linear spec: {text!r}") from None
-    check_keys("linear spec", given, ("k", "n", "scheme", "layout", "epilogue", "code"))
-    epilogue = tuple(given.get("epilogue", ()))
-    if unknown := set(epilogue) - set(EPILOGUE_STEPS):
-        raise ConfigError(f"unknown epilogue steps {sorted(unknown)}; there are {', '.join(EPILOGUE_STEPS)}")
+    check_keys("linear spec", given, ("k", "n", "scheme", "layout", "epilogue", "codes_of", "code"))
     return LinearSpec(
         in_features=given["k"],
         out_features=given["n"],
         scheme=_scheme(given["scheme"]),
         layout=given["layout"],
-        epilogue=epilogue,
+        epilogue=tuple(given.get("epilogue", ())),
+        codes_of=given.get("codes_of", ""),
     )

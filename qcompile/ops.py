@@ -1,9 +1,9 @@
 """The operators that rewritten graphs and quantized modules call: schemas, fakes, and the way to a kernel.
 
 `qcompile::linear` is composite: compilers see through it to what differs between devices. Quantizing the activations
-(and on CPUs the epilogue) is plain torch there, so Inductor fuses it with its neighbours; the product itself is one
-operator, `gemm` on GPUs or `gemm_cpu` on CPUs. Kernels, and the operator that wraps Triton's, are imported at the first
-call on a GPU, so importing this module imports no Triton.
+(`qcompile::quantize` does it for several linears at once; and on CPUs the epilogue) is plain torch there, so Inductor
+fuses it with its neighbours; the product itself is one operator, `gemm` on GPUs or `gemm_cpu` on CPUs. Kernels, and the
+operator that wraps Triton's, are imported at the first call on a GPU, so importing this module imports no Triton.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
-from qcompile.linear_spec import ACTIVATIONS, LinearSpec, decode_spec
+from qcompile.linear_spec import ACTIVATIONS, GATES, STORES, LinearSpec, decode_spec
 from qcompile.reference import quantize_activation
+from qcompile.scheme import ActivationScheme, Granularity
 
 _library = torch.library.Library("qcompile", "DEF")
 _library.define(
     "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? input_scale, Tensor? pre_quant_scale, "
     "Tensor[] operands, str spec) -> Tensor"
 )
+_library.define("quantize(Tensor x, Tensor? static_scale, str spec) -> (Tensor, Tensor)")
 _library.define("gemm_cpu(Tensor x, Tensor[] weight, str spec) -> Tensor")
 _library.define(
     "gemm(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
@@ -30,7 +32,7 @@ _library.define(
 
 
 def apply_epilogue(product: Tensor, bias: Tensor | None, operands: list[Tensor], spec: LinearSpec) -> Tensor:
-    """Apply the steps of `spec.epilogue` in float32 to a product of the output's shape."""
+    """Apply the steps of `spec.epilogue` to a product [M, N]: float32, or codes, of the output's shape."""
     y = product.to(torch.float32)
     remaining = iter(operands)
     for step in spec.epilogue:
@@ -41,9 +43,22 @@ def apply_epilogue(product: Tensor, bias: Tensor | None, operands: list[Tensor],
             y = y * next(remaining)
         elif step == "add":
             y = y + next(remaining)
+        elif step in GATES:
+            first, second = GATES[step]
+            a, b = y.split(spec.width, -1)
+            y = (ACTIVATIONS[first](a) if first else a) * (ACTIVATIONS[second](b) if second else b)
+        elif step in STORES:
+            y = store(y, next(remaining), spec)
         else:
             y = ACTIVATIONS[step](y)
     return y
+
+
+def store(y: Tensor, scale: Tensor, spec: LinearSpec) -> Tensor:
+    """The codes that the last step of `spec.epilogue` makes of its output with a static scale."""
+    assert spec.stored is not None
+    scheme = ActivationScheme(format=spec.stored, granularity=Granularity.tensor(), dynamic=False)
+    return quantize_activation(y, scheme, scale)[0]
 
 
 def _linear(
@@ -62,7 +77,8 @@ def _linear(
             "or torch.inference_mode(), or call model.requires_grad_(False) first"
         )
     rows = x.reshape(-1, parsed.in_features)
-    flat = [o.reshape(-1, parsed.out_features) for o in operands]
+    # The scale of an output that is stored as codes is one number.
+    flat = [o.reshape(-1, parsed.width) if o.dim() else o for o in operands]
     if pre_quant_scale is not None:
         rows = rows * pre_quant_scale.to(rows.dtype)
     if parsed.scheme.weight.act_order:
@@ -75,7 +91,17 @@ def _linear(
         outliers = _product(rows.masked_fill(~outlying, 0), weight, None, None, [], unquantized, x.dtype)
         rows, flat = rows.masked_fill(outlying, 0), [outliers, *flat]
         parsed = replace(parsed, epilogue=("add", *parsed.epilogue))
-    return _product(rows, weight, bias, input_scale, flat, parsed, x.dtype).reshape(*x.shape[:-1], parsed.out_features)
+    y = _product(rows, weight, bias, input_scale, flat, parsed, parsed.floating(x.dtype))
+    return y.reshape(*x.shape[:-1], parsed.width)
+
+
+def _quantize(x: Tensor, static_scale: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    """The codes [..., K] of activations, and their scales, as linears of `spec` quantize them."""
+    activation = decode_spec(spec).scheme.activation
+    assert activation is not None
+    codes, scale = quantize_activation(x, activation, static_scale)
+    # Inductor writes what this is of once; without it every reader would have a copy written for it.
+    return codes.as_strided(codes.shape, codes.stride()), scale.as_strided(scale.shape, scale.stride())
 
 
 def _product(
@@ -87,14 +113,26 @@ def _product(
     parsed: LinearSpec,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The epilogue of the product of [M, K], which is quantized first if the scheme says so: [M, N]."""
+    """The epilogue of the product of [M, K], which is quantized first if the scheme says so: [M, N], or [M, N / 2].
+
+    Args:
+        dtype: of the output, unless that is stored as codes.
+    """
     x_scale = None
-    if parsed.scheme.activation is not None:
+    if parsed.codes_of:
+        assert input_scale is not None
+        x_scale = input_scale.to(torch.float32)
+        per_tensor = (
+            parsed.scheme.activation is not None and parsed.scheme.activation.granularity == Granularity.tensor()
+        )
+        x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
+    elif parsed.scheme.activation is not None:
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu
 
-        return apply_epilogue(cpu.product(rows, x_scale, weight, parsed), bias, operands, parsed).to(dtype)
+        product = cpu.product(rows, x_scale, weight, parsed)
+        return apply_epilogue(product, bias, operands, parsed).to(parsed.output_dtype(dtype))
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu
 
@@ -102,17 +140,22 @@ def _product(
         traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
         visible = traced and gpu.torch_multiplies(rows, x_scale, parsed, dtype)
         operator = gpu.visible_gemm() if visible else torch.ops.qcompile.gemm
-        y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
-        return y
+        if parsed.stored is None or gpu.stores(parsed.stored, rows.device):
+            y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
+            return y
+        floating = replace(parsed, epilogue=parsed.epilogue[:-1])
+        y = operator(rows, x_scale, weight, bias, operands[:-1], floating.encode(), dtype)
+        return store(y, operands[-1], parsed)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
 
 
 def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Time the kernels for a linear of so many rows, unless that was done before; only GPUs have a choice."""
+    """Time the kernels for a linear of `rows` rows of `dtype`, unless that was done before; only GPUs have a choice."""
     if device.type == "cuda":
         from qcompile.runtime import gpu
 
-        gpu.tune(decode_spec(spec), gpu.bucket(rows), dtype, device)
+        parsed = decode_spec(spec)
+        gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
 
 
 def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
@@ -136,6 +179,7 @@ def _gemm(
 
 
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
+_library.impl("quantize", _quantize, "CompositeImplicitAutograd")
 _library.impl("gemm_cpu", _gemm_cpu, "CPU")
 _library.impl("gemm", _gemm, "CUDA")
 
@@ -156,4 +200,5 @@ def _(
     spec: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=out_dtype)
+    parsed = decode_spec(spec)
+    return x.new_empty((x.shape[0], parsed.width), dtype=parsed.output_dtype(out_dtype))

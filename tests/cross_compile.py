@@ -2,8 +2,8 @@
 
 As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
 {"registers", "shared", "spills", "seconds", "mma"} or {"error"}; for NVIDIA "looped" too, which is how many of the
-instructions that spill are in loops. Triton can hang on targets it does not serve, so `measure` runs it as a process
-with a time limit.
+instructions that spill are in loops, and "copies", the bytes of each asynchronous one. Triton can hang on targets that
+it does not serve, so `measure` runs it as a process with a time limit.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ def _pointer(dtype: str, target: str) -> str:
 
 
 def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
-    """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of the output's type."""
+    """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of `out_dtype`."""
     if spec.template != "gemm_rows8":
         codes = "*i32"
     else:
         native = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
         codes = _pointer(native[spec.weight], spec.target)
-    out = _POINTERS[spec.out_dtype]
+    out = stored = _POINTERS[spec.out_dtype]
+    if spec.stored is not None:
+        stored = _pointer(str(spec.stored.native_dtype).removeprefix("torch."), spec.target)
     scale = "*u8" if spec.scale_dtype.startswith("float8") else _POINTERS[spec.scale_dtype]
     above = "*fp32" if spec.super_columns == spec.k else "*fp16"  # as NVFP4 and K-quants have it
     types = {
@@ -61,7 +63,8 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "super_offset": above if spec.super_columns and spec.offset else codes,
         "offsets": "*i32",
         "bias": "*fp32",
-        "y": out,
+        "y": stored,
+        f"operand_{spec.operand_count - 1}": out if spec.stored is None else "*fp32",
         "partial": codes if spec.tile.split == 1 else "*fp32",
         "arrived": codes if spec.tile.split == 1 else "*i32",
         "M": "i32",
@@ -142,6 +145,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         "flush": len(re.findall(r"(?:mul|fma|add|sub)(?:\.rn)?\.ftz", assembly["ptx"])),
         "mma": max(set(mma), key=mma.count) if mma else "",
         "order": _order(assembly["ptx"]),
+        "copies": sorted(int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*, (0x\w+)", assembly["ptx"])),
         "added": len(re.findall(r"\b(?:add|fma)(?:\.rn)?\.f32(?:x2)?\b", assembly["ptx"])),
     }
 

@@ -154,10 +154,28 @@ _FUNCTIONS = {
 }
 
 
+def gate_functions(step: str) -> tuple[str, str]:
+    """The names of the functions of both halves, "" if there is none: ("silu", "") of "silu(a)*b"."""
+    first, second = step.split("*")
+    return first[: -len("(a)")], second[: -len("(b)")]
+
+
+def gate_halves(y: Tensor, step: str) -> tuple[Tensor, Tensor]:
+    """The factors that a gate multiplies, from [..., N]."""
+    halves = torch.chunk(y.to(torch.float64), 2, -1)
+    names = gate_functions(step)
+    first, second = (_FUNCTIONS[name](half) if name else half for name, half in zip(names, halves, strict=True))
+    return first, second
+
+
 def epilogue(
     product: Tensor, bias: Tensor | None = None, steps: Sequence[str] = (), operands: Sequence[Tensor] = ()
 ) -> Tensor:
-    """The steps of `qcompile.linear_spec.EPILOGUE_STEPS` in float64; "mul" and "add" take the next operand."""
+    """The steps of `qcompile.linear_spec.LinearSpec` in float64; "mul" and "add" take the next operand.
+
+    "f(a)*b" and the like multiply the two halves of the columns, one of them through a function; "to_int8" and the like
+    divide by the next operand, and bring the quotient within the format's range, unrounded.
+    """
     y = product.to(torch.float64)
     waiting = [o.to(torch.float64).cpu() for o in operands]
     for step in steps:
@@ -168,6 +186,13 @@ def epilogue(
             y = y * waiting.pop(0)
         elif step == "add":
             y = y + waiting.pop(0)
+        elif "*" in step:
+            a, b = gate_halves(y, step)
+            y = a * b
+        elif step.startswith("to_"):
+            values = decode_values(step.removeprefix("to_"))
+            finite = values[values.isfinite()]
+            y = (y / waiting.pop(0)).clamp(finite.min(), finite.max())
         else:
             y = _FUNCTIONS[step](y)
     assert not waiting, "operands left over"

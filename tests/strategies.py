@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qcompile.config import QuantConfig, Rule
 from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.linear_spec import EPILOGUE_STEPS, GATES, STORES
 from qcompile.scheme import FLOAT_SCALES, PRESETS, ActivationScheme, Granularity, Scheme, WeightScheme
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -123,3 +124,13 @@ json_values: st.SearchStrategy[Any] = st.recursive(
     max_leaves=8,
 )
 """Anything a JSON file may hold."""
+
+
+@st.composite
+def epilogues(draw: st.DrawFn) -> tuple[str, ...]:
+    """Any epilogue that a `LinearSpec` of an even number of rows takes."""
+    steps = draw(st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda steps: steps.count("bias") <= 1))
+    if draw(st.booleans()):
+        gate = draw(st.sampled_from(sorted(GATES)))
+        steps = [*["bias"] * ("bias" in steps), gate, *(step for step in steps if step != "bias")]
+    return (*steps, draw(st.sampled_from(sorted(STORES)))) if draw(st.booleans()) else tuple(steps)

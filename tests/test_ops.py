@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qcompile.ops  # noqa: F401
-from qcompile.errors import DeviceError, GradientError
+from qcompile.errors import ConfigError, DeviceError, GradientError
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
@@ -129,5 +129,21 @@ def test_a_layout_of_gpus_is_refused_on_cpus():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_spec_round_trip(preset):
-    _, text = made(preset, EPILOGUE_STEPS)
-    assert decode_spec(text).encode() == text
+    for steps in (EPILOGUE_STEPS, ("bias", "silu(a)*b", "mul", "to_int8")):
+        _, text = made(preset, steps)
+        assert decode_spec(text).encode() == text
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (("silu", "silu(a)*b"), "takes two halves"),
+        (("a*b", "bias"), "takes two halves"),
+        (("a*b", "a*b"), "takes two halves"),
+        (("to_int8", "relu"), "is the last step"),
+        (("softplus",), "unknown epilogue steps"),
+    ],
+)
+def test_steps_out_of_place_are_refused(steps, message):
+    with pytest.raises(ConfigError, match=message):
+        made("int4", steps)

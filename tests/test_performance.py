@@ -100,7 +100,7 @@ def test_a_decoding_benchmark_knows_its_implementations(monkeypatch: pytest.Monk
         worker.logits_bound(layers, decode.Job(name)) for layers, name in ((2, "int4"), (32, "int4"), (32, "fp8"))
     ]
     assert bounds == sorted(bounds)
-    assert bounds[-1] < 0.5
+    assert bounds[-1] < 0.6  # of logits that have nothing to do with each other it is the root of 2
     for name in (
         "qcompile_gemm_fragment",
         "nvjet_sm90_tst_64x8",

@@ -129,14 +129,17 @@ def epilogue_bound(
     * adding t: the error stays, plus rounding u32 (|y + t| + error);
     * multiplying by t: the error times |t|, plus rounding u32 |y t|;
     * a function f: the error times max |f'|, plus evaluation: FUNCTION_ERROR for tanh and sigmoid, FUNCTION_ERROR |y|
-      for gelu and silu (y times a function of range 1), nothing for relu.
+      for gelu and silu (y times a function of range 1), nothing for relu;
+    * a gate a b of halves that err by d and e: |a| e + |b| d + d e, plus rounding u32 (|a b| + that);
+    * storing codes: the quotient y / s errs by the error over s, and by 4 u32 for a division within 2 units in the last
+      place; bringing it into the range moves no two numbers apart; then rounding to the format.
 
     Args:
         product: float64 [M, N], exact.
         bound: its greatest error, `gemm_bound` with `out_dtype` float32.
     """
     y, error = product.to(torch.float64).cpu(), bound.clone()
-    waiting = [o.to(torch.float64).cpu().reshape(y.shape) for o in operands]
+    waiting = [o.to(torch.float64).cpu() for o in operands]
     functions = {
         "relu": torch.relu,
         "gelu": torch.nn.functional.gelu,
@@ -145,6 +148,11 @@ def epilogue_bound(
         "tanh": torch.tanh,
         "sigmoid": torch.sigmoid,
     }
+
+    def apply(step: str, y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        evaluation = FUNCTION_ERROR * (torch.ones_like(y) if step in ("tanh", "sigmoid") else y.abs() + error)
+        return functions[step](y), SLOPE[step] * error + (0 if step == "relu" else evaluation)
+
     for step in steps:
         if step in ("bias", "add"):
             y = y + (bias.to(torch.float64).cpu() if step == "bias" and bias is not None else waiting.pop(0))
@@ -153,10 +161,22 @@ def epilogue_bound(
             operand = waiting.pop(0)
             y, error = y * operand, error * operand.abs()
             error = error + U32 * (y.abs() + error) + eta(torch.float32) / 2
+        elif "*" in step:
+            halves = zip(oracle.gate_functions(step), y.chunk(2, -1), error.chunk(2, -1), strict=True)
+            (a, d), (b, e) = (apply(name, half, of_half) if name else (half, of_half) for name, half, of_half in halves)
+            y, error = a * b, a.abs() * e + b.abs() * d + d * e
+            error = error + U32 * (y.abs() + error) + eta(torch.float32) / 2
+        elif step.startswith("to_"):
+            scale = waiting.pop(0)
+            quotient = oracle.epilogue(y, steps=(step,), operands=(scale,))
+            error = error / scale + 4 * U32 * ((y / scale).abs() + error / scale)
+            if step == "to_int8":
+                return error + 0.5
+            return error + rounding(
+                quotient.abs() + error, getattr(torch, {"to_fp8_e4m3": "float8_e4m3fn"}.get(step, "float8_e5m2"))
+            )
         else:
-            evaluation = FUNCTION_ERROR * (torch.ones_like(y) if step in ("tanh", "sigmoid") else y.abs() + error)
-            error = SLOPE[step] * error + (0 if step == "relu" else evaluation)
-            y = functions[step](y)
+            y, error = apply(step, y, error)
     return error + rounding(y.abs() + error, out_dtype)
 
 

@@ -4,6 +4,10 @@ The weight is the first operand of the product, y^T = weight x^T: its codes go f
 there, and enter the tensor cores from registers. Programs that share an output tile (SPLIT) each sum a part of K; the
 last to arrive adds the parts in their order, so results do not depend on timing.
 
+With GATED a program multiplies by rows of both halves of the weight, and the epilogue gets both: its tiles of 64 rows
+(or if it has one only, that tile's halves) are those of output columns in the first half of the weight, then the same
+of the second.
+
 A kernel may begin before the one before it has ended: until then it only sends its first weights to the L2 cache. SLAB
 programs then load all their weights before they multiply, others go on in a pipelined loop.
 
@@ -48,6 +52,7 @@ SCALE_TYPE = tl.constexpr(tl.float32)
 SUPER_LAST = tl.constexpr(False)
 WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
+GATED = tl.constexpr(False)
 SPLIT = tl.constexpr(1)
 SLAB = tl.constexpr(False)
 OVERLAP = tl.constexpr(False)
@@ -66,6 +71,9 @@ TILES_N = (N + 63) // 64
 K_PER_SPLIT = ((K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)) * BLOCK_K
 EVEN_K = K_PER_SPLIT * SPLIT == K
 EVEN_N = TILES_N % (BLOCK_N // 64) == 0
+WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
+BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
+"""Columns of the output, and of a program's."""
 LOADED = tl.constexpr(max(64, CHUNK.value))
 """Columns whose codes are loaded at once; CHUNK of them are multiplied at once."""
 PIECES = LOADED // CHUNK
@@ -110,7 +118,7 @@ def decode_x(x):
 
 # <epilogue>
 @triton.jit
-def epilogue(value, bias, operand_0, n, offsets, mask):
+def epilogue(value, second, bias, operand_0, n, offsets, mask):
     return value
 
 
@@ -145,12 +153,32 @@ def in_order(planes):
 
 
 @triton.jit
+def first_tile(tile_n):
+    """The tile of the weight's rows that holds the first of a program's, whose tiles are counted from `tile_n`."""
+    return tile_n // 2 if GATED else tile_n
+
+
+@triton.jit
+def place_of(tile_n, index, SIZE: tl.constexpr):
+    """For element `index` of a program's tiles, of SIZE elements each: its tile, from the first, and place in it."""
+    if GATED:
+        if NT == 1:
+            HALF: tl.constexpr = SIZE // 2
+            return index // HALF % 2 * (TILES_N // 2), index % HALF + tile_n % 2 * HALF
+        else:
+            nt = index // SIZE % NT
+            return nt % (NT // 2) + nt // (NT // 2) * (TILES_N // 2), index % SIZE
+    else:
+        return index // SIZE % NT, index % SIZE
+
+
+@triton.jit
 def prefetch(codes, tile_n, tile_k):
     """Send the first codes of each tile of 64 rows to the L2 cache, from column tile `tile_k`."""
-    slot = tl.arange(0, NT * 128)
-    place = tile_k * (128 * BITS) + slot % 128 * (PREFETCH // 4)
+    tile, slot = place_of(tile_n, tl.arange(0, NT * 128), 128)
+    place = tile_k * (128 * BITS) + slot * (PREFETCH // 4)
     place = tl.minimum(place, TILES_K * (128 * BITS) - PREFETCH // 4)
-    row = tl.minimum(tile_n + slot // 128, TILES_N - 1).to(tl.int64) * (TILES_K * (128 * BITS))
+    row = tl.minimum(first_tile(tile_n) + tile, TILES_N - 1).to(tl.int64) * (TILES_K * (128 * BITS))
     address = codes + row + place
     tl.inline_asm_elementwise(PREFETCH_PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -160,12 +188,12 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
     """Words that hold bits LOW to LOW + WIDTH of codes: int32 [K tiles, N tiles, 128 threads, WIDTH]."""
     index = tl.arange(0, KT * NT * 128 * WIDTH)
     kt = index // (NT * 128 * WIDTH)
-    nt = index // (128 * WIDTH) % NT
-    source = codes + (nt * TILES_K + kt) * (128 * BITS) + 128 * LOW + index % (128 * WIDTH)
+    nt, word = place_of(tile_n, index, 128 * WIDTH)
+    source = codes + (nt * TILES_K + kt) * (128 * BITS) + 128 * LOW + word
     if EVEN_K and EVEN_N:
         words = tl.load(source)
     else:
-        words = tl.load(source, mask=(tile_k + kt < TILES_K) & (tile_n + nt < TILES_N), other=0)
+        words = tl.load(source, mask=(tile_k + kt < TILES_K) & (first_tile(tile_n) + nt < TILES_N), other=0)
     return tl.reshape(words, (KT, NT, 128, WIDTH))
 
 
@@ -186,7 +214,7 @@ def extract(words, WIDTH: tl.constexpr):
 @triton.jit
 def load_words(codes, tile_n, tile_k):
     """The planes of LOADED columns of codes."""
-    codes += (tile_n.to(tl.int64) * TILES_K + tile_k) * (128 * BITS)
+    codes += (first_tile(tile_n).to(tl.int64) * TILES_K + tile_k) * (128 * BITS)
     planes = ()
     if BITS == 8:
         planes = planes + (load_plane(codes, tile_n, tile_k, 0, 8),)
@@ -290,8 +318,8 @@ def load_rows(values, rows, row_mask, block, COUNT: tl.constexpr):
 @triton.jit
 def load_slots(values, tile_n, block, COUNT: tl.constexpr):
     """The same for the two rows r = 0, 1 of each thread slot: [NT * 128] each."""
-    slot = tl.arange(0, NT * 128)
-    rows = tile_n * 64 + slot // 128 * 64 + slot % 128 // 32 * 16 + slot % 32 // 4
+    tile, slot = place_of(tile_n, tl.arange(0, NT * 128), 128)
+    rows = first_tile(tile_n) * 64 + tile * 64 + slot // 32 * 16 + slot % 32 // 4
     mask = rows < TILES_N * 64
     return load_rows(values, rows, mask, block, COUNT), load_rows(values, rows + 8, mask, block, COUNT)
 
@@ -378,11 +406,12 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
 
 @triton.jit
 def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, token):
-    """float32 [BLOCK_N, BLOCK_M]: K_PER_SPLIT columns from first_k of the weights of N tiles from tile_n, times x.
+    """float32 [BLOCK_N, BLOCK_M]: K_PER_SPLIT columns from first_k of the weights of NT tiles from tile_n, times x.
 
     x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are.
     """
-    n = tile_n * 64 + tl.arange(0, BLOCK_N)
+    tile, n = place_of(tile_n, tl.arange(0, BLOCK_N), 64)
+    n += (first_tile(tile_n) + tile) * 64
     row_mask = n < TILES_N * 64
     x_scale_rows = x_scale + tl.arange(0, BLOCK_M) * GROUPS
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -445,14 +474,17 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
 @triton.jit
 def finish(total, x_scale, bias, operand_0, y, first_m, first_n, M):
     m = first_m + tl.arange(0, BLOCK_M)[None, :]
-    n = first_n + tl.arange(0, BLOCK_N)[:, None]
+    n = first_n + tl.arange(0, BLOCK_WIDTH)[:, None]
     if X_SCALE == "tensor":
         total *= tl.load(x_scale)
     if X_SCALE == "token":
         total *= tl.load(x_scale + m, mask=m < M, other=0.0)
-    mask = (m < M) & (n < N)
-    offsets = m.to(tl.int64) * N + n
-    value = epilogue(total, bias, operand_0, n, offsets, mask)
+    first, second = total, total
+    if GATED:
+        first, second = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_WIDTH, BLOCK_M)), (1, 2, 0)))
+    mask = (m < M) & (n < WIDTH_N)
+    offsets = m.to(tl.int64) * WIDTH_N + n
+    value = epilogue(first, second, bias, operand_0, n, offsets, mask)
     tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -486,7 +518,7 @@ def kernel(
         split * K_PER_SPLIT,
         first_m + m < M,
     )
-    first_n = block_n * BLOCK_N
+    first_n = block_n * BLOCK_WIDTH
     if SPLIT == 1:
         finish(accumulator, x_scale, bias, operand_0, y, first_m, first_n, M)
     else:

@@ -5,6 +5,9 @@ per tensor, channel or block, an activation's per tensor, token or group. int8 p
 int32, exactly. All others are added in float32 after each BLOCK_K columns, times the scales of their blocks; that is
 also what keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
 
+With GATED a program multiplies by rows of both halves of the weight, first those of output columns in the first half,
+then the same of the second, and the epilogue gets both.
+
 Programs that share an output tile (SPLIT) each sum a part of K; the last to arrive adds the parts in their order. A
 kernel may begin before the one before it has ended: it has sent its first weights to the L2 cache when it waits for its
 activations.
@@ -25,6 +28,7 @@ PRECISION = tl.constexpr("tf32x3")
 BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 BLOCK_K = tl.constexpr(128)
+GATED = tl.constexpr(False)
 SPLIT = tl.constexpr(1)
 EARLY = tl.constexpr(True)
 NVIDIA = tl.constexpr(True)
@@ -38,6 +42,9 @@ EVEN_K = tl.constexpr(
     and K.value % COLUMNS.value == 0
     and GROUPS.value * STEPS_PER_GROUP.value % SPLIT.value == 0
 )
+WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
+BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
+"""Columns of the output, and of a program's."""
 GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
 PREFETCH = tl.constexpr(256 if EVEN_K.value and K.value % 256 == 0 else 0)
@@ -67,7 +74,7 @@ def decode_x(x):
 
 # <epilogue>
 @triton.jit
-def epilogue(value, bias, operand_0, n, offsets, mask):
+def epilogue(value, second, bias, operand_0, n, offsets, mask):
     return value
 
 
@@ -88,6 +95,16 @@ def settled(product):
     if NVIDIA:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [product], dtype=tl.float32, is_pure=True, pack=1)
     return product
+
+
+@triton.jit
+def rows_from():
+    """A program's rows of the weight, less its first: [BLOCK_N]."""
+    i = tl.arange(0, BLOCK_N)
+    if GATED:
+        return i % BLOCK_WIDTH + i // BLOCK_WIDTH * WIDTH_N
+    else:
+        return i
 
 
 @triton.jit
@@ -115,18 +132,22 @@ def load_factors(scale_rows, x_scale_rows, row, token, i):
 @triton.jit
 def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
     m = first_m + tl.arange(0, BLOCK_M)[None, :]
-    n = first_n + tl.arange(0, BLOCK_N)[:, None]
+    n = first_n + tl.arange(0, BLOCK_WIDTH)[:, None]
     if GROUPS == 1:
-        total *= decode_scale(tl.load(scale + n // ROWS, mask=n < N, other=0))
+        rows = first_n + rows_from()[:, None]
+        total *= decode_scale(tl.load(scale + rows // ROWS, mask=rows < N, other=0))
         if X_SCALE == "group":
             total *= tl.load(x_scale + m, mask=m < M, other=0.0)
     if X_SCALE == "tensor":
         total *= tl.load(x_scale)
     if X_SCALE == "token":
         total *= tl.load(x_scale + m, mask=m < M, other=0.0)
-    mask = (m < M) & (n < N)
-    offsets = m.to(tl.int64) * N + n
-    value = epilogue(total, bias, operand_0, n, offsets, mask)
+    first, second = total, total
+    if GATED:
+        first, second = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_WIDTH, BLOCK_M)), (1, 2, 0)))
+    mask = (m < M) & (n < WIDTH_N)
+    offsets = m.to(tl.int64) * WIDTH_N + n
+    value = epilogue(first, second, bias, operand_0, n, offsets, mask)
     tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -143,9 +164,9 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
     band, within = tile // ACROSS, tile % ACROSS
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     first_m = (band * GROUP_M + within % height) * BLOCK_M
-    first_n = within // height * BLOCK_N
+    first_n = within // height * BLOCK_WIDTH
     m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+    n = rows_from()
     token = first_m + m < M
     row = first_n + n < N
     x += first_m.to(tl.int64) * K + m[None, :] * K
@@ -186,7 +207,8 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
     if SPLIT == 1:
         finish(accumulator, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
     else:
-        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + n[:, None] + m[None, :] * BLOCK_N
+        place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
+        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
         there = (first_m + m < M)[None, :]
         tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its arrival

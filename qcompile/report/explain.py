@@ -184,7 +184,7 @@ def _report(context: GraphContext, node: fx.Node, layer: Layer) -> LayerReport:
     x = example(node.args[Args.index("x")])
     rows = math.prod(x.shape[:-1])
     if codes.device.type == "cuda" and isinstance(rows, int):
-        times |= _plan(spec, rows, x.dtype, codes.device)
+        times |= _plan(spec, rows, spec.floating(x.dtype), codes.device)
     return LayerReport(
         name=layer.name,
         shape=spec.shape,

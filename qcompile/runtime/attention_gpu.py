@@ -22,7 +22,7 @@ from qcompile.codegen.cost_model import device_of
 from qcompile.codegen.spec import launches_early
 from qcompile.errors import DeviceError
 from qcompile.kv_cache import MOST_QUERIES, MOST_ROWS, MOST_SIZE, AttentionSpec, dequantize
-from qcompile.runtime import cache
+from qcompile.runtime import cache, launcher
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.gpu import target_of
 
@@ -121,7 +121,9 @@ def launch(
     if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     # Pointers that a kernel does not use get some input, so that one signature serves all.
-    function[(pairs, split)](
+    launcher.launch(
+        function,
+        (pairs, split),
         query.contiguous(),
         key_codes,
         key_scale,

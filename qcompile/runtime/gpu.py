@@ -15,11 +15,12 @@ from qcompile.codegen.predict import limit, predict
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, launches_early, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.flags import flags
+from qcompile.formats import Format, IntegerFormat
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache, vendor
+from qcompile.runtime import cache, launcher, vendor
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.tuning import Chosen, choose, gpu_family, show
 from qcompile.tensors import by_bytes
@@ -61,16 +62,21 @@ def launch(
     operands: list[Tensor],
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Allocate the output [M, N] and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    """Allocate the output [M, width] and run `function`, the Triton function of `kernel`'s module, over its grid.
+
+    Args:
+        out_dtype: of the output unless it is stored as codes.
+    """
     m, tile = x.shape[0], kernel.tile
-    y = x.new_empty((m, kernel.n), dtype=out_dtype)
+    stored = None if kernel.stored is None else kernel.stored.native_dtype
+    y = x.new_empty((m, kernel.width), dtype=stored or out_dtype)
     if m == 0:
         return y
     tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
     native = native_fp8(kernel.target)
     codes = weight.codes if native else by_bytes(weight.codes)
 
-    def stored(tensor: Tensor | None) -> Tensor:
+    def given(tensor: Tensor | None) -> Tensor:
         # Pointers that a kernel does not use get some input, so that one signature serves all.
         return codes if tensor is None else by_bytes(tensor)
 
@@ -82,13 +88,15 @@ def launch(
     if launches_early(kernel.target) and x.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
-    function[(tiles * tile.split,)](
+    launcher.launch(
+        function,
+        (tiles * tile.split,),
         x.contiguous() if native else by_bytes(x.contiguous()),
-        stored(None if x_scale is None else x_scale.contiguous()),
+        given(None if x_scale is None else x_scale.contiguous()),
         codes,
-        stored(weight.scale),
-        *(map(stored, more) if kernel.template == "gemm_fragment" else ()),
-        stored(bias),
+        given(weight.scale),
+        *(map(given, more) if kernel.template == "gemm_fragment" else ()),
+        given(bias),
         *([operand.contiguous() for operand in operands] or [codes]),
         y,
         partial,
@@ -97,6 +105,11 @@ def launch(
         **options,
     )
     return y
+
+
+def stores(fmt: Format, device: torch.device) -> bool:
+    """Whether kernels can store codes of a format."""
+    return isinstance(fmt, IntegerFormat) or native_fp8(target_of(device))
 
 
 def has_kernel(spec: LinearSpec) -> bool:
@@ -120,7 +133,8 @@ def _decoded(
         assert spec.scheme.activation is not None
         x = dequantize_activation(x, x_scale, spec.scheme.activation)
     decoded = dequantize(replace(LAYOUTS[spec.layout].unpack(weight), perm=None))
-    return apply_epilogue(torch.mm(x.to(torch.float32), decoded.t()), bias, operands, spec).to(out_dtype)
+    product = torch.mm(x.to(torch.float32), decoded.t())
+    return apply_epilogue(product, bias, operands, spec).to(spec.output_dtype(out_dtype))
 
 
 def gemm(
@@ -140,12 +154,13 @@ def gemm(
         x_scale: float32 [M, 1], [M, groups] or [], as `quantize_activation` makes it.
         weight: the packed weight's tensors, in the layout that `spec` names; x has its columns in their order.
         bias: [N].
-        operands: of the epilogue's steps, each [M, N].
-        out_dtype: float32, bfloat16 or float16.
+        operands: of the epilogue's steps, each of the output's shape; last the scale of an output that is stored as
+            codes, float32 [].
+        out_dtype: float32, bfloat16 or float16: the output's type, unless that is stored as codes.
         wrap: `torch.library.wrap_triton` while tracing.
 
     Returns:
-        [M, N].
+        [M, N], or [M, N / 2] with a gate.
 
     Raises:
         DeviceError: activations of another type than float32, bfloat16 and float16.
@@ -195,7 +210,7 @@ def tune(spec: LinearSpec, m: int, dtype: torch.dtype, device: torch.device, exp
     if has_kernel(spec) and dtype in _X_DTYPES:
         from qcompile.runtime import measure
 
-        job = measure.Job(name="", spec=replace(spec, epilogue=()), m=m, dtype=dtype, experts=experts)
+        job = measure.Job(name="", spec=replace(spec, epilogue=(), codes_of=""), m=m, dtype=dtype, experts=experts)
         measure.tune(job, device)
 
 

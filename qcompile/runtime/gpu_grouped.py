@@ -17,7 +17,7 @@ from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache
+from qcompile.runtime import cache, launcher
 from qcompile.runtime.gpu import bucket, may_time, name_of, target_of, tune
 from qcompile.runtime.tuning import Chosen, choose
 from qcompile.stacks import padded_rows
@@ -58,7 +58,9 @@ def launch(
         return weight.codes if tensor is None else by_bytes(tensor)
 
     grid = (tile_count(rows, kernel.experts, tile.m), -(-kernel.n // tile.n))
-    function[grid](
+    launcher.launch(
+        function,
+        grid,
         x.contiguous() if native_fp8(kernel.target) else by_bytes(x.contiguous()),
         stored(None if x_scale is None else x_scale.contiguous()),
         weight.codes,

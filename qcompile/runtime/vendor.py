@@ -22,7 +22,7 @@ from torch import Tensor
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, decoding_spec, finishing_spec
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
-from qcompile.runtime import cache
+from qcompile.runtime import cache, launcher
 from qcompile.tensors import by_bytes
 
 Product: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
@@ -45,7 +45,10 @@ def scaled_mm(x: Tensor, x_scale: Tensor | None, weight: PackedWeight, kernel: K
     if x_scale.numel() == 1 and scale.numel() == 1 and kernel.activation_scale == "tensor":
         x_scale, scale = x_scale.reshape(()), scale.reshape(())
     else:
-        x_scale, scale = x_scale.expand(m, 1).contiguous(), scale.reshape(1, -1).expand(1, n).contiguous()
+        x_scale, scale = (
+            x_scale.reshape(-1, 1).expand(m, 1).contiguous(),
+            scale.reshape(1, -1).expand(1, n).contiguous(),
+        )
     y = torch._scaled_mm(
         x.contiguous(), weight.codes.t(), x_scale, scale, out_dtype=_DTYPES[kernel.out_dtype], use_fast_accum=False
     )
@@ -112,7 +115,8 @@ def decode(weight: PackedWeight, kernel: KernelSpec, wrap: Any = lambda function
     stored = [weight.codes if tensor is None else by_bytes(tensor) for tensor in more]
     grid = (-(-kernel.k // kernel.tile.k), -(-kernel.n // kernel.tile.n))
     function = wrap(cache.load(kernel).kernel)
-    function[grid](weight.codes, *stored, decoded, num_warps=kernel.tile.warps, num_stages=kernel.tile.stages)
+    options = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
+    launcher.launch(function, grid, weight.codes, *stored, decoded, **options)
     return decoded
 
 
@@ -161,7 +165,7 @@ def finish(
     kernel: KernelSpec,
     wrap: Callable[[Any], Any],
 ) -> Tensor:
-    """The product times its scales, and the epilogue of `spec`, both in float32: [M, N].
+    """The product times its scales, and the epilogue of `spec`, both in float32: [M, N], or [M, N / 2] with a gate.
 
     While a compiler traces, this is plain torch, which it fuses with what follows; else it is one generated kernel.
     """
@@ -173,10 +177,12 @@ def finish(
         return finish_in_torch(product, bias, operands, spec, out_dtype)
     last = finishing_spec(kernel, y.dtype, x_scale=x_scale is not None, scale=scale is not None)
     m, n = y.shape
-    finished = y.new_empty((m, n), dtype=out_dtype)
+    finished = y.new_empty((m, spec.width), dtype=spec.output_dtype(out_dtype))
     given = [y if t is None else t.contiguous() for t in (x_scale, None if scale is None else scale.expand(n), bias)]
     function = wrap(cache.load(last).kernel)
-    function[(-(-m // last.tile.m), -(-n // last.tile.n))](
+    launcher.launch(
+        function,
+        (-(-m // last.tile.m), -(-spec.width // last.tile.n)),
         y,
         *given,
         *([operand.contiguous() for operand in operands] or [y]),
@@ -197,4 +203,4 @@ def finish_in_torch(
     y = product[0].to(torch.float32)
     for scale in product[1:]:
         y = y if scale is None else y * scale
-    return apply_epilogue(y, bias, operands, spec).to(out_dtype)
+    return apply_epilogue(y, bias, operands, spec).to(spec.output_dtype(out_dtype))

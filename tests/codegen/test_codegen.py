@@ -26,13 +26,14 @@ from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
 from qcompile.layouts import choose_layout
-from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec
+from qcompile.linear_spec import ACTIVATIONS, LinearSpec
 from qcompile.runtime import cache, gpu, tuning
 from qcompile.runtime import measure as timing
 from qcompile.scheme import PRESETS, preset
 from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.test_gemm import shipped
+from tests.strategies import epilogues
 from tests.triton_interpreter import interpret
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -120,10 +121,10 @@ def test_every_cast_is_printed() -> None:
 
 @st.composite
 def specs(draw: st.DrawFn) -> tuple[LinearSpec, KernelSpec]:
-    n, k = draw(st.integers(1, 40000)), draw(st.integers(1, 40000))
+    n, k = 2 * draw(st.integers(1, 20000)), draw(st.integers(1, 40000))
     scheme = preset(draw(st.sampled_from(sorted(PRESETS)))).fit("layer", (n, k))
     layout = "rows8" if scheme.activation is not None and scheme.weight.format.native_dtype is not None else "fragment"
-    steps = tuple(draw(st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4)))
+    steps = draw(epilogues())
     linear = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=steps)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     x_dtype = dtype if scheme.activation is None else scheme.activation.format.native_dtype
@@ -276,6 +277,20 @@ def test_shared_memory_is_estimated_from_above(name: str) -> None:
         assert shared_bytes(kernel) > device_of("sm_90").shared, found
     else:
         assert found["shared"] <= shared_bytes(kernel), (kernel, found)
+
+
+@pytest.mark.parametrize("n", [64, 128])
+def test_a_gate_loads_as_many_bytes_at_once(n: int) -> None:
+    """As the same kernel without: addresses in both halves of the weight are as plain to Triton."""
+    spec = LinearSpec(in_features=1024, out_features=512, scheme=shipped("int4", (512, 1024)), layout="fragment")
+    tile = Tile(m=16, n=n, k=128, split=1, warps=n // 16, stages=3)
+    plain, gated = (
+        kernel_spec(spec.with_epilogue(*steps), torch.bfloat16, torch.bfloat16, "sm_90", tile)
+        for steps in ((), ("silu(a)*b",))
+    )
+    without, within = measure([plain, gated])
+    assert set(without["copies"]) == {16}
+    assert within["copies"] == without["copies"]
 
 
 def test_no_candidate_for_blocks_spills() -> None:

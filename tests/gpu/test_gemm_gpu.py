@@ -20,6 +20,7 @@ from tests.kernels.test_gemm import GGUF_LIKE, shipped, weight_scheme
 pytestmark = pytest.mark.gpu
 
 LAUNCHES = 50
+BF16 = torch.bfloat16
 TARGET = gpu.target_of(torch.device("cuda", 0)) if torch.cuda.is_available() else "sm_90"
 
 
@@ -96,6 +97,22 @@ def test_codes_of_8_bits_times_floats(dtype: torch.dtype, m: int) -> None:
     like = given.kernel(TARGET, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
     for kernel in sample(like, gpu.bucket(m)):
         given.check(run(given, kernel), dtype)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_activations_that_are_aligned_or_not(name: str) -> None:
+    """One kernel for activations that are aligned, or not, which Triton compiles apart, and several numbers of rows."""
+    given = {
+        m: problem(shipped(name, (200, 512)), layout_of(preset(name), (200, 512)), m, 200, 512) for m in (1, 3, 16)
+    }
+    kernel = given[1].kernel(TARGET, Tile(m=16, n=64, k=128, split=2, warps=4, stages=3))
+    function = cache.load(kernel).kernel
+    for _ in range(3):
+        for each in given.values():
+            x, *others = each.arguments("cuda")
+            shifted = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+            for rows in (x, shifted):
+                each.check(gpu.launch(kernel, function, rows, *others, BF16).cpu(), BF16, unit_of(kernel))
 
 
 @pytest.mark.parametrize("columns", [16, 32, 48, 64, 192])

@@ -135,13 +135,16 @@ def problem(
         x, x_scale = quantize_activation(x, scheme.activation, static)
         inputs = dequantize_activation(x.double(), x_scale.double(), scheme.activation).double()
     spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=tuple(epilogue))
+    operands = [torch.randn(m, spec.width).to(dtype) for _ in range(spec.operand_count)]
+    if spec.stored is not None:
+        operands[-1] = torch.tensor(0.1)
     return Problem(
         spec=spec,
         x=x,
         x_scale=x_scale,
         packed=LAYOUTS[layout].pack(packed),
         bias=torch.randn(n).to(dtype) if "bias" in epilogue else None,
-        operands=[torch.randn(m, n).to(dtype) for _ in range(spec.operand_count)],
+        operands=operands,
         out_dtype=torch.float32 if identity else dtype,
         inputs=inputs,
         weight=oracle.dequantize(packed),

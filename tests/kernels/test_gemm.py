@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qcompile.codegen.spec import Tile
 from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
-from qcompile.linear_spec import EPILOGUE_STEPS
+from qcompile.linear_spec import GATES, STORES
+from qcompile.reference import quantize_activation
 from qcompile.runtime import cache
 from qcompile.scheme import (
     FLOAT_SCALES,
@@ -28,6 +29,7 @@ from qcompile.scheme import (
     preset,
 )
 from tests.kernels.problems import problem
+from tests.strategies import epilogues
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 NATIVE = [name for name, fmt in FORMATS.items() if fmt.native_dtype is not None]
@@ -165,7 +167,6 @@ tiles = st.builds(
     overlap=st.booleans(),
 ).map(lambda tile: replace(tile, overlap=tile.overlap and tile.k >= 128))
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 300))
-epilogues = st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda steps: steps.count("bias") <= 1)
 targets = st.sampled_from(["sm_80", "sm_90", "gfx942"])
 
 
@@ -197,10 +198,12 @@ def test_even_shapes(name: str, tile_m: int, split: int) -> None:
     given_.check(given_.interpret("sm_90", tile), torch.bfloat16, 2.0**-13 if "fp8" in name else 2.0**-23)
 
 
-@given(st.sampled_from(["fragment", "rows8"]), epilogues, st.sampled_from(FLOATS), tiles, st.integers(0, 9))
-def test_epilogue(layout: str, steps: list[str], dtype: torch.dtype, tile: Tile, seed: int) -> None:
+@given(st.sampled_from(["fragment", "rows8"]), epilogues(), st.sampled_from(FLOATS), tiles, st.integers(0, 9))
+def test_epilogue(layout: str, steps: tuple[str, ...], dtype: torch.dtype, tile: Tile, seed: int) -> None:
     scheme = preset("int8" if layout == "rows8" else "int4_asym")
-    given_ = problem(scheme.fit("layer", (70, 64)), layout, 5, 70, 64, dtype, steps, seed=seed)
+    # Halves of weights in fragments are multiples of a tile.
+    n = 128 if layout == "fragment" and not GATES.keys().isdisjoint(steps) else 70
+    given_ = problem(scheme.fit("layer", (n, 64)), layout, 5, n, 64, dtype, steps, seed=seed)
     given_.check(given_.interpret("sm_90", tile), torch.bfloat16 if scheme.activation else dtype)
 
 
@@ -222,3 +225,35 @@ def test_a_bad_token_spoils_no_other(layout: str, bad: float) -> None:
     y = given_.interpret("sm_90", SMALL)
     assert not y[1].isfinite().any()
     assert torch.equal(y[[0, 2]], whole[[0, 2]])
+
+
+@pytest.mark.parametrize("n", [64, 128, 256])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("layout", ["fragment", "rows8"])
+def test_a_gate_multiplies_the_halves_of_the_product(layout: str, split: int, n: int) -> None:
+    """Bit for bit what the same kernel without it returns in float32; the halves need not be multiples of tiles."""
+    scheme = shipped("int8" if layout == "rows8" else "int4", (384, 256))
+    shape = (384, 256) if layout == "fragment" else (180, 256)
+    apart = problem(scheme, layout, 5, *shape)
+    apart.out_dtype = torch.float32
+    together = replace(apart, spec=apart.spec.with_epilogue("a*b"))
+    for form in ("loop", "slab") if layout == "fragment" else ("loop",):
+        tile = Tile(m=16, n=n, k=128, split=split, warps=4, stages=2, form=form)
+        a, b = apart.interpret("sm_90", tile).chunk(2, -1)
+        assert torch.equal(together.interpret("sm_90", tile), a * b)
+
+
+@pytest.mark.parametrize("name", sorted(STORES))
+@pytest.mark.parametrize("layout", ["fragment", "rows8"])
+def test_stored_codes_are_those_of_the_activations(layout: str, name: str) -> None:
+    """Bit for bit what the same kernel's result in float32 is quantized to, ends of the range included."""
+    floating = problem(preset("int8" if layout == "rows8" else "int4"), layout, 5, 128, 256, epilogue=("silu(a)*b",))
+    floating.out_dtype = torch.float32
+    fmt, y = get_format(STORES[name]), floating.interpret("sm_90", SMALL)
+    scale = y.abs().max() / (2 * fmt.absmax)
+    stored = replace(floating, spec=floating.spec.with_epilogue(name), operands=[scale])
+    codes = stored.interpret("sm_90", SMALL)
+    scheme = ActivationScheme(format=fmt, granularity=Granularity.tensor(), dynamic=False)
+    expected = quantize_activation(y, scheme, scale)[0]
+    assert codes.dtype == expected.dtype
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from torch import nn
 
 import qcompile
 from qcompile.errors import ConfigError, LayerError, QCompileError
+from qcompile.formats import get_format
 from qcompile.passes import PASSES, verify
-from qcompile.passes.context import OP, Args
+from qcompile.passes.context import OP, QUANTIZE, Args
+from qcompile.scheme import parse_scheme
 from tests import tolerance
 from tests.capture import capture
 
@@ -248,6 +252,165 @@ def test_gate_and_up_with_other_schemes_fuse_the_product():
     rules = [{"layers": "gate", "scheme": INT8}, {"layers": "up", "scheme": "int8"}]
     captured = capture(model, torch.randn(3, WIDTH), config={"rules": rules})
     assert sorted(captured.epilogues) == [(), ("silu", "mul")]
+
+
+def gate_and_up(**kwargs):
+    return {"gate": nn.Linear(WIDTH, 2 * WIDTH, **kwargs), "up": nn.Linear(WIDTH, 2 * WIDTH, **kwargs)}
+
+
+def halves(m, x):
+    return m.gate(x).chunk(2, dim=-1)
+
+
+GATES = {
+    "swiglu": (lambda m, x: F.silu(m.gate(x)) * m.up(x), ("bias", "silu(a)*b")),
+    "up first": (lambda m, x: m.up(x) * F.silu(m.gate(x)), ("bias", "a*silu(b)")),
+    "geglu": (lambda m, x: F.gelu(m.gate(x), approximate="tanh") * m.up(x), ("bias", "gelu_tanh(a)*b")),
+    "bilinear": (lambda m, x: m.gate(x) * m.up(x), ("bias", "a*b")),
+    "one weight": (lambda m, x: (lambda a, b: a * F.gelu(b))(*halves(m, x)), ("bias", "a*gelu(b)")),
+    "split": (lambda m, x: (lambda a, b: F.relu(a) * b)(*torch.split(m.gate(x), WIDTH, -1)), ("bias", "relu(a)*b")),
+    "glu": (lambda m, x: F.glu(m.gate(x)), ("bias", "a*sigmoid(b)")),
+    "residual": (lambda m, x: (lambda a, b: F.silu(a) * b)(*halves(m, x)) + x, ("bias", "silu(a)*b", "add")),
+}
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_a_gate_is_fused(case):
+    forward, steps = GATES[case]
+    model, x = Function(forward, **gate_and_up()), torch.randn(2, 3, WIDTH)
+    captured = capture(model, x, config=INT8)
+    assert captured.epilogues == [steps]
+    assert_close_to_float(model, x, captured)
+
+
+NO_GATES = {
+    "one half": (lambda m, x: F.silu(halves(m, x)[0]), None),
+    "read twice": (lambda m, x: (lambda a, b: F.silu(a) * b + b)(*halves(m, x)), "a half of its output has 2 readers"),
+    "both activated": (lambda m, x: (lambda a, b: F.silu(a) * b.tanh())(*halves(m, x)), "both halves have"),
+    "added": (lambda m, x: (lambda a, b: F.silu(a) + b)(*halves(m, x)), "its halves are not multiplied"),
+    "in place": (lambda m, x: (lambda a, b: F.silu(a).mul_(b))(*halves(m, x)), "its halves are not multiplied"),
+    "another factor": (lambda m, x: (lambda a, b: (F.silu(a) * x, b))(*halves(m, x)), "its halves are not multiplied"),
+    "dtype": (lambda m, x: (lambda a, b: F.silu(a) * b.double())(*halves(m, x)), "its halves are not multiplied"),
+    "rows": (lambda m, x: (lambda a, b: F.silu(a) * b)(*m.gate(x).chunk(2, 0)), None),
+    "four": (lambda m, x: (lambda a, b, *_: F.silu(a) * b)(*m.gate(x).chunk(4, -1)), None),
+    "activated": (lambda m, x: (lambda a, b: F.silu(a) * b)(*F.relu(m.gate(x)).chunk(2, -1)), None),
+}
+
+
+@pytest.mark.parametrize("case", NO_GATES)
+def test_near_misses_of_gates_are_declined(case):
+    forward, reason = NO_GATES[case]
+    model, x = Function(forward, **gate_and_up()), torch.randn(2, 3, WIDTH)
+    captured = capture(model, x, config=INT8)
+    declined = captured.declined("fuse_gate")
+    assert declined == [] if reason is None else any(reason in found for found in declined)
+    assert not any("*" in step for steps in captured.epilogues for step in steps)
+    with torch.no_grad():
+        expected = model(x)
+    for out, plain in zip(captured.output, expected, strict=True):
+        assert tolerance.sqnr(plain, out) > 20.0
+
+
+def test_a_gate_of_packed_layers_leaves_their_buffers():
+    """The layers' own weights are views of the one that is multiplied, in their own order."""
+    model, x = Function(GATES["swiglu"][0], **gate_and_up(bias=False)), torch.randn(3, WIDTH)
+    qcompile.quantize_(model, "int4")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    captured = capture(model, x)
+    assert captured.epilogues == [("silu(a)*b",)]
+    storages = {m.codes.untyped_storage().data_ptr() for m in (model.gate, model.up)}
+    assert len(storages) == 1
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with torch.no_grad():
+        eager = model(x)
+    assert tolerance.sqnr(eager, captured.output) > 100.0
+
+
+def test_outlying_columns_keep_a_gate_apart():
+    scheme = {"weight": {"format": "int8"}, "activation": {"format": "int8", "outlier_threshold": 6.0}}
+    model = Function(GATES["swiglu"][0], **gate_and_up())
+    captured = capture(model, torch.randn(3, WIDTH), config=scheme)
+    assert captured.declined("fuse_gate") == ["outlying columns are added to the whole product"]
+    assert captured.epilogues == [("bias",)]
+
+
+def static(name, scale=0.05, **weight):
+    """A scheme with one scale for the activations, known beforehand."""
+    activation = {"format": name, "granularity": "tensor", "dynamic": False, "scale": scale}
+    return {"weight": {"format": "int8", **weight}, "activation": activation}
+
+
+def mlp(**kwargs):
+    return {**gate_and_up(bias=False), "down": nn.Linear(2 * WIDTH, WIDTH, **kwargs)}
+
+
+HIDDEN = {
+    "swiglu": lambda m, x: F.silu(m.gate(x)) * m.up(x),
+    "mlp": lambda m, x: F.gelu(m.gate(x)),
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_linear_stores_the_codes_of_the_next(case, name):
+    model, x = Function(lambda m, x: m.down(HIDDEN[case](m, x)), **mlp()), torch.randn(2, 3, WIDTH)
+    rules = {"rules": [{"layers": "down", "scheme": static(name)}, {"layers": "*", "scheme": INT8}]}
+    captured = capture(model, x, config=rules)
+    first, second = captured.specs
+    assert first.epilogue[-1] == f"to_{name}"
+    assert second.codes_of == "float32"
+    assert captured.rewritten("store_codes") == [f"to_{name}"]
+    model.run = lambda m, x: (lambda y: (m.down(y), y))(HIDDEN[case](m, x))
+    apart = capture(model, x, config=rules)
+    assert apart.declined("store_codes") == ["its output is read by what does not quantize it with a static scale"]
+    assert torch.equal(captured.output, apart.output[0])
+
+
+def test_readers_that_are_merged_share_the_codes():
+    model = Function(lambda m, x: (lambda y: (m.down(y), m.more(y)))(m.gate(x)), **mlp(), more=nn.Linear(2 * WIDTH, 32))
+    captured = capture(model, torch.randn(3, WIDTH), config=static("int8"))
+    assert [spec.epilogue for spec in captured.specs] == [("to_int8",), ("bias",)]
+
+
+DIFFERENT = {
+    "scales": {"layers": "more", "scheme": static("int8", scale=0.1)},
+    "formats": {"layers": "more", "scheme": static("fp8_e4m3")},
+    "dynamic": {"layers": "more", "scheme": "int8"},
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_readers_that_quantize_in_different_ways_do_so_themselves(case):
+    model = Function(lambda m, x: (lambda y: (m.down(y), m.more(y)))(m.gate(x)), **mlp(), more=nn.Linear(2 * WIDTH, 32))
+    rules = {"rules": [DIFFERENT[case], {"layers": "*", "scheme": static("int8")}]}
+    captured = capture(model, torch.randn(3, WIDTH), config=rules)
+    assert len(captured.declined("store_codes")) == 1
+    assert all(spec.codes_of == "" for spec in captured.specs)
+
+
+@pytest.mark.parametrize("preset", ["int8", "fp8", "fp8_block", "mxfp8", "static"])
+def test_linears_that_are_not_merged_share_their_quantization(preset):
+    scheme = parse_scheme(static("int8") if preset == "static" else preset)
+    other = replace(scheme, weight=replace(scheme.weight, format=get_format("fp8_e5m2")))
+    model = Function(branches, q=linear(), k=nn.Linear(WIDTH, 32), v=nn.Linear(WIDTH, 32, bias=False))
+    x = torch.randn(2, 3, WIDTH)
+    rules = {"rules": [{"layers": "q", "scheme": other}, {"layers": "*", "scheme": scheme}]}
+    captured = capture(model, x, config=rules)
+    assert captured.count(QUANTIZE) == 1
+    assert captured.rewritten("share_quantization") == ["one quantization"]
+    for name, out in zip("qkv", captured.output, strict=True):
+        alone = capture(
+            getattr(model, name), x, config={"rules": [{"layers": "*", "scheme": other if name == "q" else scheme}]}
+        )
+        assert torch.equal(out, alone.output)
+
+
+def test_dynamic_scales_are_not_stored():
+    model = Function(lambda m, x: m.down(F.gelu(m.gate(x))), **mlp())
+    captured = capture(model, torch.randn(3, WIDTH), config="int8")
+    assert captured.epilogues == [("gelu",), ("bias",)]
+    assert captured.declined("store_codes") == []
 
 
 def test_verify_finds_a_wrong_graph():
