@@ -43,7 +43,10 @@ def to_html(report: Report) -> str:
             "<code>pip install &quot;qcompile[plots]&quot;</code>.</p>"
         )
     if plotted and len(report.rows) > 1:
-        caption = "Below is better; to the left is smaller, and to the right is faster."
+        timed = any(row.speed for row in report.rows)
+        caption = "Below is better; to the left is smaller" + (
+            ", in the second plot to the right faster." if timed else "."
+        )
         parts += ["<h2>Size, quality, speed</h2>", _drawn(plots.quality(report), caption)]
     if any(row.evaluation.layers or row.evaluation.blocks for row in report.rows):
         parts.append("<h2>Layers</h2>")
