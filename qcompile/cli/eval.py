@@ -76,7 +76,7 @@ def parse_candidate(given: str) -> Candidate:
     """
     path = Path(given)
     if path.suffix not in _CONFIGURATIONS and (path.is_dir() or path.suffix == ".gguf" or "/" in given):
-        return Candidate(given, None, find_model(given))
+        return Candidate(path.resolve().name if path.exists() else given, None, find_model(given))
     return Candidate(given, config_of(given), None)
 
 
@@ -88,7 +88,10 @@ def make_plan(model: str | None, schemes: Sequence[str], reference: str | None) 
     """
     path = smollm2_path() if model is None else find_model(model)
     name = model if model is not None and not Path(model).exists() else path.resolve().name
-    candidates = [parse_candidate(name) for name in split(schemes) if name != ORIGINAL]
+    given = [name for name in split(schemes) if name != ORIGINAL]
+    candidates = [parse_candidate(name) for name in given]
+    if len({candidate.name for candidate in candidates}) < len(candidates):  # folders of one name
+        candidates = [replace(each, name=whole) for each, whole in zip(candidates, given, strict=True)]
     if reference is not None:
         candidates.insert(0, Candidate(name, None, path))
     original = find_model(reference) if reference is not None else path if candidates else None

@@ -171,6 +171,20 @@ def output_error(module: nn.Module, samples: Samples | None) -> Distance | None:
     return distance(samples.output.to(device), module(*(tensor.to(device) for tensor in samples.inputs)))
 
 
+def shape_of(module: PackedModule) -> tuple[int, ...]:
+    """(N, K), of stacked experts (experts, N, K)."""
+    assert isinstance(module, (QuantizedLinear, GroupedLinear))
+    shape = (module.out_features, module.in_features)
+    return (module.experts, *shape) if isinstance(module, GroupedLinear) else shape
+
+
+def average_bits(model: nn.Module) -> float | None:
+    """Of memory for each element of the quantized weights, with scales; None where there are none."""
+    modules = [module for module in model.modules() if isinstance(module, PackedModule)]
+    count = sum(math.prod(shape_of(module)) for module in modules)
+    return 8 * sum(module.packed().nbytes for module in modules) / count if count else None
+
+
 @torch.no_grad()
 def layer_errors(
     model: nn.Module, original: Original, samples: Mapping[str, Samples], progress: bool = True
@@ -189,8 +203,7 @@ def layer_errors(
     for name, module in track(modules, "comparing layers", progress):
         output = output_error(module, samples.get(name))
         if isinstance(module, PackedModule):
-            shape: tuple[int, ...] = (module.out_features, module.in_features)
-            shape = (module.experts, *shape) if isinstance(module, GroupedLinear) else shape
+            shape = shape_of(module)
             bits = 8 * module.packed().nbytes / math.prod(shape)
             weight = weight_error(module, original(name))
             found.append(LayerError(name, str(module.scheme), shape, bits, weight, output))

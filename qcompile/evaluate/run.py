@@ -16,7 +16,15 @@ from torch.nn import functional as F
 import qcompile
 from qcompile.config import QuantConfig
 from qcompile.errors import ConfigError
-from qcompile.evaluate.layers import Channels, Distance, LayerError, distance, layer_errors, weight_channels
+from qcompile.evaluate.layers import (
+    Channels,
+    Distance,
+    LayerError,
+    average_bits,
+    distance,
+    layer_errors,
+    weight_channels,
+)
 from qcompile.evaluate.quality import Quality
 from qcompile.evaluate.recording import Recording, default_window, plain_parameters, read, record
 from qcompile.evaluate.speed import weight_bytes
@@ -45,6 +53,7 @@ class Evaluation:
     Attributes:
         quality: perplexity, and the distance of its predictions.
         weight_bytes: of all parameters and buffers.
+        bits: see `average_bits`.
         layers: the quantized ones beside their originals, in the model's order.
         blocks: of the decoder, in the model's order.
         inputs, weights: magnitudes of the model's own channels; empty where the reference has them.
@@ -53,6 +62,7 @@ class Evaluation:
 
     quality: Quality
     weight_bytes: int
+    bits: float | None = None
     layers: tuple[LayerError, ...] = ()
     blocks: tuple[BlockError, ...] = ()
     inputs: tuple[Channels, ...] = ()
@@ -99,7 +109,9 @@ def evaluate(
         reading = read(
             model, ids.to(device), window, rows, _nothing, layers=True, call=call, description="text", progress=progress
         )
-        return Evaluation(reading.quality, weight_bytes(model), (), (), reading.inputs, weight_channels(model))
+        return Evaluation(
+            reading.quality, weight_bytes(model), average_bits(model), (), (), reading.inputs, weight_channels(model)
+        )
     if not torch.equal(ids.cpu(), reference.ids.cpu()):
         raise ConfigError("the recording is of another text")
 
@@ -130,7 +142,14 @@ def evaluate(
             blocks.append(BlockError(name, distance(known, hidden)))
     if not changed and not turned:
         layers = layer_errors(model, reference.original, reference.samples, progress)
-    return Evaluation(reading.quality, weight_bytes(model), tuple(layers), tuple(blocks), note=_note(changed, turned))
+    return Evaluation(
+        reading.quality,
+        weight_bytes(model),
+        average_bits(model),
+        tuple(layers),
+        tuple(blocks),
+        note=_note(changed, turned),
+    )
 
 
 def _nothing(_first: int, _logits: Tensor) -> None:

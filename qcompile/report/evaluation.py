@@ -56,12 +56,6 @@ class Row:
     note: str = ""
 
     @property
-    def bits(self) -> float | None:
-        """Of memory for each element of the quantized weights; None where there are none."""
-        sized = [(layer.bits, math.prod(layer.shape)) for layer in self.evaluation.layers if layer.bits and layer.shape]
-        return sum(bits * count for bits, count in sized) / sum(count for _, count in sized) if sized else None
-
-    @property
     def notes(self) -> list[str]:
         """All that is missing, and why."""
         return [note for note in (self.evaluation.note, self.note) if note]
@@ -117,7 +111,7 @@ def _with_error(value: float, error: float) -> str:
 def columns_of(report: Report) -> list[Column]:
     """The columns for which some model has something."""
     columns = [
-        Column("bits", lambda row: "" if row.bits is None else f"{row.bits:.2f}"),
+        Column("bits", lambda row: "" if row.evaluation.bits is None else f"{row.evaluation.bits:.2f}"),
         Column("weights MB", lambda row: f"{row.evaluation.weight_bytes / 1e6:.1f}"),
         Column(
             "perplexity",
@@ -159,8 +153,8 @@ def _score(task: str, metric: str) -> Column:
 
 def worst_layers(row: Row, count: int) -> list[LayerError]:
     """The layers whose outputs have the lowest SQNR, the lowest first."""
-    known = [layer for layer in row.evaluation.layers if layer.output is not None and layer.shape is not None]
-    return sorted(known, key=lambda layer: layer.output.sqnr_db if layer.output else 0.0)[:count]
+    known = [(each.output.sqnr_db, each) for each in row.evaluation.layers if each.output and each.shape]
+    return [each for sqnr, each in sorted(known, key=lambda pair: pair[0]) if sqnr < math.inf][:count]
 
 
 def _finite(value: Any) -> Any:
@@ -197,7 +191,7 @@ def to_dict(report: Report) -> dict[str, Any]:
                 "scheme": row.scheme,
                 **asdict(evaluation.quality),
                 "weight_bytes": evaluation.weight_bytes,
-                "bits": row.bits,
+                "bits": row.evaluation.bits,
                 "seconds": row.seconds,
                 "speed": None if row.speed is None else asdict(row.speed),
                 "tasks": row.tasks,

@@ -70,9 +70,9 @@ def test_schemes_and_a_checkpoint(models, quick, tmp_path):
     assert "reading" in result.stderr
     found = json.loads(out.read_text())
     rows = {row["name"]: row for row in found["rows"]}
-    saved = str(models / "int8")
-    assert list(rows) == ["unquantized", "int8_weight_only", "int4", str(config), saved]
-    original, online, saved = rows["unquantized"], rows["int8_weight_only"], rows[saved]
+    assert list(rows) == ["unquantized", "int8_weight_only", "int4", str(config), "int8"]
+    original, online, saved = rows["unquantized"], rows["int8_weight_only"], rows["int8"]
+    assert online["bits"] == saved["bits"]
     assert original["kl"] == 0 < online["kl"] < rows["int4"]["kl"]
     assert original["weight_bytes"] > online["weight_bytes"] > rows["int4"]["weight_bytes"]
     assert original["tokens"] == 8 * len(WORDS.split()) - 4 == 148

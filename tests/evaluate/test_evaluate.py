@@ -90,6 +90,7 @@ def test_quality_against_float64(model, quantized, ids, recording, evaluation):
     assert found.kl_p99 == pytest.approx(sorted(divergence)[math.ceil(0.99 * len(divergence)) - 1])
     assert found.top1 == pytest.approx(numpy.mean(same))
     assert evaluation.note == ""
+    assert evaluation.bits == pytest.approx(4.125)  # a bfloat16 scale for 128
 
 
 def decibels(a, b):
@@ -312,6 +313,7 @@ def test_folded_scales_are_noticed(ids, recording):
     found = evaluate(folded, ids, recording, progress=False)
     assert "model.layers.1.post_attention_layernorm.weight is not the reference's" in found.note
     assert found.layers == ()
+    assert found.bits == pytest.approx(8.25, abs=0.1)
     assert all(block.hidden.sqnr_db > 30 for block in found.blocks)
 
 

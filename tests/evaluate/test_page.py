@@ -57,7 +57,7 @@ def row(name, kl, scale=1.0, **more):
     names = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("q_proj", HOSTILE)]
     blocks = tuple(BlockError(f"model.layers.{i}", Distance(18.0 - i, 0.99)) for i in range(3))
     layers = tuple(layer(each, scale * (1 + i / 10)) for i, each in enumerate(names))
-    return Row(name, None, Evaluation(quality, 10**6, layers, blocks), 1.0, **more)
+    return Row(name, None, Evaluation(quality, 10**6, 4.25, layers, blocks), 1.0, **more)
 
 
 def channels(count=3):
@@ -80,7 +80,9 @@ def report(*rows):
 @pytest.fixture
 def full():
     scores = {HOSTILE: {"acc": 0.5, "acc_stderr": 0.1, "acc,strict": 0.4, "acc_stderr,strict": 0.2}}
-    broken = Evaluation(Quality(100, math.inf, math.nan, 0.0), 10**6, (layer("a", math.nan), layer("b", math.inf)))
+    broken = Evaluation(
+        Quality(100, math.inf, math.nan, 0.0), 10**6, 4.25, (layer("a", math.nan), layer("b", math.inf))
+    )
     return report(
         row("int4", 0.2, speed=Speed(90.0, 20.0, 3.0), tasks=scores),
         row(HOSTILE, 0.01, 2.0, note=HOSTILE),
