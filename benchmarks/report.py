@@ -200,6 +200,22 @@ def grouped(folder: Path) -> str:
     return text
 
 
+def gate(folder: Path) -> str:
+    """The section of gate and up on GPUs, with the gate in the product and after it."""
+    text = ""
+    for file in load(folder, "gate"):
+        tokens = sorted({row["M"] for row in file["rows"]})
+        n, k = file["rows"][0]["N"], file["rows"][0]["K"]
+        text += f"## Gate and up on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            f"Microseconds of silu(gate) * up for M tokens, both projections one weight of {n} x {k}, in brackets the "
+            "share of the limit: by the product's own epilogue, and by a kernel of Inductor's after the product."
+        )
+        rows = lines_of(file["rows"], [], _linear_name, lambda row: row["M"], tokens, time_of)
+        text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], rows) + "\n"
+    return text
+
+
 # ---- decoding
 
 
@@ -328,7 +344,7 @@ def demo(folder: Path) -> str:
     return text
 
 
-SECTIONS: tuple[Callable[[Path], str], ...] = (linear, grouped, decode, attention, demo)
+SECTIONS: tuple[Callable[[Path], str], ...] = (linear, gate, grouped, decode, attention, demo)
 
 
 def page(folder: Path = RESULTS) -> str:

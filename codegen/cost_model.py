@@ -101,9 +101,10 @@ def _instructions(spec: KernelSpec) -> float:
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.offset:
         return 8.0
+    sparse = 0.32 * fmt.bits * spec.sparse
     if fmt.bits == 4:
-        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow
-    return 3.6 + narrow
+        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
+    return 3.6 + narrow + sparse
 
 
 def resident(spec: KernelSpec) -> int:
@@ -125,7 +126,7 @@ def seconds(spec: KernelSpec, m: int) -> float:
         m,
         spec.n,
         spec.k,
-        FORMATS[spec.weight].bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
+        spec.stored_bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
         _BYTES.get(spec.x_dtype, 1),
         bytes_out(spec),
         tile.m,
@@ -159,7 +160,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     if tile.form == "slab":
         return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
     x = tile.m * tile.k * width
-    weight = tile.n * tile.k * FORMATS[spec.weight].bits // 8
+    weight = tile.n * tile.k * spec.loaded_bits // 8
     scale = _SCALE_BYTES.get(spec.scale_dtype, 1)
     block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
     blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0
@@ -198,12 +199,15 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
+    if like.sparse:  # whose words need registers too
+        largest = min(largest, 64 if _before_hopper(like.target) else 128)
     for block_m in _covers(m, largest):
+        small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
-        for block_n, k in itertools.product((64, 128) if block_m <= 32 or wide else (64, 128, 256), depths):
+        for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
-            plain = block_m <= 32 or crowded
+            plain = small or crowded
             for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
                 if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
                     continue
@@ -263,7 +267,7 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     for block_n, split, warps in itertools.product((64, 128), (2, 4, 8, 16), (4, 8)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
-        if even and part * block_n * bits <= 64 * 32 * 32 * warps:
+        if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
             found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
     return found
 

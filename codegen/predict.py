@@ -15,7 +15,6 @@ import sympy
 
 from qcompile.codegen.cost_model import bytes_out, device_of, seconds
 from qcompile.codegen.spec import KernelSpec
-from qcompile.formats import FORMATS
 from qcompile.scheme import SCALE_DTYPES
 
 STRETCH = {
@@ -69,12 +68,12 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None) -> float:
     if vendor is None:
         return STRETCH.get((spec.template, spec.compute), 1.3) * seconds(spec, m)
     device, width = device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
-    bits = FORMATS[spec.weight].bits
+    bits = spec.stored_bits
     return MARGIN * _compiled(vendor)(m, spec.n, spec.k, bits, width, device.memory, device.operations)
 
 
 def stored_bytes(spec: KernelSpec) -> int:
-    """Bytes of a packed weight, in the logical layout, or some less.
+    """Bytes of a packed weight, in the logical layout or the sparse one, or some less.
 
     A spec does not say of which type scales of scales are, nor that columns are permuted: two bytes are counted for
     each of the former, which is the least, and none for the latter.
@@ -83,7 +82,7 @@ def stored_bytes(spec: KernelSpec) -> int:
     scale = SCALE_DTYPES[spec.scale_dtype].itemsize
     block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
     above = -(-spec.k // spec.super_columns) * (2 if spec.offset else 1) if spec.super_columns else 0
-    return spec.n * -(-spec.k * FORMATS[spec.weight].bits // 8) + blocks * block + 2 * spec.n * above
+    return spec.n * -(-spec.k * spec.stored_bits // 8) + blocks * block + 2 * spec.n * above
 
 
 def limit(spec: KernelSpec, m: int) -> float:

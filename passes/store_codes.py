@@ -25,9 +25,9 @@ def _argument(node: fx.Node, what: str) -> Any:
     return node.args[Args.index(what)]
 
 
-def _is_static(node: fx.Node) -> bool:
-    """Whether a node is a linear whose activations have a static scale."""
-    if node.target is not OP:
+def _is_static(node: fx.Node, x: fx.Node) -> bool:
+    """Whether a node is a linear that quantizes x with a static scale."""
+    if node.target is not OP or node.args[0] is not x:
         return False
     activation = decode_spec(_argument(node, "spec")).scheme.activation
     return activation is not None and not activation.dynamic
@@ -36,7 +36,7 @@ def _is_static(node: fx.Node) -> bool:
 def _objection(linear: fx.Node) -> str | None:
     """Why a linear whose output a static linear reads cannot store its codes."""
     readers = list(linear.users)
-    if not all(_is_static(reader) and reader.args[0] is linear for reader in readers):
+    if not all(_is_static(reader, linear) for reader in readers):
         return "its output is read by what does not quantize it with a static scale"
     if any(linear in _argument(reader, "operands") for reader in readers):
         return "its output is also an operand"
@@ -79,7 +79,7 @@ def _store(context: GraphContext, linear: fx.Node) -> None:
 def store_codes(context: GraphContext) -> None:
     """See the module."""
     for node in context.layers:
-        if node.target is OP and any(map(_is_static, node.users)):
+        if node.target is OP and any(_is_static(user, node) for user in node.users):
             reason = _objection(node)
             if reason is None:
                 _store(context, node)

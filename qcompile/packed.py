@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.bitpack import pack_bits, packed_width, unpack_bits
@@ -136,7 +137,7 @@ class PackedWeight:
         return unpack_bits(self.codes, self.scheme.format.bits, self.shape[1])
 
     def check(self, layer: str = "weight") -> None:
-        """Check the class's statements about dtypes and shapes in the logical layout.
+        """Check the class's statements about dtypes and shapes in the logical layout, and 2:4 sparsity.
 
         Raises:
             LayerError: naming the layer and what is wrong.
@@ -164,6 +165,10 @@ class PackedWeight:
                 raise LayerError(f"{layer}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             if tensor.device != self.codes.device:
                 raise LayerError(f"{layer}: {name} is on {tensor.device}, codes on {self.codes.device}")
+        if scheme.sparsity is not None and self.codes.device.type != "meta":
+            kept = F.pad(self.unpack_codes() != scheme.zero_code, (0, -k % 4)).view(n, -1, 4).sum(-1)
+            if bool((kept > 2).any()):
+                raise LayerError(f"{layer}: more than two of four columns are not 0, but it is to be 2:4 sparse")
 
 
 def concatenate(weights: list[PackedWeight]) -> PackedWeight:

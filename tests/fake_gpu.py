@@ -2,7 +2,9 @@
 
 It replaces functions of torch for good, so it runs in a process of its own: `python -m tests.fake_gpu PRESET static`
 (or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, of the M, N and K that follow, or if `experts`
-follows, those of a mixture, and prints the calls of the generated wrapper.
+follows, those of a mixture, or if `mlp` follows, a gated one, or for `quantize` and what comes before it (`BEFORE`)
+three linears that share a quantization. It prints the calls of the generated wrapper. Several such are divided by
+`and`, and their calls by an empty line.
 """
 
 from __future__ import annotations
@@ -123,8 +125,8 @@ def install() -> None:
     GraphLowering.compile_to_module = GraphLowering._compile_to_module = stop
 
 
-def wrapper_source(preset: str, dynamic: bool, m: int = 7, n: int = 256, k: int = 512) -> str:
-    """Inductor's Python wrapper for `linear(rms_norm(x)).silu() * gate` with weights of a preset."""
+def _linear(preset: str, n: int, k: int, *steps: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """The spec of a linear, and its packed weight's tensors."""
     import qcompile.ops  # noqa: F401
     from qcompile.layouts import choose_layout
     from qcompile.linear_spec import LinearSpec
@@ -134,9 +136,80 @@ def wrapper_source(preset: str, dynamic: bool, m: int = 7, n: int = 256, k: int 
     scheme = PRESETS[preset].fit("linear", (n, k))
     layout = choose_layout(scheme, (n, k), "cuda")
     packed = layout.pack(quantize_weight(torch.randn(n, k), scheme.weight))
-    spec = LinearSpec(
-        in_features=k, out_features=n, scheme=scheme, layout=layout.name, epilogue=("silu", "mul")
-    ).encode()
+    spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout.name, epilogue=steps)
+    return spec, packed.tensors
+
+
+def _fakes(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The like on the device that is not there."""
+    return [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in tensors]
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As transformers writes it."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+BEFORE: dict[str, Callable[..., Any]] = {
+    "rms_norm": lambda x, other, weight: (torch.nn.functional.rms_norm(x, x.shape[-1:], weight),),
+    "layer_norm": lambda x, other, weight: (torch.nn.functional.layer_norm(x, x.shape[-1:], weight, weight),),
+    "residual": lambda x, other, weight: (lambda sum: (_rms_norm(sum, weight), sum))(x + other),
+    "silu": lambda x, other, weight: (torch.nn.functional.silu(x) * other,),
+}
+"""What activations come from; first the activations themselves."""
+
+
+def quantize_source(preset: str, dynamic: bool, before: str, m: int = 7, k: int = 512) -> str:
+    """Three linears that read one quantization of what `BEFORE` returns, as `share_quantization` writes them."""
+    linears = [_linear(preset, n, k) for n in (128, 192, 256)]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x, other = (torch.empty(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        weight, scale = torch.empty(k, device="cuda", dtype=torch.bfloat16), torch.empty((), device="cuda")
+        activation = linears[0][0].scheme.activation
+        reading = [(spec.reading_codes_of(x.dtype).encode(), _fakes(tensors)) for spec, tensors in linears]
+        quantizing = linears[0][0].encode()
+
+        def run(x: torch.Tensor, other: torch.Tensor) -> Any:
+            y, *more = BEFORE[before](x, other, weight)
+            codes, scales = torch.ops.qcompile.quantize(y, None if activation.dynamic else scale, quantizing)
+            multiply = torch.ops.qcompile.linear
+            return [multiply(codes, tensors, None, scales, None, [], spec) for spec, tensors in reading] + more
+
+        if dynamic:
+            for tensor in (x, other):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        return generated(run, x, other)
+
+
+def mlp_source(preset: str, dynamic: bool, m: int = 7, n: int = 512, k: int = 256) -> str:
+    """RMSNorm, gate and up as one linear, and the linear after them, which takes codes if its scale is static."""
+    down, down_weight = _linear(preset, k, n // 2)
+    static = down.scheme.activation is not None and not down.scheme.activation.dynamic
+    stored = (f"to_{down.scheme.activation.format.name}",) if static else ()
+    up, up_weight = _linear(preset, n, k, "silu(a)*b", *stored)
+    if static:
+        down = down.reading_codes_of(torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        weights = _fakes(up_weight), _fakes(down_weight)
+        x, scale = torch.empty(m, k, device="cuda", dtype=torch.bfloat16), torch.empty((), device="cuda")
+        scales, specs = scale if static else None, (up.encode(), down.encode())
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            normed = torch.nn.functional.rms_norm(x, (k,))
+            multiply = torch.ops.qcompile.linear
+            y = multiply(normed, weights[0], None, scales, None, [scale] * static, specs[0])
+            return multiply(y, weights[1], None, scales, None, [], specs[1])
+
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        return generated(run, x)
+
+
+def wrapper_source(preset: str, dynamic: bool, m: int = 7, n: int = 256, k: int = 512) -> str:
+    """Inductor's Python wrapper for `linear(rms_norm(x)).silu() * gate` with weights of a preset."""
+    linear, tensors = _linear(preset, n, k, "silu", "mul")
+    spec = linear.encode()
 
     def run(x: torch.Tensor, gate: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
         normed = torch.nn.functional.rms_norm(x, (k,))
@@ -144,11 +217,10 @@ def wrapper_source(preset: str, dynamic: bool, m: int = 7, n: int = 256, k: int 
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x, gate = (torch.empty(m, width, device="cuda", dtype=torch.bfloat16) for width in (k, n))
-        weight = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in packed.tensors)
         if dynamic:
             for tensor in (x, gate):
                 torch._dynamo.mark_dynamic(tensor, 0)
-        return generated(run, x, gate, *weight)
+        return generated(run, x, gate, *_fakes(tensors))
 
 
 def generated(run: Callable[..., torch.Tensor], *inputs: Any, backend: str = "inductor") -> str:
@@ -189,13 +261,22 @@ def experts_source(preset: str, dynamic: bool) -> str:
         return generated(experts, x, chosen, weights)
 
 
-if __name__ == "__main__":
-    install()
-    preset, dynamic, more = sys.argv[1], sys.argv[2] == "dynamic", sys.argv[3:]
-    if more == ["experts"]:
+def calls_of(preset: str, length: str, *more: str) -> str:
+    """The calls of the wrapper that the arguments of this program stand for, one a line."""
+    dynamic = length == "dynamic"
+    if more == ("experts",):
         source = experts_source(preset, dynamic)
+    elif more[:1] == ("mlp",):
+        source = mlp_source(preset, dynamic, *map(int, more[1:]))
+    elif more[:1] == ("quantize",):
+        source = quantize_source(preset, dynamic, *more[1:])
     else:
         source = wrapper_source(preset, dynamic, *map(int, more))
     lines = [line.strip() for line in source.split("\n") if not line.strip().startswith("#")]
     called = (".run(", "= torch.ops.qcompile", "extern_kernels.")
-    print("\n".join(line for line in lines if any(part in line for part in called) and "import" not in line))
+    return "\n".join(line for line in lines if any(part in line for part in called) and "import" not in line)
+
+
+if __name__ == "__main__":
+    install()
+    print("\n\n".join(calls_of(*job.split(" ")) for job in " ".join(sys.argv[1:]).split(" and ")))

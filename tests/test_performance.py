@@ -65,6 +65,19 @@ def test_experts_are_shown_by_model(tmp_path: Path) -> None:
     assert "| bfloat16, _grouped_mm |  | 400 (50%) |" in page
 
 
+def test_gates_are_shown_by_scheme_and_place(tmp_path: Path) -> None:
+    shape = {"bench": "gate", "scheme": "int4", "N": 512, "K": 256, "M": 16}
+    rows = [
+        shape | {"impl": impl, "us": us, "floor_us": 4.0} for impl, us in (("in the product", 8.0), ("apart", 10.0))
+    ]
+    file = {"machine": "one", "date": "2026-01-01", "versions": {"torch": "2.11", "gpu": "a GPU"}, "rows": rows}
+    (tmp_path / "one.gate.json").write_text(json.dumps(file))
+    page = report.page(tmp_path)
+    assert "one weight of 512 x 256" in page
+    assert "| int4, in the product | 8.00 (50%) |" in page
+    assert "| int4, apart | 10.0 (40%) |" in page
+
+
 def test_decoding_is_shown_by_batch_and_mode(tmp_path: Path) -> None:
     ours = {"bench": "decode", "impl": "qcompile", "scheme": "int4", "batch": 1, "layers": 32, "kv": "fp8"}
     measured = {"tok_s": 412.3, "step_us": 2425.4, "peak_gb": 5.91, "compile_s": 41.2, "warm_compile_s": 8.6}

@@ -9,7 +9,7 @@ bfloat16: their quantization is part of the time, for torch's kernels as for our
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +40,25 @@ class Candidate:
     expected: Tensor
 
 
-def floor(scheme: Scheme | None, packed: PackedWeight | None, n: int, k: int, m: int, rates: dict[str, float]) -> float:
+def floor(
+    scheme: Scheme | None,
+    packed: PackedWeight | None,
+    n: int,
+    k: int,
+    m: int,
+    rates: dict[str, float],
+    width: int | None = None,
+) -> float:
     """Microseconds that no kernel stays below: `ceilings` for what must be moved and multiplied.
 
     Args:
         scheme, packed: of the weight, in the logical layout; None for one in bfloat16.
+        width: columns of the output; by default N.
     """
-    moved = (2 * n * k if packed is None else packed.nbytes) + 2 * m * (n + k)
+    weight = 2.0 * n * k if packed is None else packed.nbytes
+    if packed is not None and packed.scheme.sparsity is not None:
+        weight -= packed.codes.numel() * (1 - packed.scheme.stored_bits / packed.scheme.format.bits)
+    moved = weight + 2 * m * ((width or n) + k)
     rate = rates["8-bit" if scheme is not None and scheme.activation is not None else "16-bit"]
     return 1e6 * max(moved / rates["memory"], 2 * m * n * k / rate)
 
@@ -75,11 +87,11 @@ def _bfloat16(x: Tensor, weight: Tensor) -> Candidate:
     return Candidate(*PLAIN, calls, product(x, weight))
 
 
-def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor) -> Candidate:
+def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor, *steps: str) -> Candidate:
     """What a linear runs in a compiled graph: quantization, if any, and, on GPUs, what `runtime/tuning.py` chooses."""
     n, k = packed.shape
     layout = choose_layout(scheme, (n, k), x.device.type)
-    spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout.name)
+    spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout.name, epilogue=steps)
     text = spec.encode()
 
     def call(weight: tuple[Tensor, ...]) -> Tensor:
@@ -94,6 +106,28 @@ def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: 
     weights = copies(x.device, *to_layout(packed, layout).tensors)
     calls: list[Call] = [lambda w=w: call(w) for w in weights]  # type: ignore[misc]
     return Candidate(OURS, name, calls, expected)
+
+
+@torch.compile(dynamic=False)
+def gate_halves(y: Tensor) -> Tensor:
+    """silu(a) * b of the halves a, b of the columns of y [M, N]: [M, N / 2]."""
+    a, b = y.chunk(2, -1)
+    return F.silu(a) * b
+
+
+def gate_candidates(
+    name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor
+) -> Iterator[Candidate]:
+    """Gate and up as one product that multiplies its halves itself, and as one with a kernel of Inductor's after it.
+
+    Args:
+        expected: float64 silu(a) * b.
+    """
+    within = _ours(name, scheme, x, packed, expected, "silu(a)*b")
+    yield replace(within, impl=f"{OURS}, gate in the product")
+    apart = _ours(name, scheme, x, packed, expected)
+    calls: list[Call] = [lambda call=call: gate_halves(call()) for call in apart.calls]  # type: ignore[misc]
+    yield replace(apart, impl=f"{OURS}, gate apart", calls=calls)
 
 
 def _tinygemm(name: str, x: Tensor, packed: PackedWeight, expected: Tensor) -> Candidate:
@@ -156,6 +190,8 @@ def _of_torch(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expect
     group, (n, k) = weight.granularity.columns, packed.shape
     rows = weight.granularity.rows == 1 and weight.symmetric and not weight.offset and weight.super_scale is None
     whole = rows and not (isinstance(group, int) and 0 < group < k)
+    if weight.sparsity is not None:
+        return
     if weight.format.name == "int4" and activation is None and rows and group in (32, 64, 128, 256):
         if n % (64 if gpu else 16) == 0 and k % 128 == 0:
             yield _tinygemm(name, x, packed, expected)
@@ -204,16 +240,46 @@ def measure(
             expected = candidate.expected
             error = float((candidate.calls[0]().to(torch.float64) - expected).norm() / expected.norm())
             assert candidate.impl != OURS or error <= LIMIT, f"{candidate.scheme} {n}x{k} M={m}: error {error:.2g}"
-            yield {
-                "bench": "linear",
-                "impl": candidate.impl,
-                "scheme": candidate.scheme,
-                "N": n,
-                "K": k,
-                "M": m,
-                "us": round(microseconds(candidate.calls, device), 2),
-                "error": float(f"{error:.3g}"),
-                "floor_us": round(
-                    floor(schemes.get(candidate.scheme), packed.get(candidate.scheme), n, k, m, rates), 2
-                ),
-            }
+            least = floor(schemes.get(candidate.scheme), packed.get(candidate.scheme), n, k, m, rates)
+            yield _row("linear", candidate, n, k, m, device, error, least)
+
+
+def _row(
+    bench: str, candidate: Candidate, n: int, k: int, m: int, device: torch.device, error: float, least: float
+) -> Row:
+    return {
+        "bench": bench,
+        "impl": candidate.impl,
+        "scheme": candidate.scheme,
+        "N": n,
+        "K": k,
+        "M": m,
+        "us": round(microseconds(candidate.calls, device), 2),
+        "error": float(f"{error:.3g}"),
+        "floor_us": round(least, 2),
+    }
+
+
+def measure_gate(
+    n: int, k: int, tokens: list[int], schemes: dict[str, Scheme], rates: dict[str, float], device: torch.device
+) -> Iterator[Row]:
+    """Rows of `gate_candidates`, otherwise as `measure`; N are the rows of gate and up together.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
+    compat.allow_recompilations(64 * len(tokens) * (1 + len(schemes)))
+    weight = torch.randn(n, k, device=device) / k**0.5
+    for name, scheme in schemes.items():
+        packed = quantize_weight(weight, scheme.weight)
+        for m in tokens:
+            x = inputs = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+            if scheme.activation is not None:
+                inputs = dequantize_activation(*quantize_rows(x, scheme.activation), scheme.activation)
+            a, b = product(inputs, dequantize(packed)).chunk(2, -1)
+            for candidate in gate_candidates(name, scheme, x, packed, F.silu(a) * b):
+                expected = candidate.expected
+                error = float((candidate.calls[0]().to(torch.float64) - expected).norm() / expected.norm())
+                assert error <= LIMIT, f"{candidate.impl} {name} {n}x{k} M={m}: error {error:.2g}"
+                least = floor(scheme, packed, n, k, m, rates, width=n // 2)
+                yield _row("gate", candidate, n, k, m, device, error, least)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from qcompile.codegen.cost_model import candidates, device_of, rank, seconds, shared_bytes
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import decode_formula, pair_decoder, render
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
@@ -123,7 +123,7 @@ def test_every_cast_is_printed() -> None:
 def specs(draw: st.DrawFn) -> tuple[LinearSpec, KernelSpec]:
     n, k = 2 * draw(st.integers(1, 20000)), draw(st.integers(1, 40000))
     scheme = preset(draw(st.sampled_from(sorted(PRESETS)))).fit("layer", (n, k))
-    layout = "rows8" if scheme.activation is not None and scheme.weight.format.native_dtype is not None else "fragment"
+    layout = choose_layout(scheme, (n, k), "cuda").name
     steps = draw(epilogues())
     linear = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=steps)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
@@ -211,6 +211,8 @@ SHIPPED = {
     **dict.fromkeys(["nf4", "nvfp4", "mxfp8", "q6_k"], (16,)),
     **dict.fromkeys(["mxfp4", "q4_k"], (64,)),
     "iq4_xs": (4096,),
+    "int4_24": (16, 4096),
+    "int8_24": (64,),
 }
 """Presets and others by name, and M."""
 
@@ -234,6 +236,24 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         assert found["registers"] <= (512 if target.startswith("gfx") else 255)
         assert found["mma"], f"no matrix instruction in {kernel}"
         assert not found.get("flush"), "subnormals would be flushed, which decoding fp8 relies on"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
+    kernels = []
+    for name, rows, store in (("int4", (16, 64, 256), "to_int8"), ("int8", (16,), "to_int8"), ("fp8", (64,), "")):
+        given_ = timing.job(name, preset(name), (28672, 4096), 16, torch.bfloat16)
+        spec = given_.spec.with_epilogue("silu(a)*b", *([store] if store else []))
+        if not store and native_fp8(target):
+            spec = spec.with_epilogue("to_fp8_e4m3")
+        x_dtype = getattr(torch, given_.like(target).x_dtype)
+        kernels += [gpu.choose(spec, m, x_dtype, torch.bfloat16, target).kernel for m in rows]
+    assert all(kernel.gated for kernel in kernels)
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, found
+        assert found.get("looped", found["spills"]) == 0, (kernel, found)
+        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["mma"], f"no matrix instruction in {kernel}"
 
 
 def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:

@@ -66,3 +66,68 @@ def test_experts_are_one_kernel_a_projection_and_nothing_is_read_back():
     assert down.startswith("qcompile_")
     assert "index_select" in combine
     assert "sum" in combine
+
+
+def gemm_inputs(call: str) -> tuple[str, str]:
+    """The names of the activations and of their scales in a call of our product."""
+    x, scale = call.partition("torch.ops.qcompile.gemm.default(")[2].split(", ")[:2]
+    return x, scale
+
+
+QUANTIZED = [
+    *[("int8", before) for before in ("rms_norm", "layer_norm", "residual", "silu")],
+    *[("fp8_static", before) for before in ("residual", "silu")],
+    ("fp8_block", "silu"),
+    ("mxfp8", "silu"),
+]
+JOBS = {
+    **{f"{preset} {before}": (preset, "static", "quantize", before) for preset, before in QUANTIZED},
+    "groups": ("fp8_block", "static", "quantize", "rms_norm"),
+    **{f"{preset} mlp": (preset, "static", "mlp") for preset in ("int4", "fp8_static")},
+    **{f"{preset} long mlp": (preset, "static", "mlp", "2048", "8192", "4096") for preset in ("fp8", "fp8_static")},
+}
+
+
+@pytest.fixture(scope="module")
+def generated() -> dict[str, list[str]]:
+    """The calls of each of `JOBS`, which one process makes."""
+    found = "\n".join(calls(*" and ".join(" ".join(job) for job in JOBS.values()).split(" "))).split("\n\n")
+    return {name: lines.split("\n") for name, lines in zip(JOBS, found, strict=True)}
+
+
+@pytest.mark.parametrize(("preset", "before"), QUANTIZED)
+def test_activations_are_read_once_and_quantized_once_for_all_that_read_them(generated, preset, before):
+    """One kernel from the activations' inputs to codes and scales, of which three products get the same."""
+    quantize, *products = generated[f"{preset} {before}"]
+    assert quantize.startswith("triton_")
+    assert len(products) == 3
+    assert len({gemm_inputs(product) for product in products}) == 1
+    for name in gemm_inputs(products[0]):  # a static scale was there before, and is read
+        assert f" {name}," in quantize or f"({name}," in quantize
+
+
+def test_scales_of_groups_after_a_norm_take_two_kernels(generated):
+    """Inductor does not join the sum over a row and the maxima of its groups."""
+    norm, quantize, *products = generated["groups"]
+    assert "mean" in norm
+    assert "amax" in quantize
+    assert len({gemm_inputs(product) for product in products}) == 1
+
+
+@pytest.mark.parametrize("preset", ["int4", "fp8_static"])
+def test_gate_and_up_are_one_product_with_nothing_between_it_and_the_next(generated, preset):
+    norm, up, down = generated[f"{preset} mlp"]
+    assert "rsqrt" in norm
+    assert '"silu(a)*b"' in up
+    assert ('"to_fp8_e4m3"' in up) == (preset == "fp8_static")
+    assert ('"codes_of":"bfloat16"' in down) == (preset == "fp8_static")
+
+
+@pytest.mark.parametrize("preset", ["fp8", "fp8_static"])
+def test_after_torchs_product_gate_and_quantization_are_one_kernel(generated, preset):
+    norm, up, gate, down = generated[f"{preset} long mlp"]
+    assert "rsqrt" in norm
+    assert up.startswith("extern_kernels._scaled_mm(")
+    assert "sigmoid" in gate
+    assert ("amax" in gate) == (preset == "fp8")
+    assert down.startswith("extern_kernels._scaled_mm(")
