@@ -21,7 +21,7 @@ from qcompile.errors import ConfigError, LayerError
 from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
 from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
-from qcompile.modules import PackedModule
+from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.progress import track
 from qcompile.scheme import Scheme
@@ -156,6 +156,7 @@ def quantize_waiting(
     _fill(waiting)
     if parsed is not None and parsed.kv_cache is not None and batches is not None:
         _calibrate_kv_cache(model, parsed.kv_cache, batches)
+    _untie_head(model)
     return model
 
 
@@ -177,6 +178,16 @@ def sensitivities_beside(resume: str | Path) -> Path:
     """The file that keeps what scheme auto measures, beside the folder of finished blocks."""
     folder = Path(resume)
     return folder.with_name(f"{folder.name}.sensitivities.json")
+
+
+def _untie_head(model: nn.Module) -> None:
+    """Let nobody tie a quantized head of transformers' to the embedding again."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    config: Any = getattr(model, "config", None)
+    if isinstance(head, QuantizedLinear) and config is not None:
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
 
 
 def _check_kv_cache(model: nn.Module, kv_cache: KVScheme | None) -> None:

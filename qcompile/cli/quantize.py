@@ -20,7 +20,6 @@ from qcompile.calibrate.assign import Chosen, check_name, label
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.stream import Waiting, find_stacks
 from qcompile.checkpoint.gguf import load_decoded
-from qcompile.checkpoint.gguf_tokenizer import load_tokenizer
 from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
@@ -29,6 +28,7 @@ from qcompile.cli.demo import config_of
 from qcompile.cli.steps import Steps
 from qcompile.config import AUTO, Auto, QuantConfig, Rule, parse_config
 from qcompile.errors import CheckpointError, ConfigError
+from qcompile.evaluate.models import load_tokenizer_of
 from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules, matrix_of
 from qcompile.methods import parse_method
@@ -245,21 +245,10 @@ def sequences(source: Path, text: Path, samples: int, length: int) -> list[Tenso
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--calibration {text}: cannot be read as text ({error})") from None
-    ids = torch.tensor(_tokenizer(source).encode(content, add_special_tokens=False), dtype=torch.int64)
+    ids = torch.tensor(load_tokenizer_of(source).encode(content, add_special_tokens=False), dtype=torch.int64)
     if ids.numel() < 2:
         raise ConfigError(f"--calibration {text}: holds {ids.numel()} tokens; name a text of some thousand words")
     return [part[None] for part in ids[: samples * length].split(length)]
-
-
-def _tokenizer(source: Path) -> Any:
-    if source.suffix == ".gguf":
-        return load_tokenizer(source)
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of any kind, with files of any content
-        raise CheckpointError(f"{source}: has no tokenizer that transformers reads ({error})") from None
 
 
 def show(done: Quantized, console: Console) -> None:
