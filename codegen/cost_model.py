@@ -52,6 +52,40 @@ def device_of(target: str) -> Device:
     return _DEVICES.get(target, _SMALL)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A product that has a device's kind.
+
+    Attributes:
+        target: what kernels are generated for.
+        capacity: bytes of memory.
+        device: its rates.
+        tuned: the name of its table in `codegen/tuned`; "" if there is none.
+    """
+
+    target: str
+    capacity: int
+    device: Device
+    tuned: str = ""
+
+
+_SHARED_89 = 99 * 1024
+CARDS: dict[str, Card] = {
+    "a100": Card(target="sm_80", capacity=80 * 10**9, device=replace(_DEVICES["sm_80"], memory=2.0e12)),
+    "a100-40gb": Card(target="sm_80", capacity=40 * 10**9, device=replace(_DEVICES["sm_80"], memory=1.55e12)),
+    "3090": Card(target="sm_86", capacity=24 * 10**9, device=Device(82, 0.936e12, 2.2e12, 71e12, _SHARED_89)),
+    "4090": Card(target="sm_89", capacity=24 * 10**9, device=Device(128, 1.008e12, 5e12, 165e12, _SHARED_89)),
+    "l4": Card(target="sm_89", capacity=24 * 10**9, device=Device(58, 0.3e12, 2e12, 121e12, _SHARED_89)),
+    "l40s": Card(target="sm_89", capacity=48 * 10**9, device=Device(142, 0.864e12, 5e12, 362e12, _SHARED_89)),
+    "h100": Card(target="sm_90", capacity=80 * 10**9, device=_DEVICES["sm_90"], tuned="nvidia-h100"),
+    "h200": Card(target="sm_90", capacity=141 * 10**9, device=replace(_DEVICES["sm_90"], memory=4.8e12)),
+    "b200": Card(target="sm_100", capacity=180 * 10**9, device=_DEVICES["sm_100"]),
+    "5090": Card(target="sm_120", capacity=32 * 10**9, device=Device(170, 1.79e12, 6e12, 209e12, _SHARED_89)),
+    "mi300x": Card(target="gfx942", capacity=192 * 10**9, device=_DEVICES["gfx942"]),
+}
+"""By the names that people know them by; rates of data sheets, without sparsity, and estimates of the L2 caches'."""
+
+
 _M, _N, _K, _BITS, _X, _Y = sympy.symbols("M N K bits x_bytes y_bytes", positive=True)
 _TM, _TN, _Z, _SMS = sympy.symbols("tile_m tile_n split processors", positive=True)
 _PROGRAMS = sympy.ceiling(_M / _TM) * sympy.ceiling(_N / _TN) * _Z
@@ -107,21 +141,23 @@ def _instructions(spec: KernelSpec) -> float:
     return 3.6 + narrow + sparse
 
 
-def resident(spec: KernelSpec) -> int:
+def resident(spec: KernelSpec, device: Device) -> int:
     """Programs that a multiprocessor holds at a time, by shared memory, an estimate of registers, and warps."""
-    tile, device = spec.tile, device_of(spec.target)
+    tile = spec.tile
     registers = min(255, 72 + tile.m * tile.n // (32 * tile.warps))
     by_registers = 65536 // (32 * tile.warps * registers)
     return max(1, min(by_registers, device.shared // (shared_bytes(spec) + 1024), 64 // tile.warps))
 
 
-def seconds(spec: KernelSpec, m: int) -> float:
+def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     """The model's time of a kernel for M = `m`, or of one expert of a stack.
+
+    On a device of the kernel's target, unless another is named.
 
     Reading memory and the cache go on beside the rest. Decoding and multiplying take turns, unless the tile overlaps
     them, on unevenly filled processors; and a program's turns follow each other.
     """
-    device, tile = device_of(spec.target), spec.tile
+    device, tile = device or device_of(spec.target), spec.tile
     given = (
         m,
         spec.n,
@@ -143,7 +179,7 @@ def seconds(spec: KernelSpec, m: int) -> float:
     # Half of what uneven filling costs is made up for by the programs that run alone, which run faster.
     working = (multiplying + hidden * decoding) * value["fill"] ** 0.5
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, value["programs"] / (0.8 * device.processors))
-    rounds = math.ceil(value["programs"] / (device.processors * resident(spec)))
+    rounds = math.ceil(value["programs"] / (device.processors * resident(spec, device)))
     turns = _TURN * rounds * math.ceil(spec.k / (tile.split * tile.k)) if tile.form == "loop" else 0.0
     return (
         _LAUNCH + max(reading, value["cache"] / device.cache, working, turns) + (_SPLIT_COST if tile.split > 1 else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -210,12 +210,25 @@ def other_experts(model: nn.Module) -> list[str]:
     ]
 
 
-def quantize_experts(name: str, experts: nn.Module, scheme: Scheme) -> QuantizedExperts:
-    """The module that takes the place of an experts module, its weights rounded to the nearest codes.
+def rounded(_projection: str, _index: int, weight: Tensor, scheme: Scheme, layer: str) -> PackedWeight:
+    """The nearest codes of an expert's weight."""
+    scheme.check_rounded(layer)
+    return quantize_weight(weight, scheme.weight, layer)
+
+
+def quantize_experts(
+    name: str,
+    experts: nn.Module,
+    scheme: Scheme,
+    choose: Callable[[str, int, Tensor, Scheme, str], PackedWeight] = rounded,
+) -> QuantizedExperts:
+    """The module that takes the place of an experts module.
 
     Args:
         name: of the module, for errors.
         scheme: whose group is fitted to each projection.
+        choose: from a projection's name, an expert's number, its weight [N, K], the fitted scheme and a name for errors
+            to the packed weight.
 
     Raises:
         LayerError: weights that cannot be quantized so, or static activations whose scale is not stated.
@@ -223,20 +236,29 @@ def quantize_experts(name: str, experts: nn.Module, scheme: Scheme) -> Quantized
     projections = {}
     for projection, (count, n, k) in projection_shapes(experts).items():
         layer = f"{name}.{projection}"
-        scheme.check_rounded(layer)
         fitted = scheme.fit(layer, (n, k))
         input_scale = None
         if fitted.activation is not None and not fitted.activation.dynamic:
-            if fitted.activation.scale is None:
-                raise LayerError(
-                    f'{layer}: static activation scales of experts are not calibrated; state "scale" in the '
-                    "configuration, or choose dynamic activations"
-                )
+            check_scale(scheme, layer)
+            assert fitted.activation.scale is not None
             input_scale = torch.full((count,), fitted.activation.scale)
         weight = getattr(experts, projection).detach()
         matrices = weight.transpose(1, 2) if experts.is_transposed else weight
-        packed = [quantize_weight(matrix, fitted.weight, layer) for matrix in matrices]
+        packed = [choose(projection, index, matrix, fitted, layer) for index, matrix in enumerate(matrices)]
         bias = getattr(experts, f"{projection}_bias") if experts.has_bias else None
         scale = None if input_scale is None else input_scale.to(weight.device)
         projections[projection] = GroupedLinear(packed, fitted, bias, scale, weight.dtype, layer=layer)
     return QuantizedExperts(projections, Gating(experts))
+
+
+def check_scale(scheme: Scheme, layer: str) -> None:
+    """Refuse static activations whose scale is not stated.
+
+    Raises:
+        LayerError: they are.
+    """
+    if scheme.needs_scale:
+        raise LayerError(
+            f'{layer}: static activation scales of experts are not calibrated; state "scale" in the configuration, or '
+            "choose dynamic activations"
+        )

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.ops  # noqa: F401  (registers the operators)
+from qcompile.calibrate.assign import choose_schemes
 from qcompile.calibrate.codes import check_codes, choose_codes
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
+from qcompile.calibrate.stream import Waiting
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, LayerError
-from qcompile.experts import expert_modules, other_experts, quantize_experts
+from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
 from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
-from qcompile.modules import PackedModule
+from qcompile.modules import PackedModule, QuantizedLinear
+from qcompile.packed import PackedWeight
 from qcompile.progress import track
 from qcompile.scheme import Scheme
 from qcompile.torchao_tensors import is_torchao
@@ -46,8 +49,8 @@ def quantize_(
 
     Args:
         model: floating point, for inference; on any device.
-        config: anything that `torch.compile`'s `options={"config": ...}` takes; None only takes over what torchao
-            quantized.
+        config: anything that `torch.compile`'s `options={"config": ...}` takes, and schemes that calibration decides
+            (`{"preset": "auto", "bits": 4.5}`, see `choose_schemes`); None only takes over what torchao quantized.
         calibration: batches, for static activation scales, for methods that look at a layer's inputs, and for scales of
             the configuration's `kv_cache`: each a tensor, a tuple of arguments or a dict of keyword arguments of the
             model. They run block by block, so that one block's activations are in memory; between blocks hidden states
@@ -55,7 +58,7 @@ def quantize_(
         progress: show a progress bar on a terminal.
         resume: a folder for finished blocks: a call that was interrupted goes on from there when it is made again with
             the same model, configuration and calibration. It stays, since the model is nowhere else yet: remove it
-            when the model is saved.
+            when the model is saved. With scheme auto what is measured is kept in `<resume>.sensitivities.json`.
         report: is told of each layer that calibration quantizes.
 
     Returns:
@@ -67,7 +70,29 @@ def quantize_(
         CalibrationError: batches that do not show what is needed, or hold NaN or infinity.
         CheckpointError: a `resume` folder of another calibration.
     """
+    return quantize_waiting(
+        model, config, None, calibration=calibration, progress=progress, resume=resume, report=report
+    )
+
+
+def quantize_waiting(
+    model: Model,
+    config: str | Path | Mapping[str, Any] | Scheme | QuantConfig | None,
+    waiting: Waiting | None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    progress: bool = True,
+    resume: str | Path | None = None,
+    report: Callable[[LayerResult], None] | None = None,
+) -> Model:
+    """`quantize_` of a model some of whose blocks are not in memory before their turn.
+
+    Then the peak of memory is the result and one block, with statistics of its inputs.
+    """
     parsed = None if config is None else parse_config(config)
+    batches = None if calibration is None else list(calibration)
+    if parsed is not None and parsed.undecided:
+        parsed = _decided(model, parsed, batches, progress, resume)
     if type(model) is nn.Linear or is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")
     modules, experts = linear_modules(model), expert_modules(model)
@@ -85,39 +110,84 @@ def quantize_(
                 stacklevel=2,
             )
     schemes = {} if parsed is None else planned(model, parsed)
+    mixtures = {}
     for name in experts:
         if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:
-            scheme.check_rounded(name)
             check_codes(scheme, name)
+            check_scale(scheme, name)
+            mixtures[name] = scheme
     _take_over(model, modules)
-    wanting = next((name for name, scheme in schemes.items() if scheme.needs_data), None)
+    planned_all = {**schemes, **mixtures}
+    wanting = next((name for name, scheme in planned_all.items() if scheme.needs_data), None)
     if calibration is None and wanting is not None:
-        raise LayerError(f"{wanting}: {_needs(schemes[wanting])}")
+        raise LayerError(f"{wanting}: {_needs(planned_all[wanting])}")
     parents = parents_of(model)
-    batches = None if calibration is None else list(calibration)
     if wanting is not None:
         assert batches is not None
         modules.clear()
-        calibrate_(model, schemes, batches, progress=progress, resume=resume, report=report)
+        experts.clear()
+        calibrate_(
+            model,
+            schemes,
+            batches,
+            mixtures=mixtures,
+            waiting=waiting,
+            progress=progress,
+            resume=resume,
+            report=report,
+        )
     else:
         for name in track(list(schemes), "quantizing", progress):
+            _fill(waiting, name)
             module, chosen = modules.pop(name), schemes[name]
             packed = choose_codes(matrix_of(module), chosen, None, name)
             quantized = quantized_linear(name, module, chosen, _stated_scale(module, chosen), packed)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, quantized.train(module.training))
             del module
-    for name in track(list(experts), "quantizing experts", progress):
-        module, scheme = experts.pop(name), None if parsed is None else parsed.scheme_for(name)
-        if scheme is not None:
+        for name in track(list(mixtures), "quantizing experts", progress):
+            _fill(waiting, name)
+            module = experts.pop(name)
             with torch.no_grad():
-                replaced = quantize_experts(name, module, scheme).train(module.training)
+                replaced = quantize_experts(name, module, mixtures[name], _without_data).train(module.training)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, replaced)
-        del module
+            del module
+    _fill(waiting)
     if parsed is not None and parsed.kv_cache is not None and batches is not None:
         _calibrate_kv_cache(model, parsed.kv_cache, batches)
+    _untie_head(model)
     return model
+
+
+def _decided(
+    model: nn.Module, config: QuantConfig, batches: list[Any] | None, progress: bool, resume: str | Path | None
+) -> QuantConfig:
+    """With schemes in the place of scheme auto.
+
+    Raises:
+        ConfigError: no calibration; see `choose_schemes`.
+    """
+    if batches is None:
+        raise ConfigError("scheme auto measures what each layer's quantization changes: pass calibration=batches")
+    keep = None if resume is None else sensitivities_beside(resume)
+    return choose_schemes(model, config, batches, progress=progress, keep=keep).config
+
+
+def sensitivities_beside(resume: str | Path) -> Path:
+    """The file that keeps what scheme auto measures, beside the folder of finished blocks."""
+    folder = Path(resume)
+    return folder.with_name(f"{folder.name}.sensitivities.json")
+
+
+def _untie_head(model: nn.Module) -> None:
+    """Let nobody tie a quantized head of transformers' to the embedding again."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    config: Any = getattr(model, "config", None)
+    if isinstance(head, QuantizedLinear) and config is not None:
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
 
 
 def _check_kv_cache(model: nn.Module, kv_cache: KVScheme | None) -> None:
@@ -167,6 +237,19 @@ def _needs(scheme: Scheme) -> str:
             "configuration, or choose dynamic activations"
         )
     return f"method {scheme.method} looks at the layer's inputs; pass calibration=batches, or choose rtn or hqq"
+
+
+def _fill(waiting: Waiting | None, layer: str | None = None) -> None:
+    """Let the block of a layer (None: all blocks) be in memory."""
+    if waiting is not None:
+        for block in list(waiting.blocks):
+            if layer is None or layer.startswith(f"{block}."):
+                waiting.fill(block)
+
+
+def _without_data(_projection: str, _index: int, weight: Tensor, scheme: Scheme, layer: str) -> PackedWeight:
+    """An expert's weight by a method that looks at nothing else."""
+    return choose_codes(weight, scheme, None, layer)
 
 
 def _stated_scale(module: nn.Module, scheme: Scheme) -> Tensor | None:

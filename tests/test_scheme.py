@@ -194,7 +194,10 @@ def test_unknown_presets_name_the_nearest(text, near):
         ({"weight": GROUP, "method": ["gptq", "awq"]}, "method: one of rtn, hqq, gptq comes last"),
         ({"weight": GROUP, "method": ["smoothquant", "smoothquant"]}, "smoothquant is named twice"),
         ({"weight": GROUP, "method": ["awq", {"name": "awq", "grid": 9}, "gptq"]}, "awq is named twice"),
-        ({"weight": GROUP, "method": []}, "holds at least one; there are: rtn, hqq, gptq, hadamard, smoothquant, awq$"),
+        (
+            {"weight": GROUP, "method": []},
+            "holds at least one; there are: rtn, hqq, gptq, hadamard, smoothquant, awq, importance$",
+        ),
         ({"weight": GROUP, "method": {"name": "gptq", "damp": 1}}, "gptq has no setting 'damp'; there are: damping"),
         ({"weight": GROUP, "method": {"name": "gptq", "damping": -1}}, "damping must be a number from 1e-06 to 10"),
         ({"weight": GROUP, "preset": "int4"}, "either a preset, or a weight"),

@@ -12,8 +12,8 @@ SparseGPT does (Frantar and Alistarh 2023, arXiv:2301.00774, section 3.3). What 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from qcompile.calibrate.fit import pick
 from qcompile.calibrate.search import search_grid
 from qcompile.errors import CalibrationError
+from qcompile.formats import Format
 from qcompile.formats.table import TableFormat
 from qcompile.methods import GPTQ
 from qcompile.packed import PackedWeight
@@ -85,7 +86,7 @@ def _solve(
     ordered = settings.act_order and not scheme.act_order and scheme.sparsity is None
     order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns)
     order = order.to(w.device)
-    factor = inverse_factor(hessian[order][:, order], settings.damping, layer)
+    factor = inverse_factor(hessian[order[:, None], order], settings.damping, layer)
     grid = search_grid(w, scheme, above, layer, settings.clip, hessian)
     blocks = _per_block(grid)
     rest = w[:, order].t().contiguous()  # [K, N], so that a column of the weight lies together
@@ -123,9 +124,7 @@ class _Columns:
         self.codes = torch.empty(size, rows, dtype=torch.uint8, device=device)
         self.errors = torch.empty(size, rows, device=device)
         self._inputs: list[Tensor | None] = []
-        self._recorded = device.type == "cuda" and not isinstance(
-            scheme.format, TableFormat
-        )  # tables come from the host
+        self._on_gpu = device.type == "cuda" and not isinstance(scheme.format, TableFormat)  # tables come from the host
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def solve(self, own: Tensor, factor: Tensor, before: Tensor | None, per_column: Sequence[Tensor | None]) -> None:
@@ -145,7 +144,7 @@ class _Columns:
         for kept, given in zip(self._inputs, inputs, strict=True):
             if kept is not None and given is not None:
                 kept.copy_(given)
-        if not self._recorded:
+        if not self._on_gpu:
             self._run()
             return
         if self._graph is None:
@@ -158,16 +157,16 @@ class _Columns:
         own, factor, before, *per_column = self._inputs
         assert own is not None
         assert factor is not None
+        choose = _choose_fused() if self._on_gpu else _choose
         for i in range(self.size):
-            number = own[i]
+            wanted = own[i]
             if before is not None:
                 if i % 4 == 0:
                     four = slice(i, i + 4)
                     left = _left(own[four].t(), before[four].t(), factor.diagonal()[four], self.scheme)
-                number = number * left[:, i % 4]
-            code, value = _nearest(number, [None if t is None else t[i] for t in per_column], self.scheme)
-            self.codes[i] = code
-            self.errors[i] = (own[i] - value) / factor[i, i]
+                wanted = wanted * left[:, i % 4]
+            stored = [None if t is None else t[i] for t in per_column]
+            choose(own[i], wanted, stored, factor[i, i], self.codes[i], self.errors[i], self.scheme.format)
             own[i:].addr_(factor[i, i:], self.errors[i], alpha=-1)
 
 
@@ -175,6 +174,33 @@ def _left(four: Tensor, before: Tensor, diagonal: Tensor, scheme: WeightScheme) 
     """Which of four columns [N, 4] stay: those without which the output errs most, of those that were not 0 before."""
     costs = (four / diagonal).abs().clamp(min=torch.finfo(torch.float32).tiny)
     return leave_two_of_four(costs.masked_fill(before == 0, 0.0), scheme) > 0
+
+
+def _choose(
+    column: Tensor,
+    wanted: Tensor,
+    stored: Sequence[Tensor | None],
+    diagonal: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    fmt: Format,
+) -> None:
+    """Write the codes nearest to what is wanted of a column [N], and what it is off by over the factor's diagonal."""
+    step, zero_point, shift = stored
+    assert step is not None
+    scaled = (wanted if shift is None else wanted - shift) / step
+    code = fmt.encode(scaled if zero_point is None else scaled + zero_point)
+    value = fmt.decode(code.to(torch.int32))
+    assert isinstance(value, Tensor)
+    value = (value if zero_point is None else value - zero_point) * step
+    codes.copy_(code)
+    errors.copy_((column - (value if shift is None else value + shift)) / diagonal)
+
+
+@functools.cache
+def _choose_fused() -> Callable[..., None]:
+    """`_choose` as one kernel, compiled at its first call."""
+    return torch.compile(_choose, dynamic=True)
 
 
 def _per_block(grid: Grid) -> list[Callable[[Tensor], Tensor] | None]:
@@ -185,19 +211,7 @@ def _per_block(grid: Grid) -> list[Callable[[Tensor], Tensor] | None]:
     def at(stored: Tensor, numbers: Tensor) -> Tensor:
         return stored.t()[numbers].float().repeat_interleave(tall, 1)[:, :rows]
 
-    return [None if t is None else partial(at, t) for t in (grid.step, grid.zero_point, grid.shift)]
-
-
-def _nearest(column: Tensor, per_row: Sequence[Tensor | None], scheme: WeightScheme) -> tuple[Tensor, Tensor]:
-    """The codes nearest to a column, and what they stand for."""
-    step, zero_point, offset = per_row
-    assert step is not None
-    scaled = (column if offset is None else column - offset) / step
-    code = scheme.format.encode(scaled if zero_point is None else scaled + zero_point)
-    value = scheme.format.decode(code.to(torch.int32))
-    assert isinstance(value, Tensor)
-    value = (value if zero_point is None else value - zero_point) * step
-    return code, value if offset is None else value + offset
+    return [None if t is None else functools.partial(at, t) for t in (grid.step, grid.zero_point, grid.shift)]
 
 
 def inverse_factor(hessian: Tensor, damping: float, layer: str) -> Tensor:
@@ -220,12 +234,14 @@ def inverse_factor(hessian: Tensor, damping: float, layer: str) -> Tensor:
     unit = hessian / mean
     unit.diagonal()[diagonal == 0] = 1.0
     while True:
-        damped = unit + damping * torch.eye(len(unit), device=unit.device)
+        damped = unit.clone()
+        damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if failed == 0:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if failed == 0 and bool(torch.isfinite(upper).all()):
-                return upper / mean.sqrt()
+                return upper.div_(mean.sqrt())
         if damping >= 1.0:
             raise CalibrationError(
                 f"{layer}: the Hessian of its inputs cannot be factored, damped by as much as its mean; give more "

@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qcompile.calibrate.codes import choose_codes
 from qcompile.calibrate.report import LayerResult
-from qcompile.calibrate.stream import Batch
+from qcompile.calibrate.stream import Batch, Waiting
 from qcompile.errors import CheckpointError, LayerError
+from qcompile.experts import QuantizedExperts, quantize_experts
 from qcompile.fingerprint import fingerprint
 from qcompile.linears import matrix_of, quantized_linear
 from qcompile.packed import PackedWeight
@@ -37,14 +39,20 @@ class Progress:
     """
 
     def __init__(
-        self, folder: str | Path | None, model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch]
+        self,
+        folder: str | Path | None,
+        model: nn.Module,
+        schemes: Mapping[str, Scheme],
+        mixtures: Mapping[str, Scheme],
+        batches: Sequence[Batch],
+        waiting: Waiting | None = None,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.results: dict[str, LayerResult] = {}
-        self.schemes = schemes
+        self.schemes, self.mixtures = schemes, mixtures
         if self.folder is None:
             return
-        self.key = _key(model, schemes, batches)
+        self.key = calibration_key(model, {**schemes, **mixtures}, batches, waiting)
         index = self.folder / _INDEX
         if not index.is_file():
             if self.folder.exists() and any(self.folder.iterdir()):
@@ -89,7 +97,7 @@ class Progress:
         """Make a block what it was when it was kept.
 
         Args:
-            modules: its linears that are quantized, by their names in the model.
+            modules: its linears and experts that are quantized, by their names in the model.
             put: puts a module in the place of one of them.
 
         Returns:
@@ -103,15 +111,20 @@ class Progress:
         path = self._path(name)
         try:
             tensors = load_file(path)
-            results = [self.results[layer] for layer in modules]
             made = {}
             for layer, module in modules.items():
-                made[layer] = self._module(layer, module, tensors, layer.removeprefix(f"{name}."))
-            local = {layer.removeprefix(f"{name}.") for layer in made}
-            rest = {key: t for key, t in tensors.items() if key.rpartition(".")[0] not in local}
+                local = layer.removeprefix(f"{name}.")
+                if layer in self.mixtures:
+                    made[layer] = self._experts(layer, module, tensors, local)
+                else:
+                    made[layer] = self._module(layer, module, tensors, local)
+            names = [f"{layer}{part}" for layer in modules for part in _parts(made[layer])]
+            results = [self.results[layer] for layer in names]
+            replaced = tuple(f"{layer.removeprefix(f'{name}.')}." for layer in modules)
+            rest = {key: t for key, t in tensors.items() if not key.startswith(replaced)}
         except (SafetensorError, OSError, KeyError, LayerError) as error:
             raise CheckpointError(f"{path}: is damaged ({error}); remove it to do this block anew") from None
-        own = {k: t.shape for k, t in block.state_dict().items() if k.rpartition(".")[0] not in local}
+        own = {k: t.shape for k, t in block.state_dict().items() if not k.startswith(replaced)}
         if own != {key: tensor.shape for key, tensor in rest.items()}:
             raise CheckpointError(f"{path}: is of another block; remove it to do this block anew")
         for layer, new in made.items():
@@ -131,6 +144,20 @@ class Progress:
             made.bias.data.copy_(tensors[f"{local}.bias"])
         return made
 
+    def _experts(self, layer: str, module: nn.Module, tensors: Mapping[str, Tensor], local: str) -> nn.Module:
+        """Quantized as if no input were known, for its shapes, and filled with what is kept."""
+
+        def choose(_projection: str, _index: int, weight: Tensor, scheme: Scheme, name: str) -> PackedWeight:
+            return choose_codes(weight, scheme, torch.eye(weight.shape[1], device=weight.device), name)
+
+        made = quantize_experts(layer, module, self.mixtures[layer], choose)
+        kept = {k.removeprefix(f"{local}."): t for k, t in tensors.items() if k.startswith(f"{local}.")}
+        try:
+            made.load_state_dict(kept)
+        except RuntimeError as error:
+            raise LayerError(str(error)) from None
+        return made
+
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
@@ -143,16 +170,24 @@ class Progress:
         temporary.replace(self.folder / _INDEX)
 
 
+def _parts(made: nn.Module) -> list[str]:
+    """What follows a layer's name in those of its results."""
+    return [f".{name}" for name in (*made.first, "down_proj")] if isinstance(made, QuantizedExperts) else [""]
+
+
 def _result(entry: dict[str, Any]) -> LayerResult:
     return LayerResult(**{**entry, "folded": tuple(entry["folded"])})
 
 
-def _key(model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch]) -> str:
+def calibration_key(
+    model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch], waiting: Waiting | None = None
+) -> str:
     """What a calibration depends on, hashed: code, schemes, batches, and the shapes and some content of parameters."""
     digest = hashlib.sha256(fingerprint().encode())
     digest.update(json.dumps({name: scheme_to_dict(s) for name, s in schemes.items()}).encode())
     for name, parameter in model.named_parameters():
-        few = parameter.detach().reshape(-1)[:64].float().cpu()
+        content = waiting.peek(name) if parameter.is_meta and waiting is not None else parameter.detach()
+        few = content.reshape(-1)[:64].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{few.tolist()}".encode())
     for batch in batches:
         _update(digest, [*batch.args, *sorted(batch.kwargs.items())])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qcompile.calibrate.awq import awq_scales
 from qcompile.calibrate.codes import choose_codes
+from qcompile.calibrate.experts import ExpertStatistics, watched
 from qcompile.calibrate.folds import Site, groups, owners_of, site
 from qcompile.calibrate.gptq import hessian_error
 from qcompile.calibrate.observers import Observed
@@ -27,6 +28,7 @@ from qcompile.calibrate.stream import (
     Call,
     NotAStack,
     Stack,
+    Waiting,
     as_batches,
     call_of,
     find_stacks,
@@ -36,8 +38,10 @@ from qcompile.calibrate.stream import (
 )
 from qcompile.calibrate.trace import Illegal, LinearNode, Trace, trace_block
 from qcompile.errors import CalibrationError, ConfigError
+from qcompile.experts import expert_modules, quantize_experts
 from qcompile.linears import linear_modules, matrix_of, quantized_linear
 from qcompile.methods import AWQ, Rotation, SmoothQuant
+from qcompile.packed import PackedWeight
 from qcompile.progress import Bar
 from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
@@ -51,11 +55,13 @@ def calibrate_(
     schemes: Mapping[str, Scheme],
     calibration: Iterable[Any],
     *,
+    mixtures: Mapping[str, Scheme] | None = None,
+    waiting: Waiting | None = None,
     progress: bool = True,
     resume: str | Path | None = None,
     report: Callable[[LayerResult], None] | None = None,
 ) -> None:
-    """Quantize linear layers in place with a look at their inputs; see `qcompile.quantize_`.
+    """Quantize linear layers and experts in place with a look at their inputs; see `qcompile.quantize_`.
 
     Blocks of a decoder are taken one after another, each on what those before it, quantized already, make of all
     batches. Where a model's blocks cannot be run apart, its layers are observed while all of it runs.
@@ -63,6 +69,8 @@ def calibrate_(
     Args:
         schemes: of `linear_modules`, by name, fitted to their shapes.
         calibration: batches, see `as_batches`.
+        mixtures: of `expert_modules`, by name.
+        waiting: blocks that are not in memory yet. A rotation, or blocks that cannot be run apart, need them all.
         resume: a folder for what is done, from which an interrupted call goes on. It stays.
         report: told of each layer.
 
@@ -71,9 +79,11 @@ def calibrate_(
         LayerError: a layer that cannot be quantized so.
     """
     batches = as_batches(calibration)
-    done = Progress(resume, model, schemes, batches)
-    with Bar(len(schemes), "calibrating", progress) as bar, torch.no_grad():
-        layers = _Calibration(model, schemes, batches, bar, done, report)
+    mixtures = mixtures or {}
+    done = Progress(resume, model, schemes, mixtures, batches, waiting)
+    parts = len(schemes) + 2 * len(mixtures)  # experts have two projections
+    with Bar(parts, "calibrating", progress) as bar, torch.no_grad():
+        layers = _Calibration(model, {**schemes, **mixtures}, batches, bar, done, report, waiting)
         with without_cache(model):
             layers.run()
 
@@ -89,9 +99,12 @@ class _Calibration:
         bar: Bar,
         done: Progress,
         report: Callable[[LayerResult], None] | None,
+        waiting: Waiting | None,
     ) -> None:
-        self.model, self.schemes = model, schemes
-        self.left = {name: module for name, module in linear_modules(model).items() if name in schemes}
+        self.model, self.schemes, self.waiting = model, schemes, waiting
+        modules = linear_modules(model) | expert_modules(model)
+        self.left = {name: module for name, module in modules.items() if name in schemes}
+        self.mixtures = self.left.keys() & expert_modules(model).keys()
         self.batches, self.bar, self.done, self.report = batches, bar, done, report
         self.training = {name: module.training for name, module in self.left.items()}
         self.parents = parents_of(model)
@@ -101,9 +114,10 @@ class _Calibration:
 
     def run(self) -> None:
         self._rotate()
-        self.owners = owners_of(self.model)
         stacks: list[Stack] = []
         for names in find_stacks(self.model, [n for n in self.left if self.schemes[n].needs_data]):
+            # The model runs up to these blocks, and the first of them, whose output says what blocks return.
+            self._fill([*names[:1], *(n for n in (self.waiting.blocks if self.waiting else ()) if n not in names)])
             try:
                 stack = record(self.model, names, self.batches, stacks)
             except NotAStack as reason:
@@ -111,6 +125,7 @@ class _Calibration:
                 self.apart |= dict.fromkeys(within, f"blocks cannot be run apart: {reason}")
                 continue
             for index, name in enumerate(names):
+                self._fill([name])
                 block = self.model.get_submodule(name)
                 device = next((p.device for p in block.parameters()), torch.device("cpu"))
                 own = [layer for layer in self.left if layer.startswith(f"{name}.")]
@@ -121,12 +136,20 @@ class _Calibration:
                     stack.advance(index, block, device)
             stacks.append(stack)
         rest = list(self.left)
+        self._fill()
         call = None
         with suppress(NotAStack):  # called with token ids, say: its graph is not that of a block
             call = call_of(self.batches[0].args, self.batches[0].kwargs)
         if rest:
             whole = self.model if not stacks else None
             self._quantize(rest, lambda: run_whole(self.model, self.batches, stacks), whole, call)
+
+    def _fill(self, names: Sequence[str] | None = None) -> None:
+        """Let blocks (None: all) be in memory."""
+        if self.waiting is not None:
+            for name in list(self.waiting.blocks) if names is None else names:
+                self.waiting.fill(name)
+        self.owners = owners_of(self.model)
 
     def _rotate(self) -> None:
         """Turn the residual stream and values, if any layer's method says so; where it cannot be, note why."""
@@ -135,6 +158,7 @@ class _Calibration:
         if len(seeds) > 1:
             raise ConfigError(f"method hadamard: layers name different seeds, {sorted(seeds)}; a model has one")
         for seed in seeds:
+            self._fill()
             self.unturned = {name: [] for name in wanted}
             try:
                 rotate_(self.model, self.batches[0], list(self.left), seed)
@@ -155,9 +179,13 @@ class _Calibration:
         Args:
             block: what is run, called as `call` says; None if it is more than can be traced.
         """
+        mixtures = {n: self.left[n] for n in names if n in self.mixtures}
+        names = [n for n in names if n not in mixtures]
         collector = Collector()
-        if any(self.schemes[n].needs_data for n in names):
-            self._observe(names, run, collector.observe, collector.next_batch)
+        routed = {n: ExpertStatistics(n, m) for n, m in mixtures.items() if self.schemes[n].needs_data}
+        if routed or any(self.schemes[n].needs_data for n in names):
+            with watched(mixtures, routed):
+                self._observe(names, run, collector.observe, collector.next_batch)
         for name in names:
             if self.schemes[name].method.needs_data and (name not in collector.of or collector.of[name].tokens == 0):
                 raise CalibrationError(
@@ -169,6 +197,8 @@ class _Calibration:
         for name in names:
             seen = collector.of.get(name)
             self._replace(name, seen, scales.get(name), folded.get(name, ()), declined.get(name, ""))
+        for name in mixtures:
+            self._replace_experts(name, routed.pop(name, None))
 
     def _observe(
         self, names: Sequence[str], run: Run, observe: Callable[[str, Tensor], None], after: Callable[[], None]
@@ -279,6 +309,41 @@ class _Calibration:
             seconds=time.perf_counter() - start,
         )
         self._tell(result)
+
+    def _replace_experts(self, name: str, seen: ExpertStatistics | None) -> None:
+        module, scheme = self.left[name], self.schemes[name]
+        noise: dict[str, float] = {}
+        power: dict[str, float] = {}
+        seconds: dict[str, float] = {}
+        used: dict[str, Scheme] = {}
+
+        def choose(projection: str, index: int, weight: Tensor, fitted: Scheme, layer: str) -> PackedWeight:
+            start = time.perf_counter()
+            hessian = None if seen is None else seen.hessian(projection, index)
+            packed = choose_codes(weight, fitted, hessian, layer)
+            used[projection] = fitted
+            seconds[projection] = seconds.get(projection, 0.0) + time.perf_counter() - start
+            if seen is not None:
+                own = seen.of[projection][index]
+                w, error = weight.float(), weight.float() - dequantize(packed)
+                power[projection] = power.get(projection, 0.0) + hessian_error(w, own.gram).sum().item()
+                noise[projection] = noise.get(projection, 0.0) + hessian_error(error, own.gram).sum().item()
+            return packed
+
+        self._put(name, quantize_experts(name, module, scheme, choose))
+        unfolded = "experts take up no scales of their inputs" if _local_folds(scheme) else ""
+        for projection in used:
+            result = LayerResult(
+                name=f"{name}.{projection}",
+                scheme=str(used[projection]),
+                method=str(scheme.method),
+                error=(noise[projection] / power[projection] if power[projection] > 0 else 0.0) if power else None,
+                tokens=0 if seen is None else sum(one.tokens for one in seen.of[projection]),
+                declined="; ".join(filter(None, (*self.unturned.get(name, ()), unfolded))),
+                note="" if seen is None else seen.note(projection),
+                seconds=seconds[projection],
+            )
+            self._tell(result)
 
     def _restored(self, name: str, block: nn.Module, own: list[str]) -> bool:
         """Whether a block was done by an earlier call, and is now as it was then."""

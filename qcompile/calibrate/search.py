@@ -29,7 +29,7 @@ def search_grid(
     Args:
         w: float32 [N, K], finite.
         above: the weight's super scale, float32 [].
-        clip: of `qcompile.methods.CLIPS`. Super-blocks take "output" for "importance".
+        clip: of `qcompile.methods.CLIPS`. For super-blocks "output" is "importance".
         gram: float32 [K, K], the mean of x x^T over inputs; for "importance" and "output".
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +220,34 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def skeleton_of(path: Path) -> nn.Module:
+    """The model that a file describes, in bfloat16, with parameters on the meta device; no weights are read.
+
+    Args:
+        path: a folder with a `config.json`, such a file, or a GGUF file.
+
+    Raises:
+        CheckpointError: something else, or no description that transformers makes a language model of.
+    """
+    check_installed(path)
+    import transformers
+
+    if path.suffix == ".gguf":
+        from qcompile.checkpoint.gguf import gguf_source
+
+        return skeleton(gguf_source(path, decode=True).config, torch.bfloat16)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".json":
+        raise CheckpointError(
+            f"{path}: there is no config.json; name a model's folder, its config.json, or a GGUF file"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(file, trust_remote_code=False)
+        return skeleton(config, torch.bfloat16)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: transformers makes no language model of it: {error}") from None
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     from accelerate import init_empty_weights
@@ -234,12 +262,89 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
     Raises:
         CheckpointError: see `load`.
     """
-    store, method = source.store, source.method
-    if method is not None:
-        _check_supported(method, device, dtype)
+    if source.method is not None:
+        _check_supported(source.method, device, dtype)
     used: set[str] = set()
+    _fill(model, source, device, dtype, used, lambda _: True, progress=progress)
+    _finish(model, source.store, used)
+
+
+class Pending:
+    """Blocks of a model on the meta device that get their parameters when their turn comes.
+
+    Attributes:
+        blocks: names of the modules that wait.
+    """
+
+    def __init__(
+        self, model: nn.Module, source: Source, device: torch.device, dtype: torch.dtype, blocks: Iterable[str]
+    ) -> None:
+        self._model, self._source, self._device, self._dtype = model, source, device, dtype
+        self._used: set[str] = set()
+        self.blocks = list(blocks)
+        waiting = tuple(f"{name}." for name in self.blocks)
+        self._read(lambda name: not name.startswith(waiting))
+
+    def fill(self, block: str) -> None:
+        """Read a block's parameters, if they wait.
+
+        Raises:
+            CheckpointError: see `load`.
+        """
+        if block not in self.blocks:
+            return
+        self._read(lambda name: name.startswith(f"{block}."))
+        self.blocks.remove(block)
+        if not self.blocks:
+            _finish(self._model, self._source.store, self._used)
+
+    def peek(self, name: str) -> Tensor:
+        """A parameter that waits, as its file has it, mapped into memory; empty if it has another name there."""
+        store = self._source.store
+        return store.read(name) if name in store.names() else torch.empty(0)
+
+    def _read(self, within: Callable[[str], bool]) -> None:
+        _fill(self._model, self._source, self._device, self._dtype, self._used, within, progress=False)
+
+
+def load_pending(
+    path: str | Path, blocks: Callable[[nn.Module], Iterable[str]], device: torch.device, dtype: torch.dtype | None
+) -> tuple[nn.Module, Pending]:
+    """A model of a checkpoint that is not quantized, for inference, whose blocks wait for their parameters.
+
+    Args:
+        blocks: names of a model's modules that shall wait.
+        dtype: by default what the configuration says, or else bfloat16.
+
+    Raises:
+        CheckpointError: see `load`; a checkpoint that is quantized, or says not what its modules are.
+    """
+    source = open_checkpoint(path)
+    if source.method is not None:
+        raise CheckpointError(f"{path}: is quantized already; take the original, or `qcompile convert` this one")
+    if source.config is None:
+        raise CheckpointError(f"{path}: no config.json says what its modules are")
+    dtype = dtype or getattr(source.config, "dtype", None) or torch.bfloat16
+    model = skeleton(source.config, dtype).requires_grad_(False).eval()
+    pending = Pending(model, source, device, dtype, blocks(model))
+    model.name_or_path = str(path)  # type: ignore[assignment]
+    return model, pending
+
+
+def _fill(
+    model: nn.Module,
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    used: set[str],
+    within: Callable[[str], bool],
+    *,
+    progress: bool,
+) -> None:
+    """Give what is `within` what the checkpoint holds for it; what was read is added to `used`."""
+    store, method = source.store, source.method
     linears = linear_modules(model) if method else {}
-    for name, module in track(list(linears.items()), "Loading", progress):
+    for name, module in track([entry for entry in linears.items() if within(entry[0])], "Loading", progress):
         tensors = LayerTensors(store, name)
         assert method is not None
         try:
@@ -254,7 +359,7 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
             model.set_submodule(name, _quantized(found, module, tensors, device, dtype))
             used |= tensors.taken
             _check_rest(tensors)
-    experts = expert_modules(model)
+    experts = {name: module for name, module in expert_modules(model).items() if within(name)}
     tensors_of = tensors_under(store, experts)
     for name in track(list(experts), "Loading experts", progress):
         reader = Experts(name, experts[name], store, tensors_of[name], method)
@@ -270,7 +375,11 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
             _check_rest(tensors)
     if method is not None:
         _load_embeddings(model, method, store, used, device, dtype)
-    _load_plain(model, store, used, device, dtype)
+    _load_plain(model, store, used, device, dtype, within)
+
+
+def _finish(model: nn.Module, store: TensorStore, used: set[str]) -> None:
+    """What belongs to no parameter: scales of KV caches; the rest is warned of."""
     for name, scales in kv_scales(store, used).items():
         if name in dict(model.named_modules()):
             model.get_submodule(name).kv_scales = scales  # type: ignore[assignment]
@@ -279,7 +388,7 @@ def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dt
         warnings.warn(
             f"{store.path}: the model has no place for {len(left)} tensors: {', '.join(left[:5])}"
             + (", ..." if len(left) > 5 else ""),
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -353,14 +462,21 @@ def _check_rest(tensors: LayerTensors) -> None:
         raise tensors.error(f"nothing reads its {', '.join(rest)}; this variant of the format is unknown")
 
 
-def _load_plain(model: nn.Module, store: TensorStore, used: set[str], device: torch.device, dtype: torch.dtype) -> None:
+def _load_plain(
+    model: nn.Module,
+    store: TensorStore,
+    used: set[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    within: Callable[[str], bool],
+) -> None:
     """Parameters and buffers that are not quantized; those that are tied share what was loaded."""
     known = set(store.names()) - used
     quantized = {n + "." for n, m in model.named_modules() if isinstance(m, PackedModule)}
     names = [n for n, _ in model.named_parameters()] + [n for n, _ in model.named_buffers()]
     missing = []
     for name in names:
-        if any(name.startswith(prefix) for prefix in quantized):
+        if not within(name) or any(name.startswith(prefix) for prefix in quantized):
             continue
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)

@@ -20,10 +20,12 @@ NO_WORSE = 1.02
 @pytest.mark.parametrize(
     "name", ["int4", "int4_asym", "int3", "int8_weight_only", "fp8", "nf4", "mxfp4", "q4_k", "q6_k"]
 )
-@pytest.mark.parametrize(("columns", "block_size"), [(768, 128), (768, 112), (256, 1024)])
-def test_as_on_the_cpu(name: str, columns: int, block_size: int) -> None:
-    weight, x = layer(96, columns, 1024)
-    hessian, scheme = statistics(x).hessian, PRESETS[name].weight.fit("layer", (96, columns))
+@pytest.mark.parametrize(
+    ("rows", "columns", "block_size"), [(96, 768, 128), (96, 768, 112), (96, 256, 1024), (103, 768, 128)]
+)
+def test_as_on_the_cpu(name: str, rows: int, columns: int, block_size: int) -> None:
+    weight, x = layer(rows, columns, 1024)
+    hessian, scheme = statistics(x).hessian, PRESETS[name].weight.fit("layer", (rows, columns))
 
     def error(decoded: torch.Tensor) -> float:
         return float(hessian_error((weight - decoded.cpu()).double(), hessian.double()).sum())
