@@ -19,6 +19,7 @@ import json
 import platform
 import resource
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,18 +27,21 @@ from typing import Any
 import torch
 
 import qcompile
+from qcompile.calibrate.assign import label
 from qcompile.calibrate.rotate_heads import rotate_heads_
 from qcompile.calibrate.stream import Batch
 from qcompile.checkpoint.gguf import smollm2_path
-from qcompile.config import QuantConfig, Rule
+from qcompile.config import QuantConfig, Rule, parse_config
 from qcompile.evaluate import compare, load_language_model, sample_text, weight_bytes
 from qcompile.linears import linear_modules
-from qcompile.scheme import PRESETS, parse_scheme
+from qcompile.scheme import PRESETS, Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW, CALIBRATION = 256, 4096
 
 FLOAT_ZERO = {"weight": {"format": "uint4", "group_size": 64, "symmetric": False, "offset": True}}
+INT4_32 = {"weight": {"format": "int4", "group_size": 32}}
+"""4.5 bits a weight, as NF4 with float32 scales of 64."""
 INT8_STATIC = {
     "weight": {"format": "int8", "granularity": "channel"},
     "activation": {"format": "int8", "dynamic": False},
@@ -73,6 +77,10 @@ ROWS: dict[str, Any] = {
     "int2 GPTQ": {"preset": "int2", "method": "gptq"},
     "nf4 RTN": "nf4",
     "nf4 GPTQ": {"preset": "nf4", "method": "gptq"},
+    "int4, groups of 32, RTN": INT4_32,
+    "int4, groups of 32, GPTQ": {**INT4_32, "method": "gptq"},
+    "auto, 4.5 bits, RTN": {"preset": "auto", "bits": 4.5},
+    "auto, 4.5 bits, GPTQ": {"preset": "auto", "bits": 4.5, "method": "gptq"},
     "mxfp4 RTN": "mxfp4",
     "mxfp4 GPTQ": {"preset": "mxfp4", "method": "gptq"},
     "Q4_0 RTN": "q4_0",
@@ -110,9 +118,10 @@ class Remembered:
 
 
 def config_of(scheme: Any) -> QuantConfig:
-    parsed = parse_scheme(scheme)
-    head = (Rule(layers="lm_head", scheme=PRESETS["int8_weight_only"]),) if parsed.weight.format.bits < 8 else ()
-    return QuantConfig((*head, Rule(layers="*", scheme=parsed)))
+    (rule,) = parse_config(scheme).rules
+    wide = isinstance(rule.scheme, Scheme) and rule.scheme.weight.format.bits >= 8
+    head = () if wide else (Rule(layers="lm_head", scheme=PRESETS["int8_weight_only"]),)
+    return QuantConfig((*head, rule))
 
 
 def calibration_text() -> str:
@@ -161,10 +170,16 @@ def row(
     results: list[Any] = []
     model: Any = original
     start = time.perf_counter()
+    decided: dict[str, Any] = {}
     if ROWS.get(name) is not None:
-        scheme = ROWS[name]
+        config = config_of(ROWS[name])
         model = copy.deepcopy(original)
-        qcompile.quantize_(model, config_of(scheme), calibration=batches, progress=False, report=results.append)
+        if config.undecided:
+            chosen = qcompile.choose_schemes(model, config, batches)
+            config = chosen.config
+            counts = Counter(label(choice.schemes[choice.chosen]) for choice in chosen.choices for _ in choice.layers)
+            decided = {"bits": chosen.bits, "kl_expected": chosen.kl, "layers": dict(counts)}
+        qcompile.quantize_(model, config, calibration=batches, progress=False, report=results.append)
     seconds = time.perf_counter() - start
     size = weight_bytes(model)
     if name in CACHES:
@@ -177,6 +192,7 @@ def row(
     return {
         "name": name,
         "config": ROWS.get(name, CACHES.get(name)),
+        **decided,
         "tokens": quality.tokens,
         "perplexity": quality.perplexity,
         "kl": quality.kl,

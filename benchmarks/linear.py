@@ -1,6 +1,6 @@
 """Time of quantized products against torch's own kernels, on weights that come from memory.
 
-    python benchmarks/linear.py [--device cpu] [--quick]
+    python benchmarks/linear.py [--device cpu] [--quick] [--schemes int4,int4_24] [--tokens 1,16,64] [--out folder]
     python benchmarks/linear.py --gate
 
 Writes `benchmarks/results/<machine>.linear.json`. The shapes are the four linears of a Llama-3-8B layer, with the
@@ -29,7 +29,7 @@ from qcompile.scheme import PRESETS
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = {"cuda": [1, 16, 32, 64, 128, 256, 1024, 4096], "cpu": [1, 4, 32, 512]}
 SCHEMES = {
-    "cuda": ["int4", "int8_weight_only", "fp8", "int8"],
+    "cuda": ["int4", "int8_weight_only", "fp8", "int8", "int4_24", "int8_24"],
     "cpu": ["int4", "int4_asym", "nf4", "mxfp4", "int8_weight_only", "fp8_weight_only", "int8", "int4_int8"],
 }
 GATE_SHAPE, GATE_TOKENS = (28672, 4096), [1, 16, 64, 256]
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--device", choices=TOKENS, default="cuda")
     parser.add_argument("--quick", action="store_true", help="one shape, few numbers of tokens; nothing is written")
     parser.add_argument("--gate", action="store_true", help="gate and up with and without the gate in the product")
+    parser.add_argument("--schemes", help="separated by commas, in place of those of the device")
+    parser.add_argument("--tokens", help="numbers of rows, likewise")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -69,10 +71,12 @@ def main() -> None:
         write_results(options.out, "gate", device, rows, rates)
         print(summary(rows))
         return
-    shapes, tokens = (SHAPES[:1], TOKENS[device.type][::3]) if options.quick else (SHAPES, TOKENS[device.type])
+    names = options.schemes.split(",") if options.schemes else SCHEMES[device.type]
+    tokens = [*map(int, options.tokens.split(","))] if options.tokens else TOKENS[device.type]
+    shapes, tokens = (SHAPES[:1], tokens[::3]) if options.quick else (SHAPES, tokens)
 
     def rows_of(n: int, k: int) -> list[Row]:
-        schemes = {name: PRESETS[name].fit(name, (n, k)) for name in SCHEMES[device.type]}
+        schemes = {name: PRESETS[name].fit(name, (n, k)) for name in names}
         return list(measure(n, k, tokens, schemes, rates, device))
 
     rows = list(itertools.chain.from_iterable(rows_of(n, k) for n, k in shapes))

@@ -1,7 +1,7 @@
-"""docs/performance.md, and its plots, from the files of results.
+"""docs/performance.md, its plots, and what `qcompile recommend` knows, from the files of results.
 
-    python benchmarks/report.py            writes both; plots need matplotlib (`pip install ".[plots]"`)
-    python benchmarks/report.py --tables   writes the text alone
+    python benchmarks/report.py            writes all; plots need matplotlib (`pip install ".[plots]"`)
+    python benchmarks/report.py --tables   writes no plots
 
 Every number of the page comes from `benchmarks/results`. Files are read by their names, `<machine>.<bench>.json`;
 `<machine>.peers.json` holds what others' libraries took in another run, beside what torch took there.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+MEASURED = ROOT / "qcompile" / "evaluate" / "measured.json"
 OURS = "qcompile"
 
 HEAD = """# Performance
@@ -455,14 +458,41 @@ def plot_attention(folder: Path, out: Path) -> None:
         _save(figure, out / f"{file['machine']}.attention-limit.svg")
 
 
+def measured(folder: Path = RESULTS) -> str:
+    """The text of qcompile/evaluate/measured.json: accuracy of weights and caches, and time between linears."""
+    (file,) = load(folder, "accuracy")
+    plain = next(row for row in file["rows"] if row["weight_bytes"] and row["config"] is None)
+
+    def entry(row: Row) -> Row:
+        return {"kl": round(row["kl"], 5), "loss": round(math.log(row["perplexity"] / plain["perplexity"]), 5)}
+
+    rows = [
+        {key: row[key] for key in ("name", "config", "layers") if key in row} | entry(row)
+        for row in file["rows"]
+        if not row["name"].startswith("KV ")
+    ]
+    caches = {row["config"]: entry(row) for row in file["rows"] if row["name"].startswith("KV ")}
+    between = [
+        (row["step_us"] - row["linear_us"]) / row["layers"]
+        for decoded in load(folder, "decode")
+        for row in decoded["rows"]
+        # Kernels that begin early count the time that they wait.
+        if row.get("impl") == OURS and "linear_us" in row and "triton.enable_pdl" not in row.get("inductor", "")
+    ]
+    content = {"model": file["model"], "between_us": round(statistics.median(between), 2), "caches": caches}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    return json.dumps(content, indent=1)[:-2] + f',\n "accuracy": [\n{lines}\n]}}\n'
+
+
 def main() -> None:
-    """Write the page and its plots."""
+    """Write the page, its plots and the package's table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="only the text, which needs no matplotlib")
     if not parser.parse_args().tables:
         plot_linear(RESULTS, PAGE.parent / "performance")
         plot_attention(RESULTS, PAGE.parent / "performance")
     PAGE.write_text(page())
+    MEASURED.write_text(measured())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from qcompile.scheme import PRESETS, preset
 SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"
 """N x K of the linears of a Llama-3-8B layer, with the query, key and value and the gate and up projections merged."""
 BUCKETS = "1,16,1024,64,4096,32,256,128,2048,512"
-SCHEMES = "int4,fp8,int8,int8_weight_only,fp8_weight_only,mxfp4,nvfp4,nf4,int4_asym,fp8_block"
+SCHEMES = "int4,fp8,int8,int8_weight_only,fp8_weight_only,mxfp4,nvfp4,nf4,int4_asym,fp8_block,int4_24,int8_24"
 
 
 def jobs(schemes: str, shapes: str, buckets: str, dtype: torch.dtype, experts: int) -> list[measure.Job]:

@@ -52,6 +52,40 @@ def device_of(target: str) -> Device:
     return _DEVICES.get(target, _SMALL)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A product that has a device's kind.
+
+    Attributes:
+        target: what kernels are generated for.
+        capacity: bytes of memory.
+        device: its rates.
+        tuned: the name of its table in `codegen/tuned`; "" if there is none.
+    """
+
+    target: str
+    capacity: int
+    device: Device
+    tuned: str = ""
+
+
+_SHARED_89 = 99 * 1024
+CARDS: dict[str, Card] = {
+    "a100": Card(target="sm_80", capacity=80 * 10**9, device=replace(_DEVICES["sm_80"], memory=2.0e12)),
+    "a100-40gb": Card(target="sm_80", capacity=40 * 10**9, device=replace(_DEVICES["sm_80"], memory=1.55e12)),
+    "3090": Card(target="sm_86", capacity=24 * 10**9, device=Device(82, 0.936e12, 2.2e12, 71e12, _SHARED_89)),
+    "4090": Card(target="sm_89", capacity=24 * 10**9, device=Device(128, 1.008e12, 5e12, 165e12, _SHARED_89)),
+    "l4": Card(target="sm_89", capacity=24 * 10**9, device=Device(58, 0.3e12, 2e12, 121e12, _SHARED_89)),
+    "l40s": Card(target="sm_89", capacity=48 * 10**9, device=Device(142, 0.864e12, 5e12, 362e12, _SHARED_89)),
+    "h100": Card(target="sm_90", capacity=80 * 10**9, device=_DEVICES["sm_90"], tuned="nvidia-h100"),
+    "h200": Card(target="sm_90", capacity=141 * 10**9, device=replace(_DEVICES["sm_90"], memory=4.8e12)),
+    "b200": Card(target="sm_100", capacity=180 * 10**9, device=_DEVICES["sm_100"]),
+    "5090": Card(target="sm_120", capacity=32 * 10**9, device=Device(170, 1.79e12, 6e12, 209e12, _SHARED_89)),
+    "mi300x": Card(target="gfx942", capacity=192 * 10**9, device=_DEVICES["gfx942"]),
+}
+"""By the names that people know them by; rates of data sheets, without sparsity, and estimates of the L2 caches'."""
+
+
 _M, _N, _K, _BITS, _X, _Y = sympy.symbols("M N K bits x_bytes y_bytes", positive=True)
 _TM, _TN, _Z, _SMS = sympy.symbols("tile_m tile_n split processors", positive=True)
 _PROGRAMS = sympy.ceiling(_M / _TM) * sympy.ceiling(_N / _TN) * _Z
@@ -101,31 +135,34 @@ def _instructions(spec: KernelSpec) -> float:
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.offset:
         return 8.0
+    sparse = 0.32 * fmt.bits * spec.sparse
     if fmt.bits == 4:
-        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow
-    return 3.6 + narrow
+        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
+    return 3.6 + narrow + sparse
 
 
-def resident(spec: KernelSpec) -> int:
+def resident(spec: KernelSpec, device: Device) -> int:
     """Programs that a multiprocessor holds at a time, by shared memory, an estimate of registers, and warps."""
-    tile, device = spec.tile, device_of(spec.target)
+    tile = spec.tile
     registers = min(255, 72 + tile.m * tile.n // (32 * tile.warps))
     by_registers = 65536 // (32 * tile.warps * registers)
     return max(1, min(by_registers, device.shared // (shared_bytes(spec) + 1024), 64 // tile.warps))
 
 
-def seconds(spec: KernelSpec, m: int) -> float:
+def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     """The model's time of a kernel for M = `m`, or of one expert of a stack.
+
+    On a device of the kernel's target, unless another is named.
 
     Reading memory and the cache go on beside the rest. Decoding and multiplying take turns, unless the tile overlaps
     them, on unevenly filled processors; and a program's turns follow each other.
     """
-    device, tile = device_of(spec.target), spec.tile
+    device, tile = device or device_of(spec.target), spec.tile
     given = (
         m,
         spec.n,
         spec.k,
-        FORMATS[spec.weight].bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
+        spec.stored_bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
         _BYTES.get(spec.x_dtype, 1),
         bytes_out(spec),
         tile.m,
@@ -142,7 +179,7 @@ def seconds(spec: KernelSpec, m: int) -> float:
     # Half of what uneven filling costs is made up for by the programs that run alone, which run faster.
     working = (multiplying + hidden * decoding) * value["fill"] ** 0.5
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, value["programs"] / (0.8 * device.processors))
-    rounds = math.ceil(value["programs"] / (device.processors * resident(spec)))
+    rounds = math.ceil(value["programs"] / (device.processors * resident(spec, device)))
     turns = _TURN * rounds * math.ceil(spec.k / (tile.split * tile.k)) if tile.form == "loop" else 0.0
     return (
         _LAUNCH + max(reading, value["cache"] / device.cache, working, turns) + (_SPLIT_COST if tile.split > 1 else 0)
@@ -159,7 +196,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     if tile.form == "slab":
         return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
     x = tile.m * tile.k * width
-    weight = tile.n * tile.k * FORMATS[spec.weight].bits // 8
+    weight = tile.n * tile.k * spec.loaded_bits // 8
     scale = _SCALE_BYTES.get(spec.scale_dtype, 1)
     block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
     blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0
@@ -198,12 +235,15 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
+    if like.sparse:  # whose words need registers too
+        largest = min(largest, 64 if _before_hopper(like.target) else 128)
     for block_m in _covers(m, largest):
+        small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
-        for block_n, k in itertools.product((64, 128) if block_m <= 32 or wide else (64, 128, 256), depths):
+        for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
-            plain = block_m <= 32 or crowded
+            plain = small or crowded
             for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
                 if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
                     continue
@@ -263,7 +303,7 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     for block_n, split, warps in itertools.product((64, 128), (2, 4, 8, 16), (4, 8)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
-        if even and part * block_n * bits <= 64 * 32 * 32 * warps:
+        if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
             found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
     return found
 

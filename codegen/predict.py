@@ -13,9 +13,8 @@ from collections.abc import Callable
 
 import sympy
 
-from qcompile.codegen.cost_model import bytes_out, device_of, seconds
+from qcompile.codegen.cost_model import Device, bytes_out, device_of, seconds
 from qcompile.codegen.spec import KernelSpec
-from qcompile.formats import FORMATS
 from qcompile.scheme import SCALE_DTYPES
 
 STRETCH = {
@@ -44,12 +43,11 @@ def _roofline(moved: sympy.Expr, share: float, factor: int) -> sympy.Expr:
     return _LAUNCH + sympy.Max(moved / _READ, _PRODUCT / (share * factor * _OPERATIONS))
 
 
+_PLAIN_MM = _roofline(2 * _N * _K + 2 * _M * _K + _M * _N * _Y, 0.78, 1)
 EXPRESSIONS: dict[str, sympy.Expr] = {
     "scaled_mm": 2 * _PASS + _roofline(_N * _K + _M * _K + _M * _N * _Y, 0.65, 2),
     "int_mm": _PASS + _roofline(_N * _K + _M * _K + 4 * _M * _N, 0.44, 2) + _M * _N * (4 + _Y) / _READ,
-    "decode_mm": 2 * _PASS
-    + _N * _K * (_BITS / 8 + 2) / _READ
-    + _roofline(2 * _N * _K + 2 * _M * _K + _M * _N * _Y, 0.78, 1),
+    "decode_mm": 2 * _PASS + _N * _K * (_BITS / 8 + 2) / _READ + _PLAIN_MM,
 }
 """Seconds of each of torch's ways, by its name in `runtime/vendor.py`: with what comes before and after the product."""
 
@@ -57,24 +55,30 @@ EXPRESSIONS: dict[str, sympy.Expr] = {
 @functools.cache
 def _compiled(vendor: str) -> Callable[..., float]:
     symbols = (_M, _N, _K, _BITS, _Y, _MEMORY, _OPERATIONS)
-    return sympy.lambdify(symbols, EXPRESSIONS[vendor], "math")
+    return sympy.lambdify(symbols, EXPRESSIONS.get(vendor, _PLAIN_MM), "math")
 
 
-def predict(spec: KernelSpec, m: int, vendor: str | None = None) -> float:
+def predict_plain(shape: tuple[int, int], m: int, device: Device) -> float:
+    """Seconds of torch's product of M = `m` rows by a weight [N, K], all in 16 bits."""
+    return _compiled("")(m, *shape, 16, 2, device.memory, device.operations)
+
+
+def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device | None = None) -> float:
     """Seconds of M = `m` rows.
 
     Args:
         vendor: one of `EXPRESSIONS`, which takes the place of the kernel whose tile `spec` has.
+        device: None for one of the kernel's target.
     """
     if vendor is None:
-        return STRETCH.get((spec.template, spec.compute), 1.3) * seconds(spec, m)
-    device, width = device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
-    bits = FORMATS[spec.weight].bits
+        return STRETCH.get((spec.template, spec.compute), 1.3) * seconds(spec, m, device)
+    device, width = device or device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
+    bits = spec.stored_bits
     return MARGIN * _compiled(vendor)(m, spec.n, spec.k, bits, width, device.memory, device.operations)
 
 
 def stored_bytes(spec: KernelSpec) -> int:
-    """Bytes of a packed weight, in the logical layout, or some less.
+    """Bytes of a packed weight, in the logical layout or the sparse one, or some less.
 
     A spec does not say of which type scales of scales are, nor that columns are permuted: two bytes are counted for
     each of the former, which is the least, and none for the latter.
@@ -83,7 +87,7 @@ def stored_bytes(spec: KernelSpec) -> int:
     scale = SCALE_DTYPES[spec.scale_dtype].itemsize
     block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
     above = -(-spec.k // spec.super_columns) * (2 if spec.offset else 1) if spec.super_columns else 0
-    return spec.n * -(-spec.k * FORMATS[spec.weight].bits // 8) + blocks * block + 2 * spec.n * above
+    return spec.n * -(-spec.k * spec.stored_bits // 8) + blocks * block + 2 * spec.n * above
 
 
 def limit(spec: KernelSpec, m: int) -> float:

@@ -69,6 +69,11 @@ _FIELDS = {"bfloat16": (8, 7), "float16": (5, 10)}
 """Exponent and mantissa bits."""
 
 
+def _bias_factor(fmt: FloatFormat, dtype: str) -> float:
+    """By how much a format's fields are worth more than in those places of `dtype`: the biases' power of two."""
+    return 2.0 ** ((1 << (_FIELDS[dtype][0] - 1)) - (1 << (fmt.exponent - 1)))
+
+
 def _float_pair(fmt: FloatFormat, dtype: str) -> str:
     """A Triton function `decode_pair` that works as `FloatFormat.decode` does, on both halves at once."""
     exponent, mantissa = _FIELDS[dtype]
@@ -82,7 +87,7 @@ def _float_pair(fmt: FloatFormat, dtype: str) -> str:
         ones = 0x7F if fmt.dtype == torch.float8_e4m3fn else 0x7C
         lines.append(f"special = ((pair & {ones * 0x10001:#x}) + {(0x80 - ones) * 0x10001:#x}) & 0x800080")
         lines.append(f"bits |= special * {((1 << exponent) - 1 << mantissa) // 0x80:#x}  # all bits of the exponent")
-    factor = 2.0 ** ((1 << (exponent - 1)) - (1 << (fmt.exponent - 1)))
+    factor = _bias_factor(fmt, dtype)
     for name, half in (("low", "bits"), ("high", "(bits >> 16)")):
         lines.append(f"{name} = {half}.to(tl.int16).to(tl.{dtype}, bitcast=True) * {factor!r}")
     body = "".join(f"    {line}\n" for line in [*lines, "return low, high"])
@@ -181,13 +186,32 @@ def _look_up(values: tuple[float, ...], dtype: str) -> list[str]:
     return lines
 
 
+def _move_fields(fmt: FloatFormat, dtype: str) -> list[str]:
+    """PTX as that of `_look_up`, for floats: their fields are moved to where `dtype` has its own.
+
+    What that gives is still to be multiplied by `_bias_factor`. Codes whose exponent is zero are subnormal in `dtype`
+    too, so that this makes them right as well.
+    """
+    _, mantissa = _FIELDS[dtype]
+    lines = [".reg .b32 s, m"]
+    for j in range(4):
+        low = fmt.bits * j  # where the code begins in a half
+        sources = []
+        for name, up in (("s", mantissa - fmt.mantissa - low), ("m", 16 - fmt.bits - low)):
+            sources.append(name if up else "w")
+            if up:
+                lines.append(f"sh{'l' if up > 0 else 'r'}.b32 {name}, w, {abs(up)}")
+        fields = ((1 << (fmt.bits - 1)) - 1 << mantissa - fmt.mantissa) * 0x10001
+        lines += [f"and.b32 m, {sources[1]}, 0x80008000", f"lop3.b32 t{j}, {sources[0]}, {fields:#x}, m, 0xea"]
+    return lines
+
+
 def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool) -> str:
     """PTX that decodes word $8 of eight 4-bit codes: field j of the low half to $<2j>, of the high half to $<2j+1>.
 
     Fields 0 and 2 are of one row of weights, 1 and 3 of another. $9 and $10 are minus both rows' zero points, less the
     number of `_MAGIC`, twice in a word each; the next two operands both rows' scales.
     """
-    values = word_values(fmt)
     packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
     fused = packed == "bf16x2" and int(target[3:]) < 90  # has no addition and multiplication of its own
 
@@ -199,7 +223,12 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
     lines = [".reg .b32 w, t0, t1, t2, t3", "mov.b32 w, $8"]
     if fused:
         lines += [".reg .b32 one, none", "mov.b32 one, 0x3f803f80", "mov.b32 none, 0x80008000"]
-    if values is not None:
+    values = word_values(fmt)
+    if isinstance(fmt, FloatFormat) and int(target[3:]) >= 90:  # others' kernels have no registers left for the factor
+        lines += _move_fields(fmt, dtype)
+        lines.append(f".reg .b32 f; mov.b32 f, {_bits(_bias_factor(fmt, dtype), dtype) * 0x10001:#x}")
+        lines += [calculate("mul", j, "f") for j in range(4)]
+    elif values is not None:
         lines += _look_up(values, dtype)
     else:
         assert isinstance(fmt, IntegerFormat)
@@ -344,6 +373,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "N": spec.n,
         "K": spec.k,
         "BITS": fmt.bits,
+        "SPARSE": spec.sparse,
         "SYMMETRIC": spec.symmetric,
         "OFFSET": spec.offset,
         "COLUMNS": spec.columns,

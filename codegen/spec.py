@@ -17,7 +17,7 @@ from qcompile.scheme import WHOLE, Granularity
 if TYPE_CHECKING:
     from qcompile.codegen.attention_spec import AttentionKernelSpec
 
-TEMPLATES = {"fragment": "gemm_fragment", "rows8": "gemm_rows8"}
+TEMPLATES = {"fragment": "gemm_fragment", "fragment24": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
 
 DECODE_TEMPLATE = "decode_fragment"
@@ -72,6 +72,7 @@ class KernelSpec:
         epilogue: see `LinearSpec`.
         target: "sm_90" and the like for NVIDIA, "gfx942" and the like for AMD.
         tile: see `Tile`.
+        sparse: whether codes are stored 2:4 sparse.
     """
 
     template: str
@@ -91,6 +92,17 @@ class KernelSpec:
     epilogue: tuple[str, ...]
     target: str
     tile: Tile
+    sparse: bool = False
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that a weight takes in memory: if sparse, those of half a code, and one that says where it is."""
+        return FORMATS[self.weight].bits // (2 if self.sparse else 1) + self.sparse
+
+    @property
+    def loaded_bits(self) -> int:
+        """Bits that a program loads for a weight; threads load the codes of sparse weights in pairs."""
+        return FORMATS[self.weight].bits + (2 if self.sparse else 0)
 
     @property
     def groups(self) -> int:
@@ -257,6 +269,7 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
         epilogue=spec.epilogue,
         target=target,
         tile=tile,
+        sparse=spec.layout == "fragment24",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qcompile.calibrate.assign import choose_schemes
 from qcompile.checkpoint.loader import load
 from qcompile.checkpoint.saving import save
 from qcompile.config import QuantConfig
@@ -22,6 +23,7 @@ __all__ = [
     "TransformersCache",
     "TransformersConfig",
     "calibrate_kv_cache",
+    "choose_schemes",
     "explain",
     "load",
     "quantize_",

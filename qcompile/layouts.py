@@ -1,14 +1,15 @@
 """How packed weights lie in memory for each kernel. Every layout is a bijection on codes, so nothing is kept twice.
 
-| layout     | for                                          | codes                                                    |
-| ---------- | -------------------------------------------- | -------------------------------------------------------- |
-| `logical`  | anything; portable, what checkpoints hold    | uint8 [N, ceil(K * bits / 8)], a bit stream a row        |
-| `rows8`    | 8-bit symmetric weights                      | int8 or float8 [N, K]                                    |
-| `fragment` | Triton GEMM whose weights go to registers    | int32 [N / 64, K / 64, 128 * bits], in MMA operand order |
-| `rows16`   | generated C++ for CPUs                       | int32 [N / 16, K / 32, bits, 16], a lane a row           |
+| layout       | for                                       | codes                                                    |
+| ------------ | ----------------------------------------- | -------------------------------------------------------- |
+| `logical`    | anything; portable, what checkpoints hold | uint8 [N, ceil(K * bits / 8)], a bit stream a row        |
+| `rows8`      | 8-bit symmetric weights                   | int8 or float8 [N, K]                                    |
+| `fragment`   | Triton GEMM whose weights go to registers | int32 [N / 64, K / 64, 128 * bits], in MMA operand order |
+| `fragment24` | the same, of 2:4 sparse weights           | int32 [N / 64, K / 64, 64 * (bits + 2)]                  |
+| `rows16`     | generated C++ for CPUs                    | int32 [N / 16, K / 32, bits, 16], a lane a row           |
 
-N and K are padded to the tile where a layout has one. The first dimension of every tensor of `rows8`, `fragment` and
-`rows16` but `perm` runs over output features, so that layers sharing an input are merged by concatenating there.
+N and K are padded to the tile where a layout has one. Except for `logical`, the first dimension of every tensor but
+`perm` runs over output features, so that layers sharing an input are merged by concatenating there.
 """
 
 from __future__ import annotations
@@ -158,18 +159,11 @@ class FragmentLayout(Layout):
     def pack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
         bits = weight.scheme.format.bits
-        codes = F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE))
-        tiles_n, tiles_k = codes.shape[0] // TILE, codes.shape[1] // TILE
-        fields = codes.view(tiles_n, 4, 2, 8, tiles_k, 4, 2, 4, 2)  # n: w r h, k: v s l b
-        fields = fields.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(tiles_n, tiles_k, 128, 16, 2)  # w h l | v s r | b
+        fields = _fragments(F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE)))
         planes = []
         low = 0
         for width in plane_widths(bits):
-            plane = ((fields >> low) & ((1 << width) - 1)).unflatten(3, (width, 16 // width))
-            words = torch.zeros(*plane.shape[:4], dtype=torch.int32, device=codes.device)
-            for slot in range(16 // width):
-                words |= plane[..., slot, 0].int() << (width * slot) | plane[..., slot, 1].int() << (16 + width * slot)
-            planes.append(words.flatten(2))
+            planes.append(_join_fields((fields >> low) & ((1 << width) - 1), width).flatten(2))
             low += width
         arranged = _rows_last(weight, TILE)
         return replace(arranged, codes=torch.cat(planes, -1), layout=self.name)
@@ -182,15 +176,90 @@ class FragmentLayout(Layout):
         low = 0
         for width in plane_widths(bits):
             words = weight.codes[..., 128 * low : 128 * (low + width)].unflatten(-1, (128, width))
-            shifts = width * torch.arange(16 // width, dtype=torch.int32, device=words.device)
-            both = words[..., None, None] >> (
-                shifts[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=words.device)
-            )
-            codes |= (both & ((1 << width) - 1)).to(torch.uint8).flatten(3, 4) << low
+            codes |= _split_fields(words, width) << low
             low += width
-        fields = codes.view(tiles_n, tiles_k, 4, 8, 4, 4, 2, 2, 2)  # w h l | v s r | b
-        matrix = fields.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(tiles_n * TILE, tiles_k * TILE)[:n, :k]
-        return replace(_rows_first(weight), codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
+        matrix = _matrix(codes)[:n, :k].contiguous()
+        return replace(_rows_first(weight), codes=pack_bits(matrix, bits), layout=LOGICAL)
+
+
+def _fragments(matrix: Tensor) -> Tensor:
+    """Codes [N, K], N and K multiples of 64, as [N / 64, K / 64, 128 threads, 16 fields j, 2 halves b]."""
+    tiles_n, tiles_k = matrix.shape[0] // TILE, matrix.shape[1] // TILE
+    fields = matrix.view(tiles_n, 4, 2, 8, tiles_k, 4, 2, 4, 2)  # n: w r h, k: v s l b
+    return fields.permute(0, 4, 1, 3, 7, 5, 6, 2, 8).reshape(tiles_n, tiles_k, 128, 16, 2)  # w h l | v s r | b
+
+
+def _matrix(fields: Tensor) -> Tensor:
+    """The inverse of `_fragments`."""
+    tiles_n, tiles_k = fields.shape[:2]
+    split = fields.view(tiles_n, tiles_k, 4, 8, 4, 4, 2, 2, 2)  # w h l | v s r | b
+    return split.permute(0, 2, 7, 3, 1, 5, 6, 4, 8).reshape(tiles_n * TILE, tiles_k * TILE)
+
+
+def _join_fields(fields: Tensor, width: int) -> Tensor:
+    """Fields [..., 16, 2] of `width` bits as int32 words [..., width]: j, b at bit 16 b + width (j % (16 / width))."""
+    plane = fields.unflatten(-2, (width, 16 // width)).to(torch.int32)
+    words = torch.zeros(plane.shape[:-2], dtype=torch.int32, device=plane.device)
+    for slot in range(16 // width):
+        words |= plane[..., slot, 0] << (width * slot) | plane[..., slot, 1] << (16 + width * slot)
+    return words
+
+
+def _split_fields(words: Tensor, width: int) -> Tensor:
+    """The inverse of `_join_fields`, uint8."""
+    shifts = width * torch.arange(16 // width, dtype=torch.int32, device=words.device)
+    both = words[..., None, None] >> (shifts[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=words.device))
+    return (both & ((1 << width) - 1)).to(torch.uint8).flatten(-3, -2)
+
+
+class Fragment24Layout(Layout):
+    """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`: half as many codes, and a bit for each column.
+
+    The four columns 4 i to 4 i + 3 are those of field j of two neighbouring threads, 2 p + e with e < 2: column 2 e + b
+    is that of half b. At most two of their codes differ from the code of 0. Both are in the words of the pair p, `bits`
+    words in which field j has its place of `fragment`: if a thread keeps both its columns, each in its half b; if not,
+    what thread e keeps is in half e. What is not taken is 0. The words of all 64 pairs come first, for 8 bits the first
+    four of each and then the last four. One word of each of the 128 threads follows: with `f` fields in half a word, it
+    says in bit j // f of the field at half b, place j % f, whether the thread keeps that column.
+
+    What is per block is as in `fragment`.
+    """
+
+    name = "fragment24"
+    mergeable = True
+    tile = TILE
+
+    def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        return _blocks_objection(scheme) if scheme.weight.sparsity == "2:4" else "it is not 2:4 sparse"
+
+    def pack(self, weight: PackedWeight) -> PackedWeight:
+        n, k = weight.shape
+        bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
+        codes = F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE), value=zero)
+        fields = _fragments(codes).unflatten(2, (64, 2))  # tiles | p e | j b
+        own = fields != zero
+        kept = fields * own
+        both = own.all(-1, keepdim=True)
+        # Where a thread keeps one column, the sum is its code.
+        in_halves = torch.where(both, kept, 0).sum(3, dtype=torch.uint8)
+        by_thread = torch.where(both, 0, kept.sum(-1, keepdim=True, dtype=torch.uint8)).squeeze(-1).transpose(3, 4)
+        words = _join_fields(in_halves | by_thread, bits)  # [tiles, 64, bits]
+        words = words.unflatten(3, (-1, 4)).transpose(2, 3).flatten(2)
+        places = _join_fields(own, bits) << torch.arange(bits, dtype=torch.int32, device=codes.device)
+        places = places.sum(-1, dtype=torch.int32).flatten(2)
+        return replace(_rows_last(weight, TILE), codes=torch.cat([words, places], -1), layout=self.name)
+
+    def unpack(self, weight: PackedWeight) -> PackedWeight:
+        n, k = weight.shape
+        bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
+        words, places = weight.codes.split([64 * bits, 128], -1)
+        slots = _split_fields(words.unflatten(2, (-1, 64, 4)).transpose(2, 3).flatten(3), bits)  # tiles | p | j c
+        places = places.unflatten(2, (64, 2, 1)) >> torch.arange(bits, dtype=torch.int32, device=words.device)
+        own = (_split_fields(places, bits) & 1).bool()  # tiles | p e | j b
+        both = own.all(-1, keepdim=True)
+        taken = torch.where(both, slots.unsqueeze(3), slots.transpose(3, 4).unsqueeze(-1))
+        matrix = _matrix(torch.where(own, taken, zero).flatten(2, 3))[:n, :k].contiguous()
+        return replace(_rows_first(weight), codes=pack_bits(matrix, bits), layout=LOGICAL)
 
 
 class Rows16Layout(Layout):
@@ -246,7 +315,8 @@ class Rows16Layout(Layout):
 
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (LogicalLayout(), Rows8Layout(), FragmentLayout(), Rows16Layout())
+    layout.name: layout
+    for layout in (LogicalLayout(), Rows8Layout(), FragmentLayout(), Fragment24Layout(), Rows16Layout())
 }
 
 
@@ -267,11 +337,11 @@ def integer_product(scheme: Scheme, shape: tuple[int, int]) -> bool:
 def choose_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
     """The layout whose kernel serves a layer best on a kind of device.
 
-    On GPUs 8-bit weights with 8-bit activations are `rows8` and all others `fragment`; on CPUs all are `rows16`. What
-    these do not take is `logical`.
+    On GPUs 8-bit weights with 8-bit activations are `rows8`, other 2:4 sparse ones `fragment24` and all others
+    `fragment`; on CPUs all are `rows16`. What these do not take is `logical`.
     """
     if device_type == "cuda":
-        order = ["rows8", "fragment"] if scheme.activation is not None else ["fragment"]
+        order = [*(["rows8"] if scheme.activation is not None else []), "fragment24", "fragment"]
     else:
         order = ["rows16"]
     for name in order:

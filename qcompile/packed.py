@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.bitpack import pack_bits, packed_width, unpack_bits
@@ -136,24 +138,12 @@ class PackedWeight:
         return unpack_bits(self.codes, self.scheme.format.bits, self.shape[1])
 
     def check(self, layer: str = "weight") -> None:
-        """Check the class's statements about dtypes and shapes in the logical layout.
+        """Check the class's statements about dtypes and shapes in the logical layout, and 2:4 sparsity.
 
         Raises:
             LayerError: naming the layer and what is wrong.
         """
-        scheme, (n, k) = self.scheme, self.shape
-        blocks = scheme.granularity.scale_shape(self.shape)
-        scale_dtype = SCALE_DTYPES[scheme.scale_dtype]
-        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codes": (torch.uint8, (n, packed_width(k, scheme.format.bits))),
-            "scale": (scale_dtype, blocks),
-            "zero_point": (torch.uint8, blocks),
-            "offset": (scale_dtype, blocks),
-            "perm": (torch.int32, (k,)),
-        }
-        if scheme.super_scale is not None:
-            above = SCALE_DTYPES[scheme.super_scale.dtype], (n, scheme.super_scale.count(k))
-            expected |= {"super_scale": above, "super_offset": above}
+        scheme, expected = self.scheme, stored_tensors(self.scheme, self.shape)
         for name in ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset", "perm"):
             if (getattr(self, name) is not None) != (name in scheme.fields):
                 has = "lacks" if name in scheme.fields else "has"
@@ -164,6 +154,39 @@ class PackedWeight:
                 raise LayerError(f"{layer}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             if tensor.device != self.codes.device:
                 raise LayerError(f"{layer}: {name} is on {tensor.device}, codes on {self.codes.device}")
+        if scheme.sparsity is not None and self.codes.device.type != "meta":
+            n, k = self.shape
+            kept = F.pad(self.unpack_codes() != scheme.zero_code, (0, -k % 4)).view(n, -1, 4).sum(-1)
+            if bool((kept > 2).any()):
+                raise LayerError(f"{layer}: more than two of four columns are not 0, but it is to be 2:4 sparse")
+
+
+def stored_tensors(scheme: WeightScheme, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes of a packed weight's tensors in the logical layout, of more than its scheme's `fields`.
+
+    Args:
+        shape: (N, K); the scheme is fitted to it.
+    """
+    n, k = shape
+    blocks = scheme.granularity.scale_shape(shape)
+    scale_dtype = SCALE_DTYPES[scheme.scale_dtype]
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "codes": (torch.uint8, (n, packed_width(k, scheme.format.bits))),
+        "scale": (scale_dtype, blocks),
+        "zero_point": (torch.uint8, blocks),
+        "offset": (scale_dtype, blocks),
+        "perm": (torch.int32, (k,)),
+    }
+    if scheme.super_scale is not None:
+        above = SCALE_DTYPES[scheme.super_scale.dtype], (n, scheme.super_scale.count(k))
+        found |= {"super_scale": above, "super_offset": above}
+    return found
+
+
+def stored_bytes(scheme: WeightScheme, shape: tuple[int, int]) -> int:
+    """`PackedWeight.nbytes` of a weight [N, K] of this scheme, in the logical layout."""
+    tensors = stored_tensors(scheme, shape)
+    return sum(tensors[name][0].itemsize * math.prod(tensors[name][1]) for name in scheme.fields)
 
 
 def concatenate(weights: list[PackedWeight]) -> PackedWeight:

@@ -51,7 +51,7 @@ class Bar:
 
 def track(steps: Sequence[T], description: str, show: bool) -> Iterable[T]:
     """The steps themselves; on a terminal (standard error) a bar shows how many are done and the time left."""
-    if not show or not sys.stderr.isatty():
+    if not show or not steps or not sys.stderr.isatty():
         return steps
     from rich.console import Console
     from rich.progress import track as rich_track

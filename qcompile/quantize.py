@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.ops  # noqa: F401  (registers the operators)
+from qcompile.calibrate.assign import choose_schemes
 from qcompile.calibrate.codes import check_codes, choose_codes
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
@@ -20,7 +21,7 @@ from qcompile.errors import ConfigError, LayerError
 from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
 from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
-from qcompile.modules import PackedModule
+from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.progress import track
 from qcompile.scheme import Scheme
@@ -48,8 +49,8 @@ def quantize_(
 
     Args:
         model: floating point, for inference; on any device.
-        config: anything that `torch.compile`'s `options={"config": ...}` takes; None only takes over what torchao
-            quantized.
+        config: anything that `torch.compile`'s `options={"config": ...}` takes, and schemes that calibration decides
+            (`{"preset": "auto", "bits": 4.5}`, see `choose_schemes`); None only takes over what torchao quantized.
         calibration: batches, for static activation scales, for methods that look at a layer's inputs, and for scales of
             the configuration's `kv_cache`: each a tensor, a tuple of arguments or a dict of keyword arguments of the
             model. They run block by block, so that one block's activations are in memory; between blocks hidden states
@@ -57,7 +58,7 @@ def quantize_(
         progress: show a progress bar on a terminal.
         resume: a folder for finished blocks: a call that was interrupted goes on from there when it is made again with
             the same model, configuration and calibration. It stays, since the model is nowhere else yet: remove it
-            when the model is saved.
+            when the model is saved. With scheme auto what is measured is kept in `<resume>.sensitivities.json`.
         report: is told of each layer that calibration quantizes.
 
     Returns:
@@ -89,6 +90,9 @@ def quantize_waiting(
     Then the peak of memory is the result and one block, with statistics of its inputs.
     """
     parsed = None if config is None else parse_config(config)
+    batches = None if calibration is None else list(calibration)
+    if parsed is not None and parsed.undecided:
+        parsed = _decided(model, parsed, batches, progress, resume)
     if type(model) is nn.Linear or is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")
     modules, experts = linear_modules(model), expert_modules(model)
@@ -118,7 +122,6 @@ def quantize_waiting(
     if calibration is None and wanting is not None:
         raise LayerError(f"{wanting}: {_needs(planned_all[wanting])}")
     parents = parents_of(model)
-    batches = None if calibration is None else list(calibration)
     if wanting is not None:
         assert batches is not None
         modules.clear()
@@ -153,7 +156,38 @@ def quantize_waiting(
     _fill(waiting)
     if parsed is not None and parsed.kv_cache is not None and batches is not None:
         _calibrate_kv_cache(model, parsed.kv_cache, batches)
+    _untie_head(model)
     return model
+
+
+def _decided(
+    model: nn.Module, config: QuantConfig, batches: list[Any] | None, progress: bool, resume: str | Path | None
+) -> QuantConfig:
+    """With schemes in the place of scheme auto.
+
+    Raises:
+        ConfigError: no calibration; see `choose_schemes`.
+    """
+    if batches is None:
+        raise ConfigError("scheme auto measures what each layer's quantization changes: pass calibration=batches")
+    keep = None if resume is None else sensitivities_beside(resume)
+    return choose_schemes(model, config, batches, progress=progress, keep=keep).config
+
+
+def sensitivities_beside(resume: str | Path) -> Path:
+    """The file that keeps what scheme auto measures, beside the folder of finished blocks."""
+    folder = Path(resume)
+    return folder.with_name(f"{folder.name}.sensitivities.json")
+
+
+def _untie_head(model: nn.Module) -> None:
+    """Let nobody tie a quantized head of transformers' to the embedding again."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    config: Any = getattr(model, "config", None)
+    if isinstance(head, QuantizedLinear) and config is not None:
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if getattr(part, "tie_word_embeddings", False):
+                part.tie_word_embeddings = False
 
 
 def _check_kv_cache(model: nn.Module, kv_cache: KVScheme | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
     that of the weights and the offset is the least. A super scale maps the largest scale of the tensor to the largest
     that `scale_dtype` holds; in a super-block (integer scales) the largest scale, and the lowest offset, become the
     largest integer. Codes are chosen for the scale as it is stored, after its rounding to `scale_dtype`. A block of
-    zeros gets scale 1, or 0 if no code of the format is 0.
+    zeros gets scale 1, or 0 if no code of the format is 0. 2:4 sparse weights are pruned first (`leave_two_of_four`).
 
     Args:
         weight: floating point [N, K].
@@ -95,7 +96,7 @@ def super_scale(rows: Sequence[Tensor], scheme: WeightScheme, layer: str) -> Ten
 
 def _quantize_rows(weight: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str) -> tuple[Tensor, ...]:
     """The tensors of some packed rows, a multiple of a block's."""
-    w = finite_float32(weight, layer)
+    w = leave_two_of_four(finite_float32(weight, layer), scheme)
     grid = choose_grid(w, scheme, above, layer)
     return pack_bits(grid.encode(w), scheme.format.bits), *grid.tensors
 
@@ -112,6 +113,23 @@ def finite_float32(weight: Tensor, layer: str) -> Tensor:
             f"{layer}: the weight holds NaN or infinity, so it has no scale; keep the layer with scheme null"
         )
     return w
+
+
+def leave_two_of_four(w: Tensor, scheme: WeightScheme) -> Tensor:
+    """A matrix of which, for a 2:4 sparse scheme, the two greatest magnitudes of each four columns are left.
+
+    Of equal ones the first are. A matrix that is sparse already stays as it is.
+    """
+    if scheme.sparsity is None:
+        return w
+    fours = F.pad(w, (0, -w.shape[1] % 4)).unflatten(1, (-1, 4))
+    sizes = fours.abs()
+    smaller = torch.zeros(fours.shape, dtype=torch.int8, device=w.device)
+    for i, j in itertools.combinations(range(4), 2):
+        first = sizes[..., i] >= sizes[..., j]
+        smaller[..., i] += first
+        smaller[..., j] += ~first
+    return fours.masked_fill(smaller < 2, 0.0).flatten(1)[:, : w.shape[1]]
 
 
 @dataclass(frozen=True, kw_only=True)

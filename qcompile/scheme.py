@@ -126,6 +126,8 @@ class WeightScheme:
         super_scale: what multiplies scales, and offsets likewise.
         act_order: the columns of the codes are sorted by group, as GPTQ with `desc_act` leaves them.
         flexible_group: the group comes from a preset, so it may shrink to fit K.
+        sparsity: "2:4" if of each four neighbouring columns, from a multiple of four, at most two are not 0; None if
+            any may be. For symmetric integers of 4 and 8 bits whose columns are in their own order.
     """
 
     format: Format
@@ -136,8 +138,18 @@ class WeightScheme:
     super_scale: SuperScale | None = None
     act_order: bool = False
     flexible_group: bool = False
+    sparsity: str | None = None
 
     def __post_init__(self) -> None:
+        if self.sparsity not in (None, "2:4"):
+            raise ConfigError(f'sparsity {shown(self.sparsity)} is neither "2:4" nor null')
+        if self.sparsity is not None and (self.format.name not in ("int4", "int8") or not self.symmetric):
+            raise ConfigError(
+                f"2:4 sparse weights are symmetric int4 or int8, not {self.format.name}"
+                + (" with offsets" if self.offset else "")
+            )
+        if self.sparsity is not None and self.act_order:
+            raise ConfigError("columns of 2:4 sparse weights are in their own order: leave act_order out")
         if self.scale_dtype not in tuple(SCALE_DTYPES):
             raise ConfigError(f"scale_dtype {shown(self.scale_dtype)} is none of {', '.join(SCALE_DTYPES)}")
         unsigned = isinstance(self.format, IntegerFormat) and not self.format.signed
@@ -158,6 +170,16 @@ class WeightScheme:
     def has_super_blocks(self) -> bool:
         """Whether scales (and offsets) are integers, under others that runs of a row's blocks share."""
         return self.scale_dtype in ("uint8", "int8")
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that a weight takes at least: of a sparse one half a code, and one that says whose it is."""
+        return self.format.bits if self.sparsity is None else self.format.bits // 2 + 1
+
+    @property
+    def zero_code(self) -> int:
+        """The code of 0 in a sparse weight."""
+        return 1 << (self.format.bits - 1)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -204,7 +226,7 @@ class WeightScheme:
         return replace(self, granularity=granularity, flexible_group=False)
 
     def __str__(self) -> str:
-        return f"{self.format.name} {self.granularity}"
+        return f"{self.format.name} {self.granularity}" + (f" {self.sparsity} sparse" if self.sparsity else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,13 +341,14 @@ class Scheme:
         return f"{self.weight}" + (f", activations {self.activation}" if self.activation else "")
 
 
-def _integer(bits: int, group: int | None, *, symmetric: bool = True) -> WeightScheme:
+def _integer(bits: int, group: int | None, *, symmetric: bool = True, sparsity: str | None = None) -> WeightScheme:
     return WeightScheme(
         format=get_format(f"{'int' if symmetric else 'uint'}{bits}"),
         granularity=Granularity.channel() if group is None else Granularity.group(group),
         symmetric=symmetric,
         scale_dtype="float32" if group is None else "bfloat16",
         flexible_group=group is not None,
+        sparsity=sparsity,
     )
 
 
@@ -420,6 +443,8 @@ PRESETS: dict[str, Scheme] = {
     "q6_k": Scheme(weight=_gguf_k("int6", 16, 8)),
     "iq4_xs": Scheme(weight=_gguf_k("iq4_nl", 32, 6)),
     "int4_int8": Scheme(weight=_integer(4, 128), activation=_activation("int8", _CHANNEL)),
+    "int4_24": Scheme(weight=_integer(4, 128, sparsity="2:4")),
+    "int8_24": Scheme(weight=_integer(8, None, sparsity="2:4")),
 }
 
 SUBSTITUTES = {
@@ -456,6 +481,7 @@ _WEIGHT_KEYS = (
     "scale_dtype",
     "super_scale",
     "act_order",
+    "sparsity",
 )
 _ACTIVATION_KEYS = (
     "format",
@@ -566,6 +592,7 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
         super_scale=_parse_super_scale(given.get("super_scale")),
         act_order=_boolean("weight: act_order", given.get("act_order", False)),
         flexible_group=granularity.is_group and not sized,
+        sparsity=given.get("sparsity"),
     )
 
 
@@ -662,6 +689,8 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
             given["weight"]["super_scale"]["bits"] = weight.super_scale.bits
     if weight.act_order:
         given["weight"]["act_order"] = True
+    if weight.sparsity is not None:
+        given["weight"]["sparsity"] = weight.sparsity
     if scheme.activation is not None:
         activation = scheme.activation
         given["activation"] = {"format": activation.format.name, "dynamic": activation.dynamic}

@@ -18,7 +18,7 @@ import qcompile
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before), "file": qcompile.__file__}))
 """
-HEAVY = {"triton", "transformers", "torchao", "gguf", "sympy", "yaml", "rich", "typer"}
+HEAVY = {"triton", "transformers", "torchao", "gguf", "scipy", "sympy", "yaml", "rich", "typer"}
 """Packages that are imported where they are used."""
 
 

@@ -20,7 +20,7 @@ CODEGEN_MAY_IMPORT = {"codegen", "errors", "expr", "flags", "formats", "kv_cache
 PRIVATE_TORCH = {"_C", "_dynamo", "_functorch", "_guards", "_higher_order_ops", "_inductor", "_subclasses"}
 OPERATORS = {"ops", "grouped", "attention"}
 """What reaches the runtime, inside functions."""
-HEAVY = {"triton", "transformers", "torchao", "gguf"}
+HEAVY = {"triton", "transformers", "torchao", "gguf", "scipy"}
 """Packages that importing qcompile must not import."""
 
 

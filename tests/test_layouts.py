@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcompile.formats import FORMATS
 from qcompile.layouts import LAYOUTS, choose_layout, plane_widths, to_layout
 from qcompile.packed import PackedWeight, concatenate
 from qcompile.reference import dequantize, quantize_weight
 from qcompile.scheme import PRESETS, Granularity, Scheme, WeightScheme
+from tests.kernels.problems import sparse_codes
 
 SHAPES = [(64, 128), (1, 128), (65, 192), (130, 64), (3, 80)]
 GRANULARITIES = [Granularity.tensor(), Granularity.channel(), Granularity.group(16), Granularity.group(32)]
 GRANULARITIES += [Granularity.block(3, 32), Granularity.block(128, 128)]
 
 
-def scheme_of(name: str, granularity: Granularity, scale_dtype: str = "bfloat16") -> Scheme:
+def scheme_of(
+    name: str, granularity: Granularity, scale_dtype: str = "bfloat16", sparsity: str | None = None
+) -> Scheme:
     return Scheme(
         weight=WeightScheme(
             format=FORMATS[name],
             granularity=granularity,
             symmetric=not name.startswith("uint"),
             scale_dtype=scale_dtype,
+            sparsity=sparsity,
         )
     )
 
@@ -45,7 +52,8 @@ def equal(a: PackedWeight, b: PackedWeight) -> bool:
 def test_round_trip(name, layout):
     taken = 0
     for granularity, shape in itertools.product(GRANULARITIES, SHAPES):
-        scheme = scheme_of(name, granularity)
+        sparse = layout.name == "fragment24" and name in ("int4", "int8")
+        scheme = scheme_of(name, granularity, sparsity="2:4" if sparse else None)
         if layout.objection(scheme, shape) is not None:
             continue
         taken += 1
@@ -58,6 +66,7 @@ def test_round_trip(name, layout):
         "logical": True,
         "rows8": FORMATS[name].native_dtype is not None,
         "fragment": True,
+        "fragment24": name in ("int4", "int8"),
         "rows16": True,
     }
     assert bool(taken) == expected[layout.name]
@@ -83,6 +92,47 @@ def test_fragment_puts_codes_where_its_docstring_says():
         assert value == codes[n, k]
 
 
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_fragment24_puts_codes_where_its_docstring_says(name):
+    scheme = scheme_of(name, Granularity.channel(), sparsity="2:4").weight
+    bits, zero = scheme.format.bits, 2 ** (scheme.format.bits - 1)
+    codes = sparse_codes(torch.randint(0, 2**bits, (64, 64), dtype=torch.uint8), zero)
+    packed = PackedWeight.from_codes(codes, torch.ones(64, 1, dtype=torch.bfloat16), None, scheme)
+    words = LAYOUTS["fragment24"].pack(packed).codes
+    assert words.shape == (1, 1, 64 * (bits + 2))
+    plain = [w % 2**32 for w in words.flatten().tolist()]
+    per_half = 16 // bits
+
+    def bit_of(j: int, half: int) -> int:
+        return 16 * half + bits * (j % per_half)
+
+    def kept(p: int, e: int, j: int, b: int) -> bool:
+        return plain[64 * bits + 2 * p + e] // 2 ** (bit_of(j, b) + j // per_half) % 2 == 1
+
+    for w, h, lane, v, s, r, b in itertools.product(range(4), range(8), range(4), range(4), *[range(2)] * 3):
+        n, k = 16 * w + 8 * r + h, 16 * v + 8 * s + 2 * lane + b
+        p, e, j = (32 * w + 4 * h + lane) // 2, lane % 2, 4 * v + 2 * s + r
+        assert kept(p, e, j, b) == (codes[n, k] != zero)
+        if kept(p, e, j, b):
+            q = j // per_half
+            word = plain[64 * 4 * (q // 4) + 4 * p + q % 4]
+            half = b if kept(p, e, j, 1 - b) else e
+            assert word // 2 ** bit_of(j, half) % 2**bits == codes[n, k]
+
+
+@given(st.sampled_from(["int4", "int8"]), st.integers(1, 140), st.integers(1, 200), st.integers(0, 99))
+def test_sparse_codes_come_back(name, n, k, seed):
+    """Bits for half the codes, and one a weight; groups of four have two, one or none that are not 0."""
+    torch.manual_seed(seed)
+    scheme = scheme_of(name, Granularity.channel(), sparsity="2:4").weight
+    bits = scheme.format.bits
+    codes = sparse_codes(torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), 2 ** (bits - 1))
+    packed = PackedWeight.from_codes(codes, torch.ones(n, 1, dtype=torch.bfloat16), None, scheme)
+    there = LAYOUTS["fragment24"].pack(packed)
+    assert there.codes.numel() * 32 == -(-n // 64) * -(-k // 64) * 64 * 64 * (bits // 2 + 1)
+    assert equal(LAYOUTS["fragment24"].unpack(there), packed)
+
+
 def test_rows16_puts_codes_where_its_docstring_says():
     codes = torch.randint(0, 8, (20, 48), dtype=torch.uint8)
     scheme = scheme_of("int3", Granularity.channel()).weight
@@ -106,7 +156,7 @@ def test_planes_of_powers_of_two_add_up():
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.mergeable], ids=lambda x: x.name)
 def test_mergeable_layouts_join_by_concatenation(layout):
-    weight = scheme_of("int8", Granularity.group(32)).weight
+    weight = scheme_of("int8", Granularity.group(32), sparsity="2:4" if layout.name == "fragment24" else None).weight
     parts = [quantize_weight(torch.randn(n, 64), weight) for n in (64, 128)]
     joined = layout.pack(concatenate(parts))
     for index, tensor in enumerate(joined.tensors):
@@ -118,6 +168,8 @@ def test_mergeable_layouts_join_by_concatenation(layout):
     [
         ("rows8", scheme_of("int4", Granularity.channel()), (64, 64), "int4 is no 8-bit type"),
         ("fragment", scheme_of("int4", Granularity.block(4, 24)), (64, 48), "blocks of 24 columns"),
+        ("fragment24", scheme_of("int4", Granularity.group(32)), (64, 64), "not 2:4 sparse"),
+        ("fragment24", scheme_of("int4", Granularity.group(24), sparsity="2:4"), (64, 48), "blocks of 24 columns"),
         ("rows16", scheme_of("int4", Granularity.group(24)), (64, 48), "blocks of 24 columns"),
     ],
 )
@@ -132,12 +184,22 @@ def test_every_preset_has_a_layout(name, device):
     assert layout.objection(PRESETS[name], (96, 256)) is None
 
 
-@pytest.mark.parametrize("layout", ["fragment", "rows16"])
+def test_sparse_weights_are_kept_sparse_on_gpus():
+    assert choose_layout(PRESETS["int4_24"], (96, 256), "cuda").name == "fragment24"
+    assert choose_layout(PRESETS["int4_24"], (96, 256), "cpu").name == "rows16"
+    both = replace(PRESETS["int8_24"], activation=PRESETS["int8"].activation)
+    assert choose_layout(both, (96, 256), "cuda").name == "rows8"
+
+
+@pytest.mark.parametrize("layout", ["fragment", "fragment24", "rows16"])
 @pytest.mark.parametrize(
     "granularity", [Granularity.tensor(), Granularity.group(32), Granularity.block(96, 32)], ids=str
 )
 def test_large_weights_are_laid_out_in_parts(layout, granularity, monkeypatch):
-    packed = quantize_weight(torch.randn(700, 64), scheme_of("fp8_e4m3", granularity).weight)
+    scheme = (
+        scheme_of("int8", granularity, sparsity="2:4") if layout == "fragment24" else scheme_of("fp8_e4m3", granularity)
+    )
+    packed = quantize_weight(torch.randn(700, 64), scheme.weight)
     whole = to_layout(packed, LAYOUTS[layout])
     decoded = dequantize(packed)
     monkeypatch.setattr("qcompile.layouts._CHUNK", 64 * 130)

@@ -40,6 +40,16 @@ def test_packing_no_codes():
         assert unpack_bits(pack_bits(torch.zeros(0, 16, dtype=torch.uint8), bits), bits, 16).shape == (0, 16)
 
 
+def test_more_than_two_of_four_are_refused():
+    codes = torch.full((3, 10), 8, dtype=torch.uint8)
+    codes[1, 4:6] = 0
+    scheme = WeightScheme(format=FORMATS["int4"], granularity=Granularity.channel(), sparsity="2:4")
+    PackedWeight.from_codes(codes, torch.ones(3, 1), None, scheme)
+    codes[1, 7] = 9
+    with pytest.raises(LayerError, match=r"layer: more than two of four columns"):
+        PackedWeight.from_codes(codes, torch.ones(3, 1), None, scheme, "layer")
+
+
 def make(name: str = "int4", granularity: Granularity | None = None, shape: tuple[int, int] = (6, 32)) -> PackedWeight:
     granularity = granularity or Granularity.group(16)
     scheme = WeightScheme(format=FORMATS[name], granularity=granularity, symmetric=not name.startswith("uint"))

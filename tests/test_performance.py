@@ -36,6 +36,10 @@ def test_the_page_is_what_the_script_writes() -> None:
     assert report.PAGE.read_text() == report.page(), "run `python benchmarks/report.py`"
 
 
+def test_the_packaged_table_is_what_the_script_writes() -> None:
+    assert report.MEASURED.read_text() == report.measured(), "run `python benchmarks/report.py`"
+
+
 def test_every_plot_of_the_page_is_there() -> None:
     shown = re.findall(r"!\[[^]]*\]\(([^)]*)\)", report.page())
     assert shown

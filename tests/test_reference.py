@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from qcompile.bitpack import pack_bits
 from qcompile.errors import LayerError
 from qcompile.formats import FORMATS, IntegerFormat
-from qcompile.reference import dequantize, dequantize_activation, quantize_activation, quantize_weight
+from qcompile.reference import (
+    dequantize,
+    dequantize_activation,
+    leave_two_of_four,
+    quantize_activation,
+    quantize_weight,
+)
 from qcompile.scheme import FLOAT_SCALES, PRESETS, SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
 from tests import oracle
 from tests.strategies import matrices, weight_schemes
@@ -44,6 +50,24 @@ def test_dequantized_weight_is_the_oracle_s_and_near_the_original(weight, scheme
     scale = oracle.expand(packed.scale, pair(scheme.granularity), packed.shape)
     values = oracle.decode_values(scheme.format.name)
     assert_within(exact, weight, weight_bound(values, weight, scale, SCALE_DTYPES[scheme.scale_dtype]))
+
+
+@pytest.mark.parametrize("name", ["int4_24", "int8_24"])
+@given(weight=matrices())
+def test_two_of_four_are_left(name, weight):
+    """The greatest, of equal ones the first; what is left becomes what it becomes in a dense weight."""
+    scheme = PRESETS[name].weight.fit("layer", (weight.shape[0], weight.shape[1]))
+    pruned = torch.zeros(weight.shape)
+    for n, row in enumerate(weight.tolist()):
+        for first in range(0, len(row), 4):
+            four = range(first, min(first + 4, len(row)))
+            for k in sorted(four, key=lambda k: -abs(row[k]))[:2]:
+                pruned[n, k] = row[k]
+    packed, dense = quantize_weight(weight, scheme), quantize_weight(pruned, replace(scheme, sparsity=None))
+    assert torch.equal(packed.codes, dense.codes)
+    assert torch.equal(packed.scale, dense.scale)
+    again = dequantize(packed)
+    assert torch.equal(leave_two_of_four(again, scheme), again)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -220,7 +244,7 @@ def test_zero_and_empty_activations(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_take_the_nearest_value_under_their_scales(name):
     """Whatever the scales are, no other code comes nearer to a weight by more than float32 rounds."""
-    weight = torch.randn(8, 256)
+    weight = leave_two_of_four(torch.randn(8, 256), PRESETS[name].weight)
     weight[3] = 0
     packed = quantize_weight(weight, PRESETS[name].weight)
     packed.check()

@@ -73,12 +73,29 @@ def test_aliases(alias, name):
         ({"format": "int8"}, PRESETS["int8_weight_only"].weight),
         ({"format": "fp8_e4m3", "block_size": [128, 128]}, PRESETS["fp8_block"].weight),
         ({"format": "fp8_e4m3", "granularity": "tensor"}, PRESETS["fp8_static"].weight),
+        ({"format": "int4", "sparsity": "2:4"}, PRESETS["int4_24"].weight),
+        ({"format": "int8", "sparsity": "2:4"}, PRESETS["int8_24"].weight),
     ],
 )
 def test_dicts_that_mean_a_preset(given_, weight):
     if weight.granularity == Granularity.block(128, 128):
         given_ = given_ | {"scale_dtype": "float32"}
     assert parse_scheme({"weight": given_}).weight == weight
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"format": "int4", "sparsity": "1:4"}, "neither"),
+        ({"format": "int3", "sparsity": "2:4"}, "int4 or int8, not int3"),
+        ({"format": "int4", "symmetric": False, "sparsity": "2:4"}, "not uint4"),
+        ({"format": "int4", "symmetric": False, "offset": True, "sparsity": "2:4"}, "not int4 with offsets"),
+        ({"format": "int4", "act_order": True, "sparsity": "2:4"}, "act_order"),
+    ],
+)
+def test_sparse_weights_that_are_refused(given_, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_scheme({"weight": given_})
 
 
 def test_sizes_of_dicts():

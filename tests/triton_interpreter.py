@@ -171,6 +171,7 @@ _PTX: dict[str, Any] = {
     "mov.b32": lambda value: value,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
+    "shl.b32": np.left_shift,
     "shr.b32": np.right_shift,
     "prmt.b32": _permute_bytes,
     "lop3.b32": _choose_bits,

@@ -35,6 +35,7 @@ import triton.language as tl
 N = tl.constexpr(256)
 K = tl.constexpr(256)
 BITS = tl.constexpr(4)
+SPARSE = tl.constexpr(False)
 SYMMETRIC = tl.constexpr(True)
 OFFSET = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
@@ -71,6 +72,13 @@ TILES_N = (N + 63) // 64
 K_PER_SPLIT = ((K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)) * BLOCK_K
 EVEN_K = K_PER_SPLIT * SPLIT == K
 EVEN_N = TILES_N % (BLOCK_N // 64) == 0
+STORED = tl.constexpr(BITS.value // 2 + 1 if SPARSE.value else BITS.value)
+"""Bits that a weight takes in memory."""
+FIELD = tl.constexpr((1 << BITS.value) - 1)
+ONES = tl.constexpr(((1 << 32) - 1) // FIELD.value)
+"""A field of BITS bits, and the lowest bit of each field of a word."""
+ZERO_CODES = tl.constexpr((ONES.value << (BITS.value - 1)) - (1 << 32))
+"""The code of 0 in each field."""
 WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
 BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
 """Columns of the output, and of a program's."""
@@ -87,7 +95,7 @@ GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
 CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.value + 2 * (SCALES.value == "fragments")))
 """Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
-PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * BITS.value // 16 * 16))
+PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * STORED.value // 16 * 16))
 """Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows; a multiple of 16."""
 PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
 
@@ -176,9 +184,9 @@ def place_of(tile_n, index, SIZE: tl.constexpr):
 def prefetch(codes, tile_n, tile_k):
     """Send the first codes of each tile of 64 rows to the L2 cache, from column tile `tile_k`."""
     tile, slot = place_of(tile_n, tl.arange(0, NT * 128), 128)
-    place = tile_k * (128 * BITS) + slot * (PREFETCH // 4)
-    place = tl.minimum(place, TILES_K * (128 * BITS) - PREFETCH // 4)
-    row = tl.minimum(first_tile(tile_n) + tile, TILES_N - 1).to(tl.int64) * (TILES_K * (128 * BITS))
+    place = tile_k * (128 * STORED) + slot * (PREFETCH // 4)
+    place = tl.minimum(place, TILES_K * (128 * STORED) - PREFETCH // 4)
+    row = tl.minimum(first_tile(tile_n) + tile, TILES_N - 1).to(tl.int64) * (TILES_K * (128 * STORED))
     address = codes + row + place
     tl.inline_asm_elementwise(PREFETCH_PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -189,7 +197,7 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
     index = tl.arange(0, KT * NT * 128 * WIDTH)
     kt = index // (NT * 128 * WIDTH)
     nt, word = place_of(tile_n, index, 128 * WIDTH)
-    source = codes + (nt * TILES_K + kt) * (128 * BITS) + 128 * LOW + word
+    source = codes + (nt * TILES_K + kt) * (128 * STORED) + 128 * LOW + word
     if EVEN_K and EVEN_N:
         words = tl.load(source)
     else:
@@ -212,18 +220,67 @@ def extract(words, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
+    """As `load_plane`, of WIDTH words of which both threads of a pair load the same; one fetches them from memory."""
+    thread = tl.arange(0, KT * NT * 128)[:, None]
+    kt = thread // (NT * 128)
+    nt, place = place_of(tile_n, thread, 128)
+    source = codes + (nt * TILES_K + kt) * (128 * STORED) + 64 * LOW + place // 2 * WIDTH
+    source += tl.arange(0, WIDTH)[None, :]
+    if EVEN_K and EVEN_N:
+        words = tl.load(source)
+    else:
+        words = tl.load(source, mask=(tile_k + kt < TILES_K) & (first_tile(tile_n) + nt < TILES_N), other=0)
+    return tl.reshape(words, (KT, NT, 128, WIDTH))
+
+
+@triton.jit
+def turned(words):
+    """Words with their halves exchanged."""
+    return (words << 16) | ((words >> 16) & 0xFFFF)
+
+
+@triton.jit
+def whole_fields(bits):
+    """For each word q the fields whose bit q is set in `bits` [K tiles, N tiles, 128 threads]: [.., BITS] words."""
+    q = tl.reshape(tl.arange(0, BITS), (1, 1, 1, BITS))
+    return ((tl.expand_dims(bits, 3) >> q) & ONES) * FIELD
+
+
+@triton.jit
+def load_sparse(codes, tile_n, tile_k):
+    """The plane of 2:4 sparse codes, in full: [K tiles, N tiles, 128 threads, BITS]."""
+    kept = load_pairs(codes, tile_n, tile_k, 0, 4)
+    if BITS == 8:
+        both = tl.join(kept, load_pairs(codes, tile_n, tile_k, 4, 4))
+        kept = tl.reshape(tl.permute(both, (0, 1, 2, 4, 3)), (KT, NT, 128, 8))
+    first, second = tl.split(load_pairs(codes, tile_n, tile_k, BITS, 2))
+    even = tl.reshape(tl.arange(0, 128) % 2 == 0, (1, 1, 128))
+    own = tl.where(even, first, second)
+    # A thread's code is in its own column's half if it keeps both columns, or that half is the thread's.
+    in_place = own & (turned(own) | tl.where(even, 0xFFFF, -0x10000))
+    across = whole_fields(own & ~in_place)
+    in_place = whole_fields(in_place)
+    words = (kept & in_place) | (ZERO_CODES & ~in_place)
+    return (turned(kept) & across) | (words & ~across)
+
+
+@triton.jit
 def load_words(codes, tile_n, tile_k):
     """The planes of LOADED columns of codes."""
-    codes += (first_tile(tile_n).to(tl.int64) * TILES_K + tile_k) * (128 * BITS)
+    codes += (first_tile(tile_n).to(tl.int64) * TILES_K + tile_k) * (128 * STORED)
     planes = ()
-    if BITS == 8:
-        planes = planes + (load_plane(codes, tile_n, tile_k, 0, 8),)
-    if BITS & 4:
-        planes = planes + (load_plane(codes, tile_n, tile_k, 0, 4),)
-    if BITS & 2:
-        planes = planes + (load_plane(codes, tile_n, tile_k, BITS & 4, 2),)
-    if BITS & 1:
-        planes = planes + (load_plane(codes, tile_n, tile_k, BITS - 1, 1),)
+    if SPARSE:
+        planes = planes + (load_sparse(codes, tile_n, tile_k),)
+    else:
+        if BITS == 8:
+            planes = planes + (load_plane(codes, tile_n, tile_k, 0, 8),)
+        if BITS & 4:
+            planes = planes + (load_plane(codes, tile_n, tile_k, 0, 4),)
+        if BITS & 2:
+            planes = planes + (load_plane(codes, tile_n, tile_k, BITS & 4, 2),)
+        if BITS & 1:
+            planes = planes + (load_plane(codes, tile_n, tile_k, BITS - 1, 1),)
     return planes
 
 

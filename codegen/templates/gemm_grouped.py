@@ -10,10 +10,10 @@ import triton.language as tl
 
 # <fragment>
 from qcompile.codegen.templates.gemm_fragment import (
-    BITS,
     BLOCK_M,
     BLOCK_N,
     GROUPS,
+    STORED,
     SUPER_GROUPS,
     TILES_K,
     TILES_N,
@@ -59,7 +59,7 @@ def kernel(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offs
     accumulator = multiply(
         x + first_m.to(tl.int64) * K,
         x_scale + first_m * GROUPS,
-        codes + expert.to(tl.int64) * (TILES_N * TILES_K * 128 * BITS),
+        codes + expert.to(tl.int64) * (TILES_N * TILES_K * 128 * STORED),
         scale + rows * GROUPS,
         zero_point + rows * GROUPS,
         offset + rows * GROUPS,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompile.calibrate.gptq import hessian_error
 from qcompile.calibrate.statistics import InputStatistics
-from qcompile.reference import blocks_of, choose_grid, expand_blocks, super_scale
+from qcompile.reference import blocks_of, choose_grid, expand_blocks, leave_two_of_four, super_scale
 from qcompile.scheme import WeightScheme
 
 
@@ -45,7 +45,7 @@ def awq_scales(
     def loss(scale: Tensor) -> float:
         total = 0.0
         for w, scheme in quantized:
-            scaled = w * scale
+            scaled = leave_two_of_four(w * scale, scheme)
             rounded = choose_grid(scaled, scheme, super_scale([scaled], scheme, layer), layer)
             error = w - rounded.decode(rounded.encode(scaled)) / scale
             total += hessian_error(error, hessian).sum().item()

@@ -14,7 +14,7 @@ from qcompile.calibrate.search import search_grid
 from qcompile.errors import LayerError
 from qcompile.methods import GPTQ, HQQ, RTN, Given
 from qcompile.packed import PackedWeight
-from qcompile.reference import Grid, finite_float32, quantize_weight, row_strips, super_scale
+from qcompile.reference import Grid, finite_float32, leave_two_of_four, quantize_weight, row_strips, super_scale
 from qcompile.scheme import Scheme, WeightScheme
 
 
@@ -66,7 +66,7 @@ def _nearest(
     above = super_scale(strips, scheme, layer)
     packed = []
     for strip in strips:
-        w = finite_float32(strip, layer)
+        w = leave_two_of_four(finite_float32(strip, layer), scheme)
         grid = choose(w, above)
         packed.append((pack_bits(grid.encode(w), scheme.format.bits), *grid.tensors))
     tensors = [torch.cat(parts) for parts in zip(*packed, strict=True)]

@@ -5,6 +5,9 @@ Transformers", arXiv:2210.17323. With H = X^T X / n over the inputs X of a layer
 mean square of what the output errs by, small. Groups are static: their scales are chosen before, from the weights as
 they were. It works with every format and granularity, since it asks the grid (`qcompile.reference.Grid`) for the
 nearest code of a number, and nothing else.
+
+Of 2:4 sparse weights two of four columns are chosen where their codes are, by what leaving out the others costs, as
+SparseGPT does (Frantar and Alistarh 2023, arXiv:2301.00774, section 3.3). What is 0 already goes first.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from qcompile.formats import Format
 from qcompile.formats.table import TableFormat
 from qcompile.methods import GPTQ
 from qcompile.packed import PackedWeight
-from qcompile.reference import Grid, choose_grid, finite_float32, super_scale
+from qcompile.reference import Grid, choose_grid, finite_float32, leave_two_of_four, super_scale
 from qcompile.scheme import WeightScheme
 
 
@@ -49,8 +52,9 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: WeightScheme, settings: GPTQ, 
         w, hessian = w[:, perm], hessian[perm][:, perm]
     above = super_scale([w], scheme, layer)
     grid, codes = _solve(w, hessian, scheme, settings, above, layer)
-    nearest_grid = choose_grid(w, scheme, above, layer)
-    nearest_codes = nearest_grid.encode(w)
+    pruned = leave_two_of_four(w, scheme)
+    nearest_grid = choose_grid(pruned, scheme, above, layer)
+    nearest_codes = nearest_grid.encode(pruned)
     better = _strip_errors(w - nearest_grid.decode(nearest_codes), hessian, scheme) < _strip_errors(
         w - grid.decode(codes), hessian, scheme
     )  # [row blocks]
@@ -79,7 +83,7 @@ def _solve(
     """The grid, and codes uint8 [N, K]."""
     columns = w.shape[1]
     group = scheme.granularity.block_of((w.shape[0], columns))[1]
-    ordered = settings.act_order and not scheme.act_order
+    ordered = settings.act_order and not scheme.act_order and scheme.sparsity is None
     order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns)
     order = order.to(w.device)
     factor = inverse_factor(hessian[order[:, None], order], settings.damping, layer)
@@ -87,14 +91,19 @@ def _solve(
     blocks = _per_block(grid)
     rest = w[:, order].t().contiguous()  # [K, N], so that a column of the weight lies together
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    done = _Columns(min(settings.block_size, columns), w.shape[0], scheme, w.device)
-    for start in range(0, columns, settings.block_size):
-        end = min(start + settings.block_size, columns)
+    before = None if scheme.sparsity is None else w.t()
+    block = settings.block_size + (-settings.block_size % 4 if before is not None else 0)
+    done = _Columns(min(block, columns), w.shape[0], scheme, w.device)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
         if end - start < done.size:
             done = _Columns(end - start, w.shape[0], scheme, w.device)
         places = order[start:end]
         done.solve(
-            rest[start:end], factor[start:end, start:end], [None if b is None else b(places // group) for b in blocks]
+            rest[start:end],
+            factor[start:end, start:end],
+            None if before is None else before[start:end],
+            [None if b is None else b(places // group) for b in blocks],
         )
         codes[:, places] = done.codes.t()
         rest[end:].addmm_(factor[start:end, end:].t(), done.errors, alpha=-1)
@@ -118,15 +127,16 @@ class _Columns:
         self._on_gpu = device.type == "cuda" and not isinstance(scheme.format, TableFormat)  # tables come from the host
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def solve(self, own: Tensor, factor: Tensor, per_column: Sequence[Tensor | None]) -> None:
+    def solve(self, own: Tensor, factor: Tensor, before: Tensor | None, per_column: Sequence[Tensor | None]) -> None:
         """Choose codes.
 
         Args:
             own: float32 [size, N], the columns.
             factor: float32 [size, size], of the inverse Hessian.
+            before: float32 [size, N], the columns as they were, for 2:4 sparse weights.
             per_column: step, zero point and shift, float32 [size, N].
         """
-        inputs = [own, factor, *per_column]
+        inputs = [own, factor, before, *per_column]
         if not self._inputs:
             self._inputs = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
             self._run()  # also what a recording must find done: kernels that are loaded at their first call
@@ -144,23 +154,41 @@ class _Columns:
         self._graph.replay()
 
     def _run(self) -> None:
-        own, factor, *per_column = self._inputs
+        own, factor, before, *per_column = self._inputs
         assert own is not None
         assert factor is not None
         choose = _choose_fused() if self._on_gpu else _choose
         for i in range(self.size):
+            wanted = own[i]
+            if before is not None:
+                if i % 4 == 0:
+                    four = slice(i, i + 4)
+                    left = _left(own[four].t(), before[four].t(), factor.diagonal()[four], self.scheme)
+                wanted = wanted * left[:, i % 4]
             stored = [None if t is None else t[i] for t in per_column]
-            choose(own[i], stored, factor[i, i], self.codes[i], self.errors[i], self.scheme.format)
+            choose(own[i], wanted, stored, factor[i, i], self.codes[i], self.errors[i], self.scheme.format)
             own[i:].addr_(factor[i, i:], self.errors[i], alpha=-1)
 
 
+def _left(four: Tensor, before: Tensor, diagonal: Tensor, scheme: WeightScheme) -> Tensor:
+    """Which of four columns [N, 4] stay: those without which the output errs most, of those that were not 0 before."""
+    costs = (four / diagonal).abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return leave_two_of_four(costs.masked_fill(before == 0, 0.0), scheme) > 0
+
+
 def _choose(
-    column: Tensor, stored: Sequence[Tensor | None], diagonal: Tensor, codes: Tensor, errors: Tensor, fmt: Format
+    column: Tensor,
+    wanted: Tensor,
+    stored: Sequence[Tensor | None],
+    diagonal: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    fmt: Format,
 ) -> None:
-    """Write the codes nearest to a column [N], and what it is off by over the factor's diagonal."""
+    """Write the codes nearest to what is wanted of a column [N], and what it is off by over the factor's diagonal."""
     step, zero_point, shift = stored
     assert step is not None
-    scaled = (column if shift is None else column - shift) / step
+    scaled = (wanted if shift is None else wanted - shift) / step
     code = fmt.encode(scaled if zero_point is None else scaled + zero_point)
     value = fmt.decode(code.to(torch.int32))
     assert isinstance(value, Tensor)

@@ -52,7 +52,7 @@ class Progress:
         self.schemes, self.mixtures = schemes, mixtures
         if self.folder is None:
             return
-        self.key = _key(model, {**schemes, **mixtures}, batches, waiting)
+        self.key = calibration_key(model, {**schemes, **mixtures}, batches, waiting)
         index = self.folder / _INDEX
         if not index.is_file():
             if self.folder.exists() and any(self.folder.iterdir()):
@@ -179,7 +179,7 @@ def _result(entry: dict[str, Any]) -> LayerResult:
     return LayerResult(**{**entry, "folded": tuple(entry["folded"])})
 
 
-def _key(
+def calibration_key(
     model: nn.Module, schemes: Mapping[str, Scheme], batches: Sequence[Batch], waiting: Waiting | None = None
 ) -> str:
     """What a calibration depends on, hashed: code, schemes, batches, and the shapes and some content of parameters."""

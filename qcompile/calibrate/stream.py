@@ -163,6 +163,19 @@ class Stack:
             given = call.with_hidden(self.hidden[number].to(device))
             yield number, block(*given.args, **given.kwargs)
 
+    def run_from(self, index: int, model: nn.Module, batch: Batch, number: int, device: torch.device) -> Any:
+        """What the model returns for a batch, of which it is known what arrives at a block.
+
+        Args:
+            number: of the batch.
+        """
+        hidden, output = self.hidden[number].to(device), None
+        for name, calls in zip(self.names[index:], self.calls[index:], strict=True):
+            given = calls[number].with_hidden(hidden)
+            output = model.get_submodule(name)(*given.args, **given.kwargs)
+            hidden = hidden_of(output)
+        return run_rest(model, self.names, output, batch)
+
     def advance(self, index: int, block: nn.Module, device: torch.device) -> None:
         """Replace the hidden states by what a block makes of them."""
         last = index == len(self.names) - 1
@@ -255,6 +268,16 @@ def record(model: nn.Module, names: Sequence[str], batches: Sequence[Batch], don
         if order != list(range(len(names))):
             raise NotAStack("its blocks are called in another order than they are listed")
     return Stack(list(names), calls, start)
+
+
+def run_rest(model: nn.Module, names: Sequence[str], output: Any, batch: Batch) -> Any:
+    """What the model returns where a stack's last block returns `output`; its blocks do not run."""
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        return output
+
+    with _forwards(dict.fromkeys(names, forward), model):
+        return model(*batch.args, **batch.kwargs)
 
 
 @contextmanager

@@ -135,6 +135,7 @@ def loaded_integers(
     zero_point: Tensor | None = None,
     offset: Tensor | None = None,
     perm: Tensor | None = None,
+    sparsity: str | None = None,
 ) -> LoadedLinear:
     """A layer of unsigned codes whose zero points, where none are given or all are so, are half of their range.
 
@@ -144,6 +145,7 @@ def loaded_integers(
         zero_point: uint8 of the scale's shape.
         offset: of the scale's shape and dtype, in place of zero points.
         perm: int32 [K], the input feature of each column of the codes.
+        sparsity: of the scheme.
     """
     if zero_point is not None and bool((zero_point == 1 << (bits - 1)).all()):
         zero_point = None
@@ -155,6 +157,7 @@ def loaded_integers(
         offset=offset is not None,
         scale_dtype=SCALES[scale.dtype],
         act_order=perm is not None,
+        sparsity=sparsity,
     )
     weight = PackedWeight(
         codes=codes.contiguous(),

@@ -220,6 +220,34 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def skeleton_of(path: Path) -> nn.Module:
+    """The model that a file describes, in bfloat16, with parameters on the meta device; no weights are read.
+
+    Args:
+        path: a folder with a `config.json`, such a file, or a GGUF file.
+
+    Raises:
+        CheckpointError: something else, or no description that transformers makes a language model of.
+    """
+    check_installed(path)
+    import transformers
+
+    if path.suffix == ".gguf":
+        from qcompile.checkpoint.gguf import gguf_source
+
+        return skeleton(gguf_source(path, decode=True).config, torch.bfloat16)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".json":
+        raise CheckpointError(
+            f"{path}: there is no config.json; name a model's folder, its config.json, or a GGUF file"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(file, trust_remote_code=False)
+        return skeleton(config, torch.bfloat16)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: transformers makes no language model of it: {error}") from None
+
+
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     from accelerate import init_empty_weights

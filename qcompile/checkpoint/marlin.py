@@ -53,7 +53,7 @@ def marlin_linear(tensors: LayerTensors, shape: tuple[int, int], *, codes: str, 
 def marlin_24_weight(
     tensors: LayerTensors, shape: tuple[int, int], *, bits: int, codes: str, meta: str, scales: str
 ) -> PackedWeight:
-    """A symmetric weight of which two in each four columns are kept; the others become the code of 0.
+    """A symmetric 2:4 sparse weight: of each four columns two are stored; the others become the code of 0.
 
     Args:
         bits: 4 or 8.
@@ -81,7 +81,8 @@ def marlin_24_weight(
     dense.scatter_(2, pairs, kept.view(rows, columns // 4, 2))
     scale = _scales(tensors, scales, shape, _SPARSE_SCALES, range(8))
     granularity = granularity_of(columns // scale.shape[1], columns)
-    return loaded_integers(tensors, pack_bits(dense.flatten(1), bits), bits, shape, granularity, scale).weight
+    spread = pack_bits(dense.flatten(1), bits)
+    return loaded_integers(tensors, spread, bits, shape, granularity, scale, sparsity="2:4").weight
 
 
 def qqq_linear(tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear:

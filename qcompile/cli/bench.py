@@ -24,25 +24,14 @@ def model_shapes(path: Path) -> dict[Shape, list[str]]:
     """(N, K) of a model's linears, with their names; no weights are read.
 
     Args:
-        path: a folder with a `config.json`, or such a file.
+        path: a folder with a `config.json`, such a file, or a GGUF file.
 
     Raises:
         CheckpointError: something else, or no configuration that transformers makes a language model of.
     """
-    import transformers
+    from qcompile.checkpoint.loader import skeleton_of
 
-    from qcompile.checkpoint.loader import skeleton
-
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{path}: there is no config.json; --model takes a model's folder or its config.json")
-    if file.suffix != ".json":
-        raise CheckpointError(f"{path}: this is no config.json; --model takes a model's folder or its config.json")
-    try:
-        config = transformers.AutoConfig.from_pretrained(file)
-        model = skeleton(config, torch.bfloat16)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: transformers makes no language model of it: {error}") from None
+    model = skeleton_of(path)
     found: dict[Shape, list[str]] = {}
     for name, module in linear_modules(model).items():
         weight = module.weight
@@ -50,7 +39,7 @@ def model_shapes(path: Path) -> dict[Shape, list[str]]:
         n, k = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
         found.setdefault((n, k), []).append(name)
     if not found:
-        raise CheckpointError(f"{file}: its model has no linears")
+        raise CheckpointError(f"{path}: its model has no linears")
     return found
 
 

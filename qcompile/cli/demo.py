@@ -17,7 +17,7 @@ from rich.table import Table
 import qcompile
 from qcompile.cli.steps import Steps
 from qcompile.config import QuantConfig, Rule, parse_config
-from qcompile.evaluate import Decoder, LanguageModel, compare, prefill_rate, sample_text, weight_bytes
+from qcompile.evaluate import LanguageModel, compare, compiled_decoder, prefill_rate, sample_text, weight_bytes
 from qcompile.scheme import ALIASES, PRESETS
 
 STEPS_PER_SCHEME = 4
@@ -127,9 +127,7 @@ def _row(
     prefill_tokens_per_second = prefill_rate(model, prefill)
 
     steps.next(f"{scheme}: compiling (about a minute)")
-    torch.compiler.reset()
-    step = torch.compile(model, backend="qcompile" if quantized else "inductor", fullgraph=True)
-    decoder = Decoder(model, step, prompt.numel() + max(tokens, WARM_UP))
+    decoder = compiled_decoder(model, prompt.numel() + max(tokens, WARM_UP))
     compile_seconds = decoder.generate(prompt, WARM_UP).first_step
 
     steps.next(f"{scheme}: writing {tokens} tokens")

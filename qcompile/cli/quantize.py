@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,23 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.calibrate.assign import Chosen, check_name, label
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.stream import Waiting, find_stacks
 from qcompile.checkpoint.gguf import load_decoded
-from qcompile.checkpoint.gguf_tokenizer import load_tokenizer
 from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
-from qcompile.checkpoint.saving.layers import Layer
-from qcompile.checkpoint.saving.save import fits
+from qcompile.checkpoint.saving.save import fits, formats_for, layer_like
 from qcompile.cli.demo import config_of
 from qcompile.cli.steps import Steps
-from qcompile.config import QuantConfig, Rule, parse_config
+from qcompile.config import AUTO, Auto, QuantConfig, Rule, parse_config
 from qcompile.errors import CheckpointError, ConfigError
+from qcompile.evaluate.models import load_tokenizer_of
 from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules, matrix_of
-from qcompile.methods import ROUND, parse_method
-from qcompile.quantize import planned, quantize_waiting
-from qcompile.reference import quantize_weight
+from qcompile.methods import parse_method
+from qcompile.quantize import planned, quantize_waiting, sensitivities_beside
 from qcompile.scheme import ALIASES, PRESETS, Scheme
 
 STEPS = 4
@@ -46,11 +44,13 @@ class Quantized:
 
     Attributes:
         layers: what became of those that calibration saw; empty where nothing needed it.
-        saved: see `Saved`.
+        saved: see `Saved`; None if only a configuration was asked for.
+        chosen: where scheme auto was asked for.
     """
 
     layers: tuple[LayerResult, ...]
-    saved: Saved
+    saved: Saved | None
+    chosen: Chosen | None = None
 
 
 def configuration(scheme: str, method: Sequence[str]) -> QuantConfig:
@@ -76,14 +76,39 @@ def configuration(scheme: str, method: Sequence[str]) -> QuantConfig:
     return QuantConfig(tuple(rules))
 
 
+def auto_configuration(
+    budget: Mapping[str, float], method: Sequence[str], candidates: Sequence[str], format: str | None
+) -> QuantConfig:
+    """What `--scheme auto` and its options say together; an output head called `lm_head` gets 8 bits.
+
+    Args:
+        budget: `bits`, `bytes` or `kl`; exactly one.
+        candidates: presets; empty for the usual ones, of which those that `format` cannot hold are left out.
+        format: to save in; None if nothing is saved.
+
+    Raises:
+        ConfigError: unknown names; none or several budgets.
+    """
+    auto: dict[str, Any] = {"preset": AUTO, **budget}
+    if method:
+        auto["method"] = list(method)
+    if candidates:
+        auto["candidates"] = list(candidates)
+    parsed = Auto.from_dict(auto)
+    if not candidates and format is not None:
+        parsed = replace(parsed, candidates=tuple(s for s in parsed.candidates if format in formats_for(s)))
+    head = Rule(layers="lm_head", scheme=PRESETS["int8_weight_only"], optional=True)
+    return QuantConfig((head, Rule(layers="*", scheme=parsed)))
+
+
 def _scheme(rule: Rule) -> Scheme:
-    assert rule.scheme is not None
+    assert isinstance(rule.scheme, Scheme)
     return rule.scheme
 
 
 def run(
     source: Path,
-    output: Path,
+    output: Path | None,
     config: QuantConfig,
     calibration: Path | None,
     *,
@@ -94,6 +119,7 @@ def run(
     dtype: torch.dtype | None,
     allow_rounding: bool,
     steps: Steps,
+    write_config: Path | None = None,
 ) -> Quantized:
     """Load, quantize and save a model. Interrupted, it goes on from `<output>.resume` when it is called again.
 
@@ -102,9 +128,11 @@ def run(
 
     Args:
         source: a folder with a checkpoint that is not quantized, or a GGUF file, whose weights are decoded.
+        output: None to choose schemes only.
         calibration: a text file; None where no scheme looks at activations.
         samples, length: at most so many sequences of so many tokens are taken from its beginning.
         dtype: to compute in; None for the checkpoint's own, or float32 for GGUF.
+        write_config: where the configuration goes that scheme auto chooses.
 
     Raises:
         CheckpointError: a model that cannot be read, or is quantized; a format that cannot hold the schemes.
@@ -112,29 +140,67 @@ def run(
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format!r} cannot be written; there are {', '.join(FORMATS)}")
-    if output.exists() and any(output.iterdir()):
+    if output is not None and output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output}: is not empty; name another folder")
+    if config.undecided and calibration is None:
+        raise ConfigError("scheme auto measures what each layer's quantization changes: name a text, --calibration")
+    if write_config is not None:
+        check_name(write_config)
     steps.next(f"loading {source}")
     model, waiting = _load(source, device, dtype)
+    resume = None if output is None else output.with_name(f"{output.name}.resume")
+    batches, chosen = None, None
+    if config.undecided:
+        assert calibration is not None
+        if waiting is not None:  # the whole model is run
+            for block in waiting.blocks:
+                waiting.fill(block)
+        for each in each_candidate(config) if output is not None else ():
+            check_format(model, planned(model, each), format)
+        steps.next(f"reading {calibration}")
+        batches = [batch.to(device) for batch in sequences(source, calibration, samples, length)]
+        steps.next("measuring how much each layer matters")
+        steps.pause()
+        beside = resume or (None if write_config is None else write_config.with_suffix(".resume"))
+        keep = None if beside is None else sensitivities_beside(beside)
+        chosen = qcompile.choose_schemes(model, config, batches, keep=keep)
+        config = chosen.config
+        if write_config is not None:
+            chosen.write(write_config)
+        if output is None:
+            if keep is not None:
+                keep.unlink(missing_ok=True)
+            return Quantized((), None, chosen)
+    assert output is not None
+    assert resume is not None
     schemes = planned(model, config)
     check_format(model, schemes, format)
-    batches = None
-    if any(scheme.needs_data for scheme in schemes.values()):
+    if any(scheme.needs_data for scheme in schemes.values()) and batches is None:
         if calibration is None:
             name, scheme = next((n, s) for n, s in schemes.items() if s.needs_data)
             raise ConfigError(f"{name}: {scheme}, by {scheme.method}, looks at activations: name a text, --calibration")
         steps.next(f"reading {calibration}")
         batches = [batch.to(device) for batch in sequences(source, calibration, samples, length)]
     results: list[LayerResult] = []
-    resume = output.with_name(f"{output.name}.resume") if batches is not None else None
     steps.next(f"quantizing {len(schemes)} layers")
     steps.pause()
-    quantize_waiting(model, config, waiting, calibration=batches, resume=resume, report=results.append)
+    kept = resume if batches is not None else None
+    quantize_waiting(model, config, waiting, calibration=batches, resume=kept, report=results.append)
     steps.next(f"writing {output}")
     saved = qcompile.save(model, output, format, allow_rounding=allow_rounding)
-    if resume is not None and resume.exists():
+    if resume.exists():
         shutil.rmtree(resume)
-    return Quantized(tuple(results), saved)
+    sensitivities_beside(resume).unlink(missing_ok=True)
+    return Quantized(tuple(results), saved, chosen)
+
+
+def each_candidate(config: QuantConfig) -> Iterator[QuantConfig]:
+    """Configurations in which one candidate takes the place of scheme auto, for each of them."""
+    autos = [rule.scheme for rule in config.rules if isinstance(rule.scheme, Auto)]
+    for scheme in autos[0].schemes:
+        yield QuantConfig(
+            tuple(replace(r, scheme=scheme) if isinstance(r.scheme, Auto) else r for r in config.rules), config.kv_cache
+        )
 
 
 def _load(source: Path, device: torch.device, dtype: torch.dtype | None) -> tuple[nn.Module, Waiting | None]:
@@ -162,18 +228,7 @@ def check_format(model: nn.Module, schemes: dict[str, Scheme], format: str) -> N
         if (scheme, n, k) in known:
             continue
         known.add((scheme, n, k))
-        zeros = partial(torch.zeros, n, k)
-        static = scheme.activation is not None and not scheme.activation.dynamic
-        layer = Layer(
-            name=name,
-            scheme=replace(scheme, method=ROUND),
-            shape=(n, k),
-            dtype=torch.float32,
-            weight=lambda zeros=zeros, weight=scheme.weight: quantize_weight(zeros(), weight),  # type: ignore[misc]
-            bias=None,
-            input_scale=torch.ones(()) if static else None,
-            pre_quant_scale=None,
-        )
+        layer = layer_like(name, scheme, (n, k))
         if scheme.weight.act_order or fits(layer, format):  # sorted columns are there after the work
             continue
         raise refusal(layer, format, "of its scheme or shape", [f for f in FORMATS if fits(layer, f)])
@@ -190,25 +245,16 @@ def sequences(source: Path, text: Path, samples: int, length: int) -> list[Tenso
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--calibration {text}: cannot be read as text ({error})") from None
-    ids = torch.tensor(_tokenizer(source).encode(content, add_special_tokens=False), dtype=torch.int64)
+    ids = torch.tensor(load_tokenizer_of(source).encode(content, add_special_tokens=False), dtype=torch.int64)
     if ids.numel() < 2:
         raise ConfigError(f"--calibration {text}: holds {ids.numel()} tokens; name a text of some thousand words")
     return [part[None] for part in ids[: samples * length].split(length)]
 
 
-def _tokenizer(source: Path) -> Any:
-    if source.suffix == ".gguf":
-        return load_tokenizer(source)
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of any kind, with files of any content
-        raise CheckpointError(f"{source}: has no tokenizer that transformers reads ({error})") from None
-
-
 def show(done: Quantized, console: Console) -> None:
-    """Print each layer's error, worst first, and the files."""
+    """Print what was chosen, each layer's error, worst first, and the files."""
+    if done.chosen is not None:
+        _show_chosen(done.chosen, console)
     if done.layers:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title, justify in (("layer", "left"), ("scheme", "left"), ("method", "left"), ("error", "right")):
@@ -219,7 +265,22 @@ def show(done: Quantized, console: Console) -> None:
             error = "" if layer.error is None else f"{layer.error:.1e}"
             table.add_row(escape(layer.name), layer.scheme, layer.method, error, escape(note))
         console.print(table)
-    for entry in done.saved.rounded:
+    for entry in done.saved.rounded if done.saved is not None else ():
         console.print(f"{escape(entry.layer)}: {entry.what} rounded to {entry.dtype}, by {entry.error:.1e} at most")
-    for file in done.saved.files:
+    for file in done.saved.files if done.saved is not None else ():
         console.print(f"{escape(str(file))}  {file.stat().st_size / 1e6:,.2f} MB", highlight=False, soft_wrap=True)
+
+
+def _show_chosen(chosen: Chosen, console: Console) -> None:
+    """How many layers and weights each candidate got."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, justify in (("chosen", "left"), ("groups of layers", "right"), ("MB", "right"), ("KL", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for index, scheme in enumerate(chosen.choices[0].schemes):
+        own = [choice for choice in chosen.choices if choice.chosen == index]
+        size, kl = sum(c.nbytes[index] for c in own), sum(c.kl[index] for c in own)
+        table.add_row(label(scheme), str(len(own)), f"{size / 1e6:,.2f}", f"{kl:.2g}")
+    table.add_row(
+        f"{chosen.bits:.3f} bits a weight", str(len(chosen.choices)), f"{chosen.nbytes / 1e6:,.2f}", f"{chosen.kl:.2g}"
+    )
+    console.print(table)

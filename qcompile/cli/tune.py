@@ -30,9 +30,10 @@ def _one_scheme(config: QuantConfig) -> Scheme:
     Raises:
         ConfigError: a configuration whose answer depends on the name.
     """
-    if len(config.rules) != 1 or config.rules[0].scheme is None:
+    scheme = config.scheme_for("") if len(config.rules) == 1 else None
+    if scheme is None:
         raise ConfigError("shapes have no names for rules to match: give --scheme one preset, or a model")
-    return config.rules[0].scheme
+    return scheme
 
 
 def buckets(tokens: Sequence[int], chosen: int = 1, experts: int = 0) -> list[int]:

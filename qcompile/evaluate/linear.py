@@ -55,7 +55,10 @@ def floor(
         scheme, packed: of the weight, in the logical layout; None for one in bfloat16.
         width: columns of the output; by default N.
     """
-    moved = (2 * n * k if packed is None else packed.nbytes) + 2 * m * ((width or n) + k)
+    weight = 2.0 * n * k if packed is None else packed.nbytes
+    if packed is not None and packed.scheme.sparsity is not None:
+        weight -= packed.codes.numel() * (1 - packed.scheme.stored_bits / packed.scheme.format.bits)
+    moved = weight + 2 * m * ((width or n) + k)
     rate = rates["8-bit" if scheme is not None and scheme.activation is not None else "16-bit"]
     return 1e6 * max(moved / rates["memory"], 2 * m * n * k / rate)
 
@@ -187,6 +190,8 @@ def _of_torch(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expect
     group, (n, k) = weight.granularity.columns, packed.shape
     rows = weight.granularity.rows == 1 and weight.symmetric and not weight.offset and weight.super_scale is None
     whole = rows and not (isinstance(group, int) and 0 < group < k)
+    if weight.sparsity is not None:
+        return
     if weight.format.name == "int4" and activation is None and rows and group in (32, 64, 128, 256):
         if n % (64 if gpu else 16) == 0 and k % 128 == 0:
             yield _tinygemm(name, x, packed, expected)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.modules import PackedModule
+
 _LEAST_STEPS = 4
 
 
@@ -62,19 +64,20 @@ class Generation:
 
 
 class Decoder:
-    """Generates greedily: the prompt through `model`, then one token a call through `step`, in one StaticCache.
+    """Generates greedily: the prompt through `model`, then one token a call through `step`, in one cache.
 
     Args:
         model: a causal language model of transformers; prompts of any length go through it uncompiled.
         step: the same model, compiled; it always sees one token and the same cache, so it compiles once.
         capacity: tokens that prompt and continuation may have together.
+        cache: a KV cache for so many tokens; a StaticCache by default.
     """
 
-    def __init__(self, model: nn.Module, step: Callable[..., Any], capacity: int) -> None:
+    def __init__(self, model: nn.Module, step: Callable[..., Any], capacity: int, cache: Any = None) -> None:
         import transformers
 
         self.model, self.step, self.capacity = model, step, capacity
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=capacity)
+        self.cache = cache or transformers.StaticCache(config=model.config, max_cache_len=capacity)
 
     @torch.inference_mode()
     def generate(self, prompt: Tensor, tokens: int, stop: tuple[int, ...] = ()) -> Generation:
@@ -103,3 +106,14 @@ class Decoder:
         steady = seconds[2:] or seconds
         end = next((i for i, token_id in enumerate(chosen) if token_id in stop), len(chosen))
         return Generation(chosen[:end], len(steady) / sum(steady), seconds[0])
+
+
+def compiled_decoder(model: nn.Module, capacity: int, cache: Any = None) -> Decoder:
+    """A decoder whose step is compiled: by qcompile where a layer or the cache is quantized, and by Inductor elsewhere.
+
+    What was compiled before is forgotten.
+    """
+    quantized = cache is not None or any(isinstance(module, PackedModule) for module in model.modules())
+    torch.compiler.reset()
+    step = torch.compile(model, backend="qcompile" if quantized else "inductor", fullgraph=True)
+    return Decoder(model, step, capacity, cache)

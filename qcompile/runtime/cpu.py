@@ -65,9 +65,9 @@ def product(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], parsed: Lin
     Raises:
         DeviceError: a weight laid out for GPUs.
     """
-    if parsed.layout == "fragment":
+    if parsed.layout in ("fragment", "fragment24"):
         raise DeviceError(
-            "weights in layout fragment are for GPUs; move the module with .to('cpu'), which lays them out anew"
+            f"weights in layout {parsed.layout} are for GPUs; move the module with .to('cpu'), which lays them out anew"
         )
     if x_scale is not None:
         assert parsed.scheme.activation is not None

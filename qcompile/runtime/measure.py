@@ -31,7 +31,7 @@ from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
-from qcompile.reference import dequantize, dequantize_activation, quantize_activation
+from qcompile.reference import dequantize, dequantize_activation, leave_two_of_four, quantize_activation
 from qcompile.runtime import cache, clock, gpu, gpu_grouped
 from qcompile.runtime.tuning import Choice, Chosen, any_kernel, chosen, is_tuned, options, record, show
 from qcompile.scheme import SCALE_DTYPES, Scheme, WeightScheme
@@ -129,6 +129,9 @@ def random_weight(scheme: WeightScheme, shape: tuple[int, int], device: str) -> 
     assert isinstance(values, Tensor)
     finite = torch.arange(len(values), dtype=torch.uint8)[values.isfinite()].to(device)
     codes = finite[torch.randint(len(finite), (min(n, 1024), k), device=device)].repeat(-(-n // 1024), 1)[:n]
+    if scheme.sparsity is not None:
+        kept = leave_two_of_four(torch.rand(n, k, device=device), scheme) > 0
+        codes = torch.where(kept, codes, scheme.zero_code)
     blocks = scheme.granularity.scale_shape(shape)
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     integer = not dtype.is_floating_point

@@ -18,7 +18,7 @@ from qcompile.calibrate.codes import choose_codes
 from qcompile.calibrate.gptq import gptq, inverse_factor
 from qcompile.errors import CalibrationError, ConfigError, LayerError
 from qcompile.methods import AWQ, GPTQ, HQQ, Method
-from qcompile.reference import dequantize, quantize_weight
+from qcompile.reference import dequantize, leave_two_of_four, quantize_weight
 from qcompile.scheme import PRESETS, WeightScheme, parse_scheme
 from tests import tolerance
 from tests.calibrate.problems import layer, output_error, statistics
@@ -81,6 +81,24 @@ def test_no_worse_than_rounding(bits, symmetric, group, rows, blocks, tokens, se
     assert torch.equal(packed.perm.sort().values, torch.arange(32 * blocks, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("block_size", [7, 128])
+@pytest.mark.parametrize("name", ["int4_24", "int8_24"])
+def test_sparse_weights(name, block_size):
+    """Better than pruning by magnitude; and what is sparse already keeps its pattern."""
+    weight, x = layer()
+    hessian, scheme = statistics(x).hessian, PRESETS[name].weight.fit("layer", (32, 128))
+    how = GPTQ(block_size=block_size)
+    nearest = dequantize(quantize_weight(weight, scheme))
+    assert output_error(weight, dequantize(gptq(weight, hessian, scheme, how)), x) < 0.7 * output_error(
+        weight, nearest, x
+    )
+    pruned = leave_two_of_four(weight, scheme)
+    again = dequantize(gptq(pruned, hessian, scheme, how))
+    assert ((again == 0) | (pruned != 0)).all()
+    searched = choose_codes(weight, replace(PRESETS[name], weight=scheme, method=parse("mse")), hessian, "layer")
+    assert ((dequantize(searched) == 0) | (pruned != 0)).all()
+
+
 def test_better_than_rounding():
     weight, x = layer()
     hessian = statistics(x).hessian
@@ -115,6 +133,8 @@ def test_autoawq(name):
 
 
 def parse(name: str) -> Method:
+    if name == "mse":
+        return parse_scheme({"preset": "int4", "method": {"name": "rtn", "clip": "mse"}}).method
     return parse_scheme({"preset": "int4", "method": name}).method
 
 

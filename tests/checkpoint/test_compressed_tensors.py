@@ -196,6 +196,7 @@ def test_layers_of_version_0_12(tmp_path, name):
     else:
         assert torch.equal(decoded(found), expected)
         assert found.scheme.weight.act_order == name.startswith("g_idx")
+        assert found.scheme.weight.sparsity == ("2:4" if name.startswith("marlin") else None)
 
 
 STATIC = {**FLOAT8, "strategy": "tensor"}

@@ -10,7 +10,11 @@ import torch
 from qcompile.checkpoint.marlin import marlin_24_weight
 from qcompile.checkpoint.method import LayerTensors
 from qcompile.checkpoint.store import open_store
+from qcompile.codegen.spec import Tile
 from qcompile.errors import CheckpointError
+from qcompile.flags import override
+from qcompile.layouts import choose_layout
+from qcompile.linear_spec import LinearSpec
 from qcompile.reference import dequantize
 from tests.checkpoint.integer_files import (
     FIXTURES,
@@ -23,6 +27,7 @@ from tests.checkpoint.integer_files import (
     stream,
     write_llama,
 )
+from tests.kernels.problems import Problem as Product
 
 CONFIGS = json.loads((FIXTURES / "marlin" / "marlin.json").read_text())
 SPARSE_NAMES = {"weight_packed": "B_24", "meta": "B_meta", "scale_packed": "s"}
@@ -46,6 +51,7 @@ def test_layers_of_the_producers(tmp_path, name):
     layer = read_layer(tmp_path / "x.safetensors", CONFIGS[name], shape, tensors)
     assert torch.equal(decoded(layer), weight)
     assert layer.weight.scheme.symmetric
+    assert layer.weight.scheme.sparsity == ("2:4" if name.startswith("sparse") else None)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -65,6 +71,24 @@ def test_names_of_compressed_tensors(name):
     assert torch.equal(
         dequantize(marlin_24_weight(LayerTensors(store, name), tuple(weight.shape), bits=bits, **suffixes)), weight
     )
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("sparse")])
+def test_sparse_weights_stay_sparse_on_gpus(tmp_path, name):
+    """3 bits a weight of 4, 5 of 8; the kernel multiplies by what compressed-tensors packed."""
+    tensors, weight = packed(name)
+    layer = read_layer(tmp_path / "x.safetensors", CONFIGS[name], tuple(weight.shape), tensors)
+    layout = choose_layout(layer.scheme, tuple(weight.shape), "cuda")
+    laid_out = layout.pack(layer.weight)
+    assert layout.name == "fragment24"
+    assert laid_out.codes.numel() * 32 == weight.numel() * (CONFIGS[name]["bits"] // 2 + 1)
+    n, k = weight.shape
+    x = torch.randn(5, k).to(torch.bfloat16)
+    spec = LinearSpec(in_features=k, out_features=n, scheme=layer.scheme, layout=layout.name)
+    product = Product(spec, x, None, laid_out, None, [], torch.bfloat16, x.double(), weight.double())
+    with override(cache_dir=tmp_path / "cache"):
+        y = product.interpret("sm_90", Tile(m=16, n=64, k=128, split=1, warps=4, stages=2))
+    product.check(y, torch.bfloat16)
 
 
 DENSE, SPARSE = "dense_group_128", "sparse_4bit_group_128"

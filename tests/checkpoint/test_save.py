@@ -117,7 +117,8 @@ GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "int4", "int3
     ("scheme", "format"),
     [
         *((scheme, CT) for scheme in INTEGERS + FLOATS + MIXED),
-        *((scheme, "gptq") for scheme in ("int2", "int3", "int4", "int4_asym")),
+        *((scheme, CT) for scheme in ("int4_24", "int8_24")),  # with all codes
+        *((scheme, "gptq") for scheme in ("int2", "int3", "int4", "int4_asym", "int4_24")),
         *((scheme, "awq") for scheme in ("int4", "int4_asym")),
         *((scheme, "gguf") for scheme in GGUF),
     ],

@@ -94,11 +94,11 @@ def test_mistakes(arguments, words):
 
 
 def test_a_checkpoint_is_no_configuration(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF\xff")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\xff")
     result = run("--model", str(path))
     assert result.exit_code == 1
-    assert "--model takes a model's folder or its config.json" in result.stderr
+    assert "name a model's folder, its config.json, or a GGUF file" in result.stderr
 
 
 def test_a_configuration_that_is_no_language_model_is_told(tmp_path):

@@ -15,6 +15,7 @@ tokenizers = pytest.importorskip("tokenizers")
 import qcompile
 from qcompile.calibrate import run as run_module
 from qcompile.cli import app
+from qcompile.config import parse_config
 from qcompile.modules import QuantizedLinear
 from tests.checkpoint.test_save import llama
 
@@ -139,3 +140,45 @@ def test_mistakes(source, text, tmp_path):
     assert not out.exists()
     assert run(source, "--output", out, "--scheme", config).exit_code == 0
     refused(run(out, "--output", tmp_path / "b"), "is quantized already")
+
+
+def test_auto_writes_a_configuration_that_can_be_read(source, text, tmp_path):
+    pytest.importorskip("scipy")
+    written, out = tmp_path / "chosen.yaml", tmp_path / "out"
+    options = ["--scheme", "auto", "--bits", 6, "--calibration", text, "--length", 16, "--dtype", "float32"]
+    result = run(source, *options, "--write-config", written)
+    assert result.exit_code == 0, result.output
+    assert "bits a weight" in result.output
+    assert not (tmp_path / "chosen.resume.sensitivities.json").exists()
+    schemes = {rule.scheme.weight.format.name for rule in parse_config(written).rules}
+    assert len(schemes) > 1
+    assert "nf4" in written.read_text()  # a candidate, since nothing is saved
+    result = run(source, *options, "--method", "gptq", "--output", out)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chosen.yaml", "model", "out", "text.txt"]
+    loaded = qcompile.load(out, dtype=torch.float32, progress=False)
+    layers = [m for n, m in loaded.named_modules() if isinstance(m, QuantizedLinear) and n != "lm_head"]
+    assert len({str(m.scheme.weight) for m in layers}) > 1
+    assert "nf4" not in {m.scheme.weight.format.name for m in layers}
+    attention = loaded.model.layers[0].self_attn
+    assert attention.q_proj.scheme.weight == attention.k_proj.scheme.weight == attention.v_proj.scheme.weight
+    result = run(source, "--output", tmp_path / "again", "--scheme", written, "--format", "compressed-tensors")
+    assert result.exit_code == (1 if "nf4" in schemes else 0), result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "auto", "--output", "out"], "needs one budget"),
+        (["--scheme", "auto", "--bits", "4", "--output", "out"], "name a text, --calibration"),
+        (["--scheme", "auto", "--bits", "4", "--write-config", "a.txt", "--calibration", "TEXT"], "is called .yaml"),
+        (["--scheme", "auto", "--bits", "1", "--output", "out", "--calibration", "TEXT"], "the least"),
+        (["--scheme", "int4", "--bits", "4", "--output", "out"], "go with --scheme auto"),
+        (["--scheme", "int4"], "name a folder to write"),
+    ],
+)
+def test_autos_that_cannot_be(options, message, source, text):
+    pytest.importorskip("scipy")
+    result = run(source, *(str(text) if option == "TEXT" else option for option in options))
+    assert result.exit_code == 1
+    assert message in re.sub(r"\s+", " ", result.output)

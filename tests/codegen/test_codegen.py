@@ -123,7 +123,7 @@ def test_every_cast_is_printed() -> None:
 def specs(draw: st.DrawFn) -> tuple[LinearSpec, KernelSpec]:
     n, k = 2 * draw(st.integers(1, 20000)), draw(st.integers(1, 40000))
     scheme = preset(draw(st.sampled_from(sorted(PRESETS)))).fit("layer", (n, k))
-    layout = "rows8" if scheme.activation is not None and scheme.weight.format.native_dtype is not None else "fragment"
+    layout = choose_layout(scheme, (n, k), "cuda").name
     steps = draw(epilogues())
     linear = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout, epilogue=steps)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
@@ -211,6 +211,8 @@ SHIPPED = {
     **dict.fromkeys(["nf4", "nvfp4", "mxfp8", "q6_k"], (16,)),
     **dict.fromkeys(["mxfp4", "q4_k"], (64,)),
     "iq4_xs": (4096,),
+    "int4_24": (16, 4096),
+    "int8_24": (64,),
 }
 """Presets and others by name, and M."""
 

@@ -23,8 +23,9 @@ from tests import oracle, tolerance
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
-from tests.checkpoint import moe_files, test_experts, whole_files
+from tests.checkpoint import moe_files, test_experts, test_marlin, whole_files
 from tests.checkpoint.gguf_files import random_blocks
+from tests.checkpoint.integer_files import read_layer
 from tests.checkpoint.layer_files import check_logits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:the checkpoint quantizes float inputs")]
@@ -163,6 +164,19 @@ def test_sorted_columns() -> None:
         QuantizedLinear(packed.to(DEVICE), Scheme(weight=weight)),
         random(5, 512),
     )
+
+
+@pytest.mark.parametrize("m", [1, 16, 70])
+@pytest.mark.parametrize("name", [name for name in test_marlin.CONFIGS if name.startswith("sparse")])
+def test_sparse_layers_of_marlin(name: str, m: int, tmp_path: Path) -> None:
+    tensors, weight = test_marlin.packed(name)
+    shape = tuple(weight.shape)
+    read = read_layer(tmp_path / "x.safetensors", test_marlin.CONFIGS[name], shape, tensors)
+    assert read is not None
+    layer = QuantizedLinear(read.weight, read.scheme).to(DEVICE)
+    assert layer.layout == "fragment24"
+    assert torch.equal(layer.weight.cpu(), weight)
+    check_layer(layer, random(m, shape[1]))
 
 
 @pytest.mark.parametrize("m", [1, 40])

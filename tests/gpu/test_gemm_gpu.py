@@ -9,9 +9,9 @@ import torch
 
 import qcompile
 from qcompile.codegen.cost_model import candidates, rank
-from qcompile.codegen.spec import KernelSpec, Tile, native_fp8
+from qcompile.codegen.spec import KernelSpec, Tile, decoding_spec, native_fp8
 from qcompile.formats import FORMATS
-from qcompile.layouts import choose_layout
+from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.runtime import cache, gpu, tuning, vendor
 from qcompile.scheme import PRESETS, Granularity, Scheme, parse_scheme, preset
 from tests import tolerance
@@ -71,7 +71,7 @@ def test_identity_returns_the_weights(format_name: str, dtype: torch.dtype) -> N
 def test_identity_of_every_preset(name: str) -> None:
     """Scales of 1 and offsets of 0 leave every value as it is decoded."""
     scheme = replace(shipped(name, (200, 512)), activation=None)
-    given = problem(scheme, "fragment", 512, 200, 512, identity=True)
+    given = problem(scheme, layout_of(scheme, (200, 512)), 512, 200, 512, identity=True)
     like = given.kernel(TARGET, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
     for m in (16, 64, 512):
         y = run(given, rank(candidates(like, m), m)[0])
@@ -126,7 +126,26 @@ def test_groups(columns: int, dtype: torch.dtype) -> None:
     given.check(run(given, kernel), dtype)
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", "fp8", "mxfp4", "nvfp4", "q4_1", "mxfp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["int4_24", "int8_24"])
+def test_sparse_weights_decode_as_dense_ones(name: str, dtype: torch.dtype) -> None:
+    """The same tile gives the same bits for both layouts, and so does decoding the weight for torch to multiply."""
+    for shape in ((256, 512), (200, 448)):
+        sparse = problem(preset(name).fit("layer", shape), "fragment24", 16, *shape, dtype)
+        dense = replace(sparse, packed=to_layout(sparse.packed, LAYOUTS["fragment"]))
+        dense.spec = replace(sparse.spec, layout="fragment")
+        for tile in (
+            Tile(m=16, n=64, k=128, split=2, warps=4, stages=3),
+            Tile(m=16, n=64, k=64, split=1, warps=4, stages=3),
+        ):
+            given = [(each, each.kernel(TARGET, tile)) for each in (sparse, dense)]
+            assert torch.equal(*(run(each, kernel) for each, kernel in given))
+        if dtype != torch.float32:
+            decoded = [vendor.decode(each.packed.to("cuda"), decoding_spec(kernel)) for each, kernel in given]
+            assert torch.equal(*decoded)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8", "mxfp4", "nvfp4", "q4_1", "mxfp8", "int4_24"])
 def test_compiled_operator_equals_eager(name: str) -> None:
     scheme = parse_scheme(name).fit("layer", (256, 512))
     given = problem(scheme, layout_of(scheme, (256, 512)), 8, 256, 512, epilogue=("bias", "gelu"))

@@ -76,6 +76,14 @@ def random_codes(format_name: str, n: int, k: int) -> Tensor:
     return repeated[torch.randperm(n * k)].to(torch.uint8).view(n, k)
 
 
+def sparse_codes(codes: Tensor, zero: int) -> Tensor:
+    """The same with two, one or none of each four columns left, by chance; the others are `zero`."""
+    n, k = codes.shape
+    patterns = [p for p in range(16) if p.bit_count() <= 2]
+    kept = torch.tensor([[p >> i & 1 for i in range(4)] for p in patterns], dtype=torch.bool)
+    return codes.where(kept[torch.randint(len(kept), (n, -(-k // 4)))].flatten(1)[:, :k], zero)
+
+
 def random_weight(scheme: WeightScheme, n: int, k: int, *, plain: bool = False) -> PackedWeight:
     """A packed weight with every code in it, and integer scales of both signs if they are signed.
 
@@ -104,6 +112,8 @@ def random_weight(scheme: WeightScheme, n: int, k: int, *, plain: bool = False) 
     fields = {name: values for name, values in given.items() if name in scheme.fields}
     zero = torch.randint(0, 2**scheme.format.bits, blocks).to(torch.uint8) if "zero_point" in scheme.fields else None
     codes, scale = random_codes(scheme.format.name, n, k), fields.pop("scale")
+    if scheme.sparsity is not None:
+        codes = sparse_codes(codes, scheme.zero_code)
     return PackedWeight.from_codes(codes, scale, zero, scheme, "weight", **fields)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qcompile.codegen.spec import Tile
 from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
+from qcompile.layouts import choose_layout
 from qcompile.linear_spec import GATES, STORES
 from qcompile.reference import quantize_activation
 from qcompile.runtime import cache
@@ -96,6 +97,13 @@ def test_fragment_identity_with_scales_on_the_weights(format_name: str) -> None:
     assert torch.equal(given_.interpret("sm_90", SMALL).double(), given_.weight.to(torch.bfloat16).double().T)
 
 
+@pytest.mark.parametrize(("target", "dtype"), [("sm_80", FLOATS[0]), ("sm_90", FLOATS[1]), ("gfx942", FLOATS[2])])
+@pytest.mark.parametrize("name", ["int4_24", "int8_24"])
+def test_fragment24_identity_returns_the_weights(name: str, target: str, dtype: torch.dtype) -> None:
+    given_ = problem(preset(name).fit("layer", (72, 64)), "fragment24", 64, 72, 64, dtype, identity=True)
+    assert torch.equal(given_.interpret(target, SMALL).double(), given_.weight.T)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("activation", [None, *NATIVE])
 @pytest.mark.parametrize("format_name", NATIVE)
@@ -112,7 +120,8 @@ def test_rows8_identity_returns_the_weights(format_name: str, activation: str | 
 def test_identity_of_every_preset(name: str) -> None:
     """Scales of 1 and offsets of 0 leave every value as it is decoded."""
     scheme = replace(shipped(name, (72, 128)), activation=None)
-    given_ = problem(scheme, "fragment", 128, 72, 128, identity=True)
+    layout = choose_layout(scheme, (72, 128), "cuda").name
+    given_ = problem(scheme, layout, 128, 72, 128, identity=True)
     expected = given_.weight.to(torch.bfloat16).double()
     assert torch.equal(given_.interpret("sm_90", replace(SMALL, m=128, k=128)).double(), expected.T)
 
@@ -120,11 +129,12 @@ def test_identity_of_every_preset(name: str) -> None:
 @st.composite
 def schemes(draw: st.DrawFn, layout: str) -> Scheme:
     """Any scheme that a template takes."""
-    fragment = layout == "fragment"
+    fragment = layout in ("fragment", "fragment24")
     size = draw(st.sampled_from([-1, *(COLUMNS if fragment else [16, 20, 64, 100, 128])]))
-    fmt = get_format(draw(st.sampled_from(list(FORMATS) if fragment else NATIVE)))
+    names = ["int4", "int8"] if layout == "fragment24" else list(FORMATS) if fragment else NATIVE
+    fmt = get_format(draw(st.sampled_from(names)))
     scale_dtype = draw(st.sampled_from(sorted(SCALE_DTYPES if fragment else FLOAT_SCALES | MX_SCALES)))
-    offset = fragment and draw(st.booleans())
+    offset = layout == "fragment" and draw(st.booleans())
     above = None
     if fragment and (scale_dtype in ("uint8", "int8") or draw(st.booleans())):
         dtype = draw(st.sampled_from(sorted(FLOAT_SCALES)))
@@ -136,6 +146,7 @@ def schemes(draw: st.DrawFn, layout: str) -> Scheme:
         offset=offset,
         scale_dtype=scale_dtype,
         super_scale=above,
+        sparsity="2:4" if layout == "fragment24" else None,
     )
     if draw(st.booleans()):
         return Scheme(weight=weight)
@@ -175,6 +186,14 @@ def test_fragment(
     scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
 ) -> None:
     given_ = problem(scheme, "fragment", *shape, dtype, seed=seed)
+    given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
+
+
+@given(schemes("fragment24"), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
+def test_fragment24(
+    scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
+) -> None:
+    given_ = problem(scheme, "fragment24", *shape, dtype, seed=seed)
     given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
 
 
@@ -229,15 +248,15 @@ def test_a_bad_token_spoils_no_other(layout: str, bad: float) -> None:
 
 @pytest.mark.parametrize("n", [64, 128, 256])
 @pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("layout", ["fragment", "rows8"])
+@pytest.mark.parametrize("layout", ["fragment", "fragment24", "rows8"])
 def test_a_gate_multiplies_the_halves_of_the_product(layout: str, split: int, n: int) -> None:
     """Bit for bit what the same kernel without it returns in float32; the halves need not be multiples of tiles."""
-    scheme = shipped("int8" if layout == "rows8" else "int4", (384, 256))
-    shape = (384, 256) if layout == "fragment" else (180, 256)
+    scheme = shipped({"fragment": "int4", "fragment24": "int4_24", "rows8": "int8"}[layout], (384, 256))
+    shape = (180, 256) if layout == "rows8" else (384, 256)
     apart = problem(scheme, layout, 5, *shape)
     apart.out_dtype = torch.float32
     together = replace(apart, spec=apart.spec.with_epilogue("a*b"))
-    for form in ("loop", "slab") if layout == "fragment" else ("loop",):
+    for form in ("loop",) if layout == "rows8" else ("loop", "slab"):
         tile = Tile(m=16, n=n, k=128, split=split, warps=4, stages=2, form=form)
         a, b = apart.interpret("sm_90", tile).chunk(2, -1)
         assert torch.equal(together.interpret("sm_90", tile), a * b)

@@ -65,16 +65,19 @@ def test_decoding_equals_dequantizing(scheme: Scheme, shape: tuple[int, int], dt
 
 @pytest.mark.parametrize("name", [*PRESETS, *GGUF_LIKE])
 def test_decoding_every_preset(name: str) -> None:
-    given_ = problem(replace(shipped(name, (72, 256)), activation=None), "fragment", 1, 72, 256)
+    scheme = replace(shipped(name, (72, 256)), activation=None)
+    layout = choose_layout(scheme, (72, 256), "cuda")
+    given_ = problem(scheme, layout.name, 1, 72, 256)
     decoded = vendor.decode(given_.packed, decoding_spec(kernel_of(given_)), interpret)
-    assert equal(decoded, dequantize(LAYOUTS["fragment"].unpack(given_.packed)).to(torch.bfloat16))
+    assert equal(decoded, dequantize(layout.unpack(given_.packed)).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_around_products_do_not_spill(target: str) -> None:
     kernels = []
-    for name in ["int4", "int4_asym", "int3", "nf4", "mxfp4", "nvfp4", "fp8_weight_only", "q4_k", "q6_k", "q5_1"]:
-        given_ = problem(shipped(name, (256, 512)), "fragment", 1, 256, 512)
+    dense = ["int4", "int4_asym", "int3", "nf4", "mxfp4", "nvfp4", "fp8_weight_only", "q4_k", "q6_k", "q5_1"]
+    for name in [*dense, "int4_24", "int8_24"]:
+        given_ = problem(shipped(name, (256, 512)), "fragment" if name in dense else "fragment24", 1, 256, 512)
         kernels.append(decoding_spec(kernel_of(given_, target)))
     given_ = problem(preset("int8"), "rows8", 1, 256, 512, epilogue=("bias", "gelu_tanh", "mul", "add"))
     for dtype in (torch.int32, torch.bfloat16):
@@ -307,6 +310,8 @@ def test_the_limit_counts_what_a_weight_stores(name: str, shape: tuple[int, int]
     kernel, weight = kernel_of(given_), LAYOUTS[given_.packed.layout].unpack(given_.packed)
     above = [t for t in (weight.super_scale, weight.super_offset) if t is not None]
     unknown = sum(t.numel() * (t.element_size() - 2) for t in above)
+    if scheme.weight.sparsity is not None:  # half the codes are in memory, and a bit for each weight
+        unknown += weight.codes.numel() // 2 - shape[0] * shape[1] // 8
     assert stored_bytes(kernel) == weight.nbytes - unknown
     moved = stored_bytes(kernel) + 4 * (given_.x.element_size() * shape[1] + 2 * shape[0])
     assert limit(kernel, 4) == pytest.approx(moved / device_of("sm_90").memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from qcompile.checkpoint.saving.gptq import GPTQ
 from qcompile.checkpoint.saving.layers import Layer, quantized_layers
 from qcompile.checkpoint.saving.shards import Shards, Staging, parse_size
 from qcompile.errors import CheckpointError, ConfigError, shown
+from qcompile.methods import ROUND
 from qcompile.modules import PackedModule, QuantizedLinear
+from qcompile.reference import quantize_weight
+from qcompile.scheme import Scheme
 
 TARGETS: dict[str, type[Target]] = {target.name: target for target in (CompressedTensors, GPTQ, AWQ, BitsAndBytes)}
 FORMATS = (*TARGETS, gguf.NAME)
@@ -149,6 +153,27 @@ def fits(layer: Layer, format: str) -> bool:
     except Unsavable:
         return False
     return True
+
+
+def layer_like(name: str, scheme: Scheme, shape: tuple[int, int]) -> Layer:
+    """A layer of a scheme that is fitted to its shape, to ask whether formats have a place for it; its weight is 0."""
+    static = scheme.activation is not None and not scheme.activation.dynamic
+    return Layer(
+        name=name,
+        scheme=replace(scheme, method=ROUND),
+        shape=shape,
+        dtype=torch.float32,
+        weight=lambda: quantize_weight(torch.zeros(shape), scheme.weight),
+        bias=None,
+        input_scale=torch.ones(()) if static else None,
+        pre_quant_scale=None,
+    )
+
+
+def formats_for(scheme: Scheme) -> list[str]:
+    """The formats that hold large layers of a scheme."""
+    shape = (1024, 1024)
+    return [name for name in FORMATS if fits(layer_like("layer", scheme.fit("layer", shape), shape), name)]
 
 
 def plain_linears(model: nn.Module) -> list[str]:
