@@ -92,6 +92,7 @@ def quantize_waiting(
     parsed = None if config is None else parse_config(config)
     batches = None if calibration is None else list(calibration)
     if parsed is not None and parsed.undecided:
+        _fill(waiting)  # the whole model is run
         parsed = _decided(model, parsed, batches, progress, resume)
     if type(model) is nn.Linear or is_conv1d(model):
         raise ConfigError("quantize_ replaces modules inside a model; put a bare linear into nn.Sequential first")

@@ -294,7 +294,7 @@ class Pending:
         if block not in self.blocks:
             return
         self._read(lambda name: name.startswith(f"{block}."))
-        self.blocks.remove(block)
+        self.blocks = [name for name in self.blocks if name != block]
         if not self.blocks:
             _finish(self._model, self._source.store, self._used)
 

@@ -153,7 +153,7 @@ def run(
     if config.undecided:
         assert calibration is not None
         if waiting is not None:  # the whole model is run
-            for block in waiting.blocks:
+            for block in list(waiting.blocks):
                 waiting.fill(block)
         for each in each_candidate(config) if output is not None else ():
             check_format(model, planned(model, each), format)
