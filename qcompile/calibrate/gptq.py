@@ -124,7 +124,9 @@ class _Columns:
         self.codes = torch.empty(size, rows, dtype=torch.uint8, device=device)
         self.errors = torch.empty(size, rows, device=device)
         self._inputs: list[Tensor | None] = []
-        self._on_gpu = device.type == "cuda" and not isinstance(scheme.format, TableFormat)  # tables come from the host
+        self._recorded = device.type == "cuda" and not isinstance(
+            scheme.format, TableFormat
+        )  # tables come from the host
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def solve(self, own: Tensor, factor: Tensor, before: Tensor | None, per_column: Sequence[Tensor | None]) -> None:
@@ -144,7 +146,7 @@ class _Columns:
         for kept, given in zip(self._inputs, inputs, strict=True):
             if kept is not None and given is not None:
                 kept.copy_(given)
-        if not self._on_gpu:
+        if not self._recorded:
             self._run()
             return
         if self._graph is None:
@@ -157,7 +159,6 @@ class _Columns:
         own, factor, before, *per_column = self._inputs
         assert own is not None
         assert factor is not None
-        choose = _choose_fused() if self._on_gpu else _choose
         for i in range(self.size):
             wanted = own[i]
             if before is not None:
@@ -166,7 +167,7 @@ class _Columns:
                     left = _left(own[four].t(), before[four].t(), factor.diagonal()[four], self.scheme)
                 wanted = wanted * left[:, i % 4]
             stored = [None if t is None else t[i] for t in per_column]
-            choose(own[i], wanted, stored, factor[i, i], self.codes[i], self.errors[i], self.scheme.format)
+            _choose(own[i], wanted, stored, factor[i, i], self.codes[i], self.errors[i], self.scheme.format)
             own[i:].addr_(factor[i, i:], self.errors[i], alpha=-1)
 
 
@@ -195,12 +196,6 @@ def _choose(
     value = (value if zero_point is None else value - zero_point) * step
     codes.copy_(code)
     errors.copy_((column - (value if shift is None else value + shift)) / diagonal)
-
-
-@functools.cache
-def _choose_fused() -> Callable[..., None]:
-    """`_choose` as one kernel, compiled at its first call."""
-    return torch.compile(_choose, dynamic=True)
 
 
 def _per_block(grid: Grid) -> list[Callable[[Tensor], Tensor] | None]:
