@@ -34,7 +34,8 @@ from qcompile.checkpoint.gguf import smollm2_path
 from qcompile.config import QuantConfig, Rule, parse_config
 from qcompile.evaluate import compare, load_language_model, sample_text, weight_bytes
 from qcompile.linears import linear_modules
-from qcompile.scheme import PRESETS, Scheme
+from qcompile.presets import PRESETS
+from qcompile.scheme import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOW, CALIBRATION = 256, 4096

@@ -38,7 +38,7 @@ import qcompile
 from qcompile.calibrate.gptq import gptq, hessian_error
 from qcompile.methods import GPTQ
 from qcompile.reference import dequantize, quantize_weight
-from qcompile.scheme import parse_scheme
+from qcompile.scheme_config import parse_scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP, DAMPING, BLOCK = 128, 0.01, 128

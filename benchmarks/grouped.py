@@ -30,9 +30,10 @@ from qcompile.evaluate.linear import LIMIT, OURS, Candidate, quantize_rows
 from qcompile.evaluate.timing import Call, Row, ceilings, copies, machine_name, microseconds, write_results
 from qcompile.layouts import LAYOUTS, to_layout
 from qcompile.packed import PackedWeight
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize_activation
 from qcompile.runtime import gpu_grouped, measure
-from qcompile.scheme import PRESETS, Scheme
+from qcompile.scheme import Scheme
 from qcompile.stacks import expert
 
 TOKENS = "1,16,64,256,1024"

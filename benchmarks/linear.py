@@ -24,7 +24,7 @@ import torch
 
 from qcompile.evaluate.linear import measure, measure_gate
 from qcompile.evaluate.timing import Row, ceilings, write_results
-from qcompile.scheme import PRESETS
+from qcompile.presets import PRESETS
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = {"cuda": [1, 16, 32, 64, 128, 256, 1024, 4096], "cpu": [1, 4, 32, 512]}

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import triton
 
+from qcompile.presets import PRESETS, preset
 from qcompile.runtime import gpu, measure, tuning
 from qcompile.runtime.cache import write_file
-from qcompile.scheme import PRESETS, preset
 
 SHAPES = "6144x4096,4096x4096,28672x4096,4096x14336"
 """N x K of the linears of a Llama-3-8B layer, with the query, key and value and the gate and up projections merged."""

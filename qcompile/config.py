@@ -15,7 +15,8 @@ from typing import Any
 from qcompile.errors import ConfigError, shown
 from qcompile.kv_cache import KVScheme, parse_kv_cache
 from qcompile.methods import ROUND, Method, method_to_config, parse_method
-from qcompile.scheme import Scheme, check_keys, parse_scheme, scheme_to_dict
+from qcompile.scheme import Scheme
+from qcompile.scheme_config import check_keys, parse_scheme, scheme_to_dict
 
 _RULE_KEYS = ("layers", "scheme", "optional")
 _CONFIG_KEYS = ("rules", "ignore", "kv_cache")

@@ -21,7 +21,7 @@ from torch import Tensor
 from qcompile.errors import ConfigError, shown
 from qcompile.fingerprint import fingerprint
 from qcompile.formats import Format, IntegerFormat, get_format
-from qcompile.scheme import check_keys
+from qcompile.scheme_config import check_keys
 
 SCALES = ("tensor", "head", "token")
 """What shares a scale: everything, a head, or one token of one head."""

@@ -18,7 +18,8 @@ from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
 from qcompile.formats import FORMATS, Format, get_format
 from qcompile.methods import ABSMAX, ROUND
-from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme, check_keys
+from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme
+from qcompile.scheme_config import check_keys
 
 ACTIVATIONS: dict[str, Any] = {
     "relu": lambda x: expr.maximum(x, 0.0),

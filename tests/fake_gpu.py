@@ -130,8 +130,8 @@ def _linear(preset: str, n: int, k: int, *steps: str) -> tuple[Any, tuple[torch.
     import qcompile.ops  # noqa: F401
     from qcompile.layouts import choose_layout
     from qcompile.linear_spec import LinearSpec
+    from qcompile.presets import PRESETS
     from qcompile.reference import quantize_weight
-    from qcompile.scheme import PRESETS
 
     scheme = PRESETS[preset].fit("linear", (n, k))
     layout = choose_layout(scheme, (n, k), "cuda")
@@ -242,7 +242,7 @@ def experts_source(preset: str, dynamic: bool) -> str:
     """Inductor's wrapper for the experts of a small Mixtral."""
     from qcompile.experts import GroupedLinear, quantize_experts
     from qcompile.layouts import LAYOUTS, to_layout
-    from qcompile.scheme import PRESETS
+    from qcompile.presets import PRESETS
     from tests.checkpoint.moe_files import make_moe
 
     experts = quantize_experts("experts", make_moe("mixtral").model.layers[0].mlp.experts, PRESETS[preset])

@@ -11,7 +11,8 @@ from torch import Tensor
 from qcompile.config import QuantConfig, Rule
 from qcompile.formats import FORMATS, IntegerFormat
 from qcompile.linear_spec import EPILOGUE_STEPS, GATES, STORES
-from qcompile.scheme import FLOAT_SCALES, PRESETS, ActivationScheme, Granularity, Scheme, WeightScheme
+from qcompile.presets import PRESETS
+from qcompile.scheme import FLOAT_SCALES, ActivationScheme, Granularity, Scheme, WeightScheme
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDES = ("contiguous", "transposed", "stepped", "offset")

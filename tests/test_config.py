@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qcompile import QuantConfig
 from qcompile.config import Rule, parse_config
 from qcompile.errors import ConfigError, QCompileError
-from qcompile.scheme import ALIASES, PRESETS, parse_scheme
+from qcompile.presets import ALIASES, PRESETS
+from qcompile.scheme_config import parse_scheme
 from tests.strategies import configs, globs, json_values
 from tests.test_scheme import HOSTILE
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from qcompile.formats import FORMATS
 from qcompile.layouts import LAYOUTS, choose_layout, plane_widths, to_layout
 from qcompile.packed import PackedWeight, concatenate
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
-from qcompile.scheme import PRESETS, Granularity, Scheme, WeightScheme
+from qcompile.scheme import Granularity, Scheme, WeightScheme
 from tests.kernels.problems import sparse_codes
 
 SHAPES = [(64, 128), (1, 128), (65, 192), (130, 64), (3, 80)]

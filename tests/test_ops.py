@@ -12,8 +12,8 @@ from qcompile.errors import ConfigError, DeviceError, GradientError
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
-from qcompile.scheme import PRESETS
 from tests import oracle, tolerance
 
 N, K = 48, 96

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qcompile.bitpack import pack_bits
 from qcompile.errors import LayerError
 from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.presets import PRESETS
 from qcompile.reference import (
     dequantize,
     dequantize_activation,
@@ -20,7 +21,7 @@ from qcompile.reference import (
     quantize_activation,
     quantize_weight,
 )
-from qcompile.scheme import FLOAT_SCALES, PRESETS, SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
+from qcompile.scheme import FLOAT_SCALES, SCALE_DTYPES, ActivationScheme, Granularity, WeightScheme
 from tests import oracle
 from tests.strategies import matrices, weight_schemes
 from tests.tolerance import activation_bound, assert_within, rounding, sqnr, sqnr_floor, weight_bound

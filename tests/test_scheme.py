@@ -11,18 +11,9 @@ from hypothesis import strategies as st
 
 from qcompile.errors import ConfigError, LayerError, QCompileError
 from qcompile.formats import FORMATS, get_format
-from qcompile.scheme import (
-    ALIASES,
-    PRESETS,
-    SCALE_DTYPES,
-    ActivationScheme,
-    Granularity,
-    Scheme,
-    WeightScheme,
-    parse_scheme,
-    preset,
-    scheme_to_dict,
-)
+from qcompile.presets import ALIASES, PRESETS, preset
+from qcompile.scheme import SCALE_DTYPES, ActivationScheme, Granularity, Scheme, WeightScheme
+from qcompile.scheme_config import parse_scheme, scheme_to_dict
 from tests.strategies import json_values, schemes
 
 GROUP = {"format": "int4", "group_size": 64}

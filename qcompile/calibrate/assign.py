@@ -26,7 +26,8 @@ from qcompile.errors import ConfigError
 from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules, matrix_of
 from qcompile.packed import stored_bytes
-from qcompile.scheme import PRESETS, Scheme
+from qcompile.presets import PRESETS
+from qcompile.scheme import Scheme
 from qcompile.torchao_tensors import is_torchao
 
 

@@ -26,7 +26,8 @@ from qcompile.experts import QuantizedExperts, quantize_experts
 from qcompile.fingerprint import fingerprint
 from qcompile.linears import matrix_of, quantized_linear
 from qcompile.packed import PackedWeight
-from qcompile.scheme import Scheme, scheme_to_dict
+from qcompile.scheme import Scheme
+from qcompile.scheme_config import scheme_to_dict
 
 _INDEX = "calibration.json"
 

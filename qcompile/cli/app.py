@@ -16,7 +16,7 @@ from qcompile.cli.shapes import parse_experts, parse_shapes, parse_tokens, shape
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import AUTO, parse_config
 from qcompile.errors import ConfigError, DeviceError, QCompileError
-from qcompile.scheme import ALIASES, PRESETS
+from qcompile.presets import ALIASES, PRESETS
 
 if TYPE_CHECKING:
     import torch

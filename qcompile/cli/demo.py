@@ -18,7 +18,7 @@ import qcompile
 from qcompile.cli.steps import Steps
 from qcompile.config import QuantConfig, Rule, parse_config
 from qcompile.evaluate import LanguageModel, compare, compiled_decoder, prefill_rate, sample_text, weight_bytes
-from qcompile.scheme import ALIASES, PRESETS
+from qcompile.presets import ALIASES, PRESETS
 
 STEPS_PER_SCHEME = 4
 WINDOW = 256

@@ -32,8 +32,9 @@ from qcompile.evaluate.models import load_tokenizer_of
 from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules, matrix_of
 from qcompile.methods import parse_method
+from qcompile.presets import ALIASES, PRESETS
 from qcompile.quantize import planned, quantize_waiting, sensitivities_beside
-from qcompile.scheme import ALIASES, PRESETS, Scheme
+from qcompile.scheme import Scheme
 
 STEPS = 4
 

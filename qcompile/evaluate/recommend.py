@@ -35,7 +35,8 @@ from qcompile.kv_cache import parse_kv_cache
 from qcompile.linears import linear_modules
 from qcompile.methods import method_to_config
 from qcompile.packed import stored_bytes
-from qcompile.scheme import PRESETS, Scheme
+from qcompile.presets import PRESETS
+from qcompile.scheme import Scheme
 
 Shape = tuple[int, int]
 

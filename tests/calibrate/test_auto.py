@@ -22,8 +22,8 @@ from qcompile.errors import CalibrationError, CheckpointError, ConfigError
 from qcompile.layouts import LAYOUTS
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import stored_bytes
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
-from qcompile.scheme import PRESETS
 from tests.calibrate.problems import Decoder, batches, decoder
 
 INT4 = {"weight": {"format": "int4", "group_size": 16}}

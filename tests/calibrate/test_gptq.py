@@ -18,8 +18,10 @@ from qcompile.calibrate.codes import choose_codes
 from qcompile.calibrate.gptq import gptq, inverse_factor
 from qcompile.errors import CalibrationError, ConfigError, LayerError
 from qcompile.methods import AWQ, GPTQ, HQQ, Method
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, leave_two_of_four, quantize_weight
-from qcompile.scheme import PRESETS, WeightScheme, parse_scheme
+from qcompile.scheme import WeightScheme
+from qcompile.scheme_config import parse_scheme
 from tests import tolerance
 from tests.calibrate.problems import layer, output_error, statistics
 

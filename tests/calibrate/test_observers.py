@@ -12,7 +12,7 @@ from qcompile.calibrate.observers import Observed
 from qcompile.errors import CalibrationError, ConfigError
 from qcompile.formats import get_format
 from qcompile.methods import OBSERVED, OBSERVERS, Observer
-from qcompile.scheme import parse_scheme, scheme_to_dict
+from qcompile.scheme_config import parse_scheme, scheme_to_dict
 from tests import tolerance
 from tests.calibrate.problems import batches, decoder
 

@@ -12,7 +12,7 @@ from qcompile.calibrate.stream import Batch, without_cache
 from qcompile.calibrate.trace import Illegal
 from qcompile.errors import ConfigError
 from qcompile.linears import linear_modules
-from qcompile.scheme import parse_scheme
+from qcompile.scheme_config import parse_scheme
 from tests import tolerance
 from tests.calibrate.problems import batches, decoder
 

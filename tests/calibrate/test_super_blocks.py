@@ -21,8 +21,10 @@ from qcompile.checkpoint.saving.gguf_pack import pack_layer
 from qcompile.checkpoint.saving.layers import Layer
 from qcompile.errors import ConfigError, LayerError
 from qcompile.packed import PackedWeight
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
-from qcompile.scheme import PRESETS, SUBSTITUTES, Scheme, parse_scheme, scheme_to_dict
+from qcompile.scheme import Scheme
+from qcompile.scheme_config import parse_scheme, scheme_to_dict
 from tests import tolerance
 from tests.strategies import matrices
 
@@ -31,6 +33,7 @@ gguf = pytest.importorskip("gguf")
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "calibrate"
 THEIRS = json.loads((FIXTURES / "ggml.json").read_text())
 K_TYPES = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")
+SUBSTITUTES = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "iq4_xs": "iq4_nl"}
 OTHERS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")
 IMPORTANCE = {"name": "rtn", "clip": "importance"}
 
@@ -102,7 +105,7 @@ def test_no_worse_than_the_range(name, weight, method, dead):
 def test_other_widths(name):
     """Where super-blocks do not fit, a preset becomes the type that llama.cpp takes; an explicit scheme is an error."""
     scheme = PRESETS[name]
-    substitute = PRESETS[SUBSTITUTES[scheme.weight.format.name]]
+    substitute = PRESETS[SUBSTITUTES[name]]
     assert scheme.fit("layer", (8, 576)).weight == substitute.fit("layer", (8, 576)).weight
     assert scheme.fit("layer", (8, 768)).weight == scheme.weight
     explicit = replace(scheme, weight=replace(scheme.weight, flexible_group=False))

@@ -23,7 +23,8 @@ from qcompile.errors import CheckpointError, ConfigError
 from qcompile.methods import CHECKPOINT
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
-from qcompile.scheme import PRESETS, Scheme
+from qcompile.presets import PRESETS
+from qcompile.scheme import Scheme
 from tests import oracle, tolerance
 from tests.checkpoint.integer_files import FIXTURES, fixture_layers, fixture_tensors, read_layer
 

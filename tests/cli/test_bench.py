@@ -12,8 +12,8 @@ from qcompile.cli import app
 from qcompile.cli import bench as command
 from qcompile.evaluate import timing
 from qcompile.evaluate.linear import floor
+from qcompile.presets import PRESETS
 from qcompile.reference import quantize_weight
-from qcompile.scheme import PRESETS
 
 RATES = {"memory": 1e10, "16-bit": 1e11, "8-bit": 2e11}
 CPU = torch.device("cpu")

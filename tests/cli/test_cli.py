@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import qcompile.evaluate
 from qcompile.cli import app
 from qcompile.evaluate import random_language_model
-from qcompile.scheme import PRESETS
+from qcompile.presets import PRESETS
 
 TINY = {
     "hidden_size": 64,

@@ -22,7 +22,7 @@ from qcompile.errors import ConfigError, LayerError
 from qcompile.evaluate import random_language_model
 from qcompile.flags import override
 from qcompile.runtime import gpu, measure, tuning
-from qcompile.scheme import parse_scheme
+from qcompile.scheme_config import parse_scheme
 from tests.checkpoint.moe_files import make_moe
 from tests.cli.test_cli import TINY, fails
 

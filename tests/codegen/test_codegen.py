@@ -27,9 +27,9 @@ from qcompile.flags import override
 from qcompile.formats import FORMATS
 from qcompile.layouts import choose_layout
 from qcompile.linear_spec import ACTIVATIONS, LinearSpec
+from qcompile.presets import PRESETS, preset
 from qcompile.runtime import cache, gpu, tuning
 from qcompile.runtime import measure as timing
-from qcompile.scheme import PRESETS, preset
 from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.test_gemm import shipped

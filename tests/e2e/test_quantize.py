@@ -16,7 +16,7 @@ import qcompile
 from qcompile import compat
 from qcompile.errors import CalibrationError, ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
-from qcompile.scheme import PRESETS
+from qcompile.presets import PRESETS
 from tests import tolerance
 from tests.e2e.test_backend import MLP, compiled
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qcompile.evaluate.linear import measure_gate
-from qcompile.scheme import PRESETS
+from qcompile.presets import PRESETS
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from qcompile.config import parse_config
 from qcompile.errors import CheckpointError, ConfigError, DeviceError
 from qcompile.evaluate import recommend as r
 from qcompile.evaluate.speed import weight_bytes
-from qcompile.scheme import ALIASES, PRESETS
+from qcompile.presets import ALIASES, PRESETS
 
 SHAPE = {
     "hidden_size": 256,

@@ -17,8 +17,9 @@ from qcompile.experts import GroupedLinear
 from qcompile.methods import CHECKPOINT
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize_activation, quantize_activation, quantize_weight
-from qcompile.scheme import PRESETS, Scheme
+from qcompile.scheme import Scheme
 from tests import oracle, tolerance
 
 gguf = pytest.importorskip("gguf")

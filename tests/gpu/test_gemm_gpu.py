@@ -12,8 +12,10 @@ from qcompile.codegen.cost_model import candidates, rank
 from qcompile.codegen.spec import KernelSpec, Tile, decoding_spec, native_fp8
 from qcompile.formats import FORMATS
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
+from qcompile.presets import PRESETS, preset
 from qcompile.runtime import cache, gpu, tuning, vendor
-from qcompile.scheme import PRESETS, Granularity, Scheme, parse_scheme, preset
+from qcompile.scheme import Granularity, Scheme
+from qcompile.scheme_config import parse_scheme
 from tests import tolerance
 from tests.kernels.problems import Problem, problem
 from tests.kernels.test_gemm import GGUF_LIKE, shipped, weight_scheme

@@ -7,8 +7,8 @@ import torch
 
 from qcompile.calibrate.gptq import gptq, hessian_error
 from qcompile.methods import GPTQ
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
-from qcompile.scheme import PRESETS
 from tests.calibrate.problems import layer, statistics
 
 pytestmark = pytest.mark.gpu

@@ -20,9 +20,11 @@ from qcompile.layouts import choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
+from qcompile.presets import PRESETS
 from qcompile.reference import dequantize_activation, quantize_activation, quantize_weight
 from qcompile.runtime import cpp, cpu
-from qcompile.scheme import PRESETS, SCALE_DTYPES, Scheme, parse_scheme
+from qcompile.scheme import SCALE_DTYPES, Scheme
+from qcompile.scheme_config import parse_scheme
 from tests import oracle, tolerance
 
 SHAPE = (96, 256)

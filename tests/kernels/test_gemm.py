@@ -16,19 +16,10 @@ from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
 from qcompile.layouts import choose_layout
 from qcompile.linear_spec import GATES, STORES
+from qcompile.presets import PRESETS, preset
 from qcompile.reference import quantize_activation
 from qcompile.runtime import cache
-from qcompile.scheme import (
-    FLOAT_SCALES,
-    PRESETS,
-    SCALE_DTYPES,
-    ActivationScheme,
-    Granularity,
-    Scheme,
-    SuperScale,
-    WeightScheme,
-    preset,
-)
+from qcompile.scheme import FLOAT_SCALES, SCALE_DTYPES, ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme
 from tests.kernels.problems import problem
 from tests.strategies import epilogues
 

@@ -20,9 +20,10 @@ from qcompile.formats import get_format
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
+from qcompile.presets import PRESETS, preset
 from qcompile.reference import dequantize_activation, quantize_activation
 from qcompile.runtime import cache, gpu_grouped, tuning
-from qcompile.scheme import PRESETS, SCALE_DTYPES, Granularity, Scheme, SuperScale, WeightScheme, preset
+from qcompile.scheme import SCALE_DTYPES, Granularity, Scheme, SuperScale, WeightScheme
 from qcompile.stacks import expert, padded_rows, stack, stack_layout, stacked_scheme
 from tests import oracle, tolerance
 from tests.cross_compile import measure

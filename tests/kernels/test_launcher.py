@@ -16,8 +16,8 @@ from triton.runtime import driver
 
 from qcompile.codegen.spec import Tile
 from qcompile.flags import override
+from qcompile.presets import preset
 from qcompile.runtime import cache, gpu, launcher
-from qcompile.scheme import preset
 from tests.kernels.problems import problem
 
 

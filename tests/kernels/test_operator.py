@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from qcompile.codegen.spec import Tile
 from qcompile.errors import DeviceError
 from qcompile.flags import override
+from qcompile.presets import preset
 from qcompile.runtime import cache, gpu
-from qcompile.scheme import preset
 from tests.kernels.problems import problem
 from tests.triton_interpreter import interpret
 

@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qcompile.codegen.spec import KernelSpec, Tile
 from qcompile.flags import override
 from qcompile.linear_spec import decode_spec, generation
+from qcompile.presets import PRESETS, preset
 from qcompile.report.explain import Explanation, LayerReport, _plan
 from qcompile.runtime import cache, clock, gpu, gpu_grouped, measure, tuning
-from qcompile.scheme import PRESETS, preset
 from tests.triton_interpreter import interpret
 
 GPU = "nvidia-h100"

@@ -19,9 +19,10 @@ from qcompile.flags import override
 from qcompile.formats import FORMATS, get_format
 from qcompile.layouts import LAYOUTS, choose_layout
 from qcompile.linear_spec import LinearSpec
+from qcompile.presets import PRESETS, preset
 from qcompile.reference import dequantize
 from qcompile.runtime import cache, gpu, tuning, vendor
-from qcompile.scheme import PRESETS, ActivationScheme, Granularity, Scheme, preset
+from qcompile.scheme import ActivationScheme, Granularity, Scheme
 from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.problems import Problem, problem

@@ -14,7 +14,7 @@ from qcompile.errors import ConfigError, LayerError, QCompileError
 from qcompile.formats import get_format
 from qcompile.passes import PASSES, verify
 from qcompile.passes.context import OP, QUANTIZE, Args
-from qcompile.scheme import parse_scheme
+from qcompile.scheme_config import parse_scheme
 from tests import tolerance
 from tests.capture import capture
 
