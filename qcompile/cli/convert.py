@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -20,12 +23,47 @@ from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.layers import quantized_layers
 from qcompile.checkpoint.saving.save import fits
 from qcompile.checkpoint.saving.shards import parse_size
-from qcompile.cli.steps import Steps
-from qcompile.config import QuantConfig
+from qcompile.cli.options import errors_told, float_dtype
+from qcompile.cli.steps import Steps, quiet_imports
+from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import CheckpointError, ConfigError
 
 STEPS = 3
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A folder with a checkpoint, or a GGUF file.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or gguf.")],
+    config: Annotated[
+        str | None, typer.Option(help="Quantize first: a preset or a configuration file.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of what is not quantized; by default one that holds all.", show_default=False)
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a safetensors file.")] = "5GB",
+    allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Round scales, and say how far.")] = False,
+) -> None:
+    """Write a checkpoint in another format, with the same codes; what would not be exact is refused."""
+    with errors_told():
+        kept = None if dtype is None else float_dtype(dtype)
+        parsed = None if config is None else parse_config(config)
+        quiet_imports()
+        with Steps(STEPS) as steps, warnings.catch_warnings():
+            if allow_rounding:
+                warnings.simplefilter("ignore", UserWarning)  # the table says it
+            done = run(
+                source,
+                target,
+                to,
+                parsed,
+                kept,
+                max_shard_size=max_shard_size,
+                allow_rounding=allow_rounding,
+                steps=steps,
+            )
+        show(done, Console())
 
 
 @dataclass(frozen=True)
@@ -45,7 +83,7 @@ class Converted:
     cast: tuple[str, ...]
 
 
-def convert(
+def run(
     source: Path,
     target: Path,
     format: str,

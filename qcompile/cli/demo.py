@@ -3,27 +3,69 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import qcompile
-from qcompile.cli.steps import Steps
-from qcompile.config import QuantConfig, Rule, parse_config
+from qcompile.cli.options import (
+    UNQUANTIZED,
+    DeviceOption,
+    ModelOption,
+    RandomOption,
+    check_folder,
+    check_model,
+    choose_device,
+    config_of,
+    errors_told,
+    load_model,
+    parse_schemes,
+)
+from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.evaluate import LanguageModel, compare, compiled_decoder, prefill_rate, sample_text, weight_bytes
-from qcompile.presets import ALIASES, PRESETS
 
 STEPS_PER_SCHEME = 4
 WINDOW = 256
 PREFILL = 512
 WARM_UP = 4
+
+
+def demo(
+    scheme: Annotated[
+        list[str], typer.Option(help="Presets or configuration files; repeat the option, or separate by commas.")
+    ] = [f"{UNQUANTIZED},int8,int4,fp8"],  # noqa: B006  (typer reads the default, nobody changes it)
+    prompt: Annotated[str, typer.Option(help="What the model is asked.")] = "What is a compiler? Answer briefly.",
+    tokens: Annotated[int, typer.Option(min=1, max=2048, help="How many tokens each model writes.")] = 64,
+    device: DeviceOption = "auto",
+    model: ModelOption = None,
+    random: RandomOption = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the table here.", show_default=False)
+    ] = None,
+) -> None:
+    """Quantize a language model with each scheme, compile it, let it write, and compare size, speed and quality."""
+    with errors_told():
+        names = parse_schemes(scheme)
+        target = choose_device(device)
+        check_model(model, random)
+        check_folder(json_path)
+        quiet_imports()
+        console = Console()
+        with Steps(1 + STEPS_PER_SCHEME * len(names)) as steps:
+            result = run(load_model(model, random, target, steps), names, prompt, tokens, target, steps)
+        show(result, console)
+        if json_path is not None:
+            json_path.write_text(json.dumps(to_dict(result), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -91,19 +133,6 @@ def run(
         decode_tokens=tokens,
         rows=tuple(rows),
     )
-
-
-def config_of(scheme: str) -> QuantConfig:
-    """What a row's name stands for.
-
-    A preset below 8 bits leaves the output head at 8 bits, as checkpoints in such formats do: it chooses the token.
-    Beside types of GGUF it gets Q6_K, as llama.cpp has it.
-    """
-    config = parse_config(scheme)
-    if scheme not in (*PRESETS, *ALIASES) or PRESETS[ALIASES.get(scheme, scheme)].weight.format.bits >= 8:
-        return config
-    head = PRESETS["q6_k" if scheme.startswith(("q", "iq")) else "int8_weight_only"]
-    return QuantConfig((Rule(layers="lm_head", scheme=head), *config.rules))
 
 
 def _row(

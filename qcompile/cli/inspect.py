@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from qcompile.checkpoint.inspection import Inspection, LayerRow
+from qcompile.checkpoint.inspection import inspect as look
+from qcompile.cli.options import errors_told
+from qcompile.cli.steps import quiet_imports
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A folder with a checkpoint, a .safetensors or a GGUF file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every layer, instead of a table.")] = False,
+) -> None:
+    """Say what a checkpoint holds: each layer's format, bits, scales, shape and size."""
+    with errors_told():
+        quiet_imports()
+        found = look(path)
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=1))
+        else:
+            show(found, Console())
 
 
 def show(found: Inspection, console: Console) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -24,8 +26,8 @@ from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
 from qcompile.checkpoint.saving.save import fits, formats_for, layer_like
-from qcompile.cli.demo import config_of
-from qcompile.cli.steps import Steps
+from qcompile.cli.options import DeviceOption, choose_device, config_of, errors_told, float_dtype, parse_schemes
+from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import AUTO, Auto, QuantConfig, Rule, parse_config
 from qcompile.errors import CheckpointError, ConfigError
 from qcompile.evaluate.models import load_tokenizer_of
@@ -37,6 +39,87 @@ from qcompile.quantize import planned, quantize_waiting, sensitivities_beside
 from qcompile.scheme import Scheme
 
 STEPS = 4
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(help="A folder with a checkpoint, or a GGUF file to decode.")],
+    output: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    scheme: Annotated[str, typer.Option(help="A preset, a configuration file, or auto: a scheme for each layer.")] = (
+        "int4"
+    ),
+    method: Annotated[
+        str,
+        typer.Option(help="rtn, importance, hqq, gptq, awq, smoothquant, hadamard, or several: smoothquant,gptq."),
+    ] = "rtn",
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text, for methods and scales that look at activations.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text, at most.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, bitsandbytes or gguf.")] = (
+        "compressed-tensors"
+    ),
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="To compute in; by default the checkpoint's own.", show_default=False),
+    ] = None,
+    device: DeviceOption = "auto",
+    bits: Annotated[
+        float | None, typer.Option(help="For auto: stored bits a weight, at most.", show_default=False)
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="For auto: bytes of packed weights, at most.", show_default=False)
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="For auto: KL divergence in nats, at most; least size.", show_default=False)
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="For auto: presets, separated by commas.", show_default=False)
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="For auto: write what was chosen here, .yaml or .json; without --output only that.", show_default=False
+        ),
+    ] = None,
+    allow_rounding: Annotated[bool, typer.Option("--allow-rounding", help="Round scales, and say how far.")] = False,
+) -> None:
+    """Quantize a model, block by block, and save it. An interrupted run goes on when the command is given again."""
+    with errors_told():
+        target = choose_device(device)
+        kept = None if dtype is None else float_dtype(dtype)
+        quiet_imports()
+        names = [name.strip() for name in method.split(",")]
+        methods = [] if names == ["rtn"] else names
+        budget = {"bits": bits, "bytes": max_bytes, "kl": max_kl}
+        given = {name: value for name, value in budget.items() if value is not None}
+        if output is None and write_config is None:
+            raise ConfigError("name a folder to write, --output, or with --scheme auto a file, --write-config")
+        if scheme == AUTO:
+            listed = [] if candidates is None else parse_schemes([candidates])
+            config = auto_configuration(given, methods, listed, None if output is None else format)
+        else:
+            config = configuration(scheme, methods)
+        if not config.undecided and (given or candidates is not None or write_config is not None):
+            raise ConfigError("--bits, --max-bytes, --max-kl, --candidates and --write-config go with --scheme auto")
+        with Steps(STEPS + config.undecided) as steps, warnings.catch_warnings():
+            if allow_rounding:
+                warnings.simplefilter("ignore", UserWarning)  # the table says it
+            done = run(
+                model,
+                output,
+                config,
+                calibration,
+                samples=samples,
+                length=length,
+                format=format,
+                device=target,
+                dtype=kept,
+                allow_rounding=allow_rounding,
+                steps=steps,
+                write_config=write_config,
+            )
+        show(done, Console())
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qcompile.evaluate.recommend import UNQUANTIZED, Option, Recommendation, command, measured
+from qcompile.cli.options import choose_device, errors_told
+from qcompile.cli.steps import quiet_imports
+
+if TYPE_CHECKING:
+    from qcompile.evaluate.recommend import Option, Recommendation
 
 SHOWN = 8
 
 
+def recommend(
+    model: Annotated[Path, typer.Argument(help="A folder with a config.json, such a file, or a GGUF file.")],
+    device: Annotated[
+        str, typer.Option(help="h100, a100, 4090, mi300x, ...; cuda or cpu for this machine's; auto: a GPU if any.")
+    ] = "auto",
+    prefer: Annotated[str, typer.Option(help="accuracy, speed or memory.")] = "accuracy",
+    batch: Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences at once.")] = 1,
+    context: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of a sequence.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, of every option, instead of a table.")] = False,
+) -> None:
+    """Say which schemes fit a model on a device, what each takes and loses, and the command for the best."""
+    with errors_told():
+        quiet_imports()
+        from qcompile.evaluate.recommend import check_preference, read_model, target_of
+        from qcompile.evaluate.recommend import recommend as choose
+
+        check_preference(prefer)
+        target = target_of(choose_device(device).type if device == "auto" else device)
+        found = choose(read_model(model), target, prefer, batch, context)
+        if as_json:
+            typer.echo(json.dumps(to_dict(found, str(model)), indent=1))
+        else:
+            show(found, str(model), Console())
+
+
 def show(found: Recommendation, model: str, console: Console) -> None:
     """Print the best options and the command of the first."""
+    from qcompile.evaluate.recommend import command
+
     target = found.target
     title = (
         f"{found.model.name} on {target.name} ({target.capacity / 1e9:.0f} GB), batch {found.batch}, "
@@ -64,6 +98,8 @@ def _cells(option: Option, batch: int) -> list[str]:
 
 def notes(found: Recommendation) -> list[str]:
     """What the numbers are."""
+    from qcompile.evaluate.recommend import measured
+
     best = found.options[0]
     speed = (
         f"Speed: kernels' times, {best.timed:.0%} of them measured on this card and the rest from the cost model; time "
@@ -81,6 +117,8 @@ def notes(found: Recommendation) -> list[str]:
 
 def to_dict(found: Recommendation, model: str) -> dict[str, Any]:
     """Plain values, for JSON: all options, the best first; those without a score are beaten, or do not fit."""
+    from qcompile.evaluate.recommend import UNQUANTIZED, command, measured
+
     return {
         "model": found.model.name,
         "device": found.target.name,

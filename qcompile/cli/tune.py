@@ -5,23 +5,71 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from qcompile.cli.shapes import Shape
-from qcompile.cli.steps import Steps
+import torch
+import typer
+from rich.console import Console
+
+from qcompile.cli.options import errors_told
+from qcompile.cli.shapes import Shape, parse_experts, parse_tokens, shapes_in
+from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import QuantConfig, parse_config
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, DeviceError
 from qcompile.scheme import Scheme
 
 if TYPE_CHECKING:
-    import torch
-    from rich.console import Console
-
     from qcompile.linear_spec import LinearSpec
     from qcompile.runtime.measure import Job
 
 KEEP = 8
 """Tiles that are timed for a linear and a number of tokens."""
+
+
+def tune(
+    what: Annotated[str, typer.Argument(help="A checkpoint, or shapes N x K as 6144x4096,4096x4096.")],
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="A preset or a configuration file; for what is not quantized yet.", show_default=False),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of rows that linears get, separated by commas.")] = "1,64,1024",
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a mixture, whose experts have the shapes: 2/8 if a token chooses 2 of 8.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Time the kernels for a model's linears on this GPU, and keep the fastest; what was timed before is skipped."""
+    with errors_told():
+        shapes, rows = shapes_in(what), parse_tokens([tokens])
+        if shapes is not None and scheme is None:
+            raise ConfigError("shapes need a --scheme, such as int4; `qcompile schemes` lists them")
+        if experts is not None and shapes is None:
+            raise ConfigError("--experts is for shapes; a model says itself what experts it has")
+        mixture = (1, 0) if experts is None else parse_experts(experts)
+        device = _a_gpu()
+        quiet_imports()
+        if shapes is not None and scheme is not None:
+            jobs = jobs_of_shapes(shapes, scheme, rows, *mixture)
+        else:
+            jobs = jobs_of_model(Path(what), scheme, rows, device)
+        left = missing(jobs, device)
+        console = Console()
+        if len(left) < len(jobs):
+            console.print(f"{len(jobs) - len(left)} of {len(jobs)} are tuned already", highlight=False)
+        with Steps(len(left)) as steps:
+            run(left, device, steps, console)
+
+
+def _a_gpu() -> torch.device:
+    """
+    Raises:
+        DeviceError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise DeviceError("tune times kernels of GPUs, and torch sees no GPU here; on CPUs there is nothing to tune")
+    return torch.device("cuda")
 
 
 def _one_scheme(config: QuantConfig) -> Scheme:
@@ -58,8 +106,6 @@ def jobs_of_shapes(
     Raises:
         ConfigError, LayerError: a scheme that does not exist or does not fit a shape.
     """
-    import torch
-
     from qcompile.runtime import measure
 
     parsed = _one_scheme(parse_config(scheme))
@@ -78,8 +124,6 @@ def jobs_of_model(path: Path, scheme: str | None, tokens: Sequence[int], device:
     Raises:
         CheckpointError, ConfigError, LayerError: a model that cannot be read, or quantized as the scheme says.
     """
-    import torch
-
     from qcompile.checkpoint.loader import load
     from qcompile.report.explain import linear_specs
     from qcompile.runtime import gpu, measure

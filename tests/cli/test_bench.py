@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(command, "ceilings", lambda device: RATES)
+    monkeypatch.setattr(timing, "ceilings", lambda device: RATES)
     monkeypatch.setattr(timing, "COLD_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
 
 
