@@ -476,8 +476,8 @@ def measured(folder: Path = RESULTS) -> str:
         (row["step_us"] - row["linear_us"]) / row["layers"]
         for decoded in load(folder, "decode")
         for row in decoded["rows"]
-        # Kernels that begin early count the time that they wait.
-        if row.get("impl") == OURS and "linear_us" in row and "triton.enable_pdl" not in row.get("inductor", "")
+        # Kernels that begin early count the time that they wait: their sum exceeds the step.
+        if row["batch"] == 1 and "linear_us" in row and row.get("busy_us", math.inf) <= 1.02 * row.get("step_us", 0)
     ]
     content = {"model": file["model"], "between_us": round(statistics.median(between), 2), "caches": caches}
     lines = ",\n".join(json.dumps(row) for row in rows)

@@ -142,12 +142,12 @@ def test_faster_memory_decodes_faster(large):
 
 
 def test_times_are_near_those_that_were_measured(large):
-    """A step of the Llama-3-8B shape on an H100 with int4 weights and a bfloat16 head took 2.84 ms, bfloat16 7.05 ms
+    """A step of the Llama-3-8B shape on an H100 with int4 weights and a bfloat16 head took 2.72 ms, bfloat16 7.08 ms
     (benchmarks/results/nvidia-h100.decode.json). The head here has int8 weights, which saves 0.2 ms."""
     found = r.recommend(large, r.target_of("h100"), "speed", 1, 256)
     step = {o.name: o.step for o in found.options if o.kv_cache == "bfloat16"}
-    assert step["int4 RTN"] == pytest.approx(2.64e-3, rel=0.2)
-    assert step[r.UNQUANTIZED] == pytest.approx(7.05e-3, rel=0.2)
+    assert step["int4 RTN"] == pytest.approx(2.52e-3, rel=0.2)
+    assert step[r.UNQUANTIZED] == pytest.approx(7.08e-3, rel=0.2)
 
 
 def test_every_command_can_be_parsed(large):

@@ -27,7 +27,7 @@ from qcompile.scheme import SCALE_DTYPES, Granularity, Scheme, SuperScale, Weigh
 from qcompile.stacks import expert, padded_rows, stack, stack_layout, stacked_scheme
 from tests import oracle, tolerance
 from tests.cross_compile import measure
-from tests.kernels.problems import random_codes
+from tests.kernels.problems import random_codes, sparse_codes
 from tests.triton_interpreter import interpret
 
 SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
@@ -94,6 +94,8 @@ def random_weight(scheme: WeightScheme, n: int, k: int, *, plain: bool = False) 
     fields = {name: values for name, values in given.items() if name in scheme.fields}
     zero_point = fields.pop("zero_point", None)
     codes = random_codes(scheme.format.name, n, k)
+    if scheme.sparsity is not None:
+        codes = sparse_codes(codes, scheme.zero_code)
     return PackedWeight.from_codes(codes, fields.pop("scale"), zero_point, scheme, **fields)
 
 
