@@ -23,11 +23,11 @@ from qcompile.packed import PackedWeight
 from qcompile.presets import PRESETS, preset
 from qcompile.reference import dequantize_activation, quantize_activation
 from qcompile.runtime import cache, gpu_grouped, tuning
-from qcompile.scheme import SCALE_DTYPES, Granularity, Scheme, SuperScale, WeightScheme
+from qcompile.scheme import Granularity, Scheme, SuperScale, WeightScheme
 from qcompile.stacks import expert, padded_rows, stack, stack_layout, stacked_scheme
 from tests import oracle, tolerance
 from tests.cross_compile import measure
-from tests.kernels.problems import random_codes, sparse_codes
+from tests.kernels.problems import random_weight
 from tests.triton_interpreter import interpret
 
 SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
@@ -69,34 +69,6 @@ def fitted(name: str, shape: tuple[int, int]) -> Scheme:
 
 DECODED = ("int3", "int4_asym", "fp8_block", "nf4", "mxfp4", "nvfp4", "q5_1", "k-quant", "k-quant without offsets")
 """A scheme for each way in which the template decodes."""
-
-
-def random_weight(scheme: WeightScheme, n: int, k: int, *, plain: bool = False) -> PackedWeight:
-    """A packed weight with every code in it; `plain` makes all scales 1 and all zero points and offsets 0."""
-    blocks = scheme.granularity.scale_shape((n, k))
-    integer = scheme.scale_dtype in ("uint8", "int8")
-    given: dict[str, Tensor] = {}
-    if plain:
-        given["scale"] = torch.ones(blocks)
-        given["offset"] = torch.zeros(blocks)
-    elif integer:
-        given["scale"], given["offset"] = torch.randint(1, 64, blocks), torch.randint(0, 64, blocks)
-    else:
-        given["scale"] = (torch.rand(blocks) + 0.5) / scheme.format.absmax
-        given["offset"] = torch.randn(blocks)
-    given = {name: values.float().to(SCALE_DTYPES[scheme.scale_dtype]) for name, values in given.items()}
-    given["zero_point"] = torch.randint(0, 1 if plain else 2**scheme.format.bits, blocks).to(torch.uint8)
-    if scheme.super_scale is not None:
-        above = (n, scheme.super_scale.count(k))
-        dtype = SCALE_DTYPES[scheme.super_scale.dtype]
-        given["super_scale"] = (torch.ones(above) if plain else (torch.rand(above) + 0.5) / 32).to(dtype)
-        given["super_offset"] = (torch.zeros(above) if plain else torch.randn(above) / 32).to(dtype)
-    fields = {name: values for name, values in given.items() if name in scheme.fields}
-    zero_point = fields.pop("zero_point", None)
-    codes = random_codes(scheme.format.name, n, k)
-    if scheme.sparsity is not None:
-        codes = sparse_codes(codes, scheme.zero_code)
-    return PackedWeight.from_codes(codes, fields.pop("scale"), zero_point, scheme, **fields)
 
 
 @dataclass
