@@ -230,8 +230,8 @@ def check_vocabulary(path: Path, tokenizer: Any, ids: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Session:
-    """What all models of a report have in common."""
+class Conditions:
+    """What all models of a report are measured under, and on."""
 
     ids: Tensor
     window: int
@@ -332,7 +332,7 @@ def run(
     for candidate in plan.checkpoints:
         assert candidate.path is not None
         check_vocabulary(candidate.path, tokenizer, ids)
-    session = Session(ids, window, tokenizer, harness, speed, steps)
+    conditions = Conditions(ids, window, tokenizer, harness, speed, steps)
     about = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch."),
@@ -341,44 +341,44 @@ def run(
         "date": datetime.date.today().isoformat(),
     }
     report = Report(plan.name, None, where, ids.numel(), window, about, (), (), ())
-    session.begin(f"reading {ids.numel()} tokens")
+    conditions.begin(f"reading {ids.numel()} tokens")
     if plan.reference is None:
-        row = session.row(Candidate(plan.name, None, plan.model), model, None, start)
+        row = conditions.row(Candidate(plan.name, None, plan.model), model, None, start)
         return replace(report, rows=(row,), inputs=row.evaluation.inputs, weights=row.evaluation.weights)
     with tempfile.TemporaryDirectory(prefix="qcompile-eval-") as folder:
         recording = record(model, ids, Path(folder), window=window)
         own = Row(ORIGINAL, None, Evaluation(recording.quality, weight_bytes(model)), time.perf_counter() - start)
-        rows = [session.finished(own, model)]
+        rows = [conditions.finished(own, model)]
         try:
             for candidate in plan.schemes:
-                rows.append(_quantized(session, candidate, model, recording))
+                rows.append(_quantized(conditions, candidate, model, recording))
             recording = replace(recording, original=stored_weights(plan.reference))
             del model
             for candidate in plan.checkpoints:
-                rows.append(_loaded(session, candidate, device, dtype, recording))
+                rows.append(_loaded(conditions, candidate, device, dtype, recording))
         except KeyboardInterrupt:
             steps.console.print(f"interrupted; the report has {len(rows)} of its models")
         return replace(report, reference=ORIGINAL, rows=tuple(rows), inputs=recording.inputs, weights=recording.weights)
 
 
-def _quantized(session: Session, candidate: Candidate, model: nn.Module, recording: Recording) -> Row:
+def _quantized(conditions: Conditions, candidate: Candidate, model: nn.Module, recording: Recording) -> Row:
     """The row of a scheme."""
     start = time.perf_counter()
     assert candidate.config is not None
-    session.begin(f"{candidate.name}: quantizing, and reading the text")
+    conditions.begin(f"{candidate.name}: quantizing, and reading the text")
     quantized = quantized_copy(model, candidate.config)
-    return session.row(candidate, quantized, recording, start)
+    return conditions.row(candidate, quantized, recording, start)
 
 
 def _loaded(
-    session: Session, candidate: Candidate, device: torch.device, dtype: torch.dtype | None, recording: Recording
+    conditions: Conditions, candidate: Candidate, device: torch.device, dtype: torch.dtype | None, recording: Recording
 ) -> Row:
     """The row of a checkpoint."""
     start = time.perf_counter()
     assert candidate.path is not None
-    session.begin(f"{candidate.name}: loading, and reading the text")
-    loaded = load_language_model(candidate.path, device, dtype, decode=False, tokenizer=session.tokenizer)
-    return session.row(candidate, loaded.model, recording, start)
+    conditions.begin(f"{candidate.name}: loading, and reading the text")
+    loaded = load_language_model(candidate.path, device, dtype, decode=False, tokenizer=conditions.tokenizer)
+    return conditions.row(candidate, loaded.model, recording, start)
 
 
 def show(report: Report, console: Console) -> None:
