@@ -29,8 +29,8 @@ HEAD = """# Performance
 Written by `benchmarks/report.py` from the files in `benchmarks/results`; do not edit. To measure again on a GPU:
 
 ```
-python benchmarks/linear.py && python benchmarks/grouped.py
-python benchmarks/attention.py && python benchmarks/decode.py
+python benchmarks/linear.py && python benchmarks/linear.py --gate && python benchmarks/grouped.py
+python benchmarks/attention.py && python benchmarks/decode.py && python benchmarks/calibrate.py --machine nvidia-h100
 python benchmarks/report.py
 ```
 
