@@ -43,7 +43,13 @@ constexpr int STEP = PAIRED ? 2 * LANES : LANES;  // columns that are decoded at
 constexpr int HALVES = BITS == 4 ? 2 : 1;        // low and high halves of bytes
 constexpr int DEPTH = PAIRED ? 2 : 1;             // positions of a word
 constexpr i64 STRETCH = 128;                     // positions of a step of the running softmax
-constexpr i64 UNIT = 32;                         // positions whose values are decoded at a time
+#if defined(__AMX_BF16__)
+constexpr bool SQUARES = PAIRED;  // whether the matrix unit multiplies
+#else
+constexpr bool SQUARES = false;
+#endif
+constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded at a time
+constexpr i64 UNIT = SQUARES ? 64 : 32;     // and whose values are
 constexpr i64 PARTS = 64;                        // all heads of all sequences together, if the context is long enough
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
@@ -110,6 +116,8 @@ struct Attention {
   double scale, softcap;
 
   i64 rows() const { return group * queries; }
+  // As many as there is memory for.
+  i64 held() const { return SQUARES && rows() > 16 ? quotient(rows(), 16) * 16 : rows(); }
   i64 part() const {
     i64 steps = quotient(length, STRETCH), parts = least(steps, quotient(PARTS, batch * heads));
     return parts > 1 ? quotient(steps, parts) * STRETCH : length > 0 ? length : 1;
@@ -150,7 +158,11 @@ static inline u32 neighbours(const std::uint8_t* from, i64 count) {
   bytes found{};
   if (count >= STEP) found = get<bytes>(from);
   else std::memcpy(&found, from, count);
+#if defined(__AVX512BW__)
+  return (u32)_mm512_cvtepu8_epi16((__m256i)found);  // compilers make two instructions and their joining
+#else
   return (u32)__builtin_convertvector(found, words);
+#endif
 }
 
 // The bfloat16 of codes, or of numbers as they are; of 4-bit codes those of one half.
@@ -232,8 +244,11 @@ struct Workspace {
   Array<float> scores;
 
   explicit Workspace(const Attention& a)
-      : queries(a.rows() * padded(a.key.size)), weights(a.rows() * STRETCH), keys(LANES * padded(a.key.size)),
-        words(UNIT / DEPTH * padded(a.value.size)), scores(a.rows() * STRETCH) {}
+      : queries((SQUARES ? quotient(a.rows(), 16) * 16 : a.rows()) * padded(a.key.size)),
+        weights(a.held() * STRETCH), keys(KEYS * padded(a.key.size)),
+        words(UNIT / DEPTH * padded(a.value.size)), scores(a.rows() * STRETCH) {
+    if (SQUARES) std::memset(weights, 0, sizeof(Element) * a.held() * STRETCH);
+  }
 };
 
 // Whether rows are multiplied from where they lie.
@@ -252,19 +267,117 @@ static inline f32 products(const Element* query, const Element* keys, i64 stride
   return sums_of(sum);
 }
 
+#if defined(__AMX_BF16__)
+// Tiles 0 and 1 are sums [16 positions, 16 rows], 2 and 7 keys of as many positions [16, 32 columns], 3 pairs of columns
+// of queries [16, 16 rows, 2]; 4 and 5 are outputs [up to 16 rows, 16 columns], 6 weights [rows, 32 positions], 3 and 7
+// then pairs of positions of values [16, 16 columns, 2].
+static void configure_tiles(i64 rows) {
+  struct alignas(64) {
+    std::uint8_t palette = 1, start = 0, reserved[14] = {};
+    std::uint16_t bytes[16] = {};
+    std::uint8_t rows[16] = {};
+  } shape;
+  for (int tile = 0; tile < 8; ++tile) {
+    shape.bytes[tile] = 64;
+    shape.rows[tile] = (std::uint8_t)(4 <= tile && tile <= 6 ? least(rows, 16) : 16);
+  }
+  asm volatile("" ::"r"(&shape) : "memory");  // all of it is read
+  _tile_loadconfig(&shape);
+}
+
+// Rows of queries as tiles: [rows / 16, columns / 32, 16 pairs of columns, 16 rows].
+static void arrange_squares(i64 row, i64 columns, const Element* query, Element* to) {
+  std::uint32_t* tiles = (std::uint32_t*)to + row / 16 * (columns / 2) * 16 + row % 16;
+  for (i64 pair = 0; pair < columns / 2; ++pair) std::memcpy(tiles + pair * 16, query + 2 * pair, 4);
+}
+
+// scores [row + 0 to 3, 16] = sums [16, row + 0 to 3]
+static inline void turn(const float (*sums)[16], float* scores, i64 rows) {
+  __m512 x[4], y[4];
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_castps128_ps512(_mm_loadu_ps(sums[i]));
+    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 4]), 1);
+    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 8]), 2);
+    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 12]), 3);
+  }
+  for (int i = 0; i < 2; ++i) {
+    y[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+    y[i + 2] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+  }
+  for (int i = 0; i < 4 && i < rows; ++i) {
+    __m512d low = (__m512d)y[i / 2 * 2], high = (__m512d)y[i / 2 * 2 + 1];
+    put(scores + i * STRETCH, i % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
+  }
+}
+
+// Products of all rows and 32 keys.
+static void multiply_squares(
+    const Element* queries, i64 rows, const Element* keys, i64 stride, i64 columns, float* scores) {
+  alignas(64) float sums[32][16];
+  for (i64 r = 0; r < rows; r += 16, queries += 16 * columns) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (i64 d = 0; d < columns; d += 32) {
+      _tile_loadd(3, queries + d * 16, 64);
+      _tile_loadd(2, keys + d, 2 * stride);
+      _tile_dpbf16ps(0, 2, 3);
+      _tile_loadd(7, keys + 16 * stride + d, 2 * stride);
+      _tile_dpbf16ps(1, 7, 3);
+    }
+    asm volatile("" ::"r"(sums) : "memory");
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[16], 64);
+    asm volatile("" ::"r"(sums) : "memory");
+    for (i64 quad = r; quad < least(r + 16, rows); quad += 4) {
+      for (i64 t = 0; t < 32; t += 16) {
+        turn((const float (*)[16])(sums[t] + quad % 16), scores + quad * STRETCH + t, rows - quad);
+      }
+    }
+  }
+}
+
+// output [held rows, columns] += weights times words of `count` positions, a multiple of 32.
+static void add_squares(const Element* weights, i64 rows, const Word* words, i64 count, i64 columns, float* output) {
+  asm volatile("" ::"r"(weights), "r"(words), "r"(output) : "memory");
+  for (i64 r = 0; r < rows; r += 16, weights += 16 * STRETCH, output += 16 * columns) {
+    for (i64 d = 0; d < columns; d += 32) {
+      _tile_loadd(4, output + d, 4 * columns);
+      _tile_loadd(5, output + d + 16, 4 * columns);
+      for (i64 t = 0; t < count; t += 32) {
+        _tile_loadd(6, weights + t, 2 * STRETCH);
+        _tile_loadd(3, words + t / 2 * columns + d, 4 * columns);
+        _tile_dpbf16ps(4, 6, 3);
+        _tile_loadd(7, words + t / 2 * columns + d + 16, 4 * columns);
+        _tile_dpbf16ps(5, 6, 7);
+      }
+      _tile_stored(4, output + d, 4 * columns);
+      _tile_stored(5, output + d + 16, 4 * columns);
+    }
+  }
+  asm volatile("" ::: "memory");
+}
+#endif
+
 // Products of all rows and `count` keys from position `first` on: scores [rows, STRETCH].
 static void multiply_keys(const Attention& a, const Workspace& w, const Strip& keys, i64 first, i64 count) {
   const i64 columns = padded(keys.size);
-  for (i64 t = 0; t < count; t += LANES) {
+  for (i64 t = 0; t < count; t += KEYS) {
     const Element* here = w.keys;
     i64 stride = columns;
-    if (as_it_is<Element>(keys.size) && t + LANES <= count) {
+    if (as_it_is<Element>(keys.size) && t + KEYS <= count) {
       here = (const Element*)keys.row(first + t);
       stride = keys.stride;
     } else {
-      i64 end = least(LANES, count - t);
+      i64 end = least(KEYS, count - t);
       for (i64 i = 0; i < end; ++i) decode_key(keys.row(first + t + i), keys.size, w.keys + i * columns);
     }
+#if defined(__AMX_BF16__)
+    if constexpr (SQUARES) {
+      asm volatile("" ::"r"(here) : "memory");
+      multiply_squares(w.queries, a.rows(), here, stride, columns, w.scores + t);
+      continue;
+    }
+#endif
     for (i64 r = 0; r < a.rows(); ++r) {
       put(w.scores + r * STRETCH + t, products(w.queries + r * columns, here, stride, columns));
     }
@@ -364,6 +477,14 @@ static void add_values(
         decode_value(values.row(first + t + i), next, values.size, w.words + i / DEPTH * columns);
       }
     }
+#if defined(__AMX_BF16__)
+    if constexpr (SQUARES) {
+      const i64 there = quotient(end, DEPTH), whole = quotient(end, 32) * 32 / DEPTH;
+      std::memset(w.words + there * columns, 0, sizeof(Word) * (whole - there) * columns);
+      add_squares(w.weights + t, a.rows(), words, whole * DEPTH, columns, output);
+      continue;
+    }
+#endif
     i64 r = 0;
     auto rows_of = [&](auto rows) {
       add_rows<rows>(w.weights + r * STRETCH + t, words, stride, end, columns, output + r * columns);
@@ -376,16 +497,23 @@ static void add_values(
 }
 
 // What a part gives: output [rows, columns], then the top and the total of each row.
-static inline i64 partial_size(const Attention& a) { return a.rows() * (padded(a.value.size) + 2); }
+static inline i64 partial_size(const Attention& a) { return a.held() * padded(a.value.size) + 2 * a.rows(); }
 
 static void attend(const Attention& a, const Workspace& w, i64 pair, i64 begin, i64 end, float* partial) {
   const i64 rows = a.rows(), b = pair / a.heads, h = pair % a.heads;
   const Strip keys = a.key.strip(b, h), values = a.value.strip(b, h);
   const i64 columns = padded(keys.size), out = padded(values.size);
-  float *top = partial + rows * out, *total = top + rows;
+  float *top = partial + a.held() * out, *total = top + rows;
   std::memset(partial, 0, sizeof(float) * partial_size(a));
   for (i64 r = 0; r < rows; ++r) {
-    arrange_query(a.query + (pair * rows + r) * keys.size, keys.size, w.queries + r * columns);
+    const Query* query = a.query + (pair * rows + r) * keys.size;
+#if defined(__AMX_BF16__)
+    if constexpr (SQUARES) {
+      arrange_query(query, keys.size, w.keys);
+      arrange_squares(r, columns, w.keys, w.queries);
+    } else
+#endif
+    arrange_query(query, keys.size, w.queries + r * columns);
     top[r] = -__builtin_inff();
   }
   for (i64 first = begin; first < end; first += STRETCH) {
@@ -407,7 +535,7 @@ static void combine(const Attention& a, i64 pair, const float* partials) {
   partials += pair * parts * size;
   Array<float> scale(parts);
   for (i64 r = 0; r < rows; ++r) {
-    const float *output = partials + r * out, *top = partials + rows * out + r, *sum = top + rows;
+    const float *output = partials + r * out, *top = partials + a.held() * out + r, *sum = top + rows;
     float higher = -__builtin_inff(), total = 0;
     for (i64 p = 0; p < parts; ++p) higher = top[p * size] > higher ? top[p * size] : higher;
     const float base = higher == -__builtin_inff() ? 0.0f : higher;
@@ -435,7 +563,14 @@ static void combine(const Attention& a, i64 pair, const float* partials) {
 }
 
 // Whether the operating system lets this process use what the kernel needs: 0 if so.
-extern "C" int prepare() { return 0; }
+extern "C" int prepare() {
+#if defined(__AMX_BF16__)
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return (int)syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+#else
+  return 0;
+#endif
+}
 
 extern "C" void attention(const Attention* given, int threads) {
   const Attention& a = *given;
@@ -444,6 +579,9 @@ extern "C" void attention(const Attention* given, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Workspace w(a);
+#if defined(__AMX_BF16__)
+    if (SQUARES) configure_tiles(a.rows());
+#endif
 #pragma omp for schedule(static)
     for (i64 task = 0; task < pairs * parts; ++task) {
       i64 begin = task % parts * part;
@@ -451,5 +589,8 @@ extern "C" void attention(const Attention* given, int threads) {
     }
 #pragma omp for schedule(static)
     for (i64 pair = 0; pair < pairs; ++pair) combine(a, pair, partials);
+#if defined(__AMX_BF16__)
+    if (SQUARES) _tile_release();
+#endif
   }
 }
