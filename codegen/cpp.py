@@ -158,6 +158,11 @@ def _template(name: str) -> str:
     return resources.files("qcompile.codegen.templates").joinpath("cpp").joinpath(name).read_text(encoding="utf-8")
 
 
+def operators_source() -> str:
+    """The source of the operators that call kernels."""
+    return _template("operators.cpp")
+
+
 def render_cpp(spec: CppSpec) -> str:
     """The kernel's source, one file without includes of its own.
 

@@ -137,17 +137,23 @@ def _intact(folder: Path) -> Path | None:
 
 
 def build(spec: CppSpec) -> Path | None:
-    """The library of a kernel, from the cache or the compiler; None without a compiler.
+    """The library of a kernel; None without a compiler. See `compile_source`."""
+    command = _command(spec)
+    return None if command is None else compile_source(render_cpp(spec), command)
+
+
+def compile_source(source: str, command: tuple[str, ...]) -> Path:
+    """The library of a source, from the cache or the compiler.
 
     Safe when several processes build the same one. With `flags.dump` set, `<dump>/kernels/<key>.cpp` gets the source.
+
+    Args:
+        command: the compiler's words and all its arguments but the names of files.
 
     Raises:
         subprocess.SubprocessError: the compiler failed.
         OSError: the folder cannot be written to, or the compiler not started.
     """
-    if (command := _command(spec)) is None:
-        return None
-    source = render_cpp(spec)
     key = hashlib.sha256("\0".join((source, *command, _version(command[:1]))).encode()).hexdigest()[:32]
     if flags.dump is not None:
         (flags.dump / "kernels").mkdir(parents=True, exist_ok=True)

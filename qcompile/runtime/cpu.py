@@ -31,7 +31,7 @@ from qcompile.layouts import LAYOUTS, integer_product
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cpp
+from qcompile.runtime import cpp, cpu_operators
 from qcompile.scheme import Granularity
 
 FEW_ROWS = 32
@@ -84,6 +84,8 @@ def gemm(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
         [M, N] in bfloat16 if x is, else in float32.
     """
     linear = _linear(spec)
+    if x.dtype in (torch.bfloat16, torch.float32):
+        linear.tell(spec, x.dtype)
     m, dtype = x.shape[0], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if m == 0:
         return x.new_empty((0, linear.spec.out_features), dtype=dtype)
@@ -103,6 +105,7 @@ class _Linear:
         weight = spec.scheme.weight
         self.spec = spec
         self.kernels: dict[torch.dtype, cpp.Kernel | None] = {}
+        self.told: set[torch.dtype] = set()
         self.columns = weight.granularity.block_of((1, -(-spec.in_features // 32) * 32))[1]
         above = spec.in_features if weight.super_scale is None else weight.super_scale.columns
         self.super_columns = self.columns * spec.in_features if above == -1 else above
@@ -116,8 +119,8 @@ class _Linear:
             self.kernels[dtype] = cpp.load(cpp_spec(self.spec, dtype, cpp.isa())) if there else None
         return self.kernels[dtype]
 
-    def direct(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
-        """The kernel that multiplies `m` rows of x of this type faster than decoding does.
+    def few(self, dtype: torch.dtype) -> tuple[cpp.Kernel | None, int]:
+        """The kernel that multiplies few rows of x of this type faster than decoding does, and how many those are.
 
         It takes float32 where the processor has no products of bfloat16.
         """
@@ -125,14 +128,36 @@ class _Linear:
         if found is not None and dtype == torch.bfloat16:
             features = ISAS[found.spec.isa]
             if "amx_bf16" in features:
-                return found if m <= min(FEW_ROWS_AMX, FEW_ROWS_AMX * self.columns // 128) else None
+                return found, min(FEW_ROWS_AMX, FEW_ROWS_AMX * self.columns // 128)
             if "avx512_bf16" not in features:
                 found = self.kernel(torch.float32)
-        return found if m <= FEW_ROWS else None
+        return found, FEW_ROWS
 
-    def weight(self, tensors: list[Tensor]) -> cpp.Weight:
-        """The kernel's view of the weight's tensors."""
-        addresses = {name: tensors[index].data_ptr() for name, index in self.indices}
+    def direct(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
+        """The kernel for `m` rows of x; None if decoding is faster."""
+        found, rows = self.few(dtype)
+        return found if m <= rows else None
+
+    def tell(self, spec: str, dtype: torch.dtype) -> None:
+        """Let the operator of C++ know the kernel for x of this type, the next time that it is called."""
+        if dtype in self.told:
+            return
+        self.told.add(dtype)
+        found, rows = self.few(dtype)
+        if found is not None:
+            places = dict(self.indices)
+            indices = [places.get(name, -1) for name, *_ in cpp.Weight._fields_[:6]]
+            cpu_operators.add(spec, dtype, found, rows, self.threads, self.weight(None), indices)
+
+    @property
+    def threads(self) -> int:
+        """That are worth their start."""
+        n, k = self.spec.shape
+        return max(1, n * k // WEIGHTS_PER_THREAD)
+
+    def weight(self, tensors: list[Tensor] | None) -> cpp.Weight:
+        """The kernel's view of the weight's tensors; None leaves addresses out."""
+        addresses = {} if tensors is None else {name: tensors[index].data_ptr() for name, index in self.indices}
         n, k = self.spec.shape
         return cpp.Weight(**addresses, n=n, k=k, columns=self.columns, super_columns=self.super_columns)
 
@@ -150,7 +175,7 @@ def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Ke
     n, stride = linear.spec.out_features, x.shape[1]
     y = torch.empty(m, n)
     scratch = torch.empty(m * (stride - (-k // linear.columns)))
-    threads = max(1, min(torch.get_num_threads(), n * k // WEIGHTS_PER_THREAD))
+    threads = min(torch.get_num_threads(), linear.threads)
     weight = linear.weight(tensors)
     kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), threads)
     return y
