@@ -101,8 +101,13 @@ def key_of(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("bench", "impl", "scheme", "N", "K", "M"))
 
 
-def store(folder: Path, rows: Iterable[Row], versions: Row) -> Path:
-    """Put rows into the results file, in the place of those that are about the same."""
+def store(folder: Path, rows: Iterable[Row], versions: Row | None = None, rates: Row | None = None) -> Path:
+    """Put rows into the results file, in the place of those that are about the same.
+
+    Args:
+        versions: of libraries that torch knows nothing of.
+        rates: of `timing.ceilings`.
+    """
     cpu = torch.device("cpu")
     name = f"{timing.machine_name(cpu)}.cpu.json"
     path, committed = folder / name, HERE / "results" / name
@@ -112,7 +117,8 @@ def store(folder: Path, rows: Iterable[Row], versions: Row) -> Path:
     result = {
         "machine": timing.machine_name(cpu),
         "date": datetime.date.today().isoformat(),
-        "versions": file["versions"] | timing.versions(cpu) | versions,
+        "versions": file["versions"] | timing.versions(cpu) | (versions or {}),
+        "ceilings": rates or file.get("ceilings", {}),
         "rows": [kept[key] for key in sorted(kept, key=lambda key: [str(part) for part in key])],
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -229,7 +235,7 @@ def models(jobs: list[str], options: argparse.Namespace) -> int:
             row |= engine.ask("peak") | known | engine.ask("perplexity")
             engine.close()
             print(json.dumps(row), flush=True)
-            store(options.out, [row], engine.ready.get("versions", {}))
+            store(options.out, [row], engine.ready.get("versions"))
     return failures
 
 
@@ -243,7 +249,7 @@ def linears(options: argparse.Namespace) -> None:
         for n, k in SHAPES:
             schemes = {name: PRESETS[name].fit(name, (n, k)) for name in SCHEMES}
             rows = [row | {"bench": "cpu-linear"} for row in measure(n, k, ROWS, schemes, rates, cpu)]
-            store(options.out, rows, {"ceilings": rates})
+            store(options.out, rows, rates=rates)
             for row in rows:
                 print(json.dumps(row), flush=True)
 
