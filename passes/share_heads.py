@@ -39,7 +39,7 @@ from qcompile.passes.heads import (
 
 ATTENTION = torch.ops.qcompile.attention_plain.default
 RULE = "share_heads"
-DEVICES = ("cuda",)
+DEVICES = ("cuda", "cpu")
 
 
 def _source(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:

@@ -19,7 +19,7 @@ import torch
 from qcompile.codegen.cpp import operators_source
 from qcompile.runtime import cpp
 
-_KINDS = {torch.bfloat16: 0, torch.float32: 1}
+_KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 
 
 class _Linear(ctypes.Structure):
@@ -27,6 +27,7 @@ class _Linear(ctypes.Structure):
 
     _fields_ = (
         ("gemm", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("rows", "single", "threads")),
         ("places", ctypes.c_int64 * 6),
         ("weight", cpp.Weight),
@@ -72,7 +73,8 @@ def add(
     """
     if (library := _library()) is None or dtype not in _KINDS:
         return
-    address = ctypes.cast(kernel.gemm, ctypes.c_void_p)
+    gemm = ctypes.cast(kernel.gemm, ctypes.c_void_p)
+    scratch_bytes = None if kernel.spec.integers is None else ctypes.cast(kernel.scratch_bytes, ctypes.c_void_p)
     single = kernel.spec.element == "float32"
-    linear = _Linear(address, rows, single, threads, (ctypes.c_int64 * 6)(*places), weight)
+    linear = _Linear(gemm, scratch_bytes, rows, single, threads, (ctypes.c_int64 * 6)(*places), weight)
     library.add_linear(spec.encode(), _KINDS[dtype], linear)
