@@ -232,8 +232,8 @@ static inline To converted(From x) {
 static inline void arrange_query(const Query* row, i64 size, Element* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
   std::memset(to, 0, sizeof(Element) * padded(size));
-  for (i64 d = 0; d < size; ++d) {
-    to[d / columns * half + d % columns] = converted<Element>(row[d]);
+  for (i64 h = 0; h < HALVES; ++h, row += columns, to += half) {
+    for (i64 d = 0; d < columns; ++d) to[d] = converted<Element>(row[d]);
   }
 }
 
