@@ -241,7 +241,7 @@ def generated(run: Callable[..., torch.Tensor], *inputs: Any, backend: str = "in
 def experts_source(preset: str, dynamic: bool) -> str:
     """Inductor's wrapper for the experts of a small Mixtral."""
     from qcompile.experts import GroupedLinear, quantize_experts
-    from qcompile.layouts import LAYOUTS, to_layout
+    from qcompile.layouts import to_layout
     from qcompile.presets import PRESETS
     from tests.checkpoint.moe_files import make_moe
 
@@ -249,7 +249,7 @@ def experts_source(preset: str, dynamic: bool) -> str:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for projection in experts.modules():
             if isinstance(projection, GroupedLinear):
-                packed = to_layout(projection.logical(), LAYOUTS["fragment"])
+                packed = to_layout(projection.logical(), projection._layout_on("cuda"))
                 fake = packed.map(lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
                 projection._store(fake)
         x = torch.empty(7, 64, device="cuda", dtype=torch.bfloat16)

@@ -28,7 +28,6 @@ from qcompile.codegen.templates.gemm_fragment import (
 # <experts>
 EXPERTS = tl.constexpr(4)
 EXPERTS_POWER = tl.constexpr(4)
-# </experts>
 
 
 @triton.jit
@@ -40,6 +39,9 @@ def find_tile(offsets, tile):
     last = tl.cumsum((end - start + (BLOCK_M - 1)) // BLOCK_M, 0)
     before = last <= tile
     return tl.sum(before.to(tl.int32), 0), tile - tl.max(tl.where(before, last, 0), 0)
+
+
+# </experts>
 
 
 @triton.jit

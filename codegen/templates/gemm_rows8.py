@@ -130,6 +130,52 @@ def load_factors(scale_rows, x_scale_rows, row, token, i):
 
 
 @triton.jit
+def multiply(x, x_scale, codes, scale, first_n, split, token):
+    """float32 [BLOCK_N, BLOCK_M]: part `split` of the columns of the weight's rows from `first_n`, times x.
+
+    x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are.
+    """
+    m = tl.arange(0, BLOCK_M)
+    n = rows_from()
+    row = first_n + n < N
+    x += m[None, :] * K
+    scale_rows = scale + (first_n + n) // ROWS * GROUPS
+    x_scale_rows = x_scale + m * GROUPS
+    if EARLY and PREFETCH > 0:
+        PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
+        first_k = tl.minimum(split * STEPS * BLOCK_K, K - PREFETCH)
+        address = codes + tl.minimum(first_n + n, N - 1).to(tl.int64) * K + first_k
+        tl.inline_asm_elementwise(PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+    codes += first_n.to(tl.int64) * K + n[:, None] * K
+    wait_for_inputs()
+    if GROUPS > 1:
+        factors = load_factors(scale_rows, x_scale_rows, row, token, split * STEPS)
+    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
+    for step in tl.range(0, STEPS):
+        i = split * STEPS + step
+        k, end = columns_of(i)
+        w_mask, x_mask = row[:, None], token[None, :]
+        if not EVEN_K:
+            w_mask = w_mask & (k < end)[None, :]
+            x_mask = x_mask & (k < end)[:, None]
+        weight = decode_weight(tl.load(codes + k[None, :], mask=w_mask, other=0.0))
+        columns = decode_x(tl.load(x + k[:, None], mask=x_mask, other=0.0))
+        if INTEGER:
+            accumulator = tl.dot(weight, columns, accumulator, out_dtype=tl.int32)
+        elif GROUPS == 1:
+            accumulator += settled(tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32))
+        else:
+            # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
+            following = load_factors(scale_rows, x_scale_rows, row, token, i + 1)
+            factor = factors[0][:, None]
+            if X_SCALE == "group":
+                factor = factor * factors[1][None, :]
+            accumulator += tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32) * factor
+            factors = following
+    return accumulator.to(tl.float32)
+
+
+@triton.jit
 def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
     m = first_m + tl.arange(0, BLOCK_M)[None, :]
     n = first_n + tl.arange(0, BLOCK_WIDTH)[:, None]
@@ -166,44 +212,15 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
     first_m = (band * GROUP_M + within % height) * BLOCK_M
     first_n = within // height * BLOCK_WIDTH
     m = tl.arange(0, BLOCK_M)
-    n = rows_from()
-    token = first_m + m < M
-    row = first_n + n < N
-    x += first_m.to(tl.int64) * K + m[None, :] * K
-    scale_rows = scale + (first_n + n) // ROWS * GROUPS
-    x_scale_rows = x_scale + (first_m + m) * GROUPS
-    if EARLY and PREFETCH > 0:
-        PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
-        first_k = tl.minimum(split * STEPS * BLOCK_K, K - PREFETCH)
-        address = codes + tl.minimum(first_n + n, N - 1).to(tl.int64) * K + first_k
-        tl.inline_asm_elementwise(PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
-    codes += first_n.to(tl.int64) * K + n[:, None] * K
-    wait_for_inputs()
-    if GROUPS > 1:
-        factors = load_factors(scale_rows, x_scale_rows, row, token, split * STEPS)
-    accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INTEGER else tl.float32)
-    for step in tl.range(0, STEPS):
-        i = split * STEPS + step
-        k, end = columns_of(i)
-        w_mask, x_mask = row[:, None], token[None, :]
-        if not EVEN_K:
-            w_mask = w_mask & (k < end)[None, :]
-            x_mask = x_mask & (k < end)[:, None]
-        weight = decode_weight(tl.load(codes + k[None, :], mask=w_mask, other=0.0))
-        columns = decode_x(tl.load(x + k[:, None], mask=x_mask, other=0.0))
-        if INTEGER:
-            accumulator = tl.dot(weight, columns, accumulator, out_dtype=tl.int32)
-        elif GROUPS == 1:
-            accumulator += settled(tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32))
-        else:
-            # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
-            following = load_factors(scale_rows, x_scale_rows, row, token, i + 1)
-            factor = factors[0][:, None]
-            if X_SCALE == "group":
-                factor = factor * factors[1][None, :]
-            accumulator += tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32) * factor
-            factors = following
-    accumulator = accumulator.to(tl.float32)
+    accumulator = multiply(
+        x + first_m.to(tl.int64) * K,
+        x_scale + first_m * GROUPS,
+        codes,
+        scale,
+        first_n,
+        split,
+        first_m + m < M,
+    )
     if SPLIT == 1:
         finish(accumulator, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
     else:

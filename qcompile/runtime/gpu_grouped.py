@@ -1,4 +1,4 @@
-"""Products with stacks of experts on GPUs: one launch of a generated Triton kernel for all experts."""
+"""Products with stacks of experts on GPUs: one launch of a generated Triton kernel for all experts, or torch's own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache, launcher
-from qcompile.runtime.gpu import bucket, may_time, name_of, target_of, tune
+from qcompile.runtime import cache, launcher, vendor_grouped
+from qcompile.runtime.gpu import bucket, has_kernel, may_time, name_of, target_of, tune
 from qcompile.runtime.tuning import Chosen, choose
 from qcompile.stacks import padded_rows
 from qcompile.tensors import by_bytes
@@ -52,25 +52,25 @@ def launch(
     y = x.new_empty((rows, kernel.n), dtype=out_dtype)
     if rows == 0:
         return y
+    native = native_fp8(kernel.target)
+    codes = weight.codes if native else by_bytes(weight.codes)
 
     def stored(tensor: Tensor | None) -> Tensor:
         # A pointer that a kernel does not use gets some input, so that one signature serves all.
-        return weight.codes if tensor is None else by_bytes(tensor)
+        return codes if tensor is None else by_bytes(tensor)
 
+    more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
     grid = (tile_count(rows, kernel.experts, tile.m), -(-kernel.n // tile.n))
     launcher.launch(
         function,
         grid,
-        x.contiguous() if native_fp8(kernel.target) else by_bytes(x.contiguous()),
+        x.contiguous() if native else by_bytes(x.contiguous()),
         stored(None if x_scale is None else x_scale.contiguous()),
-        weight.codes,
+        codes,
         stored(weight.scale),
-        stored(weight.zero_point),
-        stored(weight.offset),
-        stored(weight.super_scale),
-        stored(weight.super_offset),
+        *(() if kernel.in_rows else map(stored, more)),
         stored(None if bias is None else bias.contiguous()),
-        weight.codes,
+        codes,
         y,
         offsets,
         num_warps=tile.warps,
@@ -135,13 +135,13 @@ def grouped_gemm(
     experts = offsets.shape[0] - 1
     shape = (experts * padded_rows(spec.out_features), spec.in_features)
     packed = PackedWeight.from_tensors(weight, shape, spec.scheme.weight, spec.layout)
-    if spec.layout != "fragment":
+    if not has_kernel(spec):
         return _decoded(x, x_scale, offsets, packed, bias, spec, out_dtype)
     rows = rows_bucket(x.shape[0], experts)
     if flags.tune and may_time(x):
         tune(spec, rows, x.dtype if x_scale is None else out_dtype, x.device, experts)
     chosen = choose(spec, rows, x.dtype, out_dtype, target_of(x.device), name_of(x.device), experts)
-    return execute(chosen, x, x_scale, offsets, packed, bias, wrap)
+    return execute(chosen, x, x_scale, offsets, packed, bias, spec, wrap)
 
 
 def execute(
@@ -151,16 +151,20 @@ def execute(
     offsets: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
+    spec: LinearSpec,
     wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
     """`grouped_gemm` with a choice that is made."""
     kernel = chosen.kernel
     assert isinstance(kernel, GroupedSpec)
-    function = wrap(cache.load(kernel).kernel)
     # Triton launches on the current device.
     guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, x, x_scale, offsets, weight, bias, getattr(torch, kernel.out_dtype))
+        if chosen.vendor is None or x.shape[0] == 0:
+            function = wrap(cache.load(kernel).kernel)
+            return launch(kernel, function, x, x_scale, offsets, weight, bias, getattr(torch, kernel.out_dtype))
+        product = vendor_grouped.PATHS[chosen.vendor](x, x_scale, offsets, weight, kernel, wrap)
+        return vendor_grouped.finish(product, offsets, bias, spec, kernel, wrap)
 
 
 @functools.cache
