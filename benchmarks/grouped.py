@@ -1,6 +1,6 @@
 """Time of products with stacks of experts on a GPU against torch's own kernels, on weights that come from memory.
 
-    python benchmarks/grouped.py [--models mixtral,gpt-oss] [--schemes int4,fp8,fp8_block,int8,mxfp4] [--tokens 1,16,64,256,1024]
+    python benchmarks/grouped.py [--models mixtral,gpt-oss] [--schemes int4,fp8,mxfp4] [--tokens 1,16,64,256,1024]
 
 Rows go into `benchmarks/results/<machine>.grouped.json` and take the place of those of the same model, shape, scheme
 and tokens. The shapes are the two products of a layer's experts, gate and up merged, and down; every token chooses its
