@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, grouped_tile, scales_of
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -160,7 +160,7 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     device, tile = device or device_of(spec.target), spec.tile
     given = (
         m,
-        stacked_rows(spec),
+        stacked_rows(spec, m),
         spec.k,
         spec.stored_bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
         _BYTES.get(spec.x_dtype, 1),
@@ -186,9 +186,11 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     )
 
 
-def stacked_rows(spec: KernelSpec) -> int:
-    """Rows of the weight, of all experts if it is a stack of such."""
-    return spec.n * (spec.experts if isinstance(spec, GroupedSpec) else 1)
+def stacked_rows(spec: KernelSpec, m: int) -> int:
+    """Rows of the weight; of a stack those of all experts, or of a quarter if M is 1: few have a row then."""
+    if not isinstance(spec, GroupedSpec):
+        return spec.n
+    return spec.n * (spec.experts if m > 1 else -(-spec.experts // 4))
 
 
 def shared_bytes(spec: KernelSpec) -> int:
@@ -215,8 +217,6 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
     After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
     """
     tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m)
-    if isinstance(like, GroupedSpec):
-        tiles = [tile for tile in tiles if tile == grouped_tile(tile)]
     return [replace(like, tile=tile) for tile in tiles]
 
 

@@ -79,7 +79,7 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device 
         return STRETCH.get((template, spec.compute), 1.3) * seconds(spec, m, device)
     device, width = device or device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
     bits = spec.stored_bits
-    n = stacked_rows(spec)
+    n = stacked_rows(spec, m)
     return MARGIN * _compiled(vendor)(m, n, spec.k, bits, width, device.memory, device.operations)
 
 

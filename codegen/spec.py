@@ -179,7 +179,7 @@ class KernelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSpec(KernelSpec):
-    """A kernel for a stack of `experts` experts; `n`, `k` and the rest are one expert's, and `tile.split` is 1."""
+    """A kernel for a stack of `experts` experts; `n`, `k` and the rest are one expert's."""
 
     experts: int
 
@@ -315,8 +315,7 @@ def finishing_spec(kernel: KernelSpec, product: torch.dtype, *, x_scale: bool, s
 def grouped_spec(kernel: KernelSpec, experts: int) -> GroupedSpec:
     """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them."""
     given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
-    given |= {"template": GROUPED_TEMPLATES[kernel.template], "tile": grouped_tile(kernel.tile)}
-    return GroupedSpec(**given, experts=experts)
+    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATES[kernel.template]}, experts=experts)
 
 
 def one_expert(kernel: GroupedSpec) -> KernelSpec:
@@ -324,9 +323,3 @@ def one_expert(kernel: GroupedSpec) -> KernelSpec:
     given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
     template = next(alone for alone, grouped in GROUPED_TEMPLATES.items() if grouped == kernel.template)
     return KernelSpec(**{**given, "template": template})
-
-
-def grouped_tile(tile: Tile) -> Tile:
-    """The tile without what kernels for stacks of experts do not do."""
-    # Compilers see through to these kernels, and take instructions that order others for writes to all inputs.
-    return dataclasses.replace(tile, split=1, form="loop", overlap=False)

@@ -12,7 +12,7 @@ from qcompile.codegen.templates.gemm_grouped import EXPERTS, find_tile
 
 # </experts>
 # <rows8>
-from qcompile.codegen.templates.gemm_rows8 import BLOCK_M, BLOCK_N, GROUPS, ROWS, K, N, finish, multiply
+from qcompile.codegen.templates.gemm_rows8 import BLOCK_M, BLOCK_N, GROUPS, ROWS, SPLIT, K, N, finish_parts, multiply
 
 # </rows8>
 
@@ -21,18 +21,19 @@ STACKED = (N + 63) // 64 * 64
 
 
 @triton.jit
-def kernel(x, x_scale, codes, scale, bias, operand_0, y, offsets):
-    """Grid: (tiles, ceil(N / BLOCK_N)), with as many tiles of BLOCK_M rows as any choice of experts may need.
+def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, offsets):
+    """Grid: (tiles, ceil(N / BLOCK_N) * SPLIT), with as many tiles of BLOCK_M rows as any choice of experts may need.
 
-    offsets: int32 [EXPERTS + 1], where the rows of each expert begin and the last end. Pointers that the constants make
-    needless are not read.
+    offsets: int32 [EXPERTS + 1], where the rows of each expert begin and the last end. The rest is as in
+    `gemm_rows8`.
     """
+    split, block_n = tl.program_id(1) % SPLIT, tl.program_id(1) // SPLIT
     expert, tile = find_tile(offsets, tl.program_id(0))
     if expert >= EXPERTS:
         return
     first_m = tl.load(offsets + expert) + tile * BLOCK_M
     end_m = tl.load(offsets + expert + 1)
-    first_n = tl.program_id(1) * BLOCK_N
+    first_n = block_n * BLOCK_N
     scale += expert * (STACKED // ROWS * GROUPS)
     accumulator = multiply(
         x + first_m.to(tl.int64) * K,
@@ -40,7 +41,11 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, offsets):
         codes + expert.to(tl.int64) * (STACKED * K),
         scale,
         first_n,
-        0,
+        split,
         first_m + tl.arange(0, BLOCK_M) < end_m,
     )
-    finish(accumulator, scale, x_scale, bias + expert * N, operand_0, y, first_m, first_n, end_m)
+    bias += expert * N
+    tile = block_n * tl.num_programs(0) + tl.program_id(0)
+    finish_parts(
+        accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, end_m
+    )

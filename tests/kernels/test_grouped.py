@@ -72,15 +72,15 @@ SCHEMES = {name: scheme for name, scheme in PRESETS.items() if name != "fp8_stat
     "k-quant without offsets": gguf_like("int4", 16, "int8"),
     "fp8 tensor": eight_bits("fp8_e4m3", Granularity.tensor(), "fp8_e4m3", Granularity.tensor()),
     "fp8 block, one group": eight_bits("fp8_e5m2", Granularity.block(64, 256), "fp8_e4m3", Granularity.group(256)),
-    "int8 of fp8": eight_bits("int8", Granularity.group(64), "fp8_e4m3", Granularity.channel()),
-    "rows of 3": eight_bits("int8", Granularity.block(3, 64), "int8", Granularity.group(64)),
+    "int8 of fp8": eight_bits("int8", Granularity.group(32), "fp8_e4m3", Granularity.channel()),
+    "rows of 3": eight_bits("int8", Granularity.block(3, 32), "int8", Granularity.group(32)),
 }
 
 
 def fitted(name: str, shape: tuple[int, int]) -> Scheme:
-    """A scheme for a shape; a super-block of K-quants may be longer than a row here."""
+    """A scheme for a shape; blocks of some may be longer than a row here."""
     scheme = SCHEMES[name]
-    return scheme if name.startswith("k-quant") else scheme.fit("layer", shape)
+    return scheme if name.startswith("k-quant") or "one group" in name else scheme.fit("layer", shape)
 
 
 DECODED = ("int3", "int4_asym", "fp8_block", "nf4", "mxfp4", "nvfp4", "q5_1", "k-quant", "k-quant without offsets")
@@ -228,10 +228,12 @@ tiles = st.builds(
     m=st.sampled_from([16, 32]),
     n=st.sampled_from([64, 128]),
     k=st.sampled_from([64, 128]),
-    split=st.just(1),
+    split=st.sampled_from([1, 1, 2, 3]),
     warps=st.just(4),
     stages=st.just(2),
-)
+    scales=st.sampled_from(["products", "fragments"]),
+    overlap=st.booleans(),
+).map(lambda tile: replace(tile, overlap=tile.overlap and tile.k == 128))  # which takes turns of two chunks
 counts = st.lists(st.sampled_from([0, 0, 1, 2, 15, 16, 17, 40]), min_size=1, max_size=5)
 
 
