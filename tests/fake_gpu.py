@@ -2,9 +2,9 @@
 
 It replaces functions of torch for good, so it runs in a process of its own: `python -m tests.fake_gpu PRESET static`
 (or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, of the M, N and K that follow, or if `experts`
-follows, those of a mixture (by torch's products, if `torch` follows), or if `mlp` follows, a gated one, or for `quantize` and what comes before it (`BEFORE`)
-three linears that share a quantization. It prints the calls of the generated wrapper. Several such are divided by
-`and`, and their calls by an empty line.
+follows, those of a mixture (by torch's products if `torch` follows that), or if `mlp` follows, a gated one, or for
+`quantize` and what comes before it (`BEFORE`) three linears that share a quantization. It prints the calls of the
+generated wrapper. Several such are divided by `and`, and their calls by an empty line.
 """
 
 from __future__ import annotations
