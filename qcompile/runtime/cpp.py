@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from qcompile.codegen.cpp import ISAS, CppSpec, render_cpp
+from qcompile.codegen.cpp import ISAS, CppSpec, compiler_options, render_cpp
 from qcompile.codegen.cpp_attention import CppAttentionSpec, render_attention
 from qcompile.errors import ConfigError, shown
 from qcompile.flags import flags
@@ -61,8 +61,14 @@ class Kernel:
         weight = ctypes.POINTER(Weight)
         self.spec = spec
         self.gemm = library.gemm
-        self.gemm.argtypes = (pointer, size, size, weight, pointer, pointer, integer)
         self.gemm.restype = None
+        if spec.integers is not None:
+            self.gemm.argtypes = (pointer, pointer, pointer, size, size, weight, pointer, pointer, integer)
+            self.scratch_bytes = library.scratch_bytes
+            self.scratch_bytes.argtypes = (weight, size, integer)
+            self.scratch_bytes.restype = size
+            return
+        self.gemm.argtypes = (pointer, size, size, weight, pointer, pointer, integer)
         self.decode = library.decode
         self.decode.argtypes = (weight, size, size, pointer, integer)
         self.decode.restype = None
@@ -88,14 +94,15 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def _processor() -> str:
+def available() -> tuple[str, ...]:
+    """Those of `ISAS` that this processor has, from the best."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return "portable"
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+        text = ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     features = set(found[1].split()) if found else set()
-    return next(isa for isa, needed in ISAS.items() if features.issuperset(needed))
+    return tuple(name for name, needed in ISAS.items() if features.issuperset(needed))
 
 
 def isa() -> str:
@@ -105,10 +112,10 @@ def isa() -> str:
         ConfigError: it names none that the processor has.
     """
     if flags.cpu_isa is None:
-        return _processor()
-    there = list(ISAS)[list(ISAS).index(_processor()) :]
-    if flags.cpu_isa not in there:
-        raise ConfigError(f"QCOMPILE_CPU_ISA {shown(flags.cpu_isa)} is none of this processor's {', '.join(there)}")
+        return available()[0]
+    if flags.cpu_isa not in available():
+        there = ", ".join(available())
+        raise ConfigError(f"QCOMPILE_CPU_ISA {shown(flags.cpu_isa)} is none of this processor's {there}")
     return flags.cpu_isa
 
 
@@ -126,9 +133,7 @@ def _openmp() -> tuple[str, ...]:
 def _command(spec: CppSpec | CppAttentionSpec) -> tuple[str, ...] | None:
     if (found := compiler()) is None:
         return None
-    options = (feature.replace("amx_", "amx-").replace("_", "") for feature in ISAS[spec.isa])
-    features = tuple(f"-m{option}" for option in options)
-    return (*found, *_FLAGS, *features, *_openmp())
+    return (*found, *_FLAGS, *compiler_options(spec.isa), *_openmp())
 
 
 def _intact(folder: Path) -> Path | None:
@@ -143,17 +148,24 @@ def _intact(folder: Path) -> Path | None:
 
 
 def build(spec: CppSpec | CppAttentionSpec) -> Path | None:
-    """The library of a kernel, from the cache or the compiler; None without a compiler.
+    """The library of a kernel; None without a compiler. See `compile_source`."""
+    if (command := _command(spec)) is None:
+        return None
+    return compile_source(render_attention(spec) if isinstance(spec, CppAttentionSpec) else render_cpp(spec), command)
+
+
+def compile_source(source: str, command: tuple[str, ...]) -> Path:
+    """The library of a source, from the cache or the compiler.
 
     Safe when several processes build the same one. With `flags.dump` set, `<dump>/kernels/<key>.cpp` gets the source.
+
+    Args:
+        command: the compiler's words and all its arguments but the names of files.
 
     Raises:
         subprocess.SubprocessError: the compiler failed.
         OSError: the folder cannot be written to, or the compiler not started.
     """
-    if (command := _command(spec)) is None:
-        return None
-    source = render_attention(spec) if isinstance(spec, CppAttentionSpec) else render_cpp(spec)
     key = hashlib.sha256("\0".join((source, *command, _version(command[:1]))).encode()).hexdigest()[:32]
     if flags.dump is not None:
         (flags.dump / "kernels").mkdir(parents=True, exist_ok=True)
@@ -185,8 +197,7 @@ def open_library(spec: _Spec, kind: Callable[[_Spec, Path], _Kernel], what: str)
 
     A compiler that does not know an instruction set gets the next lesser one.
     """
-    names = list(ISAS)
-    for lesser in names[names.index(spec.isa) :]:
+    for lesser in (name for name, needed in ISAS.items() if set(ISAS[spec.isa]).issuperset(needed)):
         try:
             path = build(replace(spec, isa=lesser))
             return None if path is None else kind(replace(spec, isa=lesser), path)

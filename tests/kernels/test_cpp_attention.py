@@ -22,8 +22,6 @@ from qcompile.runtime import attention_cpu, cpp, cpp_attention
 from tests import oracle, tolerance
 from tests.kernels.test_attention import FORMATS, MASKS, Plain, Problem, plain_problem, problem
 
-HERE = [isa for isa in ISAS if list(ISAS).index(isa) >= list(ISAS).index(cpp._processor())]
-BEST = HERE[0]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KERNELS: dict[str, list[tuple[str, torch.dtype]]] = {
     "amx": [("fp8_e4m3", BF16), ("fp8_e5m2", BF16), ("int8", BF16), ("int4", BF16), ("plain", BF16)],
@@ -33,6 +31,8 @@ KERNELS: dict[str, list[tuple[str, torch.dtype]]] = {
     "portable": [("fp8_e4m3", F32), ("int4", F32), ("plain", F32), ("plain", F16)],
 }
 """What is built, each in a second: caches and types of queries by instruction sets."""
+HERE = [isa for isa in cpp.available() if isa in KERNELS]
+BEST = HERE[0]
 QUANTIZED = [(isa, kv, dtype) for isa in HERE for kv, dtype in KERNELS[isa] if kv != "plain"]
 LENGTHS = st.one_of(st.sampled_from([1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 300]), st.integers(1, 300))
 SIZES = st.sampled_from([2, 16, 24, 64, 80, 128, 130])
