@@ -1,7 +1,8 @@
 """Attention over a cache on CPUs: a generated C++ kernel for few queries, torch for many or without a compiler.
 
-Over a quantized cache torch takes a stretch of the context at a time, with a running softmax; scales multiply scores
-and weights, of which there are fewer than keys and values.
+Torch's own attention takes many queries of a quantized cache, once that is dequantized. For few, without a compiler,
+torch takes a stretch of the context at a time, with a running softmax; scales multiply scores and weights, of which
+there are fewer than keys and values.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from qcompile.runtime import cpp, cpp_attention
 BLOCK = 512
 """Positions that torch decodes at once: their keys stay in the second-level cache."""
 
+MANY_ROWS = 512
+"""Queries of a head of keys above which dequantizing the cache takes less time than torch's attention then saves: it
+costs about what the kernel takes for 400 to 550 queries."""
+
 
 def attention(
     query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
     """See `qcompile.attention.reference`."""
     key, key_scale, value, value_scale = cache
-    if (kernel := _kernel(query, key.shape[1], spec)) is None:
+    rows = query.shape[1] // key.shape[1] * query.shape[2]
+    kernel = _kernel(query.dtype, spec) if rows <= MANY_ROWS or spec.softcap else None
+    if kernel is None and rows > MOST_ROWS and not spec.softcap:
+        return dequantized(query, cache, mask, length, spec)
+    if kernel is None:
         return in_stretches(query, cache, mask, length, spec)
     halves = (key, key_scale, spec.key.head_dim), (value, value_scale, spec.value.head_dim)
     end = _end(key.shape[2], length)
@@ -38,9 +47,9 @@ def attention_plain(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
 ) -> Tensor:
     """Attention over keys and values of the queries' type; see `qcompile.attention`."""
-    if (kernel := _kernel(query, key.shape[1], None)) is None:
-        mask = combined_mask(query, key.shape[2], mask, length)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    few = query.shape[1] // key.shape[1] * query.shape[2] <= MOST_ROWS
+    if not few or (kernel := _kernel(query.dtype, None)) is None:
+        return _by_torch(query, key, value, combined_mask(query, key.shape[2], mask, length), scale)
     halves = (key, None, key.shape[3]), (value, None, value.shape[3])
     y = kernel(_narrow(query), *halves, mask, _end(key.shape[2], length), scale, 0.0)
     return y.to(query.dtype)
@@ -56,11 +65,9 @@ def _narrow(query: Tensor) -> Tensor:
     return query if query.dtype == torch.bfloat16 else query.to(torch.float32)
 
 
-def _kernel(query: Tensor, heads: int, spec: AttentionSpec | None) -> cpp_attention.AttentionKernel | None:
-    """The kernel for these queries, over a cache that is quantized if there is a spec."""
-    if query.shape[1] // heads * query.shape[2] > MOST_ROWS or cpp.compiler() is None:
-        return None
-    return _kernel_of(query.dtype, spec, cpp.isa())
+def _kernel(dtype: torch.dtype, spec: AttentionSpec | None) -> cpp_attention.AttentionKernel | None:
+    """The kernel for queries of a type, over a cache that is quantized if there is a spec."""
+    return None if cpp.compiler() is None else _kernel_of(dtype, spec, cpp.isa())
 
 
 @functools.cache
@@ -95,6 +102,30 @@ def _factor(scale: Tensor, start: int, stop: int) -> Tensor:
     if scale.dim() == 3:
         return scale[:, :, None, start:stop]
     return scale[:, None, None] if scale.dim() == 1 else scale
+
+
+def dequantized(
+    query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """`attention` without a soft cap, by torch's own over the keys and values that the cache stands for."""
+    end = _end(cache[0].shape[2], length)
+    if end == 0:
+        return query.new_zeros((*query.shape[:3], spec.value.head_dim))
+    halves = ((cache[0], cache[1], spec.key), (cache[2], cache[3], spec.value))
+    key, value = (
+        (_values(codes[:, :, :end], half) * _factor(scale, 0, end).transpose(-1, -2)).to(query.dtype)
+        for codes, scale, half in halves
+    )
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-1], cache[0].shape[2])[..., :end]
+        mask = mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    return _by_torch(query, key, value, mask, spec.scale)
+
+
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """torch's attention, in the order that operators give their results in."""
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    return y.contiguous()
 
 
 def in_stretches(
