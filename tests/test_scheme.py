@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.errors import ConfigError, LayerError, QCompileError
-from qcompile.formats import FORMATS, get_format
+from qcompile.formats import get_format
 from qcompile.presets import ALIASES, PRESETS, preset
 from qcompile.scheme import SCALE_DTYPES, ActivationScheme, Granularity, Scheme, WeightScheme
 from qcompile.scheme_config import parse_scheme, scheme_to_dict
