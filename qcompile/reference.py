@@ -315,6 +315,8 @@ def stored_scale(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     if dtype == torch.float8_e8m0fnu:
         return power_of_two(spread * scheme.format.absmax, scheme.format.absmax)
+    if scheme.super_scale is not None:  # which the largest range sets; one that is searched may reach beyond
+        spread = spread.clamp(max=torch.finfo(dtype).max)
     scale = spread.to(dtype)
     if not torch.isfinite(scale.float()).all():
         raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")
