@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
+from qcompile.hadamard import transform
 from qcompile.linear_spec import ACTIVATIONS, GATES, STORES, LinearSpec, decode_spec
 from qcompile.reference import quantize_activation
 from qcompile.scheme import ActivationScheme, Granularity
@@ -82,6 +83,9 @@ def _linear(
     flat = [o.reshape(-1, parsed.width) if o.dim() else o for o in operands]
     if pre_quant_scale is not None:
         rows = rows * pre_quant_scale.to(rows.dtype)
+    if parsed.scheme.weight.rotated:
+        rows = transform(rows)
+        parsed = parsed.of_turned_inputs()
     if parsed.scheme.weight.act_order:
         rows = rows.index_select(1, weight[parsed.scheme.weight.fields.index("perm")])
     activation = parsed.scheme.activation
@@ -105,7 +109,7 @@ def _quantize(x: Tensor, static_scale: Tensor | None, spec: str) -> tuple[Tensor
     return codes.as_strided(codes.shape, codes.stride()), scale.as_strided(scale.shape, scale.stride())
 
 
-def _quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
+def quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
     """Whether the product takes activations as they are and quantizes them itself."""
     if rows.device.type != "cpu":
         return False
@@ -136,7 +140,7 @@ def _product(
             parsed.scheme.activation is not None and parsed.scheme.activation.granularity == Granularity.tensor()
         )
         x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
-    elif parsed.scheme.activation is not None and not _quantized_by_product(rows, parsed):
+    elif parsed.scheme.activation is not None and not quantized_by_product(rows, parsed):
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu
@@ -164,7 +168,7 @@ def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None
     if device.type == "cuda":
         from qcompile.runtime import gpu
 
-        parsed = decode_spec(spec)
+        parsed = decode_spec(spec).of_turned_inputs()
         gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
 
 
