@@ -12,8 +12,10 @@ from importlib import resources
 import torch
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
+from qcompile.codegen.columns_spec import ColumnsSpec
+from qcompile.codegen.nearest import nearest
 from qcompile.codegen.printers import HELPERS, operations, to_triton
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
+from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.linear_spec import ACTIVATIONS, GATES, OPERAND_STEPS, STORES
@@ -519,6 +521,17 @@ def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
 
 
+def _columns(spec: ColumnsSpec) -> dict[str, str]:
+    return {"constants": _constants(spec.constants()), "nearest": nearest(FORMATS[spec.number]) + "\n\n"}
+
+
+def _holes(spec: AnySpec) -> dict[str, str]:
+    """What fills a template."""
+    if isinstance(spec, AttentionKernelSpec):
+        return _attention(spec)
+    return _columns(spec) if isinstance(spec, ColumnsSpec) else _FILL[spec.template](spec)
+
+
 _FILL = {
     "gemm_fragment": _fragment,
     "gemm_rows8": _rows8,
@@ -534,15 +547,14 @@ def _template(name: str) -> str:
     return resources.files("qcompile.codegen.templates").joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
-def render(spec: KernelSpec | AttentionKernelSpec) -> str:
+def render(spec: AnySpec) -> str:
     """The kernel's source, which begins with the spec and how to make the file again.
 
     All that a user's configuration contributes is numbers and names of registries, and the header's JSON is one comment
     line.
     """
     text = _template(spec.template)
-    holes = _attention(spec) if isinstance(spec, AttentionKernelSpec) else _FILL[spec.template](spec)
-    for name, content in holes.items():
+    for name, content in _holes(spec).items():
         text = fill_hole(text, name, content)
     if isinstance(spec, KernelSpec):
         text = fill_hole(text, "epilogue", _epilogue(spec))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -16,6 +16,9 @@ from qcompile.scheme import WHOLE, Granularity
 
 if TYPE_CHECKING:
     from qcompile.codegen.attention_spec import AttentionKernelSpec
+    from qcompile.codegen.columns_spec import ColumnsSpec
+
+AnySpec: TypeAlias = "KernelSpec | AttentionKernelSpec | ColumnsSpec"
 
 TEMPLATES = {"fragment": "gemm_fragment", "fragment24": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
@@ -184,11 +187,14 @@ class GroupedSpec(KernelSpec):
     experts: int
 
 
-def decode_kernel_spec(text: str) -> KernelSpec | AttentionKernelSpec:
-    """The inverse of `KernelSpec.encode`, and of `AttentionKernelSpec.encode`."""
+def decode_kernel_spec(text: str) -> AnySpec:
+    """The inverse of `encode` of each kind of spec."""
     from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, decode_attention_kernel_spec
+    from qcompile.codegen.columns_spec import COLUMNS_TEMPLATE, decode_columns_spec
 
     given = json.loads(text)
+    if given["template"] == COLUMNS_TEMPLATE:
+        return decode_columns_spec(text)
     if given["template"] == ATTENTION_TEMPLATE:
         return decode_attention_kernel_spec(text)
     kind = GroupedSpec if given["template"] in GROUPED_TEMPLATES.values() else KernelSpec
@@ -268,7 +274,7 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
         rows=min(rows, spec.out_features),
         columns=min(columns, spec.in_features),
         super_columns=above,
-        activation=None if activation is None else activation.format.name,
+        activation=None if activation is None else activation.held.name,
         activation_scale=per,
         x_dtype=dtype_name(x_dtype),
         out_dtype=dtype_name(out_dtype),

@@ -76,8 +76,7 @@ class Job:
     def like(self, target: str) -> KernelSpec:
         """See `tuning.any_kernel`."""
         activation = self.spec.scheme.activation
-        x_dtype = self.dtype if activation is None else activation.format.native_dtype
-        assert x_dtype is not None
+        x_dtype = self.dtype if activation is None else activation.dtype
         return any_kernel(self.spec, x_dtype, self.dtype, target, self.experts)
 
 
