@@ -435,7 +435,7 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_K": spec.tile.k,
         "GATED": spec.gated,
         "SPLIT": spec.tile.split,
-        "EARLY": launches_early(spec.target),
+        "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "NVIDIA": spec.target.startswith("sm_"),
     }
     decoders = (
@@ -465,12 +465,22 @@ def _scale_decoder(scale_dtype: str, target: str) -> str:
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
+    return {"fragment": _functions("gemm_fragment"), **_fragment(spec), "experts": _experts(spec)}
+
+
+def _grouped_rows8(spec: KernelSpec) -> dict[str, str]:
+    return {"rows8": _functions("gemm_rows8"), **_rows8(spec), "experts": _experts(spec)}
+
+
+def _experts(spec: KernelSpec) -> str:
+    """How many experts there are, and the function of `gemm_grouped` that finds a program's."""
     assert isinstance(spec, GroupedSpec)
-    experts: dict[str, object] = {
+    constants: dict[str, object] = {
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
-    return {"fragment": _fragment_functions(), **_fragment(spec), "experts": _constants(experts)}
+    text = _template("gemm_grouped")
+    return _constants(constants) + "\n\n" + text[text.index("@triton.jit\ndef find_tile") : text.index("# </experts>")]
 
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
@@ -486,12 +496,12 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         WORDS="",
         EARLY=False,
     )
-    return {"fragment": _fragment_functions(), **holes}
+    return {"fragment": _functions("gemm_fragment"), **holes}
 
 
-def _fragment_functions() -> str:
-    """The constants and functions of `gemm_fragment`, with its holes."""
-    text = _template("gemm_fragment")
+def _functions(template: str) -> str:
+    """The constants and functions of a template but the kernel, with its holes."""
+    text = _template(template)
     return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
 
 
@@ -527,6 +537,7 @@ _FILL = {
     "gemm_fragment": _fragment,
     "gemm_rows8": _rows8,
     "gemm_grouped": _grouped,
+    "gemm_grouped_rows8": _grouped_rows8,
     "decode_fragment": _decode,
     "finish_product": _finish,
 }

@@ -30,8 +30,8 @@ DECODE_TEMPLATE = "decode_fragment"
 FINISH_TEMPLATE = "finish_product"
 """The template that does what is left to do after a product of torch's."""
 
-GROUPED_TEMPLATE = "gemm_grouped"
-"""The template that multiplies stacks of experts."""
+GROUPED_TEMPLATES = {"gemm_fragment": "gemm_grouped", "gemm_rows8": "gemm_grouped_rows8"}
+"""The template that multiplies stacks of experts as another multiplies one weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,18 +148,24 @@ class KernelSpec:
     def compute(self) -> str:
         """The type in which the tensor cores multiply: "int8", "fp8", "bfloat16", "float16" or "float32".
 
-        8-bit types multiply as they are in `gemm_rows8` where both sides are of one kind and the target can; otherwise
-        8-bit values become bfloat16, which holds each exactly. float32 activations stay float32 (`precision`).
+        8-bit types multiply as they are in the layout `rows8` where both sides are of one kind and the target can;
+        otherwise 8-bit values become bfloat16, which holds each exactly. float32 activations stay float32
+        (`precision`).
         """
         if self.activation is None:
             return self.x_dtype
-        if self.template == "gemm_rows8":
+        if self.in_rows:
             kinds = {name[:3] for name in (self.weight, self.activation)}
             if kinds == {"int"}:
                 return "int8"
             if kinds == {"fp8"} and native_fp8(self.target):
                 return "fp8"
         return "bfloat16"
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether weights are in the layout `rows8`."""
+        return self.template in ("gemm_rows8", "gemm_grouped_rows8")
 
     @property
     def precision(self) -> str:
@@ -177,7 +183,7 @@ class KernelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSpec(KernelSpec):
-    """A kernel for a stack of `experts` experts; `n`, `k` and the rest are one expert's, and `tile.split` is 1."""
+    """A kernel for a stack of `experts` experts; `n`, `k` and the rest are one expert's."""
 
     experts: int
 
@@ -195,7 +201,7 @@ def decode_kernel_spec(text: str) -> AnySpec:
         return decode_ranges_spec(text)
     if given["template"] == ATTENTION_TEMPLATE:
         return decode_attention_kernel_spec(text)
-    kind = GroupedSpec if given["template"] == GROUPED_TEMPLATE else KernelSpec
+    kind = GroupedSpec if given["template"] in GROUPED_TEMPLATES.values() else KernelSpec
     return kind(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})
 
 
@@ -319,10 +325,11 @@ def finishing_spec(kernel: KernelSpec, product: torch.dtype, *, x_scale: bool, s
 def grouped_spec(kernel: KernelSpec, experts: int) -> GroupedSpec:
     """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them."""
     given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
-    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATE, "tile": grouped_tile(kernel.tile)}, experts=experts)
+    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATES[kernel.template]}, experts=experts)
 
 
-def grouped_tile(tile: Tile) -> Tile:
-    """The tile without what kernels for stacks of experts do not do."""
-    # Compilers see through to these kernels, and take instructions that order others for writes to all inputs.
-    return dataclasses.replace(tile, split=1, form="loop", overlap=False)
+def one_expert(kernel: GroupedSpec) -> KernelSpec:
+    """The kernel for one expert of a stack, the inverse of `grouped_spec`."""
+    given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
+    template = next(alone for alone, grouped in GROUPED_TEMPLATES.items() if grouped == kernel.template)
+    return KernelSpec(**{**given, "template": template})

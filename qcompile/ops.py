@@ -26,6 +26,7 @@ _library.define(
 )
 _library.define("quantize(Tensor x, Tensor? static_scale, str spec) -> (Tensor, Tensor)")
 _library.define("gemm_cpu(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
+_library.define("gemm_any(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
 _library.define(
     "gemm(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
     "ScalarType out_dtype) -> Tensor"
@@ -171,7 +172,8 @@ def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None
         gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
 
 
-def _gemm_cpu(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:
+def _gemm_any(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:
+    """`gemm_cpu` until the operator of C++ is there, and then for what that has no kernel for."""
     from qcompile.runtime import cpu
 
     return cpu.gemm(x, x_scale, weight, spec)
@@ -193,7 +195,8 @@ def _gemm(
 
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
 _library.impl("quantize", _quantize, "CompositeImplicitAutograd")
-_library.impl("gemm_cpu", _gemm_cpu, "CPU")
+_library.impl("gemm_cpu", _gemm_any, "CompositeExplicitAutograd")  # C++ registers for CPUs: runtime/cpu_operators.py
+_library.impl("gemm_any", _gemm_any, "CPU")
 _library.impl("gemm", _gemm, "CUDA")
 
 

@@ -43,7 +43,7 @@ def _pointer(dtype: str, target: str) -> str:
 
 def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of `out_dtype`."""
-    if spec.template != "gemm_rows8":
+    if not spec.in_rows:
         codes = "*i32"
     else:
         native = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}

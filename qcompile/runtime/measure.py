@@ -117,7 +117,7 @@ class Problem:
     def call(self, what: Chosen, weight: PackedWeight, spec: LinearSpec, wrap: Callable[[Any], Any]) -> Tensor:
         """The product by a copy of the weight."""
         if self.offsets is not None:
-            return gpu_grouped.execute(what, self.x, self.x_scale, self.offsets, weight, None, wrap)
+            return gpu_grouped.execute(what, self.x, self.x_scale, self.offsets, weight, None, spec, wrap)
         return gpu.execute(what, self.x, self.x_scale, weight, None, [], spec, wrap)
 
 
