@@ -11,8 +11,6 @@ from qcompile.calibrate.fit import FULL, SHRINKS
 from qcompile.codegen.nearest import has_nearest
 from qcompile.codegen.ranges_spec import WIDEST, RangesSpec, RangesTile
 from qcompile.reference import Grid
-from qcompile.runtime import cache, launcher
-from qcompile.runtime.gpu import target_of
 from qcompile.scheme import FLOAT_SCALES, SCALE_DTYPES, WeightScheme
 
 
@@ -24,7 +22,11 @@ def searched(w: Tensor, weight: Tensor, scheme: WeightScheme) -> Grid | None:
         weight: float32 [K], of squared errors.
     """
     spec = kernel_for(scheme, (w.shape[0], w.shape[1]), w.device)
-    return None if spec is None else launch(spec, cache.load(spec).kernel, w, weight, scheme)
+    if spec is None:
+        return None
+    from qcompile.runtime import cache
+
+    return launch(spec, cache.load(spec).kernel, w, weight, scheme)
 
 
 def kernel_for(scheme: WeightScheme, shape: tuple[int, int], device: torch.device) -> RangesSpec | None:
@@ -34,6 +36,8 @@ def kernel_for(scheme: WeightScheme, shape: tuple[int, int], device: torch.devic
     plain = scheme.scale_dtype in FLOAT_SCALES and scheme.super_scale is None and not scheme.offset
     if device.type != "cuda" or not grouped or not plain or not has_nearest(scheme.format):
         return None
+    from qcompile.runtime.gpu import target_of
+
     return ranges_spec(scheme, target_of(device))
 
 
@@ -58,6 +62,8 @@ def ranges_spec(scheme: WeightScheme, target: str) -> RangesSpec:
 
 def launch(spec: RangesSpec, function: Any, w: Tensor, weight: Tensor, scheme: WeightScheme) -> Grid:
     """Run `function`, that of `spec`'s module; see `searched`."""
+    from qcompile.runtime import launcher
+
     rows, groups = scheme.granularity.scale_shape((w.shape[0], w.shape[1]))
     shares = torch.tensor([*SHRINKS, *(() if spec.zero_point else FULL)], device=w.device)
     scale = w.new_empty(rows, groups)
