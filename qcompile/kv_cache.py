@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile import spec_text
 from qcompile.errors import ConfigError, shown
 from qcompile.fingerprint import fingerprint
 from qcompile.formats import Format, IntegerFormat, get_format
@@ -225,16 +225,23 @@ class KVSpec:
     head_dim: int
 
     def encode(self) -> str:
-        """One line of JSON, with the package's fingerprint, which keeps torch's caches on disk right."""
+        """One line, with the package's fingerprint, which keeps torch's caches on disk right."""
+        return spec_text.write(self.plain())
+
+    def plain(self) -> dict[str, Any]:
+        """What the line says."""
         scheme = self.scheme
         given = {"format": scheme.format.name, "scales": scheme.scales, "head_dim": self.head_dim}
-        return json.dumps({**given, "code": fingerprint()}, separators=(",", ":"))
+        return {**given, "code": fingerprint()}
 
 
 @functools.lru_cache(maxsize=256)
 def decode_kv_spec(text: str) -> KVSpec:
     """The inverse of `KVSpec.encode`."""
-    given = json.loads(text)
+    return _kv_spec(spec_text.read(text))
+
+
+def _kv_spec(given: dict[str, Any]) -> KVSpec:
     scheme = KVScheme(format=kv_format(given["format"]), scales=given["scales"])
     return KVSpec(scheme=scheme, head_dim=given["head_dim"])
 
@@ -259,14 +266,14 @@ class AttentionSpec:
         return self.key.scheme
 
     def encode(self) -> str:
-        """One line of JSON."""
-        given: dict[str, Any] = {"key": self.key.encode(), "value": self.value.encode(), "scale": self.scale}
-        return json.dumps(given | {"softcap": self.softcap}, separators=(",", ":"))
+        """One line."""
+        given: dict[str, Any] = {"key": self.key.plain(), "value": self.value.plain(), "scale": self.scale}
+        return spec_text.write(given | {"softcap": self.softcap})
 
 
 @functools.lru_cache(maxsize=256)
 def decode_attention_spec(text: str) -> AttentionSpec:
     """The inverse of `AttentionSpec.encode`."""
-    given = json.loads(text)
-    halves = {name: decode_kv_spec(given[name]) for name in ("key", "value")}
+    given = spec_text.read(text)
+    halves = {name: _kv_spec(given[name]) for name in ("key", "value")}
     return AttentionSpec(**halves, scale=given["scale"], softcap=given["softcap"])

@@ -1,4 +1,7 @@
-"""Attention over a quantized cache, against float64: the operator on CPUs, its meaning in plain torch, the kernel."""
+"""Attention over a cache, against float64: by torch on CPUs, its meaning in plain torch, the Triton kernel.
+
+For the C++ kernels see `test_cpp_attention.py`.
+"""
 
 from __future__ import annotations
 
@@ -146,10 +149,7 @@ def problem(
 
 
 def on_cpu(given_: Problem) -> Tensor:
-    y: Tensor = torch.ops.qcompile.attention(
-        given_.query, given_.cache, given_.mask, given_.length, given_.spec.encode()
-    )
-    return y
+    return attention_cpu.in_stretches(given_.query, given_.cache, given_.mask, given_.length, given_.spec)
 
 
 def in_plain_torch(given_: Problem) -> Tensor:
@@ -234,7 +234,7 @@ def test_autograd_is_refused() -> None:
     given_ = problem()
     given_.query.requires_grad_(True)
     with pytest.raises(GradientError, match="KV cache is for inference only"):
-        on_cpu(given_)
+        torch.ops.qcompile.attention(given_.query, given_.cache, given_.mask, None, given_.spec.encode())
 
 
 def test_the_operator_traces() -> None:
@@ -246,7 +246,8 @@ def test_the_operator_traces() -> None:
 
     assert given_.mask is not None
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(given_.query, given_.cache, given_.mask), on_cpu(given_))
+    given = given_.query, given_.cache, given_.mask
+    assert torch.equal(compiled(*given), attend(*given))
 
 
 SMALL = AttentionTile(context=16, split=1, warps=4, stages=2)
