@@ -1,19 +1,23 @@
 """Quantized products on CPUs: a generated C++ kernel for every packed weight in layout `rows16`.
 
-| layout                     | few rows of x (M)                | more rows                                            |
-| -------------------------- | -------------------------------- | ---------------------------------------------------- |
-| `rows16`                   | generated, to M = FEW_ROWS(_AMX) | generated decoder + mm; int8 codes (1) + aten's mm   |
-| others, or no C++ compiler | torch decodes + mm               | the same                                             |
+| weights, activations                   | few rows of x (M)                | more rows                               |
+| -------------------------------------- | -------------------------------- | --------------------------------------- |
+| `rows16`, integers on both sides (1)   | integers, generated              | the same, or int8 codes + aten's mm (2) |
+| `rows16`, all others                   | generated, to M = FEW_ROWS(_AMX) | generated decoder + mm                  |
+| other layouts, or no C++ compiler      | torch decodes + mm               | the same                                |
 
-(1) int8 activations and weights with one scale a row or tensor on both sides; sums are int32, exact.
+(1) int8 activations, and codes that stand for whole numbers (`layouts.multiplies_integers`). The kernel itself rounds x
+where scales are dynamic, of rows or of groups. Integers are multiplied, and what the sum of at most 1024 columns of a
+group stands for is added up in float32.
+(2) weights of int8 with one scale a row or tensor on both sides, on processors without products of bytes.
 
-The generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in float32.
-"Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and multiplies
-by them, so a weight is never held whole in a wide dtype; scale and offset are combined in float32 before the weight is
-rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for float32 and float16. Sums are
-float32; products of bfloat16 are rounded to it, and those of quantized activations where the weight is decoded first.
-Where the processor has no bfloat16 products the kernel for few rows multiplies float32. Quantized activations enter as
-exact codes, except those with a scale a group, which are rounded to bfloat16.
+The other generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in
+float32. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and
+multiplies by them, so a weight is never held whole in a wide dtype; scale and offset are combined in float32 before the
+weight is rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for float32 and float16.
+Sums are float32; products of bfloat16 are rounded to it, and those of quantized activations where the weight is decoded
+first. Where the processor has no bfloat16 products the kernel for few rows multiplies float32. Quantized activations
+enter as exact codes, except those with a scale a group, which are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.codegen.cpp import ISAS, cpp_spec, multiplies_integers
+from qcompile.codegen.cpp import ISAS, cpp_spec
 from qcompile.errors import DeviceError
-from qcompile.layouts import LAYOUTS, integer_product
+from qcompile.layouts import LAYOUTS, integer_product, multiplies_integers
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
@@ -53,6 +57,9 @@ BUFFER_ELEMENTS = 1 << 20
 def kernel_name(spec: LinearSpec) -> str:
     """What multiplies by a weight of this spec, for reports."""
     if spec.layout == "rows16" and cpp.compiler() is not None:
+        if _integers(spec):
+            more = ", int8 mm" if integer_product(spec.scheme, spec.shape) and not _dots_bytes() else ""
+            return f"C++ for {cpp.isa()}, integers" + more + (f" above M = {FEW_ROWS}" if more else "")
         few = f"{FEW_ROWS_AMX} (bf16)" if "amx_bf16" in ISAS[cpp.isa()] else str(FEW_ROWS)
         more = "int8 mm" if integer_product(spec.scheme, spec.shape) else "mm"
         return f"C++ for {cpp.isa()}, decode + {more} above M = {few}"
@@ -89,6 +96,11 @@ def quantizes(spec: LinearSpec) -> bool:
     """Whether `product` takes activations as they are and quantizes them itself: to int8, by rows or groups."""
     activation = spec.scheme.activation
     return activation is not None and activation.dynamic and activation.granularity.rows == 1 and _integers(spec)
+
+
+def _dots_bytes() -> bool:
+    """Whether the processor has products of bytes that do not saturate, in one instruction."""
+    return not {"avx512_vnni", "avx_vnni", "asimddp"}.isdisjoint(ISAS[cpp.isa()])
 
 
 def _integers(spec: LinearSpec) -> bool:
@@ -158,7 +170,11 @@ class _Linear:
 
     def integers(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
         """The kernel that rounds `m` rows of x and multiplies integers, where that is the fastest."""
-        return self.kernel(dtype, integers=True) if _integers(self.spec) else None
+        if not _integers(self.spec):
+            return None
+        if m > FEW_ROWS and not _dots_bytes() and integer_product(self.spec.scheme, self.spec.shape):
+            return None  # torch's product is faster
+        return self.kernel(dtype, integers=True)
 
     def few(self, dtype: torch.dtype) -> tuple[cpp.Kernel | None, int]:
         """The kernel that multiplies few rows of x of this type faster than decoding does, and how many those are.

@@ -303,6 +303,7 @@ def test_names_say_which_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name("int4") == name("fp8") == "C++ for amx, decode + mm above M = 1024 (bf16)"
     with override(cpu_isa="avx2"):
         assert name("int4") == "C++ for avx2, decode + mm above M = 32"
-        assert name("int8") == "C++ for avx2, decode + int8 mm above M = 32"
+        assert name("int8") == "C++ for avx2, integers, int8 mm above M = 32"
+        assert name("int4_int8") == "C++ for avx2, integers"
     monkeypatch.setattr(cpp, "compiler", lambda: None)
     assert name("int4") == "torch decode + mm (no C++ compiler)"

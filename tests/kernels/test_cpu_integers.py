@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompile import ops  # noqa: F401  (registers the operators)
-from qcompile.codegen.cpp import multiplies_integers
 from qcompile.flags import override
 from qcompile.formats import FORMATS, get_format
-from qcompile.layouts import LAYOUTS, choose_layout, to_layout
+from qcompile.layouts import LAYOUTS, choose_layout, multiplies_integers, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
 from qcompile.presets import PRESETS
