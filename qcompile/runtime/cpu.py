@@ -2,14 +2,15 @@
 
 | weights, activations                   | few rows of x (M)                | more rows                               |
 | -------------------------------------- | -------------------------------- | --------------------------------------- |
-| `rows16`, integers on both sides (1)   | integers, generated              | the same, or int8 codes + aten's mm (2) |
+| `rows16`, integers on both sides (1)   | integers, generated              | the same, or others' way (2)            |
 | `rows16`, all others                   | generated, to M = FEW_ROWS(_AMX) | generated decoder + mm                  |
 | other layouts, or no C++ compiler      | torch decodes + mm               | the same                                |
 
 (1) int8 activations, and codes that stand for whole numbers (`layouts.multiplies_integers`). The kernel itself rounds x
 where scales are dynamic, of rows or of groups. Integers are multiplied, and what the sum of at most 1024 columns of a
 group stands for is added up in float32.
-(2) weights of int8 with one scale a row or tensor on both sides, on processors without products of bytes.
+(2) above FEW_ROWS int8 codes + aten's mm, for int8 weights with one scale a row or tensor on both sides, on processors
+without products of bytes; and as all others, for groups of 16 columns where floats are multiplied by the matrix unit.
 
 The other generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in
 float32. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and
@@ -168,13 +169,19 @@ class _Linear:
             self.kernels[dtype, integers] = None if wanted is None else cpp.load(wanted)
         return self.kernels[dtype, integers]
 
+    @functools.cached_property
+    def integer_rows(self) -> int:
+        """The most rows of x for which a product of integers is the fastest; 0 if there is none."""
+        if not _integers(self.spec):
+            return 0
+        if "amx_int8" in ISAS[cpp.isa()]:
+            return ANY_ROWS if self.columns >= 32 else FEW_ROWS
+        by_torch = integer_product(self.spec.scheme, self.spec.shape) and not _dots_bytes()
+        return FEW_ROWS if by_torch else ANY_ROWS
+
     def integers(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
         """The kernel that rounds `m` rows of x and multiplies integers, where that is the fastest."""
-        if not _integers(self.spec):
-            return None
-        if m > FEW_ROWS and not _dots_bytes() and integer_product(self.spec.scheme, self.spec.shape):
-            return None  # torch's product is faster
-        return self.kernel(dtype, integers=True)
+        return self.kernel(dtype, integers=True) if m <= self.integer_rows else None
 
     def few(self, dtype: torch.dtype) -> tuple[cpp.Kernel | None, int]:
         """The kernel that multiplies few rows of x of this type faster than decoding does, and how many those are.
@@ -202,7 +209,7 @@ class _Linear:
         self.told.add(dtype)
         result = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if (found := self.integers(result, 1)) is not None:
-            rows = ANY_ROWS
+            rows = self.integer_rows
         elif self.spec.scheme.activation is None:
             found, rows = self.few(result)
         if found is not None:
@@ -226,6 +233,12 @@ class _Linear:
 @functools.lru_cache(maxsize=4096)
 def _linear(spec: str) -> _Linear:
     return _Linear(decode_spec(spec))
+
+
+def forget_kernels() -> None:
+    """Have kernels chosen anew, where `flags.cpu_isa` has changed; no product may be under way."""
+    _linear.cache_clear()
+    cpu_operators.forget()
 
 
 def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Kernel) -> Tensor:
