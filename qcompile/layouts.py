@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile import huge_pages
 from qcompile.bitpack import pack_bits
 from qcompile.formats import IntegerFormat
+from qcompile.formats.whole import whole_numbers
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.scheme import WHOLE, Granularity, Scheme
 
@@ -38,6 +40,8 @@ class Layout(ABC):
     mergeable: bool = False
     """Whether weights are merged by concatenating every tensor along its first dimension (N a multiple of `tile`)."""
     tile: int = 1
+    streamed: bool = False
+    """Whether kernels on CPUs read it from memory, which is the faster the larger its pages are."""
 
     @abstractmethod
     def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -275,6 +279,7 @@ class Rows16Layout(Layout):
 
     name = "rows16"
     mergeable = True
+    streamed = True
     tile = 16
     run = 32
 
@@ -334,6 +339,17 @@ def integer_product(scheme: Scheme, shape: tuple[int, int]) -> bool:
     )
 
 
+def multiplies_integers(scheme: Scheme) -> bool:
+    """Whether a product of codes is one of integers, group by group: int8 activations, and weights of whole numbers."""
+    activation = scheme.activation
+    return (
+        activation is not None
+        and activation.format.name == "int8"
+        and activation.scale_dtype == "float32"
+        and whole_numbers(scheme.weight.format.name) is not None
+    )
+
+
 def choose_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
     """The layout whose kernel serves a layer best on a kind of device.
 
@@ -358,12 +374,15 @@ def to_layout(weight: PackedWeight, layout: Layout) -> PackedWeight:
     n, k = logical.shape
     unit = math.lcm(layout.tile, max(1, logical.scheme.granularity.rows))
     step = unit * max(1, _CHUNK // (unit * k))
-    if layout.tile == 1 or step >= n:
+    if layout.tile == 1 or (step >= n and not layout.streamed):
         return layout.pack(logical)
     parts = [layout.pack(logical.rows(first, first + step)) for first in range(0, n, step)]
 
     def joined(name: str, tensor: Tensor) -> Tensor:
-        return tensor if name == "perm" else torch.cat([getattr(part, name) for part in parts])
+        pieces = [getattr(part, name) for part in parts]
+        if name == "perm":
+            return tensor
+        return huge_pages.joined(pieces) if layout.streamed else torch.cat(pieces)
 
     return replace(parts[0].map(joined), shape=logical.shape)
 

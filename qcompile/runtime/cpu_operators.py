@@ -50,6 +50,7 @@ def _library() -> Any:
         return None
     found.add_linear.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Linear))
     found.add_linear.restype = None
+    found.forget_linears.restype = None
     return found if found.prepare() == 0 else None
 
 
@@ -78,3 +79,9 @@ def add(
     single = kernel.spec.element == "float32"
     linear = _Linear(gemm, scratch_bytes, rows, single, threads, (ctypes.c_int64 * 6)(*places), weight)
     library.add_linear(spec.encode(), _KINDS[dtype], linear)
+
+
+def forget() -> None:
+    """Let it know no kernels any more."""
+    if (library := _library()) is not None:
+        library.forget_linears()

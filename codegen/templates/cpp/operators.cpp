@@ -211,6 +211,13 @@ extern "C" void add_linear(const char* spec, int kind, const Linear* linear) {
   linears().found[kind].try_emplace(kept, std::make_unique<const Linear>(*linear));
 }
 
+// Forgets them all; no call may be under way.
+extern "C" void forget_linears() {
+  std::unique_lock lock(linears().mutex);
+  for (auto& of_kind : linears().found) of_kind.clear();
+  linears().specs.clear();
+}
+
 // Registers the operator for CPUs: 0 if torch took it.
 extern "C" int prepare() {
   static TorchLibraryHandle library = nullptr;
