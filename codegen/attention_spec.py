@@ -16,12 +16,31 @@ ATTENTION_TEMPLATE = "attention_decode"
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTile:
-    """How the work is cut: a program takes a head of keys and a `split`-th of the context, `context` tokens a time."""
+    """How the work is cut: a program takes a head of keys and a `split`-th of the context, `context` tokens a time.
+
+    Of sequences of unequal length it takes about a `split`-th of all their tokens together.
+    """
 
     context: int
     split: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Which positions a kernel looks at, and where they lie.
+
+    Attributes:
+        length, start: whether there is one.
+        sequences: a power of two that holds the number of sequences, if they differ in length or start; else 0.
+        page: tokens of a page, of a paged cache; else 0.
+    """
+
+    length: bool
+    start: bool = False
+    sequences: int = 0
+    page: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +55,7 @@ class AttentionKernelSpec:
         key_size, value_size: of a head.
         scale, softcap: see `AttentionSpec`.
         mask: "none", "boolean" or "added".
-        length: whether there is one.
+        reach: of positions.
         x_dtype: of queries and results.
         target: see `KernelSpec`.
     """
@@ -52,7 +71,7 @@ class AttentionKernelSpec:
     scale: float
     softcap: float
     mask: str
-    length: bool
+    reach: Reach
     x_dtype: str
     target: str
     tile: AttentionTile
@@ -89,7 +108,10 @@ class AttentionKernelSpec:
             "SCALE": self.scale,
             "SOFTCAP": self.softcap,
             "MASK": self.mask,
-            "LENGTH": self.length,
+            "LENGTH": self.reach.length,
+            "START": self.reach.start,
+            "SEQUENCES": self.reach.sequences,
+            "PAGE": self.reach.page,
             "COMPUTE": f"tl.{self.x_dtype}",
             # Weights times scales may lie below what float16 holds.
             "WEIGHTS": f"tl.{self.x_dtype}" if self.plain else "tl.bfloat16" if half else "tl.float32",
@@ -115,7 +137,7 @@ def _power(size: int) -> int:
 def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
     """The inverse of `AttentionKernelSpec.encode`."""
     given = json.loads(text)
-    return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"])})
+    return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"]), "reach": Reach(**given["reach"])})
 
 
 def has_number(fmt: KVFormat) -> bool:
@@ -129,7 +151,7 @@ def attention_kernel_spec(
     group: int,
     queries: int,
     mask: str,
-    length: bool,
+    reach: Reach,
     x_dtype: torch.dtype,
     target: str,
     tile: AttentionTile,
@@ -149,7 +171,7 @@ def attention_kernel_spec(
         scale=spec.scale,
         softcap=spec.softcap,
         mask=mask,
-        length=length,
+        reach=reach,
         x_dtype=dtype_name(x_dtype),
         target=target,
         tile=tile,
@@ -186,7 +208,7 @@ def plain_kernel_spec(
         scale=scale,
         softcap=0.0,
         mask=mask,
-        length=length,
+        reach=Reach(length=length),
         x_dtype=name,
         target=target,
         tile=tile,

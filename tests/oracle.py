@@ -266,13 +266,14 @@ def attention(
     scale: float,
     softcap: float = 0.0,
     length: int | None = None,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(query key^T) value in float64, head by head.
 
     Args:
         query: [B, Hq, Q, D]; key, value: [B, H, T, D] and [B, H, T, Dv]; query head h reads head h // (Hq / H).
         mask: boolean (True: attended) or added, broadcast to [B, Hq, Q, T].
-        length: positions from it on are not attended to.
+        length, start: positions from `length` on and before `start` are not attended to.
 
     Returns:
         the result [B, Hq, Q, Dv], zeros where nothing is attended to; the weights and the scores [B, Hq, Q, T].
@@ -289,9 +290,10 @@ def attention(
     elif mask is not None:
         added = mask.to(torch.float64).cpu()
         scores, allowed = scores + added, allowed & (added != -math.inf)
-    if length is not None:
-        allowed &= torch.arange(key.shape[2]) < length
+    position = torch.arange(key.shape[2])
+    inside = (position >= start) & (position < (key.shape[2] if length is None else length))
+    allowed = allowed & inside
     scores = scores.where(allowed, torch.tensor(-math.inf, dtype=torch.float64))
     weights = torch.softmax(scores, -1).where(allowed.any(-1, keepdim=True), torch.zeros((), dtype=torch.float64))
-    kept = value if length is None else value[:, :, :length]
-    return weights[..., : kept.shape[2]] @ kept[:, heads], weights, scores
+    kept = value[:, :, inside]
+    return weights[..., inside] @ kept[:, heads], weights, scores

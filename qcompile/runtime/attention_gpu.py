@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.attention import reference
+from qcompile.attention import outside_of, paged_out, reference
 from qcompile.codegen.attention_spec import (
     AttentionKernelSpec,
     AttentionTile,
+    Reach,
     attention_kernel_spec,
     has_number,
     plain_kernel_spec,
@@ -39,7 +41,14 @@ def has_kernel(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dty
 
 
 def tile_of(
-    pairs: int, context: int, size: int, rows: int, target: str, x_dtype: torch.dtype = torch.bfloat16
+    pairs: int,
+    context: int,
+    size: int,
+    rows: int,
+    target: str,
+    x_dtype: torch.dtype = torch.bfloat16,
+    sequences: int = 0,
+    paged: bool = False,
 ) -> AttentionTile:
     """Parts of the context until every processor has a few programs to read for.
 
@@ -47,6 +56,8 @@ def tile_of(
         pairs: sequences times heads of keys.
         size: of a key or a value, whichever is greater.
         rows: queries of a program.
+        sequences: how many, if their lengths differ; else 0.
+        paged: loads wait for those of the block table, which takes a stage.
     """
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
@@ -55,10 +66,14 @@ def tile_of(
     if size > 128:
         block = 32 if nvidia and not wide and rows <= 32 else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
+    stages = 4 if paged and nvidia else 3
     enough, split = 2 * device_of(target).processors, 1
+    if sequences:  # of all of them together; each may take one more
+        split = max(1, min(enough * sequences // pairs, sequences * (context // (4 * block))))
+        return AttentionTile(context=block, split=split, warps=warps, stages=stages)
     while split < _MOST_SPLITS and pairs * split < enough and 4 * split * block <= context:
         split *= 2
-    return AttentionTile(context=block, split=split, warps=warps, stages=3)
+    return AttentionTile(context=block, split=split, warps=warps, stages=stages)
 
 
 @functools.cache
@@ -70,14 +85,30 @@ def choose(
     queries: int,
     context: int,
     mask: str,
-    length: bool,
+    reach: Reach,
     x_dtype: torch.dtype,
     target: str,
 ) -> AttentionKernelSpec:
     """The kernel for a shape."""
     size = max(spec.key.head_dim, spec.value.head_dim)
-    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype)
-    return attention_kernel_spec(spec, heads, group, queries, mask, length, x_dtype, target, tile)
+    sequences, paged = batch if reach.sequences else 0, reach.page > 0
+    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype, sequences, paged)
+    return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
+
+
+def reach_of(
+    cache: list[Tensor], length: Tensor | None, start: Tensor | None, block_table: Tensor | None
+) -> tuple[Reach, int]:
+    """Which positions a kernel looks at, and how many there are of a sequence."""
+    unequal = max(0 if t is None else t.numel() for t in (length, start))
+    size = cache[0].shape[2]
+    reach = Reach(
+        length=length is not None,
+        start=start is not None,
+        sequences=1 << (unequal - 1).bit_length() if unequal > 1 else 0,
+        page=0 if block_table is None else size,
+    )
+    return reach, size if block_table is None else size * block_table.shape[1]
 
 
 def mask_kind(mask: Tensor | None) -> str:
@@ -92,6 +123,8 @@ def launch(
     tensors: list[Tensor],
     mask: Tensor | None,
     length: Tensor | None,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Allocate the result and run `function`, the Triton function of `kernel`'s module, over its grid.
 
@@ -99,7 +132,7 @@ def launch(
         tensors: of the cache; where it has no scales, anything stands for them.
     """
     key_codes, key_scale, value_codes, value_scale = (t.contiguous() for t in tensors)
-    batch, heads, context, _ = key_codes.shape
+    (batch, heads), (_, context) = (len(query), kernel.heads), reach_of(tensors, length, start, block_table)
     y = query.new_empty((*query.shape[:3], kernel.value_size))
     if y.numel() == 0:
         return y
@@ -112,10 +145,11 @@ def launch(
         mask = mask if mask.stride(-1) == 1 or context == 1 else mask.contiguous()
         steps = list(mask.stride()[:3])
     pairs, split = batch * heads, kernel.tile.split
+    grid = (heads * (batch + split),) if kernel.reach.sequences else (pairs, split)
     partial = arrived = key_scale
-    if split > 1:
+    if math.prod(grid) > pairs:
         numbers = kernel.rows * (kernel.columns + 2)
-        partial = query.new_empty(pairs * split * numbers, dtype=torch.float32)
+        partial = query.new_empty(math.prod(grid) * numbers, dtype=torch.float32)
         arrived = zeros_kept_zero(pairs, query.device)
     options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
     if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
@@ -123,18 +157,22 @@ def launch(
     # Pointers that a kernel does not use get some input, so that one signature serves all.
     launcher.launch(
         function,
-        (pairs, split),
+        grid,
         query.contiguous(),
         key_codes,
         key_scale,
         value_codes,
         value_scale,
         key_scale if mask is None else mask,
-        key_scale if length is None else length,
+        key_scale if length is None else length.contiguous(),
+        key_scale if start is None else start.contiguous(),
+        key_scale if block_table is None else block_table.contiguous(),
         y,
         partial,
         arrived,
+        batch,
         context,
+        *(int(t is not None and t.numel() > 1) for t in (length, start)),
         *steps,
         **options,
     )
@@ -147,6 +185,9 @@ def attention(
     mask: Tensor | None,
     length: Tensor | None,
     spec: AttentionSpec,
+    *,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """See `qcompile.attention.reference`; for queries that `has_kernel` takes.
 
@@ -155,13 +196,11 @@ def attention(
     """
     if query.dtype not in _DTYPES:
         raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 queries, not {query.dtype}: cast the model")
-    batch, heads, context, _ = tensors[0].shape
+    heads, kind = tensors[0].shape[1], mask_kind(mask)
     group, queries = query.shape[1] // heads, query.shape[2]
-    kind = mask_kind(mask)
-    kernel = choose(
-        spec, batch, heads, group, queries, context, kind, length is not None, query.dtype, target_of(query.device)
-    )
-    return _run(kernel, query, tensors, mask, length)
+    reach, context = reach_of(tensors, length, start, block_table)
+    kernel = choose(spec, len(query), heads, group, queries, context, kind, reach, query.dtype, target_of(query.device))
+    return _run(kernel, query, tensors, mask, length, start, block_table)
 
 
 def has_plain_kernel(queries: int, group: int, key_size: int, value_size: int, x_dtype: torch.dtype) -> bool:
@@ -209,31 +248,42 @@ def attention_plain(
 
 
 def _run(
-    kernel: AttentionKernelSpec, query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None
+    kernel: AttentionKernelSpec,
+    query: Tensor,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    *places: Tensor | None,
 ) -> Tensor:
     function = cache.load(kernel).kernel
     # Triton launches on the current device.
     guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, query, tensors, mask, length)
+        return launch(kernel, function, query, tensors, mask, *places)
 
 
 def many_queries(
-    query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: AttentionSpec
+    query: Tensor,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    length: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Dequantize all keys and values, then torch's attention; made of plain torch operators."""
     if spec.softcap:
-        return reference(query, tensors, mask, length, spec.encode())
-    key_codes, key_scale, value_codes, value_scale = tensors
+        return reference(query, tensors, mask, length, spec.encode(), start=start, block_table=block_table)
+    key_codes, key_scale, value_codes, value_scale = paged_out(tensors, block_table)
     key = dequantize(key_codes, key_scale, spec.scheme, spec.key.head_dim).to(query.dtype)
     value = dequantize(value_codes, value_scale, spec.scheme, spec.value.head_dim).to(query.dtype)
-    if length is not None:
-        inside = torch.arange(key.shape[2], device=query.device) < length
-        value = value.masked_fill(~inside[:, None], 0.0)
+    outside = outside_of(key.shape[2], length, start, query.device)
+    if outside is not None:  # what lies there may be anything
+        key, value = (t.masked_fill(outside.mT, 0.0) for t in (key, value))
         if mask is None:
-            mask = inside.expand(query.shape[2], -1)
+            mask = ~outside.expand(-1, -1, query.shape[2], -1)
         else:
-            mask = mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, -torch.inf)
+            mask = mask & ~outside if mask.dtype == torch.bool else mask.masked_fill(outside, -torch.inf)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)

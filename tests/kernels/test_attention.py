@@ -54,8 +54,8 @@ class Problem:
     def kernel(self, target: str, tile: AttentionTile) -> AttentionKernelSpec:
         heads, queries = self.cache[0].shape[1], self.query.shape[2]
         group, mask = self.query.shape[1] // heads, attention_gpu.mask_kind(self.mask)
-        length = self.length is not None
-        return attention_kernel_spec(self.spec, heads, group, queries, mask, length, self.query.dtype, target, tile)
+        reach, _ = attention_gpu.reach_of(self.cache, self.length, None, None)
+        return attention_kernel_spec(self.spec, heads, group, queries, mask, reach, self.query.dtype, target, tile)
 
     def interpret(self, target: str, tile: AttentionTile) -> Tensor:
         """Run the generated kernel on the CPU."""
