@@ -12,12 +12,14 @@ What `dequantize_kv` gives at positions from `length` on is not specified.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
-from qcompile.kv_cache import AttentionSpec, decode_attention_spec, decode_kv_spec, dequantize, quantize
+from qcompile.kv_cache import AttentionSpec, decode_attention_spec, decode_kv_spec, dequantize, quantize, rotated
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("store_kv(Tensor(a!) codes, Tensor(b!) scale, Tensor x, Tensor position, str spec) -> ()")
@@ -51,6 +53,19 @@ def _store_kv(codes: Tensor, scale: Tensor, x: Tensor, position: Tensor, spec: s
 def _dequantize_kv(codes: Tensor, scale: Tensor, length: Tensor | None, spec: str, dtype: torch.dtype) -> Tensor:
     parsed = decode_kv_spec(spec)
     return dequantize(codes, scale, parsed.scheme, parsed.head_dim).to(dtype)
+
+
+def causal_mask(
+    queries: int, start: int, stop: int, end: Tensor | int, spec: AttentionSpec, device: torch.device
+) -> Tensor:
+    """What a causal spec lets queries at the last positions before `end` attend to: boolean [Q, stop - start].
+
+    Args:
+        start, stop: the positions that are asked about.
+    """
+    last = torch.arange(queries, device=device)[:, None] + (end - queries)
+    position = torch.arange(start, stop, device=device)
+    return (position <= last) & (position > last - spec.window) if spec.window else position <= last
 
 
 def scores_of(products: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
@@ -96,6 +111,10 @@ def reference(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: T
     if length is not None:
         outside = torch.arange(context, device=query.device) >= length
         scores = scores.masked_fill(outside, -torch.inf)
+    if parsed.causal:
+        end = context if length is None else length.clamp(max=context)
+        seen = causal_mask(query.shape[2], 0, context, end, parsed, query.device)
+        scores = scores.masked_fill(~seen, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
     total = weights.sum(-1, keepdim=True)
@@ -105,18 +124,28 @@ def reference(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: T
     return (y / total.masked_fill(total == 0, 1.0)).to(query.dtype)
 
 
+def spec_as_stored(spec: AttentionSpec) -> AttentionSpec:
+    """Attention to rotated keys and values as they lie in the cache: of rotated queries, with a rotated result."""
+    halves = (replace(half, scheme=replace(half.scheme, rotate=False)) for half in (spec.key, spec.value))
+    key, value = halves
+    return replace(spec, key=key, value=value)
+
+
 def _attention(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str) -> Tensor:
     if torch.is_grad_enabled() and query.requires_grad:
         raise GradientError(
             "attention over a quantized KV cache is for inference only, and autograd is recording: call the model "
             "under torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False) first"
         )
+    if (parsed := decode_attention_spec(spec)).scheme.rotate:
+        as_stored = spec_as_stored(parsed).encode()
+        y = _attention(rotated(query).to(query.dtype), cache, mask, length, as_stored)
+        return rotated(y).to(y.dtype)
     if query.device.type == "cpu":
         return torch.ops.qcompile.attention_cpu(query, cache, mask, length, spec)
     if query.device.type == "cuda":
         from qcompile.runtime import attention_gpu
 
-        parsed = decode_attention_spec(spec)
         group, queries = query.shape[1] // cache[0].shape[1], query.shape[2]
         if not isinstance(queries, int) or not attention_gpu.has_kernel(parsed, queries, group, query.dtype):
             return attention_gpu.many_queries(query, cache, mask, length, parsed)

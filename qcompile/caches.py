@@ -6,6 +6,7 @@ compiled graph the pass `quantize_attention` takes reads into the attention that
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,11 @@ def half_of(
     """
     batch, heads, length, head_dim = shape
     fmt, scales = kv_cache.format, kv_cache.scales
-    if kv_cache.dynamic:
+    if kv_cache.compact:
+        count = kv_cache.scale_count(head_dim)
+        scale = torch.empty(batch, heads, length, count, device=device, dtype=torch.bfloat16)
+        _clear_scale(scale, kv_cache)
+    elif kv_cache.dynamic:
         scale = torch.ones(batch, heads, length, device=device)
     elif given is None:
         if fmt.scales == "token":
@@ -50,16 +55,23 @@ def half_of(
         if given.numel() > 1:
             scales = "head"
         scale = scale.reshape(-1).expand(heads).clone() if scales == "head" else scale.reshape(())
-    spec = KVSpec(scheme=KVScheme(format=fmt, scales=scales), head_dim=head_dim)
+    spec = KVSpec(scheme=replace(kv_cache, scales=scales), head_dim=head_dim)
     zero = fmt.encode(torch.zeros(head_dim, device=device))
     return zero.expand(batch, heads, length, fmt.width(head_dim)).contiguous(), scale, spec
+
+
+def _clear_scale(scale: Tensor, scheme: KVScheme) -> None:
+    """Scales of 1, offsets of 0."""
+    scale.fill_(1.0)
+    if not scheme.symmetric:
+        scale[..., scale.shape[-1] // 2 :] = 0.0
 
 
 def clear_half(codes: Tensor, scale: Tensor, spec: KVSpec) -> None:
     """Empty a cache in place."""
     codes.copy_(spec.scheme.format.encode(torch.zeros(spec.head_dim, device=codes.device)).expand_as(codes))
     if spec.scheme.dynamic:
-        scale.fill_(1.0)
+        _clear_scale(scale, spec.scheme)
 
 
 class KVCache(nn.Module):

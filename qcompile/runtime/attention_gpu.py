@@ -114,8 +114,7 @@ def launch(
     pairs, split = batch * heads, kernel.tile.split
     partial = arrived = key_scale
     if split > 1:
-        numbers = kernel.rows * (kernel.columns + 2)
-        partial = query.new_empty(pairs * split * numbers, dtype=torch.float32)
+        partial = query.new_empty(pairs * split * kernel.part, dtype=torch.float32)
         arrived = zeros_kept_zero(pairs, query.device)
     options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
     if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
