@@ -41,9 +41,12 @@ def tiles(batch: int, context: int) -> list[AttentionTile]:
     """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for."""
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     pairs, found = batch * HEADS, []
-    for block, (warps, ways), stages in itertools.product((32, 64, 128), ((4, 1), (4, 4), (2, 2), (8, 8)), (2, 3, 4)):
-        if (stages == 4 and block == 128) or block < 16 * ways or (block == 32 and ways == 1):
-            continue
+    kinds = [
+        *itertools.product((64,), ((4, 1), (4, 4), (2, 2)), (2, 3, 4)),
+        *itertools.product((128,), ((4, 1), (4, 4), (8, 8)), (2, 3)),
+        *itertools.product((32,), ((2, 2),), (3, 4)),
+    ]
+    for block, (warps, ways), stages in kinds:
         for split in (1, 2, 4, 8, 16, 32, 64):
             programs = pairs * split
             if split * block <= context and processors <= 2 * programs and (programs <= 16 * processors or split == 1):

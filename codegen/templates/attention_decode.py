@@ -9,8 +9,8 @@ Codes become values in registers, exactly: in float16, which is enough for 8 bit
 queries are divided by a power of two for it. Scales of tokens multiply scores; those of values are added to scores as
 their logarithms, so that weights that multiply codes are at most 2^15 whatever the scales.
 
-Vectors consist of pieces that are multiplied by themselves: the numbers of one half of the bytes, or of one group with a
-scale of its own. Byte i of a vector holds number i, or numbers i and i + size / 2 of 4 bits.
+Vectors consist of pieces that are multiplied by themselves: what the lower and the higher halves of bytes hold, or
+groups with scales of their own. Byte i of a vector holds number i, or numbers i and i + size / 2 of 4 bits.
 Keys and values of 16 bits are multiplied as they are, and have no scales.
 Products are multiplied by a factor that is unknown at compile time before they are added (see `gemm_fragment`).
 """
@@ -101,7 +101,7 @@ def load_codes(codes, t, d, inside, WIDTH: tl.constexpr, LIVE: tl.constexpr, BLO
 
 @triton.jit
 def load_scales(scales, t, inside, COUNT: tl.constexpr):
-    """Of vectors t: the scales of their pieces, or of whole vectors, then their offsets; () for scales of more tokens."""
+    """Of vectors t: the scales of their pieces, or of all of them, then offsets; () for scales of several tokens."""
     found = ()
     if SCALES == "token":
         STEP: tl.constexpr = COUNT * (2 if OFFSETS else 1)
