@@ -504,9 +504,52 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
     return {"constants": _constants(constants)}
 
 
+_VALUES = """@triton.jit
+def values_of(codes, HALF: tl.constexpr):
+    \"\"\"Bytes' values in COMPUTE: of their lower (HALF 0) or higher (1) four bits, or of all eight.\"\"\"
+{body}
+"""
+
+_BYTES_TO_FLOAT16 = """    # {number} + code in float16, less that number and what the format subtracts
+    return tl.inline_asm_elementwise(
+        "{{ .reg .b32 t, z; {part}mov.b32 z, 0x64646464; prmt.b32 $0, t, z, 0x4140; prmt.b32 $1, t, z, 0x4342; "
+        "mov.b32 z, {negative:#x}; add.rn.f16x2 $0, $0, z; add.rn.f16x2 $1, $1, z; }}",
+        "=r,=r,r",
+        [codes],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=4,
+    )"""
+
+
+def _values(spec: AttentionKernelSpec) -> str:
+    """The function `values_of` of `attention_decode`.
+
+    Of integers four bytes become two pairs of float16 in a few instructions; converting numbers one by one takes longer
+    than reading them.
+    """
+    native = spec.constants()["NATIVE"]
+    if native:
+        return _VALUES.format(body="    return codes.to(COMPUTE)")
+    fmt = FORMATS[spec.number]
+    if isinstance(fmt, IntegerFormat) and spec.compute == "float16" and spec.target.startswith("sm_"):
+        number = _MAGIC["float16"][1]
+        negative = _bits(-float(number + fmt.offset), "float16") * 0x10001
+        if fmt.bits == 8:
+            parts = ["mov.b32 t, $2; "]
+        else:
+            parts = [f"{how} t, t, 0x0F0F0F0F; " for how in ("mov.b32 t, $2; and.b32", "shr.b32 t, $2, 4; and.b32")]
+        bodies = [_BYTES_TO_FLOAT16.format(part=part, number=number, negative=negative) for part in parts]
+        if fmt.bits == 8:
+            return _VALUES.format(body=bodies[0])
+        low, high = (body.replace("\n    ", "\n        ").replace("    ", "        ", 1) for body in bodies)
+        return _VALUES.format(body=f"    if HALF == 0:\n{low}\n    else:\n{high}")
+    code = "codes.to(tl.int32)" if spec.bits == 8 else "(codes.to(tl.int32) >> (4 * HALF)) & 15"
+    return decode_formula(fmt) + "\n\n" + _VALUES.format(body=f"    return decode({code}).to(COMPUTE)")
+
+
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    decoder = _function("decode(code):", "code") if spec.plain else decode_formula(FORMATS[spec.number])
-    return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
+    return {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
 
 
 _FILL = {

@@ -1,27 +1,39 @@
 """The operators of KV caches: storing tokens quantized, reading them all back, and attention that reads for itself.
 
-    store_kv(codes, scale, x, position, spec)        x [B, H, n, D] goes to positions `position` of a cache
-    dequantize_kv(codes, scale, length, spec, dtype) the whole cache [B, H, T, D]
-    attention(query, cache, mask, length, spec)      softmax(query key^T) value, without that tensor
+    store_kv(codes, scale, x, position, spec)         x [B, H, n, D] goes to positions `position` of a cache
+    dequantize_kv(codes, scale, length, spec, dtype)  the whole cache [B, H, T, D]
+    kv_mask(length, queries, context, window)         what the last tokens of sequences attend to
+    attention(query, cache, mask, length, spec)       softmax(query key^T) value, without the dequantized cache
     attention_plain(query, key, value, mask, length, scale)   the same over keys and values that are not quantized
 
-All are composite. The first two are plain torch, so that Inductor fuses quantization with the rotary embedding before
-it; attention is one operator on CPUs, and on GPUs one for few queries and plain torch for many.
+All are composite. All but attention are plain torch, so that Inductor fuses quantization with the rotary embedding
+before it; attention is one operator on CPUs, and on GPUs one for few queries and plain torch for many.
 
-The first three take a paged cache too: pages of tokens that any sequence may have, as in "Efficient Memory Management
-for Large Language Model Serving with PagedAttention" (W. Kwon et al., 2023). Its tensors have pages for the batch and
-`page_size` for T, and `block_table`, int32 [B, most pages], says which page holds the tokens from i * page_size on of
-each sequence. What is not in a page of a sequence is attended to nowhere, and entries behind its last page are any.
+Stores, reads and `attention` take a paged cache too: pages of tokens that any sequence may have, as in "Efficient
+Memory Management for Large Language Model Serving with PagedAttention" (W. Kwon et al., 2023). Its tensors have pages
+for the batch and `page_size` for T, and `block_table`, int32 [B, most pages], says which page holds the tokens from
+i * page_size on of each sequence. What is in no page of a sequence is attended to nowhere, and entries behind its last
+page may be anything.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
-from qcompile.kv_cache import AttentionSpec, decode_attention_spec, decode_kv_spec, dequantize, gather_pages, quantize
+from qcompile.kv_cache import (
+    AttentionSpec,
+    decode_attention_spec,
+    decode_kv_spec,
+    dequantize,
+    gather_pages,
+    quantize,
+    rotated,
+)
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _PLACES = "*, Tensor? start=None, Tensor? block_table=None"
@@ -33,6 +45,7 @@ _library.define(
     "dequantize_kv(Tensor codes, Tensor scale, Tensor? length, str spec, ScalarType dtype, "
     "*, Tensor? block_table=None) -> Tensor"
 )
+_library.define("kv_mask(Tensor length, SymInt queries, SymInt context, int window) -> Tensor")
 for _name in ("attention", "attention_gpu", "attention_cpu"):
     _library.define(
         f"{_name}(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec, {_PLACES}) -> Tensor"
@@ -98,6 +111,29 @@ def outside_of(context: int, length: Tensor | None, start: Tensor | None, device
     return before if behind is None else behind if before is None else behind | before
 
 
+def causal_mask(queries: int, start: int, stop: int, end: Tensor | int, window: int, device: torch.device) -> Tensor:
+    """What a causal spec lets queries at the last positions before `end` attend to: bool [1 or B, 1, Q, stop - start].
+
+    Args:
+        start, stop: the positions that are asked about.
+        end: one number, or integers [] or [B].
+    """
+    ends = end.reshape(-1, 1, 1, 1) if isinstance(end, Tensor) else end
+    last = torch.arange(queries, device=device)[None, None, :, None] + (ends - queries)
+    position = torch.arange(start, stop, device=device)
+    return (position <= last) & (position > last - window) if window else position <= last
+
+
+def _kv_mask(length: Tensor, queries: int, context: int, window: int) -> Tensor:
+    """What the last tokens of each sequence attend to: bool [B, 1, queries, context].
+
+    Args:
+        length: integers [B], tokens of each sequence, these included. Tokens before position 0 attend to nothing.
+        window: to how many positions a token attends at most, its own among them; 0 for all.
+    """
+    return causal_mask(queries, 0, context, length, window, length.device)
+
+
 def scores_of(products: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
     """Products of queries and keys, scaled, capped and masked: float32 [B, Hq, Q, T].
 
@@ -152,6 +188,10 @@ def reference(
     if outside is not None:  # what lies there may be anything
         scores = scores.masked_fill(outside, -torch.inf)
         value = value.masked_fill(outside.mT, 0.0)
+    if parsed.causal:
+        end = context if length is None else length.clamp(max=context)
+        seen = causal_mask(query.shape[2], 0, context, end, parsed.window, query.device)
+        scores = scores.masked_fill(~seen, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
     total = weights.sum(-1, keepdim=True)
@@ -164,6 +204,13 @@ def paged_out(cache: list[Tensor], block_table: Tensor | None) -> list[Tensor]:
     if block_table is None:
         return cache
     return [gather_pages(t, block_table) if t.dim() > 2 else t for t in cache]
+
+
+def spec_as_stored(spec: AttentionSpec) -> AttentionSpec:
+    """Attention to rotated keys and values as they lie in the cache: of rotated queries, with a rotated result."""
+    halves = (replace(half, scheme=replace(half.scheme, rotate=False)) for half in (spec.key, spec.value))
+    key, value = halves
+    return replace(spec, key=key, value=value)
 
 
 def _attention(
@@ -181,12 +228,17 @@ def _attention(
             "attention over a quantized KV cache is for inference only, and autograd is recording: call the model "
             "under torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False) first"
         )
+    if (parsed := decode_attention_spec(spec)).scheme.rotate:
+        as_stored = spec_as_stored(parsed).encode()
+        y = _attention(
+            rotated(query).to(query.dtype), cache, mask, length, as_stored, start=start, block_table=block_table
+        )
+        return rotated(y).to(y.dtype)
     if query.device.type == "cpu":
         return torch.ops.qcompile.attention_cpu(query, cache, mask, length, spec, start=start, block_table=block_table)
     if query.device.type == "cuda":
         from qcompile.runtime import attention_gpu
 
-        parsed = decode_attention_spec(spec)
         group, queries = query.shape[1] // cache[0].shape[1], query.shape[2]
         if not isinstance(queries, int) or not attention_gpu.has_kernel(parsed, queries, group, query.dtype):
             return attention_gpu.many_queries(query, cache, mask, length, parsed, start=start, block_table=block_table)
@@ -264,6 +316,7 @@ def _attention_plain_gpu(
 
 _library.impl("store_kv", _store_kv, "CompositeImplicitAutograd")
 _library.impl("dequantize_kv", _dequantize_kv, "CompositeImplicitAutograd")
+_library.impl("kv_mask", _kv_mask, "CompositeImplicitAutograd")
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
 _library.impl("attention_plain", _attention_plain, "CompositeImplicitAutograd")
 _library.impl("attention_cpu", _attention_cpu, "CPU")

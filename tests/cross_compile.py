@@ -76,7 +76,7 @@ def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str
     """Types of arguments as `attention_gpu.launch` passes them; an added mask is of the queries' type."""
     native = {"fp8_e4m3": "*fp8e4nv", "fp8_e5m2": "*fp8e5"}
     codes = native.get(spec.number, _POINTERS[spec.x_dtype]) if spec.constants()["NATIVE"] else "*u8"
-    scale = codes if spec.plain else "*fp32"
+    scale = codes if spec.plain else "*bf16" if spec.group_size or spec.offsets else "*fp32"
     split = spec.tile.split > 1 or spec.reach.sequences
     types = {
         "key_codes": codes,

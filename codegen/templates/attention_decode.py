@@ -2,13 +2,19 @@
 
 All queries that read a head of keys are rows of one product, so each byte of the cache is read once. Programs that
 share a head (SPLIT) each take a part of the context; the last to arrive puts the parts together in their order, so
-results do not depend on timing. Codes become values in registers; scales multiply scores and weights, not the values.
+results do not depend on timing. Where sequences are of unequal length (SEQUENCES), their lengths tell each program
+which one it serves: all take as many blocks of the context, and short sequences fewer programs. WAYS warps of a program
+may each attend by themselves to their part of a block of the context, so that none waits for another's greatest score;
+they are put together at the end.
 
-Of a paged cache the block table of each sequence says where its tokens lie. Where sequences are of unequal length
-(SEQUENCES), each program is told its own by their lengths: all of them take as many blocks of the context, and short
-sequences fewer programs.
+Codes become values in registers, exactly: in float16, which is enough for 8 bits, whatever type queries have. bfloat16
+queries are divided by a power of two for it. Scales of tokens multiply scores; those of values are added to scores as
+their logarithms, so that weights that multiply codes are at most 2^15 whatever the scales.
 
-Where a byte holds two codes, its low half is of the first half of a vector: both halves are attended to by themselves.
+The block table of a paged cache says where the tokens of a sequence lie; it is read a turn ahead.
+
+Vectors consist of pieces that are multiplied by themselves: what the lower and the higher halves of bytes hold, or
+groups with scales of their own. Byte i of a vector holds number i, or numbers i and i + size / 2 of 4 bits.
 Keys and values of 16 bits are multiplied as they are, and have no scales.
 Products are multiplied by a factor that is unknown at compile time before they are added (see `gemm_fragment`).
 """
@@ -21,11 +27,15 @@ import triton.language as tl
 BITS = tl.constexpr(8)
 NATIVE = tl.constexpr(True)
 SCALES = tl.constexpr("tensor")
+GROUP_SIZE = tl.constexpr(0)
+OFFSETS = tl.constexpr(False)
 HEADS = tl.constexpr(8)
 GROUP = tl.constexpr(4)
 QUERIES = tl.constexpr(1)
 KEY_SIZE = tl.constexpr(128)
 VALUE_SIZE = tl.constexpr(128)
+KEY_PIECES = tl.constexpr(1)
+VALUE_PIECES = tl.constexpr(1)
 SCALE = tl.constexpr(0.08838834764831845)
 SOFTCAP = tl.constexpr(0.0)
 MASK = tl.constexpr("none")
@@ -33,63 +43,69 @@ LENGTH = tl.constexpr(False)
 START = tl.constexpr(False)
 SEQUENCES = tl.constexpr(0)
 PAGE = tl.constexpr(0)
-COMPUTE = tl.constexpr(tl.bfloat16)
-WEIGHTS = tl.constexpr(tl.bfloat16)
+CAUSAL = tl.constexpr(False)
+WINDOW = tl.constexpr(0)
+COMPUTE = tl.constexpr(tl.float16)
+DIVIDE = tl.constexpr(True)
 PRECISION = tl.constexpr("tf32x3")
 ROWS = tl.constexpr(16)
-BLOCK_D = tl.constexpr(128)
+BLOCK_K = tl.constexpr(128)
 BLOCK_V = tl.constexpr(128)
 BLOCK_T = tl.constexpr(64)
+WAYS = tl.constexpr(1)
 SPLIT = tl.constexpr(8)
 EARLY = tl.constexpr(True)
 # </constants>
 
 HALVES = tl.constexpr(2 if BITS.value == 4 else 1)
-KEY_WIDTH = tl.constexpr(KEY_SIZE.value // HALVES.value)
-"""Stored elements of a key, which are bytes or 16-bit numbers."""
-VALUE_WIDTH = tl.constexpr(VALUE_SIZE.value // HALVES.value)
+KEY_PIECE = tl.constexpr(KEY_SIZE.value // KEY_PIECES.value)
+"""Numbers of a piece."""
+VALUE_PIECE = tl.constexpr(VALUE_SIZE.value // VALUE_PIECES.value)
+KEY_SCALED = tl.constexpr(KEY_PIECES.value if GROUP_SIZE.value else 1)
+"""Scales of a vector."""
+VALUE_SCALED = tl.constexpr(VALUE_PIECES.value if GROUP_SIZE.value else 1)
 LIVE_ROWS = tl.constexpr(GROUP.value * QUERIES.value)
+KEPT_ROWS = tl.constexpr(1 << (LIVE_ROWS.value - 1).bit_length())
+TOPS = tl.constexpr(KEPT_ROWS.value * VALUE_PIECES.value * BLOCK_V.value)
+PART = tl.constexpr(TOPS.value + 2 * KEPT_ROWS.value)
+"""What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
+AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, 8192 // (KEPT_ROWS.value * BLOCK_V.value))))
+"""Parts that are read at once."""
 LEAST = tl.constexpr(4)
 """Blocks of the context that a program of sequences of unequal length takes at least."""
-PART = tl.constexpr(ROWS.value * (HALVES.value * BLOCK_V.value + 2))
-"""What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
+SHIFT = tl.constexpr(15 * 0.6931471805599453 if COMPUTE.value == tl.float16 else 0.0)
+"""Weights are multiplied by exp of it: float16 then holds those from 2^-39 of the greatest on."""
+LOG2 = tl.constexpr(0.6931471805599453)
 
 
 # <decode>
 @triton.jit
-def decode(code):
-    return code.to(tl.float32)
+def values_of(codes, HALF: tl.constexpr):
+    """Bytes' values in COMPUTE: of their lower (HALF 0) or higher (1) four bits, or of all eight."""
+    return codes.to(COMPUTE)
 
 
 # </decode>
 
 
 @triton.jit
-def values_of(codes, DTYPE: tl.constexpr):
-    """Of bytes with one code each."""
-    return codes.to(DTYPE) if NATIVE else decode(codes.to(tl.int32)).to(DTYPE)
+def column(x):
+    """x [..., n] as [..., n, 1]."""
+    return tl.expand_dims(x, -1)
 
 
 @triton.jit
-def load_codes(codes, vector, d, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Bytes of vectors, of which those that are not inside are 0."""
-    if WIDTH != BLOCK:
-        inside = inside & (d < WIDTH)
-    return tl.load(codes + vector.to(tl.int64) * WIDTH + d, mask=inside, other=0.0 if NATIVE else 0)
+def line(x):
+    """x [..., n] as [..., 1, n]."""
+    return tl.expand_dims(x, -2)
 
 
 @triton.jit
-def vectors(t, inside, head, block_table, block):
-    """Which vectors of a head of keys tokens t are, that are inside and of one block."""
-    if PAGE == 0:
-        vector = t
-    elif PAGE % BLOCK_T == 0:
-        page = tl.load(block_table + block * BLOCK_T // PAGE).to(tl.int64)
-        vector = (page * HEADS + head) * PAGE + t % PAGE
-    else:
-        page = tl.load(block_table + t // PAGE, mask=inside, other=0).to(tl.int64)
-        vector = (page * HEADS + head) * PAGE + t % PAGE
-    return vector
+def load_codes(codes, t, d, inside, WIDTH: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr):
+    """Stored elements d of vectors t, of which those that are not inside are 0."""
+    if LIVE != BLOCK:
+        inside = inside & (d < LIVE)
+    return tl.load(codes + t.to(tl.int64) * WIDTH + d, mask=inside, other=0.0 if NATIVE else 0)
 
 
 @triton.jit
@@ -106,17 +122,58 @@ def reach(length, start, exists, context):
             begin = tl.maximum(tl.load(start, mask=exists, other=0), 0).to(tl.int32)
         if LENGTH:
             end = tl.minimum(tl.load(length, mask=exists, other=0), context).to(tl.int32)
+    if WINDOW:
+        begin = tl.maximum(begin, end - QUERIES + 1 - WINDOW)
     return begin, end
 
 
 @triton.jit
-def masked(scores, mask, row, t, inside, mask_head, mask_query):
-    """Scores [ROWS, BLOCK_T], -inf where nothing is attended to."""
-    allowed = inside[None, :]
+def within(t, begin, end):
+    """Which positions are attended to."""
+    inside = t < end
+    if START or WINDOW:
+        inside = inside & (t >= begin)
+    return inside
+
+
+@triton.jit
+def vectors_of(t, inside, head, block_table, block, end):
+    """Where the tokens t of a block lie, in vectors."""
+    if PAGE == 0:
+        vector = t
+    elif PAGE % BLOCK_T == 0:
+        page = tl.load(block_table + block * BLOCK_T // PAGE, mask=block * BLOCK_T < end, other=0).to(tl.int64)
+        vector = (page * HEADS + head) * PAGE + t % PAGE
+    else:
+        page = tl.load(block_table + t // PAGE, mask=inside, other=0).to(tl.int64)
+        vector = (page * HEADS + head) * PAGE + t % PAGE
+    return vector
+
+
+@triton.jit
+def load_scales(scales, t, inside, COUNT: tl.constexpr):
+    """Of vectors t: the scales of their pieces, or of all of them, then offsets; () for scales of several tokens."""
+    found = ()
+    if SCALES == "token":
+        STEP: tl.constexpr = COUNT * (2 if OFFSETS else 1)
+        for place in tl.static_range(STEP):
+            found = found + (tl.load(scales + t * STEP + place, mask=inside, other=1.0).to(tl.float32),)
+    return found
+
+
+@triton.jit
+def masked(scores, mask, row, t, inside, end, mask_head, mask_query):
+    """Scores, -inf where nothing is attended to."""
+    allowed = line(inside)
+    if CAUSAL:
+        last = column(end - QUERIES + row % QUERIES)
+        allowed = allowed & (line(t) <= last)
+        if WINDOW:
+            allowed = allowed & (line(t) > last - WINDOW)
     if MASK != "none":
         offsets = row // QUERIES * mask_head + row % QUERIES * mask_query
-        allowed = allowed & (row < LIVE_ROWS)[:, None]
-        given = tl.load(mask + offsets[:, None] + t[None, :], mask=allowed, other=0)
+        allowed = allowed & column(row < LIVE_ROWS)
+        given = tl.load(mask + column(offsets) + line(t), mask=allowed, other=0)
         if MASK == "boolean":
             allowed = allowed & (given != 0)
         else:
@@ -131,15 +188,12 @@ def finite(top):
 
 
 @triton.jit
-def finish(y, sums, sums_high, total, row):
-    """Store weighted means; zeros where nothing is attended to."""
+def finish(y, sums, total, row, first: tl.constexpr):
+    """Store weighted means of a piece; zeros where nothing is attended to."""
     d = tl.arange(0, BLOCK_V)
-    total = tl.where(total == 0.0, 1.0, total)[:, None]
-    stored = (row < LIVE_ROWS)[:, None] & (d < VALUE_WIDTH)[None, :]
-    y += row[:, None] * VALUE_SIZE + d[None, :]
-    tl.store(y, (sums / total).to(y.dtype.element_ty), mask=stored)
-    if HALVES == 2:
-        tl.store(y + VALUE_WIDTH, (sums_high / total).to(y.dtype.element_ty), mask=stored)
+    mean = sums / column(tl.where(total == 0.0, 1.0, total))
+    stored = column(row < LIVE_ROWS) & (d < VALUE_PIECE)[None, :]
+    tl.store(y + column(row) * VALUE_SIZE + first + d[None, :], mean.to(y.dtype.element_ty), mask=stored)
 
 
 @triton.jit(
@@ -181,7 +235,7 @@ def kernel(
         split = tl.program_id(1)
         batch, head = pair // HEADS, pair % HEADS
         first_part = pair * SPLIT
-        parts = SPLIT
+        sharers = SPLIT
         begin, end = reach(length, start, True, context)
         share = (tl.maximum((end + BLOCK_T - 1) // BLOCK_T - begin // BLOCK_T, 0) + SPLIT - 1) // SPLIT
     else:
@@ -199,107 +253,213 @@ def kernel(
         pair = batch * HEADS + head
         split = program - tl.sum(tl.where(every < batch, programs, 0), 0)
         first_part = tl.program_id(0) - split
-        parts = tl.sum(tl.where(every == batch, programs, 0), 0)
+        sharers = tl.sum(tl.where(every == batch, programs, 0), 0)
         begin = tl.sum(tl.where(every == batch, begins, 0), 0)
         end = tl.sum(tl.where(every == batch, ends, 0), 0)
     row = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_K)
     dv = tl.arange(0, BLOCK_V)
     query += pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE) + row[:, None] * KEY_SIZE + d[None, :]
-    wanted = (row < LIVE_ROWS)[:, None] & (d < KEY_WIDTH)[None, :]
-    rows = tl.load(query, mask=wanted, other=0.0)
-    if HALVES == 2:
-        rows_high = tl.load(query + KEY_WIDTH, mask=wanted, other=0.0)
+    wanted = (row < LIVE_ROWS)[:, None] & (d < KEY_PIECE)[None, :]
+    asked = ()
+    greatest = tl.zeros((ROWS,), tl.float32)
+    for piece in tl.static_range(KEY_PIECES):
+        part = tl.load(query + piece * KEY_PIECE, mask=wanted, other=0.0)
+        asked = asked + (part,)
+        greatest = tl.maximum(greatest, tl.max(tl.abs(part.to(tl.float32)), 1))
+    unit = tl.full((ROWS,), 1.0, tl.float32)
+    if DIVIDE:  # by a power of two
+        unit = (greatest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.where(unit == 0.0, 1.0, unit)
+    queries, query_sums = (), ()
+    for piece in tl.static_range(KEY_PIECES):
+        part = asked[piece]
+        if DIVIDE:
+            part = part.to(tl.float32) / unit[:, None]
+        part = part.to(COMPUTE)
+        if OFFSETS:
+            query_sums = query_sums + (tl.sum(part.to(tl.float32), 1),)
+        if WAYS > 1:
+            part = tl.broadcast_to(part[None, :, :], (WAYS, ROWS, BLOCK_K))
+        queries = queries + (part,)
     if PAGE == 0:
         before = pair.to(tl.int64) * context
-        key_codes += before * KEY_WIDTH
-        value_codes += before * VALUE_WIDTH
+        key_codes += before * (KEY_SIZE // HALVES)
+        value_codes += before * (VALUE_SIZE // HALVES)
     else:
         block_table += batch.to(tl.int64) * (context // PAGE)
     mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
-    if SCALES == "token":
-        if PAGE == 0:
-            key_scale += before
-            value_scale += before
-        key_factor = SCALE
-        value_factor = (key_scale.to(tl.int64) != 0).to(tl.float32)  # 1, which no compiler knows
-    elif SCALES == "none":
-        key_factor = SCALE
-        value_factor = (key_codes.to(tl.int64) != 0).to(tl.float32)  # the same
+    key_factor = SCALE * unit
+    if SCALES == "token" or SCALES == "none":
+        value_factor = (key_codes.to(tl.int64) != 0).to(tl.float32)  # 1, which no compiler knows
     else:
-        own_scale = head if SCALES == "head" else 0
-        key_factor = tl.load(key_scale + own_scale) * SCALE
-        value_factor = tl.load(value_scale + own_scale)
-    blocks = (end + BLOCK_T - 1) // BLOCK_T
+        place = head if SCALES == "head" else 0
+        key_factor = tl.load(key_scale + place) * key_factor
+        value_factor = tl.load(value_scale + place)
+    if SCALES == "token" and PAGE == 0:
+        key_scale += before * (KEY_SCALED * (2 if OFFSETS else 1))
+        value_scale += before * (VALUE_SCALED * (2 if OFFSETS else 1))
+    if WAYS == 1:
+        token = tl.arange(0, BLOCK_T)
+        total = tl.zeros((ROWS,), tl.float32)
+        zeros = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    else:
+        EACH: tl.constexpr = BLOCK_T // WAYS
+        token = column(tl.arange(0, WAYS)) * EACH + tl.arange(0, EACH)[None, :]
+        total = tl.zeros((WAYS, ROWS), tl.float32)
+        zeros = tl.zeros((WAYS, ROWS, BLOCK_V), tl.float32)
+    top = total + float("-inf")
+    sums, shifts = (), ()
+    for _ in tl.static_range(VALUE_PIECES):
+        sums = sums + (zeros,)
+    if OFFSETS:
+        for _ in tl.static_range(VALUE_SCALED):
+            shifts = shifts + (total,)
     first = begin // BLOCK_T + split * share
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, BLOCK_V), tl.float32)
-    sums_high = sums
-    for block in tl.range(first, tl.minimum(first + share, blocks)):
-        t = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside = (t >= begin) & (t < end)
-        vector = vectors(t, inside, head, block_table, block)
-        codes = load_codes(key_codes, vector[None, :], d[:, None], inside[None, :], KEY_WIDTH, BLOCK_D)
-        if HALVES == 1:
-            scores = tl.dot(rows, values_of(codes, COMPUTE), input_precision=PRECISION)
-        else:
-            scores = tl.dot(rows, values_of(codes & 15, COMPUTE), input_precision=PRECISION)
-            scores += tl.dot(rows_high, values_of(codes >> 4, COMPUTE), input_precision=PRECISION)
-        scores *= key_factor
-        if SCALES == "token":
-            scores *= tl.load(key_scale + vector, mask=inside, other=0.0)[None, :]
+    # Scales and the block table are read a turn ahead.
+    t = first * BLOCK_T + token
+    inside = within(t, begin, end)
+    vector = vectors_of(t, inside, head, block_table, first, end)
+    key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
+    value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
+    for block in tl.range(first, tl.minimum(first + share, (end + BLOCK_T - 1) // BLOCK_T)):
+        t = block * BLOCK_T + token
+        inside = within(t, begin, end)
+        ahead = t + BLOCK_T
+        next_inside = within(ahead, begin, end)
+        next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
+        next_key_scales = load_scales(key_scale, next_vector, next_inside, KEY_SCALED)
+        next_value_scales = load_scales(value_scale, next_vector, next_inside, VALUE_SCALED)
+        scores = line(t * 0).to(tl.float32)
+        for number in tl.static_range(KEY_PIECES // HALVES):
+            codes = load_codes(
+                key_codes + number * KEY_PIECE,
+                line(vector),
+                column(d),
+                line(inside),
+                KEY_SIZE // HALVES,
+                KEY_PIECE,
+                BLOCK_K,
+            )
+            for half in tl.static_range(HALVES):
+                rows = queries[half * (KEY_PIECES // HALVES) + number]
+                product = tl.dot(rows, values_of(codes, half), input_precision=PRECISION)
+                if GROUP_SIZE:
+                    product *= line(key_scales[half * (KEY_PIECES // HALVES) + number])
+                scores += product
+        if GROUP_SIZE and OFFSETS:
+            for piece in tl.static_range(KEY_PIECES):
+                scores += column(query_sums[piece]) * line(key_scales[KEY_PIECES + piece])
+        if SCALES == "token" and not GROUP_SIZE:
+            scores *= line(key_scales[0])
+            if OFFSETS:
+                for piece in tl.static_range(KEY_PIECES):
+                    scores += column(query_sums[piece]) * line(key_scales[1])
+        scores *= column(key_factor)
         if SOFTCAP != 0.0:
             scores = SOFTCAP * (2.0 * tl.sigmoid(scores * (2.0 / SOFTCAP)) - 1.0)
-        scores = masked(scores, mask, row, t, inside, mask_head, mask_query)
-        higher = tl.maximum(top, tl.max(scores, 1))
+        scores = masked(scores, mask, row, t, inside, end, mask_head, mask_query)
+        if SCALES == "token":
+            widest = value_scales[0]
+            if GROUP_SIZE:
+                for piece in tl.static_range(1, VALUE_PIECES):
+                    widest = tl.maximum(widest, value_scales[piece])
+            scores += line(tl.log2(widest) * LOG2)
+        higher = tl.maximum(top, tl.max(scores, -1))
         base = finite(higher)
-        weights = tl.exp(scores - base[:, None])
+        weights = tl.exp(scores - column(base - SHIFT))
         rescale = tl.exp(top - base)
         top = higher
-        total = total * rescale + tl.sum(weights, 1)
         if SCALES == "token":
-            weights *= tl.load(value_scale + vector, mask=inside, other=0.0)[None, :]
-        weights = weights.to(WEIGHTS)
-        codes = load_codes(value_codes, vector[:, None], dv[None, :], inside[:, None], VALUE_WIDTH, BLOCK_V)
-        if HALVES == 1:
-            part = tl.dot(weights, values_of(codes, WEIGHTS), input_precision=PRECISION)
+            shares = weights * line(1.0 / widest)
+            total = total * rescale + tl.sum(shares, -1)
+            if OFFSETS:
+                next_shifts = ()
+                for piece in tl.static_range(VALUE_SCALED):
+                    moves = shares * line(value_scales[VALUE_SCALED + piece])
+                    next_shifts = next_shifts + (shifts[piece] * rescale + tl.sum(moves, -1),)
+                shifts = next_shifts
         else:
-            part = tl.dot(weights, values_of(codes & 15, WEIGHTS), input_precision=PRECISION)
-            part_high = tl.dot(weights, values_of(codes >> 4, WEIGHTS), input_precision=PRECISION)
-            sums_high = sums_high * rescale[:, None] + part_high * value_factor
-        sums = sums * rescale[:, None] + part * value_factor
+            total = total * rescale + tl.sum(weights, -1)
+        parts = ()
+        for number in tl.static_range(VALUE_PIECES // HALVES):
+            codes = load_codes(
+                value_codes + number * VALUE_PIECE,
+                column(vector),
+                dv[None, :],
+                column(inside),
+                VALUE_SIZE // HALVES,
+                VALUE_PIECE,
+                BLOCK_V,
+            )
+            for half in tl.static_range(HALVES):
+                factors = weights
+                if GROUP_SIZE:
+                    factors = weights * line(value_scales[half * (VALUE_PIECES // HALVES) + number] / widest)
+                weighted = tl.dot(factors.to(COMPUTE), values_of(codes, half), input_precision=PRECISION)
+                parts = parts + (weighted,)
+        next_sums = ()
+        for half in tl.static_range(HALVES):
+            for number in tl.static_range(VALUE_PIECES // HALVES):
+                sofar = sums[half * (VALUE_PIECES // HALVES) + number]
+                weighted = parts[number * HALVES + half]
+                next_sums = next_sums + (sofar * column(rescale) + weighted * value_factor,)
+        sums = next_sums
+        vector, key_scales, value_scales = next_vector, next_key_scales, next_value_scales
+    if OFFSETS:
+        moved = ()
+        for piece in tl.static_range(VALUE_PIECES):
+            moved = moved + (sums[piece] + column(shifts[piece if GROUP_SIZE else 0]),)
+        sums = moved
+    if WAYS > 1:
+        highest = tl.max(top, 0)
+        factor = tl.exp(top - finite(highest)[None, :])
+        merged = ()
+        for piece in tl.static_range(VALUE_PIECES):
+            merged = merged + (tl.sum(sums[piece] * column(factor), 0),)
+        sums = merged
+        total = tl.sum(total * factor, 0)
+        top = highest
     y += pair.to(tl.int64) * (LIVE_ROWS * VALUE_SIZE)
-    if parts == 1:
-        finish(y, sums, sums_high, total, row)
+    if sharers == 1:
+        for piece in tl.static_range(VALUE_PIECES):
+            finish(y, sums[piece], total, row, piece * VALUE_PIECE)
     else:
-        place = row[:, None] * BLOCK_V + dv[None, :]
+        live = row < LIVE_ROWS
         partial += first_part.to(tl.int64) * PART
         own = partial + split * PART
-        tl.store(own + place, sums, cache_modifier=".cg")
-        if HALVES == 2:
-            tl.store(own + ROWS * BLOCK_V + place, sums_high, cache_modifier=".cg")
-        tl.store(own + ROWS * HALVES * BLOCK_V + row, top, cache_modifier=".cg")
-        tl.store(own + ROWS * (HALVES * BLOCK_V + 1) + row, total, cache_modifier=".cg")
+        cells = row[:, None] * BLOCK_V + dv[None, :]
+        for piece in tl.static_range(VALUE_PIECES):
+            tl.store(own + piece * KEPT_ROWS * BLOCK_V + cells, sums[piece], mask=live[:, None], cache_modifier=".cg")
+        tl.store(own + TOPS + row, top, mask=live, cache_modifier=".cg")
+        tl.store(own + TOPS + KEPT_ROWS + row, total, mask=live, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == parts - 1:
-            top = tl.full((ROWS,), float("-inf"), tl.float32)
-            total = tl.zeros((ROWS,), tl.float32)
-            sums = tl.zeros((ROWS, BLOCK_V), tl.float32)
-            sums_high = sums
-            for other in tl.range(0, parts):
-                given = partial + other * PART
-                its_top = tl.load(given + ROWS * HALVES * BLOCK_V + row, cache_modifier=".cg")
-                higher = tl.maximum(top, its_top)
-                base = finite(higher)
-                rescale, its_rescale = tl.exp(top - base), tl.exp(its_top - base)
-                top = higher
-                its_total = tl.load(given + ROWS * (HALVES * BLOCK_V + 1) + row, cache_modifier=".cg")
-                total = total * rescale + its_total * its_rescale
-                part = tl.load(given + place, cache_modifier=".cg")
-                sums = sums * rescale[:, None] + part * its_rescale[:, None]
-                if HALVES == 2:
-                    part = tl.load(given + ROWS * BLOCK_V + place, cache_modifier=".cg")
-                    sums_high = sums_high * rescale[:, None] + part * its_rescale[:, None]
-            finish(y, sums, sums_high, total, row)
+        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == sharers - 1:
+            kept = tl.arange(0, KEPT_ROWS)
+            kept_live = (kept < LIVE_ROWS)[None, :]
+            every_part = tl.arange(0, SPLIT)[:, None]
+            known = kept_live & (every_part < sharers)
+            ends_of_all = partial + every_part * PART + TOPS + kept[None, :]
+            tops = tl.load(ends_of_all, mask=known, other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(ends_of_all + KEPT_ROWS, mask=known, other=0.0, cache_modifier=".cg")
+            best = finite(tl.max(tops, 0))
+            whole = tl.sum(totals * tl.exp(tops - best[None, :]), 0)
+            numbers = kept[:, None] * BLOCK_V + dv[None, :]
+            for piece in tl.static_range(VALUE_PIECES):
+                added = tl.zeros((KEPT_ROWS, BLOCK_V), tl.float32)
+                for some in tl.range(0, sharers, AT_ONCE):
+                    other_part = some + tl.arange(0, AT_ONCE)[:, None]
+                    theirs = partial + other_part * PART
+                    known_now = kept_live & (other_part < sharers)
+                    its_tops = tl.load(
+                        theirs + TOPS + kept[None, :], mask=known_now, other=float("-inf"), cache_modifier=".cg"
+                    )
+                    its_sums = tl.load(
+                        theirs[:, :, None] + piece * KEPT_ROWS * BLOCK_V + numbers[None, :, :],
+                        mask=known_now[:, :, None],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    added += tl.sum(its_sums * tl.exp(its_tops - best[None, :])[:, :, None], 0)
+                finish(y, added, whole, kept, piece * VALUE_PIECE)
             tl.store(arrived + pair, 0)

@@ -10,8 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-from qcompile.attention import paged_out, scores_of
-from qcompile.kv_cache import AttentionSpec, KVSpec, NumberFormat
+from qcompile.attention import causal_mask, paged_out, scores_of
+from qcompile.kv_cache import AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
 
 BLOCK = 512
 """Positions that are decoded at once: their keys stay in the second-level cache."""
@@ -23,9 +23,11 @@ def _table(dtype: torch.dtype) -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.float32)
 
 
-def _values(codes: Tensor, half: KVSpec) -> Tensor:
-    """float32 values of codes, before their scale."""
+def _values(codes: Tensor, scale: Tensor, half: KVSpec) -> Tensor:
+    """float32 values of codes, before their scale, unless a vector has several."""
     fmt = half.scheme.format
+    if half.scheme.compact:
+        return dequantize_rotated(codes, scale, half.scheme, half.head_dim)
     dtype = fmt.number.native_dtype if isinstance(fmt, NumberFormat) else None
     if dtype is None or not dtype.is_floating_point:
         return fmt.decode(codes, half.head_dim)
@@ -33,11 +35,18 @@ def _values(codes: Tensor, half: KVSpec) -> Tensor:
     return _table(dtype).index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
-def _factor(scale: Tensor, start: int, stop: int) -> Tensor:
-    """A scale as something to multiply [B, H, rows, stop - start] with."""
+def _factor(scale: Tensor, start: int, stop: int) -> Tensor | float:
+    """A scale as something to multiply [B, H, rows, stop - start] with; 1 where values have theirs."""
+    if scale.dim() == 4:
+        return 1.0
     if scale.dim() == 3:
         return scale[:, :, None, start:stop]
     return scale[:, None, None] if scale.dim() == 1 else scale
+
+
+def _part(scale: Tensor, start: int, stop: int) -> Tensor:
+    """Scales of some tokens, where each token has its own."""
+    return scale[:, :, start:stop] if scale.dim() > 2 else scale
 
 
 def attention(
@@ -55,6 +64,8 @@ def attention(
     context = cache[0].shape[2] * pages
     firsts = [0] * batch if start is None else start.clamp(min=0).expand(batch).tolist()
     ends = [context] * batch if length is None else length.clamp(max=context).expand(batch).tolist()
+    if spec.window:
+        firsts = [max(first, end - query.shape[2] + 1 - spec.window) for first, end in zip(firsts, ends, strict=True)]
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())].expand(batch, -1, -1, context)
     if block_table is None and len(set(zip(firsts, ends, strict=True))) == 1:
@@ -85,14 +96,17 @@ def _attend(
     y = rows.new_zeros((batch, *query.shape[1:3], spec.value.head_dim))
     for start in range(first, end, BLOCK):
         stop = min(start + BLOCK, end)
-        key = _values(key_codes[:, :, start:stop], spec.key)
+        key = _values(key_codes[:, :, start:stop], _part(key_scale, start, stop), spec.key)
         products = torch.matmul(rows, key.transpose(-1, -2)) * _factor(key_scale, start, stop)
         products = products.reshape(*query.shape[:3], stop - start)
         scores = scores_of(products, None if mask is None else mask[..., start:stop], spec)
+        if spec.causal:
+            seen = causal_mask(query.shape[2], start, stop, end, spec.window, query.device)
+            scores = scores.masked_fill(~seen, -torch.inf)
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == -torch.inf, 0.0)
         weights, rescale = torch.exp(scores - base), torch.exp(top - base)
-        value = _values(value_codes[:, :, start:stop], spec.value)
+        value = _values(value_codes[:, :, start:stop], _part(value_scale, start, stop), spec.value)
         scaled = weights.reshape(batch, heads, -1, stop - start) * _factor(value_scale, start, stop)
         y = y * rescale + torch.matmul(scaled, value).reshape(y.shape)
         total = total * rescale + weights.sum(-1, keepdim=True)

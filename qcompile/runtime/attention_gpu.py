@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.attention import outside_of, paged_out, reference
+from qcompile.attention import causal_mask, outside_of, paged_out, reference
 from qcompile.codegen.attention_spec import (
     AttentionKernelSpec,
     AttentionTile,
@@ -48,7 +48,6 @@ def tile_of(
     target: str,
     x_dtype: torch.dtype = torch.bfloat16,
     sequences: int = 0,
-    paged: bool = False,
 ) -> AttentionTile:
     """Parts of the context until every processor has a few programs to read for.
 
@@ -57,23 +56,22 @@ def tile_of(
         size: of a key or a value, whichever is greater.
         rows: queries of a program.
         sequences: how many, if their lengths differ; else 0.
-        paged: loads wait for those of the block table, which takes a stage.
     """
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 64 if nvidia else 32
+    block = 64 if nvidia else 16 if sequences else 32
     if size > 128:
         block = 32 if nvidia and not wide and rows <= 32 else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
-    stages = 4 if paged and nvidia else 3
     enough, split = 2 * device_of(target).processors, 1
     if sequences:  # of all of them together; each may take one more
-        split = max(1, min(enough * sequences // pairs, sequences * (context // (4 * block))))
-        return AttentionTile(context=block, split=split, warps=warps, stages=stages)
+        wanted = max(1, min(enough * sequences // pairs, sequences * (context // (4 * block))))
+        split = 1 << (wanted.bit_length() - 1)
+        return AttentionTile(context=block, split=split, warps=warps, stages=3)
     while split < _MOST_SPLITS and pairs * split < enough and 4 * split * block <= context:
         split *= 2
-    return AttentionTile(context=block, split=split, warps=warps, stages=stages)
+    return AttentionTile(context=block, split=split, warps=warps, stages=3)
 
 
 @functools.cache
@@ -91,8 +89,8 @@ def choose(
 ) -> AttentionKernelSpec:
     """The kernel for a shape."""
     size = max(spec.key.head_dim, spec.value.head_dim)
-    sequences, paged = batch if reach.sequences else 0, reach.page > 0
-    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype, sequences, paged)
+    sequences = batch if reach.sequences else 0
+    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype, sequences)
     return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
 
 
@@ -148,8 +146,7 @@ def launch(
     grid = (heads * (batch + split),) if kernel.reach.sequences else (pairs, split)
     partial = arrived = key_scale
     if math.prod(grid) > pairs:
-        numbers = kernel.rows * (kernel.columns + 2)
-        partial = query.new_empty(math.prod(grid) * numbers, dtype=torch.float32)
+        partial = query.new_empty(math.prod(grid) * kernel.part, dtype=torch.float32)
         arrived = zeros_kept_zero(pairs, query.device)
     options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
     if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
@@ -280,10 +277,15 @@ def many_queries(
     outside = outside_of(key.shape[2], length, start, query.device)
     if outside is not None:  # what lies there may be anything
         key, value = (t.masked_fill(outside.mT, 0.0) for t in (key, value))
-        if mask is None:
-            mask = ~outside.expand(-1, -1, query.shape[2], -1)
-        else:
-            mask = mask & ~outside if mask.dtype == torch.bool else mask.masked_fill(outside, -torch.inf)
+    allowed = None if outside is None else ~outside.expand(-1, -1, query.shape[2], -1)
+    if spec.causal:
+        end = key.shape[2] if length is None else length.clamp(max=key.shape[2])
+        seen = causal_mask(query.shape[2], 0, key.shape[2], end, spec.window, query.device)
+        allowed = seen if allowed is None else allowed & seen
+    if mask is None or mask.dtype == torch.bool:
+        mask = allowed if mask is None else mask if allowed is None else mask & allowed
+    elif allowed is not None:
+        mask = mask.masked_fill(~allowed, -torch.inf)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)
