@@ -136,8 +136,8 @@ def main() -> None:
         for warps, ways in sorted({(t.warps, t.ways) for t in times}):
             best = min((t for t in times if (t.warps, t.ways) == (warps, ways)), key=times.__getitem__)
             print(
-                f"  best of {warps} warps, {ways} ways: {times[best]:.2f} context {best.context}, {best.stages} stages, "
-                f"split {best.split}"
+                f"  best of {warps} warps, {ways} ways: {times[best]:.2f} context {best.context}, "
+                f"{best.stages} stages, split {best.split}"
             )
 
 
