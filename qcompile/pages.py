@@ -163,7 +163,7 @@ class PageTable:
             rows: all that have a sequence, unless given.
 
         Raises:
-            CacheFullError: there are not enough pages, or a sequence would be longer than `max_length`; nothing changed.
+            CacheFullError: there are not enough pages, or a sequence would exceed `max_length`; nothing changed.
         """
         rows = self.rows if rows is None else list(rows)
         counts = [tokens] * len(rows) if isinstance(tokens, int) else list(tokens)

@@ -16,7 +16,6 @@ The block table of a paged cache says where the tokens of a sequence lie; it is 
 Vectors consist of pieces that are multiplied by themselves: what the lower and the higher halves of bytes hold, or
 groups with scales of their own. Byte i of a vector holds number i, or numbers i and i + size / 2 of 4 bits.
 Keys and values of 16 bits are multiplied as they are, and have no scales.
-Products are multiplied by a factor that is unknown at compile time before they are added (see `gemm_fragment`).
 """
 
 # mypy: ignore-errors
@@ -47,7 +46,9 @@ CAUSAL = tl.constexpr(False)
 WINDOW = tl.constexpr(0)
 COMPUTE = tl.constexpr(tl.float16)
 DIVIDE = tl.constexpr(True)
+LARGEST = tl.constexpr(1.0)
 PRECISION = tl.constexpr("tf32x3")
+IMPRECISE = tl.constexpr(0)
 ROWS = tl.constexpr(16)
 BLOCK_K = tl.constexpr(128)
 BLOCK_V = tl.constexpr(128)
@@ -86,6 +87,11 @@ def values_of(codes, HALF: tl.constexpr):
 
 
 # </decode>
+
+
+@triton.jit
+def multiplied(left, right):
+    return tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
 
 
 @triton.jit
@@ -162,18 +168,19 @@ def load_scales(scales, t, inside, COUNT: tl.constexpr):
 
 
 @triton.jit
-def masked(scores, mask, row, t, inside, end, mask_head, mask_query):
-    """Scores, -inf where nothing is attended to."""
+def masked(scores, mask, places, live, last, t, inside):
+    """Scores, -inf where nothing is attended to.
+
+    places: of the mask's elements for position 0 and each row; live: which rows there are; last: their own positions.
+    """
     allowed = line(inside)
     if CAUSAL:
-        last = column(end - QUERIES + row % QUERIES)
-        allowed = allowed & (line(t) <= last)
+        allowed = allowed & (line(t) <= column(last))
         if WINDOW:
-            allowed = allowed & (line(t) > last - WINDOW)
+            allowed = allowed & (line(t) > column(last - WINDOW))
     if MASK != "none":
-        offsets = row // QUERIES * mask_head + row % QUERIES * mask_query
-        allowed = allowed & column(row < LIVE_ROWS)
-        given = tl.load(mask + column(offsets) + line(t), mask=allowed, other=0)
+        allowed = allowed & column(live)
+        given = tl.load(mask + column(places) + line(t), mask=allowed, other=0)
         if MASK == "boolean":
             allowed = allowed & (given != 0)
         else:
@@ -188,12 +195,157 @@ def finite(top):
 
 
 @triton.jit
-def finish(y, sums, total, row, first: tl.constexpr):
+def queries_of(query, places, live):
+    """Rows' pieces in COMPUTE, divided by units; the units; sums of the pieces' elements, where scales have offsets.
+
+    places: of the rows' first elements; live: which rows there are.
+    """
+    d = tl.arange(0, BLOCK_K)
+    wanted = column(live) & (d < KEY_PIECE)[None, :]
+    asked = ()
+    greatest = live.to(tl.float32) * 0.0
+    for piece in tl.static_range(KEY_PIECES):
+        part = tl.load(query + column(places) + piece * KEY_PIECE + d[None, :], mask=wanted, other=0.0)
+        asked = asked + (part,)
+        greatest = tl.maximum(greatest, tl.max(tl.abs(part.to(tl.float32)), 1))
+    unit = greatest * 0.0 + 1.0
+    if DIVIDE:  # by a power of two
+        unit = (greatest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * (1.0 / LARGEST)
+        unit = tl.where(unit == 0.0, 1.0, unit)
+    queries, query_sums = (), ()
+    for piece in tl.static_range(KEY_PIECES):
+        scaled = asked[piece]
+        if DIVIDE:
+            scaled = scaled.to(tl.float32) / column(unit)
+        scaled = scaled.to(COMPUTE)
+        if OFFSETS:
+            query_sums = query_sums + (tl.sum(scaled.to(tl.float32), 1),)
+        if WAYS > 1:
+            scaled = tl.broadcast_to(scaled[None, :, :], (WAYS, ROWS, BLOCK_K))
+        queries = queries + (scaled,)
+    return queries, query_sums, unit
+
+
+@triton.jit
+def beginning(shape_of):
+    """Nothing attended to yet: the greatest score, the sums of weights, of values and of offsets, like `shape_of`."""
+    total = shape_of * 0.0
+    sums, shifts = (), ()
+    for _ in tl.static_range(VALUE_PIECES):
+        sums = sums + (column(total) + tl.zeros((BLOCK_V,), tl.float32),)
+    if OFFSETS:
+        for _ in tl.static_range(VALUE_SCALED):
+            shifts = shifts + (total,)
+    return total + float("-inf"), total, sums, shifts
+
+
+@triton.jit
+def attend(
+    t,
+    vector,
+    inside,
+    queries,
+    query_sums,
+    key_factor,
+    key_codes,
+    value_codes,
+    key_scales,
+    value_scales,
+    mask,
+    places,
+    live,
+    last,
+    top,
+    total,
+    sums,
+    shifts,
+    MASKED: tl.constexpr,
+):
+    """Attend to positions t too, [BLOCK_T] or [WAYS, BLOCK_T / WAYS]: the new top, total, sums and shifts.
+
+    vector: where they lie. inside: which of them count. MASKED: whether some do not, or are hidden from some rows.
+    """
+    d = tl.arange(0, BLOCK_K)
+    dv = tl.arange(0, BLOCK_V)
+    scores = line(t * 0).to(tl.float32)
+    for number in tl.static_range(KEY_PIECES // HALVES):
+        own = key_codes + number * KEY_PIECE
+        codes = load_codes(own, line(vector), column(d), line(inside), KEY_SIZE // HALVES, KEY_PIECE, BLOCK_K)
+        for half in tl.static_range(HALVES):
+            rows = queries[half * (KEY_PIECES // HALVES) + number]
+            product = multiplied(rows, values_of(codes, half))
+            if GROUP_SIZE:
+                product *= line(key_scales[half * (KEY_PIECES // HALVES) + number])
+            scores += product
+    if GROUP_SIZE and OFFSETS:
+        for piece in tl.static_range(KEY_PIECES):
+            scores += column(query_sums[piece]) * line(key_scales[KEY_PIECES + piece])
+    if SCALES == "token" and not GROUP_SIZE:
+        scores *= line(key_scales[0])
+        if OFFSETS:
+            for piece in tl.static_range(KEY_PIECES):
+                scores += column(query_sums[piece]) * line(key_scales[1])
+    scores *= column(key_factor)
+    if SOFTCAP != 0.0:
+        scores = SOFTCAP * (2.0 * tl.sigmoid(scores * (2.0 / SOFTCAP)) - 1.0)
+    if MASKED:
+        scores = masked(scores, mask, places, live, last, t, inside)
+    if SCALES == "token":
+        widest = value_scales[0]
+        if GROUP_SIZE:
+            for piece in tl.static_range(1, VALUE_PIECES):
+                widest = tl.maximum(widest, value_scales[piece])
+        scores += line(tl.log2(widest) * LOG2)
+    higher = tl.maximum(top, tl.max(scores, -1))
+    base = finite(higher)
+    weights = tl.exp(scores - column(base - SHIFT))
+    rescale = tl.exp(top - base)
+    next_shifts = ()
+    if SCALES == "token":
+        shares = weights * line(1.0 / widest)
+        total = total * rescale + tl.sum(shares, -1)
+        if OFFSETS:
+            for piece in tl.static_range(VALUE_SCALED):
+                moves = shares * line(value_scales[VALUE_SCALED + piece])
+                next_shifts = next_shifts + (shifts[piece] * rescale + tl.sum(moves, -1),)
+    else:
+        total = total * rescale + tl.sum(weights, -1)
+    # In the order of bytes; sums are in the order of numbers.
+    parts = ()
+    for number in tl.static_range(VALUE_PIECES // HALVES):
+        own = value_codes + number * VALUE_PIECE
+        codes = load_codes(own, column(vector), dv[None, :], column(inside), VALUE_SIZE // HALVES, VALUE_PIECE, BLOCK_V)
+        for half in tl.static_range(HALVES):
+            factors = weights
+            if GROUP_SIZE:
+                factors = weights * line(value_scales[half * (VALUE_PIECES // HALVES) + number] / widest)
+            sofar = sums[half * (VALUE_PIECES // HALVES) + number] * column(rescale)
+            parts = parts + (sofar + multiplied(factors.to(COMPUTE), values_of(codes, half)),)
+    next_sums = ()
+    for half in tl.static_range(HALVES):
+        for number in tl.static_range(VALUE_PIECES // HALVES):
+            next_sums = next_sums + (parts[number * HALVES + half],)
+    return higher, total, next_sums, next_shifts
+
+
+@triton.jit
+def shifted(sums, shifts):
+    """Sums with those of offsets, which all values of a piece share."""
+    moved = sums
+    if OFFSETS:
+        moved = ()
+        for piece in tl.static_range(VALUE_PIECES):
+            moved = moved + (sums[piece] + column(shifts[piece if GROUP_SIZE else 0]),)
+    return moved
+
+
+@triton.jit
+def finish(y, sums, total, value_factor, places, live, first: tl.constexpr):
     """Store weighted means of a piece; zeros where nothing is attended to."""
     d = tl.arange(0, BLOCK_V)
-    mean = sums / column(tl.where(total == 0.0, 1.0, total))
-    stored = column(row < LIVE_ROWS) & (d < VALUE_PIECE)[None, :]
-    tl.store(y + column(row) * VALUE_SIZE + first + d[None, :], mean.to(y.dtype.element_ty), mask=stored)
+    mean = sums * (value_factor / column(tl.where(total == 0.0, 1.0, total)))
+    stored = column(live) & (d < VALUE_PIECE)[None, :]
+    tl.store(y + column(places) + first + d[None, :], mean.to(y.dtype.element_ty), mask=stored)
 
 
 @triton.jit(
@@ -257,31 +409,9 @@ def kernel(
         begin = tl.sum(tl.where(every == batch, begins, 0), 0)
         end = tl.sum(tl.where(every == batch, ends, 0), 0)
     row = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_K)
+    live = row < LIVE_ROWS
     dv = tl.arange(0, BLOCK_V)
-    query += pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE) + row[:, None] * KEY_SIZE + d[None, :]
-    wanted = (row < LIVE_ROWS)[:, None] & (d < KEY_PIECE)[None, :]
-    asked = ()
-    greatest = tl.zeros((ROWS,), tl.float32)
-    for piece in tl.static_range(KEY_PIECES):
-        part = tl.load(query + piece * KEY_PIECE, mask=wanted, other=0.0)
-        asked = asked + (part,)
-        greatest = tl.maximum(greatest, tl.max(tl.abs(part.to(tl.float32)), 1))
-    unit = tl.full((ROWS,), 1.0, tl.float32)
-    if DIVIDE:  # by a power of two
-        unit = (greatest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        unit = tl.where(unit == 0.0, 1.0, unit)
-    queries, query_sums = (), ()
-    for piece in tl.static_range(KEY_PIECES):
-        part = asked[piece]
-        if DIVIDE:
-            part = part.to(tl.float32) / unit[:, None]
-        part = part.to(COMPUTE)
-        if OFFSETS:
-            query_sums = query_sums + (tl.sum(part.to(tl.float32), 1),)
-        if WAYS > 1:
-            part = tl.broadcast_to(part[None, :, :], (WAYS, ROWS, BLOCK_K))
-        queries = queries + (part,)
+    queries, query_sums, unit = queries_of(query + pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE), row * KEY_SIZE, live)
     if PAGE == 0:
         before = pair.to(tl.int64) * context
         key_codes += before * (KEY_SIZE // HALVES)
@@ -289,32 +419,23 @@ def kernel(
     else:
         block_table += batch.to(tl.int64) * (context // PAGE)
     mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
-    key_factor = SCALE * unit
-    if SCALES == "token" or SCALES == "none":
-        value_factor = (key_codes.to(tl.int64) != 0).to(tl.float32)  # 1, which no compiler knows
-    else:
-        place = head if SCALES == "head" else 0
-        key_factor = tl.load(key_scale + place) * key_factor
-        value_factor = tl.load(value_scale + place)
+    places = row // QUERIES * mask_head + row % QUERIES * mask_query
+    key_factor, value_factor = unit * SCALE, 1.0
+    if SCALES == "tensor" or SCALES == "head":
+        own_scale = head if SCALES == "head" else 0
+        key_factor = tl.load(key_scale + own_scale) * key_factor
+        value_factor = tl.load(value_scale + own_scale)
     if SCALES == "token" and PAGE == 0:
         key_scale += before * (KEY_SCALED * (2 if OFFSETS else 1))
         value_scale += before * (VALUE_SCALED * (2 if OFFSETS else 1))
+    last = end - QUERIES + row % QUERIES
     if WAYS == 1:
         token = tl.arange(0, BLOCK_T)
-        total = tl.zeros((ROWS,), tl.float32)
-        zeros = tl.zeros((ROWS, BLOCK_V), tl.float32)
+        top, total, sums, shifts = beginning(tl.zeros((ROWS,), tl.float32))
     else:
         EACH: tl.constexpr = BLOCK_T // WAYS
         token = column(tl.arange(0, WAYS)) * EACH + tl.arange(0, EACH)[None, :]
-        total = tl.zeros((WAYS, ROWS), tl.float32)
-        zeros = tl.zeros((WAYS, ROWS, BLOCK_V), tl.float32)
-    top = total + float("-inf")
-    sums, shifts = (), ()
-    for _ in tl.static_range(VALUE_PIECES):
-        sums = sums + (zeros,)
-    if OFFSETS:
-        for _ in tl.static_range(VALUE_SCALED):
-            shifts = shifts + (total,)
+        top, total, sums, shifts = beginning(tl.zeros((WAYS, ROWS), tl.float32))
     first = begin // BLOCK_T + split * share
     # Scales and the block table are read a turn ahead.
     t = first * BLOCK_T + token
@@ -323,94 +444,34 @@ def kernel(
     key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
     value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
     for block in tl.range(first, tl.minimum(first + share, (end + BLOCK_T - 1) // BLOCK_T)):
-        t = block * BLOCK_T + token
-        inside = within(t, begin, end)
         ahead = t + BLOCK_T
         next_inside = within(ahead, begin, end)
         next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
         next_key_scales = load_scales(key_scale, next_vector, next_inside, KEY_SCALED)
         next_value_scales = load_scales(value_scale, next_vector, next_inside, VALUE_SCALED)
-        scores = line(t * 0).to(tl.float32)
-        for number in tl.static_range(KEY_PIECES // HALVES):
-            codes = load_codes(
-                key_codes + number * KEY_PIECE,
-                line(vector),
-                column(d),
-                line(inside),
-                KEY_SIZE // HALVES,
-                KEY_PIECE,
-                BLOCK_K,
-            )
-            for half in tl.static_range(HALVES):
-                rows = queries[half * (KEY_PIECES // HALVES) + number]
-                product = tl.dot(rows, values_of(codes, half), input_precision=PRECISION)
-                if GROUP_SIZE:
-                    product *= line(key_scales[half * (KEY_PIECES // HALVES) + number])
-                scores += product
-        if GROUP_SIZE and OFFSETS:
-            for piece in tl.static_range(KEY_PIECES):
-                scores += column(query_sums[piece]) * line(key_scales[KEY_PIECES + piece])
-        if SCALES == "token" and not GROUP_SIZE:
-            scores *= line(key_scales[0])
-            if OFFSETS:
-                for piece in tl.static_range(KEY_PIECES):
-                    scores += column(query_sums[piece]) * line(key_scales[1])
-        scores *= column(key_factor)
-        if SOFTCAP != 0.0:
-            scores = SOFTCAP * (2.0 * tl.sigmoid(scores * (2.0 / SOFTCAP)) - 1.0)
-        scores = masked(scores, mask, row, t, inside, end, mask_head, mask_query)
-        if SCALES == "token":
-            widest = value_scales[0]
-            if GROUP_SIZE:
-                for piece in tl.static_range(1, VALUE_PIECES):
-                    widest = tl.maximum(widest, value_scales[piece])
-            scores += line(tl.log2(widest) * LOG2)
-        higher = tl.maximum(top, tl.max(scores, -1))
-        base = finite(higher)
-        weights = tl.exp(scores - column(base - SHIFT))
-        rescale = tl.exp(top - base)
-        top = higher
-        if SCALES == "token":
-            shares = weights * line(1.0 / widest)
-            total = total * rescale + tl.sum(shares, -1)
-            if OFFSETS:
-                next_shifts = ()
-                for piece in tl.static_range(VALUE_SCALED):
-                    moves = shares * line(value_scales[VALUE_SCALED + piece])
-                    next_shifts = next_shifts + (shifts[piece] * rescale + tl.sum(moves, -1),)
-                shifts = next_shifts
-        else:
-            total = total * rescale + tl.sum(weights, -1)
-        parts = ()
-        for number in tl.static_range(VALUE_PIECES // HALVES):
-            codes = load_codes(
-                value_codes + number * VALUE_PIECE,
-                column(vector),
-                dv[None, :],
-                column(inside),
-                VALUE_SIZE // HALVES,
-                VALUE_PIECE,
-                BLOCK_V,
-            )
-            for half in tl.static_range(HALVES):
-                factors = weights
-                if GROUP_SIZE:
-                    factors = weights * line(value_scales[half * (VALUE_PIECES // HALVES) + number] / widest)
-                weighted = tl.dot(factors.to(COMPUTE), values_of(codes, half), input_precision=PRECISION)
-                parts = parts + (weighted,)
-        next_sums = ()
-        for half in tl.static_range(HALVES):
-            for number in tl.static_range(VALUE_PIECES // HALVES):
-                sofar = sums[half * (VALUE_PIECES // HALVES) + number]
-                weighted = parts[number * HALVES + half]
-                next_sums = next_sums + (sofar * column(rescale) + weighted * value_factor,)
-        sums = next_sums
-        vector, key_scales, value_scales = next_vector, next_key_scales, next_value_scales
-    if OFFSETS:
-        moved = ()
-        for piece in tl.static_range(VALUE_PIECES):
-            moved = moved + (sums[piece] + column(shifts[piece if GROUP_SIZE else 0]),)
-        sums = moved
+        top, total, sums, shifts = attend(
+            t,
+            vector,
+            within(t, begin, end),
+            queries,
+            query_sums,
+            key_factor,
+            key_codes,
+            value_codes,
+            key_scales,
+            value_scales,
+            mask,
+            places,
+            live,
+            last,
+            top,
+            total,
+            sums,
+            shifts,
+            True,
+        )
+        key_scales, value_scales, t, vector = next_key_scales, next_value_scales, ahead, next_vector
+    sums = shifted(sums, shifts)
     if WAYS > 1:
         highest = tl.max(top, 0)
         factor = tl.exp(top - finite(highest)[None, :])
@@ -423,9 +484,8 @@ def kernel(
     y += pair.to(tl.int64) * (LIVE_ROWS * VALUE_SIZE)
     if sharers == 1:
         for piece in tl.static_range(VALUE_PIECES):
-            finish(y, sums[piece], total, row, piece * VALUE_PIECE)
+            finish(y, sums[piece], total, value_factor, row * VALUE_SIZE, live, piece * VALUE_PIECE)
     else:
-        live = row < LIVE_ROWS
         partial += first_part.to(tl.int64) * PART
         own = partial + split * PART
         cells = row[:, None] * BLOCK_V + dv[None, :]
@@ -461,5 +521,5 @@ def kernel(
                         cache_modifier=".cg",
                     )
                     added += tl.sum(its_sums * tl.exp(its_tops - best[None, :])[:, :, None], 0)
-                finish(y, added, whole, kept, piece * VALUE_PIECE)
+                finish(y, added, whole, value_factor, kept * VALUE_SIZE, kept < LIVE_ROWS, piece * VALUE_PIECE)
             tl.store(arrived + pair, 0)
