@@ -6,7 +6,8 @@ Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3
 128. Times are taken as in linear.py: CUDA graphs over several copies of the cache, so that it comes from memory;
 medians. torch's attention is cuDNN's, or FlashAttention where cuDNN refuses. `error` is |y - y'| / |y'| (Frobenius) of
 the first sequence, where y' is the float64 attention over what the cache stands for. `floor_us` is reading the cache
-once, at the rate under `ceilings`.
+once, at the rate under `ceilings`. Paged caches have randomly permuted pages; "unequal" is as many tokens in all, half
+of them in one sequence.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompile.caches import KVCache
 from qcompile.evaluate.timing import ceilings, copies, microseconds, write_results
-from qcompile.kv_cache import AttentionSpec, dequantize
+from qcompile.kv_cache import AttentionSpec, dequantize, gather_pages
 
 DEVICE = torch.device("cuda")
 RESULTS = Path(__file__).parent / "results"
 HEADS, GROUP, SIZE = 8, 4, 128
 CONTEXTS = [(1, 256), (16, 256), (1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (64, 4096), (64, 16384)]
 CACHES = ["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
+PAGE = 64
 SCALES = {"fp8_e4m3": "tensor", "fp8_e5m2": "tensor", "int8": "token", "int4": "token"}
 
 
@@ -92,6 +94,46 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
         calls = [partial(attention, query, list(t), None, None, spec) for t in copies(DEVICE, *tensors)]
         wrong = error(calls[0](), query, *restored)
         yield row("qcompile", name, microseconds(calls, DEVICE), wrong, sum(t.nbytes for t in tensors))
+        del calls
+        pages = [in_pages(t) for t in tensors]
+        kinds = {f"qcompile, pages of {PAGE}": [context] * batch}
+        if batch > 1:
+            kinds |= {f"qcompile, pages of {PAGE}, unequal": unequal(batch, context)}
+        for impl, lengths in kinds.items():
+            table, ends = table_of(lengths), torch.tensor(lengths, device="cuda")
+            restored = [
+                dequantize(
+                    gather_pages(codes, table[:1])[:, :, : lengths[0]],
+                    gather_pages(scale, table[:1])[:, :, : lengths[0]] if scale.dim() > 2 else scale,
+                    cache.key_spec.scheme,
+                    SIZE,
+                )
+                for codes, scale in (pages[:2], pages[2:])
+            ]
+            calls = [
+                partial(attention, query, list(t), None, ends, spec, block_table=table) for t in copies(DEVICE, *pages)
+            ]
+            wrong = error(calls[0](), query, *restored)
+            yield row(impl, name, microseconds(calls, DEVICE), wrong, sum(t.nbytes for t in pages))
+            del calls
+
+
+def in_pages(tensor: Tensor) -> Tensor:
+    """Codes or scales of a cache, cut into pages; static scales as they are."""
+    return tensor.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1).contiguous() if tensor.dim() > 2 else tensor
+
+
+def unequal(batch: int, context: int) -> list[int]:
+    """Lengths of whole pages that are batch * context together, of which the last has half."""
+    others = batch * context // 2 // (batch - 1) // PAGE * PAGE
+    return [*[others] * (batch - 1), batch * context - (batch - 1) * others]
+
+
+def table_of(lengths: list[int]) -> Tensor:
+    """A block table that gives all pages to sequences, at random."""
+    counts = [length // PAGE for length in lengths]
+    pages = torch.randperm(sum(counts), device="cuda").to(torch.int32).split(counts)
+    return torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcompile
 from qcompile.checkpoint.gguf import smollm2_path
 
-# "The capital of France is", "Once upon a time", "def add(a, b):", ... as tokens of SmolLM2.
+# Tokens of SmolLM2: "The capital of France is", "Once upon a time", "def add(a, b):", a chat, "The moon is a".
 PROMPTS = (
     (504, 3575, 282, 4649, 314),
-    (6403, 2068, 253, 655),
-    (1604, 803, 24, 81, 28, 317, 595),
+    (6403, 1980, 253, 655),
+    (1604, 803, 24, 81, 28, 278, 727),
     (1, 4093, 198, 20796, 549, 260, 3575, 29, 2),
-    (504, 2365, 338, 253),
+    (504, 6783, 314, 253),
 )
 TOKENS = (12, 24, 9, 16, 20)
 ROWS = 3

@@ -58,8 +58,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         raise ConfigError(
-            "sequences of a paged cache have lengths of their own, which transformers' generate does not know: call the "
-            "model with **cache.inputs(...), or give generate a qcompile.TransformersCache"
+            "sequences of a paged cache have lengths of their own, which transformers' generate does not know: call "
+            "the model with **cache.inputs(...), or give generate a qcompile.TransformersCache"
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
         """Arguments of the next call of the model, about the last tokens of some rows.
 
         Args:
-            tokens: of each row, in the call's `input_ids` [b, tokens]. Sequences that have fewer are padded on the left.
+            tokens: of each row, in the call's `input_ids` [b, tokens]; shorter sequences are padded on the left.
             rows: integers [b], the rows that the call is about; all, in their order, unless given.
 
         Returns:

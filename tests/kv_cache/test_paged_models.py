@@ -54,7 +54,7 @@ def begin(model: nn.Module, kv_cache: Any) -> tuple[Any, Tensor]:
     for prompt in PROMPTS:
         row = cache.pages.add()
         cache.pages.append(len(prompt), rows=[row])
-        logits = model(prompt[None], **cache.inputs(len(prompt), [row])).logits
+        logits = model(prompt[None].to(model.device), **cache.inputs(len(prompt), [row])).logits
         tokens.append(logits[:, -1:].argmax(-1))
     return cache, torch.cat(tokens)
 
