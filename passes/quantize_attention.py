@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from qcompile.passes.heads import (
     SDPA_ARGUMENTS,
     attended_length,
     between,
+    causal,
     is_call,
     is_prefix,
     layer_of,
     named,
+    reach_of,
     repeated,
     writes,
 )
@@ -284,6 +287,9 @@ def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, le
     if mask is not None and not match.masked_out and is_prefix(mask):
         # Positions behind the cache's own length are not specified, so that the mask's length serves as well.
         length, mask = attended_length(context, mask, lengths), None
+    elif mask is not None and not match.masked_out and (form := causal(mask)) is not None:
+        length, mask = reach_of(context, mask, form, lengths), None
+        spec = replace_fields(spec, causal=True, window=form.window)
     with graph.inserting_before(node):
         if match.masked_out:
             mask = graph.call_function(torch.logical_not, (mask,))

@@ -6,7 +6,7 @@
     attention_plain(query, key, value, mask, length, scale)   the same over keys and values that are not quantized
 
 All are composite. The first two are plain torch, so that Inductor fuses quantization with the rotary embedding before
-it; attention is one operator on CPUs, and on GPUs one for few queries and plain torch for many.
+it; attention is one operator, and on GPUs plain torch for formats that no kernel reads.
 What `dequantize_kv` gives at positions from `length` on is not specified.
 """
 
@@ -112,8 +112,7 @@ def reference(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: T
         outside = torch.arange(context, device=query.device) >= length
         scores = scores.masked_fill(outside, -torch.inf)
     if parsed.causal:
-        end = context if length is None else length.clamp(max=context)
-        seen = causal_mask(query.shape[2], 0, context, end, parsed, query.device)
+        seen = causal_mask(query.shape[2], 0, context, context if length is None else length, parsed, query.device)
         scores = scores.masked_fill(~seen, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
@@ -146,9 +145,8 @@ def _attention(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: 
     if query.device.type == "cuda":
         from qcompile.runtime import attention_gpu
 
-        group, queries = query.shape[1] // cache[0].shape[1], query.shape[2]
-        if not isinstance(queries, int) or not attention_gpu.has_kernel(parsed, queries, group, query.dtype):
-            return attention_gpu.many_queries(query, cache, mask, length, parsed)
+        if not attention_gpu.has_kernel(parsed):
+            return attention_gpu.in_plain_torch(query, cache, mask, length, parsed)
         return torch.ops.qcompile.attention_gpu(query.contiguous(), cache, mask, length, spec)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {query.device.type}")
 

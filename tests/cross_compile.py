@@ -87,7 +87,7 @@ def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str
         "partial": "*fp32" if spec.tile.split > 1 else scale,
         "arrived": "*i32" if spec.tile.split > 1 else scale,
         **dict.fromkeys(("query", "y"), _POINTERS[spec.x_dtype]),
-        **dict.fromkeys(("context", "mask_batch", "mask_head", "mask_query"), "i32"),
+        **dict.fromkeys(("context", "tokens", "mask_batch", "mask_head", "mask_query"), "i32"),
     }
     return {name: types[name] for name in names}
 

@@ -69,7 +69,8 @@ def attention(
         products = products.reshape(*query.shape[:3], stop - start)
         scores = scores_of(products, None if mask is None else mask[..., start:stop], spec)
         if spec.causal:
-            seen = causal_mask(query.shape[2], start, stop, end, spec, query.device)
+            reach = context if length is None else int(length)
+            seen = causal_mask(query.shape[2], start, stop, reach, spec, query.device)
             scores = scores.masked_fill(~seen, -torch.inf)
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == -torch.inf, 0.0)

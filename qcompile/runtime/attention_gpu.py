@@ -1,4 +1,4 @@
-"""Attention over a cache on GPUs: a generated Triton kernel for few queries, torch's own for many."""
+"""Attention over a cache on GPUs: generated Triton kernels, one for few queries and one for many."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.attention import reference
+from qcompile.attention import causal_mask, reference
 from qcompile.codegen.attention_spec import (
+    PREFILL_TEMPLATE,
     AttentionKernelSpec,
     AttentionTile,
     attention_kernel_spec,
@@ -30,18 +31,21 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SPLITS = 64
 
 
-def has_kernel(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
-    """Whether the template attends from so many tokens, without spilling registers."""
-    if not has_number(spec.scheme.format) or queries > MOST_QUERIES:
-        return False
+def has_kernel(spec: AttentionSpec) -> bool:
+    """Whether the templates decode a cache."""
+    return has_number(spec.scheme.format)
+
+
+def few(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
+    """Whether the kernel for few queries takes so many, without spilling registers."""
     wide = x_dtype == torch.float32 and max(spec.key.head_dim, spec.value.head_dim) > 128
-    return queries * group <= (16 if wide else MOST_ROWS)
+    return queries <= MOST_QUERIES and queries * group <= (16 if wide else MOST_ROWS)
 
 
 def tile_of(
     pairs: int, context: int, size: int, rows: int, target: str, x_dtype: torch.dtype = torch.bfloat16
 ) -> AttentionTile:
-    """Parts of the context until every processor has a few programs to read for.
+    """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
     Args:
         pairs: sequences times heads of keys.
@@ -51,14 +55,49 @@ def tile_of(
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 64 if nvidia else 32
+    block = 128 if nvidia and rows <= 16 and size <= 128 and not wide else 64 if nvidia else 32
     if size > 128:
         block = 32 if nvidia and not wide and rows <= 32 else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
-    enough, split = 2 * device_of(target).processors, 1
-    while split < _MOST_SPLITS and pairs * split < enough and 4 * split * block <= context:
+    split = 1
+    while split < _MOST_SPLITS and 2 * split * pairs <= device_of(target).processors and 4 * split * block <= context:
         split *= 2
     return AttentionTile(context=block, split=split, warps=warps, stages=3)
+
+
+def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype) -> AttentionTile:
+    """As many queries as registers hold results of.
+
+    Args:
+        rows: tokens times query heads for each head of keys.
+        size: of a key or a value, whichever is greater.
+    """
+    least = max(16, 1 << (rows - 1).bit_length())
+    if not target.startswith("sm_"):
+        return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
+    if x_dtype == torch.float32:
+        most, block = (64, 32) if size <= 64 else (32, 32) if size <= 128 else (16, 16)
+        return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
+    if size > 128:
+        return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
+    held = min(least, 128)
+    return AttentionTile(context=64, split=1, warps=8 if held > 64 else 4, stages=3, rows=held)
+
+
+@functools.cache
+def choose_prefill(
+    spec: AttentionSpec,
+    heads: int,
+    group: int,
+    rows: int,
+    mask: str,
+    length: bool,
+    x_dtype: torch.dtype,
+    target: str,
+) -> AttentionKernelSpec:
+    """The kernel for many queries; `rows` is a power of two that holds those of a head of keys, or more than 128."""
+    tile = prefill_tile_of(rows, max(spec.key.head_dim, spec.value.head_dim), target, x_dtype)
+    return attention_kernel_spec(spec, heads, group, 0, mask, length, x_dtype, target, tile)
 
 
 @functools.cache
@@ -111,18 +150,11 @@ def launch(
         mask = mask.expand(*query.shape[:3], context)
         mask = mask if mask.stride(-1) == 1 or context == 1 else mask.contiguous()
         steps = list(mask.stride()[:3])
-    pairs, split = batch * heads, kernel.tile.split
-    partial = arrived = key_scale
-    if split > 1:
-        partial = query.new_empty(pairs * split * kernel.part, dtype=torch.float32)
-        arrived = zeros_kept_zero(pairs, query.device)
     options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
     if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     # Pointers that a kernel does not use get some input, so that one signature serves all.
-    launcher.launch(
-        function,
-        (pairs, split),
+    given = [
         query.contiguous(),
         key_codes,
         key_scale,
@@ -131,12 +163,17 @@ def launch(
         key_scale if mask is None else mask,
         key_scale if length is None else length,
         y,
-        partial,
-        arrived,
-        context,
-        *steps,
-        **options,
-    )
+    ]
+    pairs, split, tokens = batch * heads, kernel.tile.split, query.shape[2]
+    if kernel.template == PREFILL_TEMPLATE:
+        grid = (-(-kernel.group * tokens // kernel.rows), pairs)
+        launcher.launch(function, grid, *given, context, tokens, *steps, **options)
+        return y
+    partial = arrived = key_scale
+    if split > 1:
+        partial = query.new_empty(pairs * split * kernel.part, dtype=torch.float32)
+        arrived = zeros_kept_zero(pairs, query.device)
+    launcher.launch(function, (pairs, split), *given, partial, arrived, context, *steps, **options)
     return y
 
 
@@ -147,7 +184,7 @@ def attention(
     length: Tensor | None,
     spec: AttentionSpec,
 ) -> Tensor:
-    """See `qcompile.attention.reference`; for queries that `has_kernel` takes.
+    """See `qcompile.attention.reference`; of caches that `has_kernel` takes.
 
     Raises:
         DeviceError: queries of another type than float32, bfloat16 and float16.
@@ -156,10 +193,12 @@ def attention(
         raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 queries, not {query.dtype}: cast the model")
     batch, heads, context, _ = tensors[0].shape
     group, queries = query.shape[1] // heads, query.shape[2]
-    kind = mask_kind(mask)
-    kernel = choose(
-        spec, batch, heads, group, queries, context, kind, length is not None, query.dtype, target_of(query.device)
-    )
+    kind, target, bounded = mask_kind(mask), target_of(query.device), length is not None
+    if few(spec, queries, group, query.dtype):
+        kernel = choose(spec, batch, heads, group, queries, context, kind, bounded, query.dtype, target)
+    else:
+        rows = min(256, 1 << (queries * group - 1).bit_length())
+        kernel = choose_prefill(spec, heads, group, rows, kind, bounded, query.dtype, target)
     return _run(kernel, query, tensors, mask, length)
 
 
@@ -217,7 +256,7 @@ def _run(
         return launch(kernel, function, query, tensors, mask, length)
 
 
-def many_queries(
+def in_plain_torch(
     query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: AttentionSpec
 ) -> Tensor:
     """Dequantize all keys and values, then torch's attention; made of plain torch operators."""
@@ -226,13 +265,20 @@ def many_queries(
     key_codes, key_scale, value_codes, value_scale = tensors
     key = dequantize(key_codes, key_scale, spec.scheme, spec.key.head_dim).to(query.dtype)
     value = dequantize(value_codes, value_scale, spec.scheme, spec.value.head_dim).to(query.dtype)
+    hidden = None
     if length is not None:
-        inside = torch.arange(key.shape[2], device=query.device) < length
-        value = value.masked_fill(~inside[:, None], 0.0)
-        if mask is None:
-            mask = inside.expand(query.shape[2], -1)
+        hidden = torch.arange(key.shape[2], device=query.device) >= length
+        value = value.masked_fill(hidden[:, None], 0.0)
+        hidden = hidden.expand(query.shape[2], -1)
+    if spec.causal:
+        reach = key.shape[2] if length is None else length
+        unseen = ~causal_mask(query.shape[2], 0, key.shape[2], reach, spec, query.device)
+        hidden = unseen if hidden is None else hidden | unseen
+    if hidden is not None:
+        if mask is None or mask.dtype == torch.bool:
+            mask = ~hidden if mask is None else mask & ~hidden
         else:
-            mask = mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, -torch.inf)
+            mask = mask.masked_fill(hidden, -torch.inf)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)
