@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qcompile.codegen.attention_spec import AttentionKernelSpec, AttentionTile, attention_kernel_spec
+from qcompile.codegen.attention_spec import AttentionKernelSpec, AttentionTile, Reach, attention_kernel_spec
 from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.evaluate.timing import copies, microseconds
 from qcompile.kv_cache import AttentionSpec, KVSpec, parse_kv_cache, quantize
@@ -96,7 +96,9 @@ def main() -> None:
     ):
         batch, context = map(int, shape.split("x"))
         spec = spec_of(name)
-        make = partial(attention_kernel_spec, spec, HEADS, GROUP, 1, "none", False, torch.bfloat16, target)
+        make = partial(
+            attention_kernel_spec, spec, HEADS, GROUP, 1, "none", Reach(length=False), torch.bfloat16, target
+        )
         wanted.append((name, batch, context, spec, [make(tile) for tile in tiles(batch, context)]))
     kernels: dict[AttentionKernelSpec, list[tuple[torch.Size, torch.dtype]]] = {}
     for _, _, _, spec, found in wanted:

@@ -19,6 +19,8 @@ PREFILL_TEMPLATE = "attention_prefill"
 class AttentionTile:
     """How the work is cut: a program takes a head of keys and a `split`-th of the context, `context` tokens a time.
 
+    Of sequences of unequal length it takes about a `split`-th of all their tokens together.
+
     Attributes:
         ways: `warps`, if each warp attends by itself to its part of these tokens, or 1.
         rows: queries of a program, in kernels for many; 0 if it takes all of a head of keys.
@@ -30,6 +32,22 @@ class AttentionTile:
     stages: int
     ways: int = 1
     rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Which positions a kernel looks at, and where they lie.
+
+    Attributes:
+        length, start: whether there is one.
+        sequences: a power of two that holds the number of sequences, if they differ in length or start; else 0.
+        page: tokens of a page, of a paged cache; else 0.
+    """
+
+    length: bool
+    start: bool = False
+    sequences: int = 0
+    page: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +63,7 @@ class AttentionKernelSpec:
         key_size, value_size: of a head.
         scale, softcap, causal, window: see `AttentionSpec`.
         mask: "none", "boolean" or "added".
-        length: whether there is one.
+        reach: of positions.
         x_dtype: of queries and results.
         target: see `KernelSpec`.
     """
@@ -65,7 +83,7 @@ class AttentionKernelSpec:
     causal: bool
     window: int
     mask: str
-    length: bool
+    reach: Reach
     x_dtype: str
     target: str
     tile: AttentionTile
@@ -116,7 +134,10 @@ class AttentionKernelSpec:
             "SCALE": self.scale,
             "SOFTCAP": self.softcap,
             "MASK": self.mask,
-            "LENGTH": self.length,
+            "LENGTH": self.reach.length,
+            "START": self.reach.start,
+            "SEQUENCES": self.reach.sequences,
+            "PAGE": self.reach.page,
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "COMPUTE": f"tl.{self.compute}",
@@ -146,7 +167,7 @@ def _power(size: int) -> int:
 def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
     """The inverse of `AttentionKernelSpec.encode`."""
     given = json.loads(text)
-    return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"])})
+    return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"]), "reach": Reach(**given["reach"])})
 
 
 def has_number(fmt: KVFormat) -> bool:
@@ -160,7 +181,7 @@ def attention_kernel_spec(
     group: int,
     queries: int,
     mask: str,
-    length: bool,
+    reach: Reach,
     x_dtype: torch.dtype,
     target: str,
     tile: AttentionTile,
@@ -188,7 +209,7 @@ def attention_kernel_spec(
         causal=spec.causal,
         window=spec.window,
         mask=mask,
-        length=length,
+        reach=reach,
         x_dtype=dtype_name(x_dtype),
         target=target,
         tile=tile,
@@ -230,7 +251,7 @@ def plain_kernel_spec(
         causal=False,
         window=0,
         mask=mask,
-        length=length,
+        reach=Reach(length=length),
         x_dtype=name,
         target=target,
         tile=tile,

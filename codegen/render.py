@@ -489,7 +489,8 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
 def _functions_of(template: str) -> str:
     """The constants and functions of a template, with its holes."""
     text = _template(template)
-    return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
+    kernel = text.rindex("@triton.jit", 0, text.index("\ndef kernel("))
+    return text[text.index("# <constants>") : kernel]
 
 
 def _finish(spec: KernelSpec) -> dict[str, str]:

@@ -219,6 +219,55 @@ def reach_of(context: GraphContext, mask: fx.Node, form: Causal, known: dict[fx.
     return known[mask]
 
 
+def _is_line(node: Any) -> bool:
+    """Whether a node's elements are whole numbers, one after another, along the last dimension alone."""
+    while isinstance(node, fx.Node):
+        if node.target is torch.arange:
+            return len(node.args) == 1 and not set(node.kwargs) - {"device", "dtype"}
+        if is_call(node, (operator.add,)) and _is_one(node.args[1]):
+            node = node.args[0]
+        elif is_call(node, (operator.getitem,)) and isinstance(node.args[1], tuple):
+            if any(part not in (None, slice(None)) for part in node.args[1]):
+                return False
+            node = node.args[0]
+        else:
+            return False
+    return False
+
+
+def _is_one(value: object) -> bool:
+    """Whether something is a single number."""
+    found = example(value) if isinstance(value, fx.Node) else value
+    return found.numel() == 1 if isinstance(found, torch.Tensor) else found is not None
+
+
+_COMPARISONS = (operator.le, operator.lt, operator.ge, operator.gt)
+
+
+def is_interval(mask: fx.Node) -> bool:
+    """Whether a mask is made of comparisons of positions with single numbers, all of which must hold.
+
+    What it lets attend to is then an interval of positions, the same for all: its start and its length say it all.
+    """
+    waiting: list[Any] = [mask]
+    compared = 0
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or is_written(node):
+            return False
+        if is_call(node, ("expand",)) or (is_call(node, ("to",)) and example(node).dtype == torch.bool):
+            waiting.append(node.args[0])
+        elif is_call(node, (operator.and_, torch.logical_and)):
+            waiting += node.args
+        elif is_call(node, _COMPARISONS) and len(node.args) == 2:
+            if not any(_is_line(a) and _is_one(b) for a, b in (node.args, node.args[::-1])):
+                return False
+            compared += 1
+        elif not is_call(node, ("new_ones",)):
+            return False
+    return compared > 0 and example(mask).shape[-1] > 1
+
+
 def add_call(context: GraphContext, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A call at the place of insertion, with its example value."""
     node = context.graph.call_function(target, args, kwargs)
@@ -235,9 +284,29 @@ def attended_length(context: GraphContext, mask: fx.Node, known: dict[fx.Node, f
             its result in memory, from where all layers read it.
     """
     if mask not in known:
-        placeholders, value = context.placeholders(), example(mask)
-        after = placeholders[-1] if mask.op == "placeholder" else mask
-        with context.graph.inserting_before(after.next):
+        value = example(mask)
+        with context.graph.inserting_before(_behind(context, mask)):
             positions = add_call(context, torch.arange, 1, value.shape[-1] + 1, device=value.device, dtype=torch.int64)
             known[mask] = add_call(context, torch.amax, add_call(context, torch.where, mask, positions, 0))
     return known[mask]
+
+
+def attended_start(context: GraphContext, mask: fx.Node, known: dict[fx.Node, fx.Node], *, alike: bool) -> fx.Node:
+    """The first position that a boolean mask lets any query of a sequence attend to, int64 [B]; or of all, [].
+
+    Args:
+        known: see `attended_length`.
+        alike: the mask is the same for all sequences.
+    """
+    if mask not in known:
+        value = example(mask)
+        with context.graph.inserting_before(_behind(context, mask)):
+            positions = add_call(context, torch.arange, value.shape[-1], device=value.device, dtype=torch.int64)
+            allowed = add_call(context, torch.where, mask, positions, value.shape[-1])
+            known[mask] = add_call(context, torch.amin, allowed, [] if alike else [1, 2, 3])
+    return known[mask]
+
+
+def _behind(context: GraphContext, mask: fx.Node) -> fx.Node:
+    """Where what is made of a mask can stand first."""
+    return (context.placeholders()[-1] if mask.op == "placeholder" else mask).next

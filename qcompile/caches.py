@@ -1,4 +1,4 @@
-"""Static quantized KV caches: their tensors, and a module for models that keep their own.
+"""Quantized KV caches, static and paged: their tensors, and modules for models that keep their own.
 
 Stores and reads are the operators of `qcompile.attention`. In eager mode a read gives dequantized keys and values; in a
 compiled graph the pass `quantize_attention` takes reads into the attention that follows.
@@ -16,6 +16,7 @@ import qcompile.attention  # noqa: F401  (registers the operators)
 from qcompile.errors import ConfigError
 from qcompile.formats import get_format
 from qcompile.kv_cache import KVScheme, KVSpec, parse_kv_cache
+from qcompile.pages import PageTable
 
 _E4M3_MAX = get_format("fp8_e4m3").absmax
 
@@ -143,3 +144,53 @@ class KVCache(nn.Module):
         """Empty the cache in place."""
         clear_half(self.key_codes, self.key_scale, self.key_spec)
         clear_half(self.value_codes, self.value_scale, self.value_spec)
+
+
+class PagedKVCache(KVCache):
+    """The keys and values of one layer, in pages that sequences take as they grow.
+
+    Buffers are those of a `KVCache` with pages for `batch` and the tokens of a page for `length`.
+
+    Args:
+        pages: which pages each sequence has; one for all layers.
+        heads, head_dim, kv_cache: see `KVCache`, as the rest.
+
+    Raises:
+        ConfigError: a scheme that cannot be.
+    """
+
+    def __init__(self, pages: PageTable, heads: int, head_dim: int, kv_cache: Any = "fp8", **options: Any) -> None:
+        device = pages.block_table.device
+        super().__init__(pages.pages + 1, heads, pages.page_size, head_dim, kv_cache, device=device, **options)
+        self.pages = pages
+        pages.attach(self)
+
+    def update(  # type: ignore[override]
+        self, key: Tensor, value: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store the last tokens of each sequence, for which `pages.append` has made room; return all of its tokens.
+
+        Args:
+            key, value: [b, heads, n, size].
+            rows: integers [b], the rows of the page table that these are of; all, in their order, unless given.
+
+        Returns:
+            keys and values [b, heads, T, size] for the longest sequence that may be; attention needs `pages.mask`.
+        """
+        ops = torch.ops.qcompile
+        table, lengths = self.pages.of(rows)
+        position = self.pages.positions(key.shape[2], rows)
+        ops.store_kv(self.key_codes, self.key_scale, key, position, self._key_text, block_table=table)
+        ops.store_kv(self.value_codes, self.value_scale, value, position, self._value_text, block_table=table)
+        return (
+            ops.dequantize_kv(self.key_codes, self.key_scale, lengths, self._key_text, self.dtype, block_table=table),
+            ops.dequantize_kv(
+                self.value_codes, self.value_scale, lengths, self._value_text, self.dtype, block_table=table
+            ),
+        )
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Let a page hold what another one does."""
+        for tensor in (self.key_codes, self.key_scale, self.value_codes, self.value_scale):
+            if tensor.dim() > 2:
+                tensor[target].copy_(tensor[source])

@@ -2,7 +2,7 @@
 
 Codes of a cache are uint8 [B, H, T, width]: a vector of `head_dim` numbers of one head and token takes `width` bytes.
 Scales are float32: [] (one for a tensor), [H] (one a head) or [B, H, T] (one a token and head). A number is its code's
-value times the scale.
+value times the scale. Paged caches have pages for B and tokens of a page for T.
 """
 
 from __future__ import annotations
@@ -326,6 +326,19 @@ def dequantize_rotated(codes: Tensor, scale: Tensor, scheme: KVScheme, head_dim:
         return (parts * scale.unsqueeze(-1)).flatten(-2)
     factor, offset = scale.unsqueeze(-1).chunk(2, -2)
     return (parts * factor + offset).flatten(-2)
+
+
+def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
+    """What a block table's pages hold, one after another.
+
+    Args:
+        pages: codes [pages, H, page_size, width], or scales [pages, H, page_size].
+        block_table: integers [B, most pages].
+
+    Returns:
+        [B, H, most pages * page_size, ...].
+    """
+    return pages[block_table].transpose(1, 2).flatten(2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -285,13 +285,14 @@ def attention(
     length: int | None = None,
     causal: bool = False,
     window: int = 0,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(query key^T) value in float64, head by head.
 
     Args:
         query: [B, Hq, Q, D]; key, value: [B, H, T, D] and [B, H, T, Dv]; query head h reads head h // (Hq / H).
         mask: boolean (True: attended) or added, broadcast to [B, Hq, Q, T].
-        length: positions from it on are not attended to.
+        length, start: positions from `length` on and before `start` are not attended to.
         causal, window: query i stands at position length - Q + i, and attends to the last `window` up to it, or to all.
 
     Returns:
@@ -309,8 +310,9 @@ def attention(
     elif mask is not None:
         added = mask.to(torch.float64).cpu()
         scores, allowed = scores + added, allowed & (added != -math.inf)
-    if length is not None:
-        allowed &= torch.arange(key.shape[2]) < length
+    position = torch.arange(key.shape[2])
+    inside = (position >= start) & (position < (key.shape[2] if length is None else length))
+    allowed = allowed & inside
     if causal:
         for i in range(query.shape[2]):
             own = (key.shape[2] if length is None else length) - query.shape[2] + i
@@ -319,5 +321,5 @@ def attention(
                 allowed[:, :, i, : max(own - window + 1, 0)] = False
     scores = scores.where(allowed, torch.tensor(-math.inf, dtype=torch.float64))
     weights = torch.softmax(scores, -1).where(allowed.any(-1, keepdim=True), torch.zeros((), dtype=torch.float64))
-    kept = value if length is None else value[:, :, :length]
-    return weights[..., : kept.shape[2]] @ kept[:, heads], weights, scores
+    kept = value[:, :, inside]
+    return weights[..., inside] @ kept[:, heads], weights, scores

@@ -2,12 +2,16 @@
 
 All queries that read a head of keys are rows of one product, so each byte of the cache is read once. Programs that
 share a head (SPLIT) each take a part of the context; the last to arrive puts the parts together in their order, so
-results do not depend on timing. WAYS warps of a program may each attend by themselves to their part of a block of
-the context, so that none waits for another's greatest score; they are put together at the end.
+results do not depend on timing. Where sequences are of unequal length (SEQUENCES), their lengths tell each program
+which one it serves: all take as many blocks of the context, and short sequences fewer programs. WAYS warps of a program
+may each attend by themselves to their part of a block of the context, so that none waits for another's greatest score;
+they are put together at the end.
 
 Codes become values in registers, exactly: in float16, which is enough for 8 bits, whatever type queries have. bfloat16
 queries are divided by a power of two for it. Scales of tokens multiply scores and weights; those of values are divided
 by the greatest so far, so that weights with their scales are at most 2^15.
+
+The block table of a paged cache says where the tokens of a sequence lie; it is read a turn ahead.
 
 Vectors consist of pieces that are multiplied by themselves: what the lower and the higher halves of bytes hold, or
 groups with scales of their own. Byte i of a vector holds number i, or numbers i and i + size / 2 of 4 bits.
@@ -35,6 +39,9 @@ SCALE = tl.constexpr(0.08838834764831845)
 SOFTCAP = tl.constexpr(0.0)
 MASK = tl.constexpr("none")
 LENGTH = tl.constexpr(False)
+START = tl.constexpr(False)
+SEQUENCES = tl.constexpr(0)
+PAGE = tl.constexpr(0)
 CAUSAL = tl.constexpr(False)
 WINDOW = tl.constexpr(0)
 COMPUTE = tl.constexpr(tl.float16)
@@ -65,6 +72,8 @@ PART = tl.constexpr(TOPS.value + 2 * KEPT_ROWS.value)
 """What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
 AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, 8192 // (KEPT_ROWS.value * BLOCK_V.value))))
 """Parts that are read at once."""
+LEAST = tl.constexpr(4)
+"""Blocks of the context that a program of sequences of unequal length takes at least."""
 SHIFT = tl.constexpr(15.0 if COMPUTE.value == tl.float16 else 0.0)
 """Weights are multiplied by two to its power: float16 then holds those from 2^-39 of the greatest on."""
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -108,23 +117,65 @@ def load_codes(codes, t, d, inside, WIDTH: tl.constexpr, LIVE: tl.constexpr, BLO
 
 
 @triton.jit
-def load_scales(scales, t, end, COUNT: tl.constexpr):
+def reach(length, start, exists, context):
+    """Where what is attended to begins and ends, of one sequence or of those that exist."""
+    begin, end = 0, context
+    if SEQUENCES == 0:
+        if START:
+            begin = tl.maximum(tl.load(start), 0).to(tl.int32)
+        if LENGTH:
+            end = tl.minimum(tl.load(length), context).to(tl.int32)
+    else:
+        if START:
+            begin = tl.maximum(tl.load(start, mask=exists, other=0), 0).to(tl.int32)
+        if LENGTH:
+            end = tl.minimum(tl.load(length, mask=exists, other=0), context).to(tl.int32)
+    if WINDOW:
+        begin = tl.maximum(begin, end - QUERIES + 1 - WINDOW)
+    return begin, end
+
+
+@triton.jit
+def within(t, begin, end):
+    """Which positions are attended to."""
+    inside = t < end
+    if START or WINDOW:
+        inside = inside & (t >= begin)
+    return inside
+
+
+@triton.jit
+def vectors_of(t, inside, head, block_table, block, end):
+    """Where the tokens t of a block lie, in vectors."""
+    if PAGE == 0:
+        vector = t
+    elif PAGE % BLOCK_T == 0:
+        page = tl.load(block_table + block * BLOCK_T // PAGE, mask=block * BLOCK_T < end, other=0).to(tl.int64)
+        vector = (page * HEADS + head) * PAGE + t % PAGE
+    else:
+        page = tl.load(block_table + t // PAGE, mask=inside, other=0).to(tl.int64)
+        vector = (page * HEADS + head) * PAGE + t % PAGE
+    return vector
+
+
+@triton.jit
+def load_scales(scales, t, inside, COUNT: tl.constexpr):
     """Of vectors t: the scales of their pieces, or of all of them, then offsets; () for scales of several tokens."""
     found = ()
     if SCALES == "token":
         STEP: tl.constexpr = COUNT * (2 if OFFSETS else 1)
         for place in tl.static_range(STEP):
-            found = found + (tl.load(scales + t * STEP + place, mask=t < end, other=0.0).to(tl.float32),)
+            found = found + (tl.load(scales + t * STEP + place, mask=inside, other=0.0).to(tl.float32),)
     return found
 
 
 @triton.jit
-def masked(scores, mask, places, live, last, t, end):
+def masked(scores, mask, places, live, last, t, inside):
     """Scores, -inf where nothing is attended to.
 
     places: of the mask's elements for position 0 and each row; live: which rows there are; last: their own positions.
     """
-    allowed = line(t) < end
+    allowed = line(inside)
     if CAUSAL:
         allowed = allowed & (line(t) <= column(last))
         if WINDOW:
@@ -197,7 +248,8 @@ def beginning(shape_of):
 @triton.jit
 def attend(
     t,
-    end,
+    vector,
+    inside,
     queries,
     query_sums,
     key_factor,
@@ -218,15 +270,14 @@ def attend(
 ):
     """Attend to positions t too, [BLOCK_T] or [WAYS, BLOCK_T / WAYS]: what `beginning` gives, anew.
 
-    end: positions from it on do not count; MASKED: whether positions may be hidden from some rows, or lie behind it.
+    vector: where they lie. inside: which of them count. MASKED: whether some do not, or are hidden from some rows.
     """
-    inside = t < end
     d = tl.arange(0, BLOCK_K)
     dv = tl.arange(0, BLOCK_V)
     scores = line(t * 0).to(tl.float32)
     for number in tl.static_range(KEY_PIECES // HALVES):
         own = key_codes + number * KEY_PIECE
-        codes = load_codes(own, line(t), column(d), line(inside), KEY_SIZE // HALVES, KEY_PIECE, BLOCK_K)
+        codes = load_codes(own, line(vector), column(d), line(inside), KEY_SIZE // HALVES, KEY_PIECE, BLOCK_K)
         for half in tl.static_range(HALVES):
             rows = queries[half * (KEY_PIECES // HALVES) + number]
             product = multiplied(rows, values_of(codes, half))
@@ -245,7 +296,7 @@ def attend(
     if SOFTCAP != 0.0:
         scores = (SOFTCAP * LOG2E) * (2.0 * tl.sigmoid(scores * (2.0 / SOFTCAP)) - 1.0)
     if MASKED:
-        scores = masked(scores, mask, places, live, last, t, end)
+        scores = masked(scores, mask, places, live, last, t, inside)
     higher = tl.maximum(top, tl.max(scores, -1))
     base = finite(higher)
     weights = tl.exp2(scores - column(base - SHIFT))
@@ -270,7 +321,7 @@ def attend(
     parts = ()
     for number in tl.static_range(VALUE_PIECES // HALVES):
         own = value_codes + number * VALUE_PIECE
-        codes = load_codes(own, column(t), dv[None, :], column(inside), VALUE_SIZE // HALVES, VALUE_PIECE, BLOCK_V)
+        codes = load_codes(own, column(vector), dv[None, :], column(inside), VALUE_SIZE // HALVES, VALUE_PIECE, BLOCK_V)
         for half in tl.static_range(HALVES):
             factors = weights
             if GROUP_SIZE:
@@ -305,7 +356,9 @@ def finish(y, sums, total, places, live, first: tl.constexpr):
     tl.store(y + column(places) + first + d[None, :], mean.to(y.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=["context", "mask_batch", "mask_head", "mask_query"])
+@triton.jit(
+    do_not_specialize=["sequences", "context", "length_step", "start_step", "mask_batch", "mask_head", "mask_query"]
+)
 def kernel(
     query,
     key_codes,
@@ -314,33 +367,65 @@ def kernel(
     value_scale,
     mask,
     length,
+    start,
+    block_table,
     y,
     partial,
     arrived,
+    sequences,
     context,
+    length_step,
+    start_step,
     mask_batch,
     mask_head,
     mask_query,
 ):
-    """Grid: (B * HEADS, SPLIT).
+    """Grid: (B * HEADS, SPLIT), or (HEADS * (B + SPLIT)) for sequences of unequal length, at most SEQUENCES.
 
-    context: positions of the cache. mask_batch, mask_head, mask_query: steps between elements of the mask; those of one
-    query lie side by side. partial: float32, PART a program, and arrived: int32, 0 for each head, and 0 again at the
-    end; both only for SPLIT > 1. Pointers that the constants make needless are not read.
+    sequences: B. context: positions of the cache, or of a block table. length_step, start_step: between sequences, for
+    unequal ones. mask_batch, mask_head, mask_query: steps between elements of the mask; those of one query lie side by
+    side. partial: float32, PART a program, and arrived: int32, 0 for each head, and 0 again at the end; both only where
+    several programs may share a head. Pointers that the constants make needless are not read.
     """
     if EARLY:  # this kernel may begin before the one before has ended, and the next before this one has
         PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
         tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    pair = tl.program_id(0)
-    split = tl.program_id(1)
-    batch, head = pair // HEADS, pair % HEADS
+    if SEQUENCES == 0:
+        pair = tl.program_id(0)
+        split = tl.program_id(1)
+        batch, head = pair // HEADS, pair % HEADS
+        first_part = pair * SPLIT
+        sharers = SPLIT
+        begin, end = reach(length, start, True, context)
+        share = (tl.maximum((end + BLOCK_T - 1) // BLOCK_T - begin // BLOCK_T, 0) + SPLIT - 1) // SPLIT
+    else:
+        every = tl.arange(0, SEQUENCES)
+        exists = every < sequences
+        begins, ends = reach(length + every * length_step, start + every * start_step, exists, context)
+        counts = tl.where(exists, tl.maximum((ends + BLOCK_T - 1) // BLOCK_T - begins // BLOCK_T, 0), 0)
+        share = tl.maximum((tl.sum(counts, 0) + SPLIT - 1) // SPLIT, LEAST)
+        programs = tl.where(exists, tl.maximum((counts + share - 1) // share, 1), 0)
+        program = tl.program_id(0) % (sequences + SPLIT)
+        batch = tl.sum((tl.cumsum(programs, 0) <= program).to(tl.int32), 0)
+        if batch >= sequences:
+            return
+        head = tl.program_id(0) // (sequences + SPLIT)
+        pair = batch * HEADS + head
+        split = program - tl.sum(tl.where(every < batch, programs, 0), 0)
+        first_part = tl.program_id(0) - split
+        sharers = tl.sum(tl.where(every == batch, programs, 0), 0)
+        begin = tl.sum(tl.where(every == batch, begins, 0), 0)
+        end = tl.sum(tl.where(every == batch, ends, 0), 0)
     row = tl.arange(0, ROWS)
     live = row < LIVE_ROWS
     dv = tl.arange(0, BLOCK_V)
     queries, query_sums, unit = queries_of(query + pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE), row * KEY_SIZE, live)
-    vectors = pair.to(tl.int64) * context
-    key_codes += vectors * (KEY_SIZE // HALVES)
-    value_codes += vectors * (VALUE_SIZE // HALVES)
+    if PAGE == 0:
+        before = pair.to(tl.int64) * context
+        key_codes += before * (KEY_SIZE // HALVES)
+        value_codes += before * (VALUE_SIZE // HALVES)
+    else:
+        block_table += batch.to(tl.int64) * (context // PAGE)
     mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
     places = row // QUERIES * mask_head + row % QUERIES * mask_query
     key_factor, value_factor = unit * FACTOR, 1.0
@@ -348,19 +433,10 @@ def kernel(
         own_scale = head if SCALES == "head" else 0
         key_factor = tl.load(key_scale + own_scale) * key_factor
         value_factor = tl.load(value_scale + own_scale)
-    if SCALES == "token":
-        key_scale += vectors * (KEY_SCALED * (2 if OFFSETS else 1))
-        value_scale += vectors * (VALUE_SCALED * (2 if OFFSETS else 1))
-    reach = context
-    if LENGTH:
-        reach = tl.load(length).to(tl.int32)
-    end = tl.minimum(reach, context)
-    last = reach - QUERIES + row % QUERIES
-    blocks = (end + BLOCK_T - 1) // BLOCK_T
-    before = 0
-    if WINDOW:
-        before = tl.maximum(reach - QUERIES + 1 - WINDOW, 0) // BLOCK_T
-    share = (blocks - before + SPLIT - 1) // SPLIT
+    if SCALES == "token" and PAGE == 0:
+        key_scale += before * (KEY_SCALED * (2 if OFFSETS else 1))
+        value_scale += before * (VALUE_SCALED * (2 if OFFSETS else 1))
+    last = end - QUERIES + row % QUERIES
     if WAYS == 1:
         token = tl.arange(0, BLOCK_T)
         top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
@@ -368,18 +444,23 @@ def kernel(
         EACH: tl.constexpr = BLOCK_T // WAYS
         token = column(tl.arange(0, WAYS)) * EACH + tl.arange(0, EACH)[None, :]
         top, total, sums, shifts, value_unit = beginning(tl.zeros((WAYS, ROWS), tl.float32))
-    first, after = before + split * share, tl.minimum(before + (split + 1) * share, blocks)
-    # Scales are read a turn ahead.
+    first = begin // BLOCK_T + split * share
+    # Scales and the block table are read a turn ahead.
     t = first * BLOCK_T + token
-    key_scales = load_scales(key_scale, t, end, KEY_SCALED)
-    value_scales = load_scales(value_scale, t, end, VALUE_SCALED)
-    for _ in tl.range(first, after):
+    inside = within(t, begin, end)
+    vector = vectors_of(t, inside, head, block_table, first, end)
+    key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
+    value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
+    for block in tl.range(first, tl.minimum(first + share, (end + BLOCK_T - 1) // BLOCK_T)):
         ahead = t + BLOCK_T
-        next_key_scales = load_scales(key_scale, ahead, end, KEY_SCALED)
-        next_value_scales = load_scales(value_scale, ahead, end, VALUE_SCALED)
+        next_inside = within(ahead, begin, end)
+        next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
+        next_key_scales = load_scales(key_scale, next_vector, next_inside, KEY_SCALED)
+        next_value_scales = load_scales(value_scale, next_vector, next_inside, VALUE_SCALED)
         top, total, sums, shifts, value_unit = attend(
             t,
-            end,
+            vector,
+            within(t, begin, end),
             queries,
             query_sums,
             key_factor,
@@ -398,7 +479,7 @@ def kernel(
             value_unit,
             True,
         )
-        key_scales, value_scales, t = next_key_scales, next_value_scales, ahead
+        key_scales, value_scales, t, vector = next_key_scales, next_value_scales, ahead, next_vector
     if SCALES == "token":
         value_factor = value_unit
     sums = scaled(sums, value_factor, shifts)
@@ -412,11 +493,11 @@ def kernel(
         total = tl.sum(total * factor, 0)
         top = highest
     y += pair.to(tl.int64) * (LIVE_ROWS * VALUE_SIZE)
-    if SPLIT == 1:
+    if sharers == 1:
         for piece in tl.static_range(VALUE_PIECES):
             finish(y, sums[piece], total, row * VALUE_SIZE, live, piece * VALUE_PIECE)
     else:
-        partial += pair.to(tl.int64) * (SPLIT * PART)
+        partial += first_part.to(tl.int64) * PART
         own = partial + split * PART
         cells = row[:, None] * BLOCK_V + dv[None, :]
         for piece in tl.static_range(VALUE_PIECES):
@@ -424,25 +505,29 @@ def kernel(
         tl.store(own + TOPS + row, top, mask=live, cache_modifier=".cg")
         tl.store(own + TOPS + KEPT_ROWS + row, total, mask=live, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == sharers - 1:
             kept = tl.arange(0, KEPT_ROWS)
-            known = (kept < LIVE_ROWS)[None, :]
-            others = tl.arange(0, SPLIT)[:, None] * PART + TOPS + kept[None, :]
-            tops = tl.load(partial + others, mask=known, other=0.0, cache_modifier=".cg")
-            totals = tl.load(partial + others + KEPT_ROWS, mask=known, other=0.0, cache_modifier=".cg")
+            kept_live = (kept < LIVE_ROWS)[None, :]
+            every_part = tl.arange(0, SPLIT)[:, None]
+            known = kept_live & (every_part < sharers)
+            ends_of_all = partial + every_part * PART + TOPS + kept[None, :]
+            tops = tl.load(ends_of_all, mask=known, other=float("-inf"), cache_modifier=".cg")
+            totals = tl.load(ends_of_all + KEPT_ROWS, mask=known, other=0.0, cache_modifier=".cg")
             best = finite(tl.max(tops, 0))
             whole = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
             numbers = kept[:, None] * BLOCK_V + dv[None, :]
             for piece in tl.static_range(VALUE_PIECES):
                 added = tl.zeros((KEPT_ROWS, BLOCK_V), tl.float32)
-                for some in tl.range(0, SPLIT, AT_ONCE):
-                    theirs = partial + (some + tl.arange(0, AT_ONCE)) * PART
+                for some in tl.range(0, sharers, AT_ONCE):
+                    other_part = some + tl.arange(0, AT_ONCE)[:, None]
+                    theirs = partial + other_part * PART
+                    known_now = kept_live & (other_part < sharers)
                     its_tops = tl.load(
-                        theirs[:, None] + TOPS + kept[None, :], mask=known, other=0.0, cache_modifier=".cg"
+                        theirs + TOPS + kept[None, :], mask=known_now, other=float("-inf"), cache_modifier=".cg"
                     )
                     its_sums = tl.load(
-                        theirs[:, None, None] + piece * KEPT_ROWS * BLOCK_V + numbers[None, :, :],
-                        mask=known[:, :, None],
+                        theirs[:, :, None] + piece * KEPT_ROWS * BLOCK_V + numbers[None, :, :],
+                        mask=known_now[:, :, None],
                         other=0.0,
                         cache_modifier=".cg",
                     )

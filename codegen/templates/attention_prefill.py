@@ -24,8 +24,10 @@ from qcompile.codegen.templates.attention_decode import (
     LENGTH,
     MASK,
     OFFSETS,
+    PAGE,
     ROWS,
     SCALES,
+    START,
     VALUE_PIECE,
     VALUE_PIECES,
     VALUE_SCALED,
@@ -37,12 +39,15 @@ from qcompile.codegen.templates.attention_decode import (
     load_scales,
     queries_of,
     scaled,
+    vectors_of,
 )
 
 # </attention>
 
 
-@triton.jit(do_not_specialize=["context", "tokens", "mask_batch", "mask_head", "mask_query"])
+@triton.jit(
+    do_not_specialize=["context", "tokens", "length_step", "start_step", "mask_batch", "mask_head", "mask_query"]
+)
 def kernel(
     query,
     key_codes,
@@ -51,9 +56,13 @@ def kernel(
     value_scale,
     mask,
     length,
+    start,
+    block_table,
     y,
     context,
     tokens,
+    length_step,
+    start_step,
     mask_batch,
     mask_head,
     mask_query,
@@ -73,9 +82,15 @@ def kernel(
     row = tl.where(live, cell % GROUP * tokens + cell // GROUP, 0)
     rows = pair.to(tl.int64) * GROUP * tokens
     queries, query_sums, unit = queries_of(query + rows * KEY_SIZE, row * KEY_SIZE, live)
-    vectors = pair.to(tl.int64) * context
-    key_codes += vectors * (KEY_SIZE // HALVES)
-    value_codes += vectors * (VALUE_SIZE // HALVES)
+    if PAGE == 0:
+        skipped = pair.to(tl.int64) * context
+        key_codes += skipped * (KEY_SIZE // HALVES)
+        value_codes += skipped * (VALUE_SIZE // HALVES)
+        if SCALES == "token":
+            key_scale += skipped * (KEY_SCALED * (2 if OFFSETS else 1))
+            value_scale += skipped * (VALUE_SCALED * (2 if OFFSETS else 1))
+    else:
+        block_table += batch.to(tl.int64) * (context // PAGE)
     mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
     places = row // tokens * mask_head + row % tokens * mask_query
     key_factor, value_factor = unit * FACTOR, 1.0
@@ -83,40 +98,46 @@ def kernel(
         own_scale = head if SCALES == "head" else 0
         key_factor = tl.load(key_scale + own_scale) * key_factor
         value_factor = tl.load(value_scale + own_scale)
-    if SCALES == "token":
-        key_scale += vectors * (KEY_SCALED * (2 if OFFSETS else 1))
-        value_scale += vectors * (VALUE_SCALED * (2 if OFFSETS else 1))
-    reach = context
+    begin, end = 0, context
+    if START:
+        begin = tl.maximum(tl.load(start + batch * start_step), 0).to(tl.int32)
     if LENGTH:
-        reach = tl.load(length).to(tl.int32)
-    end = tl.minimum(reach, context)
-    before = reach - tokens  # positions before the queries' own, if those are known
+        end = tl.minimum(tl.load(length + batch * length_step), context).to(tl.int32)
+    before = end - tokens  # positions before the queries' own, if those are known
     last = before + row % tokens
     first_token = tile * ROWS // GROUP
     final_token = tl.minimum(((tile + 1) * ROWS - 1) // GROUP, tokens - 1)
-    begin, seen, stop = 0, 0, end
+    stop = end
     if CAUSAL:
-        stop = tl.minimum(before + final_token + 1, end)
+        stop = before + final_token + 1
         if WINDOW:
-            begin = tl.maximum(before + first_token + 1 - WINDOW, 0) // BLOCK_T
-    if MASK == "none" and not WINDOW:  # how many blocks all rows attend to
+            begin = tl.maximum(begin, before + first_token + 1 - WINDOW)
+    first = begin // BLOCK_T
+    seen = first
+    if MASK == "none" and not WINDOW and not START:  # up to which block all rows attend to all
         seen = end // BLOCK_T
         if CAUSAL:
-            seen = tl.minimum(tl.maximum(before + first_token + 1, 0), end) // BLOCK_T
-    blocks = tl.maximum(stop + BLOCK_T - 1, 0) // BLOCK_T
+            seen = tl.maximum(before + first_token + 1, 0) // BLOCK_T
+    blocks = (tl.maximum(stop, 0) + BLOCK_T - 1) // BLOCK_T
+    token = tl.arange(0, BLOCK_T)
     top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
-    # Scales are read a turn ahead.
-    t = begin * BLOCK_T + tl.arange(0, BLOCK_T)
-    key_scales = load_scales(key_scale, t, end, KEY_SCALED)
-    value_scales = load_scales(value_scale, t, end, VALUE_SCALED)
+    # Scales and the block table are read a turn ahead.
+    t = first * BLOCK_T + token
+    inside = (t >= begin) & (t < end)
+    vector = vectors_of(t, inside, head, block_table, first, end)
+    key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
+    value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
     for hidden in tl.static_range(2):
-        for _ in tl.range(seen if hidden else begin, blocks if hidden else seen):
+        for block in tl.range(seen if hidden else first, blocks if hidden else seen):
             ahead = t + BLOCK_T
-            next_key_scales = load_scales(key_scale, ahead, end, KEY_SCALED)
-            next_value_scales = load_scales(value_scale, ahead, end, VALUE_SCALED)
+            next_inside = (ahead >= begin) & (ahead < end)
+            next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
+            next_key_scales = load_scales(key_scale, next_vector, next_inside, KEY_SCALED)
+            next_value_scales = load_scales(value_scale, next_vector, next_inside, VALUE_SCALED)
             top, total, sums, shifts, value_unit = attend(
                 t,
-                end,
+                vector,
+                (t >= begin) & (t < end),
                 queries,
                 query_sums,
                 key_factor,
@@ -135,7 +156,7 @@ def kernel(
                 value_unit,
                 hidden == 1,
             )
-            key_scales, value_scales, t = next_key_scales, next_value_scales, ahead
+            key_scales, value_scales, t, vector = next_key_scales, next_value_scales, ahead, next_vector
     if SCALES == "token":
         value_factor = value_unit
     sums = scaled(sums, value_factor, shifts)

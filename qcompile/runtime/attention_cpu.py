@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
-from qcompile.attention import causal_mask, scores_of
+from qcompile.attention import causal_mask, paged_out, scores_of
 from qcompile.kv_cache import AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
 
 BLOCK = 512
@@ -50,27 +50,58 @@ def _part(scale: Tensor, start: int, stop: int) -> Tensor:
 
 
 def attention(
-    query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: AttentionSpec
+    query: Tensor,
+    cache: list[Tensor],
+    mask: Tensor | None,
+    length: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    """See `qcompile.attention.reference`; sums are taken block by block."""
-    key_codes, key_scale, value_codes, value_scale = cache
-    batch, heads, context = key_codes.shape[:3]
-    end = context if length is None else min(context, int(length))
-    rows = query.to(torch.float32).unflatten(1, (heads, -1)).flatten(2, 3)
+    """See `qcompile.attention.reference`; sums are taken block by block, and sequences of unequal length one by one."""
+    batch, pages = query.shape[0], 1 if block_table is None else block_table.shape[1]
+    context = cache[0].shape[2] * pages
+    firsts = [0] * batch if start is None else start.clamp(min=0).expand(batch).tolist()
+    ends = [context] * batch if length is None else length.clamp(max=context).expand(batch).tolist()
+    if spec.window:
+        firsts = [max(first, end - query.shape[2] + 1 - spec.window) for first, end in zip(firsts, ends, strict=True)]
     if mask is not None:
-        mask = mask.expand(*mask.shape[:-1], context)
+        mask = mask[(None,) * (4 - mask.dim())].expand(batch, -1, -1, context)
+    if block_table is None and len(set(zip(firsts, ends, strict=True))) == 1:
+        return _attend(query, cache, mask, firsts[0], ends[0], spec)
+    results = []
+    for sequence, (first, end) in enumerate(zip(firsts, ends, strict=True)):
+        one, skipped = slice(sequence, sequence + 1), 0
+        if block_table is None:
+            own = [t[one] if t.dim() > 2 else t for t in cache]
+        else:
+            size = cache[0].shape[2]
+            skipped = first // size * size
+            own = paged_out(cache, block_table[one, first // size : -(-end // size)])
+        seen = None if mask is None else mask[one, ..., skipped:]
+        results.append(_attend(query[one], own, seen, first - skipped, end - skipped, spec))
+    return torch.cat(results) if results else query.new_empty((*query.shape[:3], spec.value.head_dim))
+
+
+def _attend(
+    query: Tensor, cache: list[Tensor], mask: Tensor | None, first: int, end: int, spec: AttentionSpec
+) -> Tensor:
+    """To positions from `first` to `end` - 1 of a cache that is not paged, for all sequences."""
+    key_codes, key_scale, value_codes, value_scale = cache
+    batch, heads = key_codes.shape[:2]
+    rows = query.to(torch.float32).unflatten(1, (heads, -1)).flatten(2, 3)
     top = rows.new_full((batch, *query.shape[1:3], 1), -torch.inf)
     total = torch.zeros_like(top)
     y = rows.new_zeros((batch, *query.shape[1:3], spec.value.head_dim))
-    for start in range(0, end, BLOCK):
+    for start in range(first, end, BLOCK):
         stop = min(start + BLOCK, end)
         key = _values(key_codes[:, :, start:stop], _part(key_scale, start, stop), spec.key)
         products = torch.matmul(rows, key.transpose(-1, -2)) * _factor(key_scale, start, stop)
         products = products.reshape(*query.shape[:3], stop - start)
         scores = scores_of(products, None if mask is None else mask[..., start:stop], spec)
         if spec.causal:
-            reach = context if length is None else int(length)
-            seen = causal_mask(query.shape[2], start, stop, reach, spec, query.device)
+            seen = causal_mask(query.shape[2], start, stop, end, spec.window, query.device)
             scores = scores.masked_fill(~seen, -torch.inf)
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == -torch.inf, 0.0)

@@ -55,8 +55,8 @@ class Problem:
     def kernel(self, target: str, tile: AttentionTile) -> AttentionKernelSpec:
         heads, queries = self.cache[0].shape[1], 0 if tile.rows else self.query.shape[2]
         group, mask = self.query.shape[1] // heads, attention_gpu.mask_kind(self.mask)
-        length = self.length is not None
-        return attention_kernel_spec(self.spec, heads, group, queries, mask, length, self.query.dtype, target, tile)
+        reach, _ = attention_gpu.reach_of(self.cache, self.length, None, None)
+        return attention_kernel_spec(self.spec, heads, group, queries, mask, reach, self.query.dtype, target, tile)
 
     def interpret(self, target: str, tile: AttentionTile) -> Tensor:
         """Run the generated kernel on the CPU."""
@@ -184,7 +184,7 @@ PLAIN: dict[str, Callable[[Problem], Tensor]] = {"cpu": on_cpu, "reference": in_
 def problems(draw: st.DrawFn, sizes: tuple[int, ...] = (2, 16, 24, 64), queries: tuple[int, ...] = QUERIES) -> Problem:
     context = draw(st.sampled_from([1, 2, 15, 64, 65, 130]))
     kv, scales = draw(st.sampled_from(FORMATS)), draw(st.sampled_from(SCALES))
-    compact = scales == "token" and draw(st.booleans())
+    compact, causal = scales == "token" and draw(st.booleans()), draw(st.booleans())
     if compact:
         sizes = (32, 64)
     return problem(
@@ -201,8 +201,8 @@ def problems(draw: st.DrawFn, sizes: tuple[int, ...] = (2, 16, 24, 64), queries:
         mask=draw(st.sampled_from(MASKS)),
         length=draw(st.none() | st.integers(0, context)),
         softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
-        causal=draw(st.booleans()),
-        window=draw(st.sampled_from([0, 0, 1, 20])),
+        causal=causal,
+        window=draw(st.sampled_from([0, 0, 1, 20])) if causal else 0,
         shared=draw(st.sampled_from([0, 16])) if compact else 0,
         symmetric=not (compact and kv.startswith("int") and draw(st.booleans())),
     )
