@@ -12,6 +12,7 @@ from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
 from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
 
 ATTENTION_TEMPLATE = "attention_decode"
+PREFILL_TEMPLATE = "attention_prefill"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class AttentionTile:
 
     Attributes:
         ways: `warps`, if each warp attends by itself to its part of these tokens, or 1.
+        rows: queries of a program, in kernels for many; 0 if it takes all of a head of keys.
     """
 
     context: int
@@ -29,6 +31,7 @@ class AttentionTile:
     warps: int
     stages: int
     ways: int = 1
+    rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ class AttentionKernelSpec:
         bits: of a code.
         scales: see `KVScheme`; "none" for a cache that is not quantized.
         group_size, offsets: numbers of a vector that share a scale, 0 for all; whether scales have offsets.
-        heads, group, queries: heads of keys; query heads for each; tokens attended from.
+        heads, group, queries: heads of keys; query heads for each; tokens attended from, 0 for any number.
         key_size, value_size: of a head.
         scale, softcap, causal, window: see `AttentionSpec`.
         mask: "none", "boolean" or "added".
@@ -89,7 +92,7 @@ class AttentionKernelSpec:
     @property
     def rows(self) -> int:
         """Queries of a program, rounded up to what matrix units take."""
-        return _power(self.group * self.queries)
+        return self.tile.rows or _power(self.group * self.queries)
 
     def pieces(self, size: int) -> int:
         """Parts of a vector that are multiplied by themselves."""
@@ -183,7 +186,11 @@ def attention_kernel_spec(
     target: str,
     tile: AttentionTile,
 ) -> AttentionKernelSpec:
-    """The kernel for attention with `has_number` and at most `MOST_QUERIES` and `MOST_ROWS`."""
+    """The kernel for attention with `has_number`, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
+
+    Args:
+        queries: 0 if the tile has rows.
+    """
     fmt = spec.scheme.format
     assert isinstance(fmt, NumberFormat)
     return AttentionKernelSpec(
@@ -206,6 +213,7 @@ def attention_kernel_spec(
         x_dtype=dtype_name(x_dtype),
         target=target,
         tile=tile,
+        template=PREFILL_TEMPLATE if tile.rows else ATTENTION_TEMPLATE,
     )
 
 

@@ -17,18 +17,36 @@ from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
-from qcompile.scheme import WHOLE
+from qcompile.scheme import WHOLE, Scheme
 
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c")
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *_AVX2)
+_AVX512_BF16 = (*_AVX512, "avx512_vnni", "avx512_bf16")
 
 ISAS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
-    "avx512_bf16": (*_AVX512, "avx512_bf16"),
+    "amx": (*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
+    "avx512_bf16": _AVX512_BF16,
+    "avx512_vnni": (*_AVX512, "avx512_vnni"),
     "avx512": _AVX512,
-    "avx2": ("avx2", "fma", "f16c"),
+    "avx_vnni": (*_AVX2, "avx_vnni"),
+    "avx2": _AVX2,
+    "i8mm": ("asimddp", "i8mm"),
+    "dotprod": ("asimddp",),
     "portable": (),
 }
-"""Instruction sets from the best to the least, by the features of a processor (as Linux names them) that they need."""
+"""Instruction sets from the best to the least, by the features of a processor (as Linux names them) that they need:
+those of x86, those of Arm, and what any processor has that the compiler generates code for."""
+
+_ARM_FEATURES = {"asimddp": "dotprod", "i8mm": "i8mm"}
+
+
+def compiler_options(isa: str) -> tuple[str, ...]:
+    """What GCC and Clang are told to generate code for one of `ISAS`."""
+    features = ISAS[isa]
+    if "asimddp" in features:
+        return ("+".join(("-march=armv8.2-a", *(_ARM_FEATURES[feature] for feature in features))),)
+    return tuple("-m" + feature.replace("amx_", "amx-").replace("_", "") for feature in features)
+
 
 _SCALES = {
     "float32": "float",
@@ -54,6 +72,7 @@ class CppSpec:
         unit: 32 or 16, a divisor of a group's columns.
         element: "float32" or "bfloat16", of x, y and decoded weights.
         isa: one of `ISAS`.
+        integers: None, or "row" or "group" for the product of integers: what of x, rounded to int8, has a scale.
     """
 
     weight: str
@@ -64,16 +83,22 @@ class CppSpec:
     unit: int
     element: str
     isa: str
+    integers: str | None = None
 
     def encode(self) -> str:
         """One line of JSON."""
         return json.dumps(dataclasses.asdict(self))
 
 
-def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str) -> CppSpec:
-    """The kernel for a linear whose weight is in layout `rows16`, for x of float32 or bfloat16."""
-    weight = spec.scheme.weight
+def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool = False) -> CppSpec:
+    """The kernel for a linear whose weight is in layout `rows16`, for x of float32 or bfloat16.
+
+    Args:
+        integers: whether it rounds x to int8 and multiplies integers (`multiplies_integers`).
+    """
+    weight, activation = spec.scheme.weight, spec.scheme.activation
     assert LAYOUTS["rows16"].objection(spec.scheme, spec.shape) is None
+    grouped = integers and activation is not None and activation.granularity.is_group
     return CppSpec(
         weight=weight.format.name,
         zero_point=not weight.symmetric and not weight.offset,
@@ -83,6 +108,44 @@ def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str) -> CppSpec:
         unit=32 if weight.granularity.columns == WHOLE or weight.granularity.columns % 32 == 0 else 16,
         element=str(dtype).removeprefix("torch."),
         isa=isa,
+        integers=None if not integers else "group" if grouped else "row",
+    )
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """How codes stand for integers: (entry - bias) * step; entries are codes or, with a table, table[code]."""
+
+    bias: int
+    step: float
+    table: tuple[int, ...] | None = None
+
+
+@functools.cache
+def _integers(name: str) -> _Integers | None:
+    """None if the format's values are no integers of 8 bits, nor halves of such."""
+    fmt = FORMATS[name]
+    if isinstance(fmt, IntegerFormat):
+        return _Integers(fmt.offset, 1.0)
+    if fmt.bits > 4:
+        return None
+    values = fmt.decode(torch.arange(16, dtype=torch.int32) % (1 << fmt.bits))
+    assert isinstance(values, Tensor)
+    for step in (1.0, 0.5):
+        whole = (values / step).round()
+        bias = int(-whole.min())
+        if torch.equal(whole * step, values) and int(whole.max()) + bias < 256:
+            return _Integers(bias, step, tuple((whole.int() + bias).tolist()))
+    return None
+
+
+def multiplies_integers(scheme: Scheme) -> bool:
+    """Whether the product of a scheme's codes is one of integers: int8 times codes that stand for integers."""
+    return (
+        scheme.activation is not None
+        and scheme.activation.format.name == "int8"
+        and scheme.activation.scale_dtype == "float32"
+        and _integers(scheme.weight.format.name) is not None
     )
 
 
@@ -153,6 +216,25 @@ _CODES = """extern "C" void decode_int8(const Weight* weight, i64 first, i64 cou
 """
 
 
+_BYTES = """static inline u32 integers(u32 codes) {{
+  return {};
+}}
+constexpr int WIDTH = {};
+constexpr bool READY = {};
+"""
+
+
+def integer_functions(spec: CppSpec) -> str:
+    """The function `integers` and what is known of its results."""
+    found, bits = _integers(spec.weight), FORMATS[spec.weight].bits
+    assert found is not None
+    if found.table is None:
+        return _BYTES.format("codes", bits, str(bits == 8).lower())
+    rows = [", ".join(map(str, found.table[i : i + 8])) for i in (0, 8)]
+    table = "constexpr ByteTable VALUES = {{\n" + "".join(f"    {row},\n" for row in rows) + "}};\n\n"
+    return table + _BYTES.format("lookup(codes, VALUES)", max(found.table).bit_length(), "false")
+
+
 @functools.cache
 def _template(name: str) -> str:
     return resources.files("qcompile.codegen.templates").joinpath("cpp").joinpath(name).read_text(encoding="utf-8")
@@ -163,7 +245,6 @@ def render_cpp(spec: CppSpec) -> str:
 
     All that comes from a checkpoint is chosen from registries and tables: names of types, and the numbers of a format.
     """
-    decode, masked = decode_functions(spec)
     constants = (
         f"using Element = {_ELEMENTS[spec.element]};\n"
         f"using Scale = {_SCALES[spec.scale_dtype]};\n"
@@ -173,13 +254,28 @@ def render_cpp(spec: CppSpec) -> str:
         f"constexpr bool SUPER_SCALE = {str(spec.super_dtype is not None).lower()};\n"
         f"constexpr int BITS = {FORMATS[spec.weight].bits};\n"
         f"constexpr int UNIT = {int(spec.unit)};\n"
-        f"constexpr bool MASKED = {str(masked).lower()};\n"
     )
-    text = fill_hole(_template("gemm.cpp"), "constants", constants, comment="//")
-    text = fill_hole(text, "decode", decode, comment="//")
-    native = FORMATS[spec.weight].native_dtype == torch.int8
-    text = fill_hole(text, "codes", _CODES if native else "", comment="//")
-    text = text.replace('#include "vector.h"\n', _template("vector.h"))
+    name = "gemm.cpp" if spec.integers is None else "gemm_int8.cpp"
+    text = _template(name)
+    if spec.integers is None:
+        decode, masked = decode_functions(spec)
+        constants += f"constexpr bool MASKED = {str(masked).lower()};\n"
+        text = fill_hole(text, "decode", decode, comment="//")
+        native = FORMATS[spec.weight].native_dtype == torch.int8
+        text = fill_hole(text, "codes", _CODES if native else "", comment="//")
+    else:
+        found = _integers(spec.weight)
+        assert found is not None
+        constants += (
+            "constexpr bool MASKED = true;\n"
+            f"constexpr int BIAS = {found.bias};\n"
+            f"constexpr float STEP = {cpp_constant(found.step)};\n"
+            f"constexpr bool GROUPED = {str({'row': False, 'group': True}[spec.integers]).lower()};\n"
+        )
+        text = fill_hole(text, "integers", integer_functions(spec), comment="//")
+    text = fill_hole(text, "constants", constants, comment="//")
+    for header in ("vector.h", "weight.h"):
+        text = text.replace(f'#include "{header}"\n', _template(header))
     encoded = spec.encode()
     assert encoded.isprintable()
-    return f"// Generated by qcompile from codegen/templates/cpp/gemm.cpp for {encoded}\n{text}"
+    return f"// Generated by qcompile from codegen/templates/cpp/{name} for {encoded}\n{text}"

@@ -11,7 +11,7 @@ from importlib import resources
 
 import torch
 
-from qcompile.codegen.attention_spec import AttentionKernelSpec
+from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, AttentionKernelSpec
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
 from qcompile.expr import Expr, var
@@ -467,7 +467,7 @@ def _grouped(spec: KernelSpec) -> dict[str, str]:
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
-    return {"fragment": _fragment_functions(), **_fragment(spec), "experts": _constants(experts)}
+    return {"fragment": _functions_of("gemm_fragment"), **_fragment(spec), "experts": _constants(experts)}
 
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
@@ -483,13 +483,14 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         WORDS="",
         EARLY=False,
     )
-    return {"fragment": _fragment_functions(), **holes}
+    return {"fragment": _functions_of("gemm_fragment"), **holes}
 
 
-def _fragment_functions() -> str:
-    """The constants and functions of `gemm_fragment`, with its holes."""
-    text = _template("gemm_fragment")
-    return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
+def _functions_of(template: str) -> str:
+    """The constants and functions of a template, with its holes."""
+    text = _template(template)
+    kernel = text.rindex("@triton.jit", 0, text.index("\ndef kernel("))
+    return text[text.index("# <constants>") : kernel]
 
 
 def _finish(spec: KernelSpec) -> dict[str, str]:
@@ -549,7 +550,10 @@ def _values(spec: AttentionKernelSpec) -> str:
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    return {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
+    holes = {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
+    if spec.template == ATTENTION_TEMPLATE:
+        return holes
+    return {"attention": _functions_of(ATTENTION_TEMPLATE), **holes}
 
 
 _FILL = {

@@ -180,10 +180,10 @@ class GroupedSpec(KernelSpec):
 
 def decode_kernel_spec(text: str) -> KernelSpec | AttentionKernelSpec:
     """The inverse of `KernelSpec.encode`, and of `AttentionKernelSpec.encode`."""
-    from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, decode_attention_kernel_spec
+    from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, PREFILL_TEMPLATE, decode_attention_kernel_spec
 
     given = json.loads(text)
-    if given["template"] == ATTENTION_TEMPLATE:
+    if given["template"] in (ATTENTION_TEMPLATE, PREFILL_TEMPLATE):
         return decode_attention_kernel_spec(text)
     kind = GroupedSpec if given["template"] == GROUPED_TEMPLATE else KernelSpec
     return kind(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})

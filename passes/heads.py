@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,6 +134,89 @@ def is_prefix(mask: fx.Node) -> bool:
     length = example(mask).shape[-1]
     whole = isinstance(length, int) and example(positions).numel() == length == example(positions).shape[-1]
     return whole and example(last).numel() == 1 and _is_range(positions, length)
+
+
+@dataclass(frozen=True)
+class Causal:
+    """A mask by which query i attends to positions up to `offset + number + i`, the last `window` of them if not 0."""
+
+    offset: fx.Node | None
+    number: int
+    window: int
+
+
+def _range(node: Any) -> tuple[int, fx.Node | None, int] | None:
+    """(n, a, b) if a node's elements are 0 to n - 1, plus a, a tensor of one element or None, plus b, a number."""
+    offset, number = None, 0
+    while isinstance(node, fx.Node):
+        if node.target is torch.arange:
+            plain = len(node.args) == 1 and isinstance(node.args[0], int) and not set(node.kwargs) - {"device", "dtype"}
+            return (node.args[0], offset, number) if plain else None  # type: ignore[return-value]
+        if is_call(node, (operator.add,)):
+            added = node.args[1]
+            if isinstance(added, int):
+                number += added
+            elif offset is None and isinstance(added, fx.Node) and example(added).numel() == 1:
+                offset = added
+            else:
+                return None
+        elif is_call(node, (operator.getitem,)) and isinstance(node.args[1], tuple):
+            if any(part not in (None, slice(None)) for part in node.args[1]):
+                return None
+        else:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _conditions(node: Any) -> list[Any]:
+    """What all must hold for an element of a mask to be true."""
+    while is_call(node, ("expand", "to")) and example(node).dtype == torch.bool:
+        node = node.args[0]
+    if is_call(node, (operator.and_,)):
+        return _conditions(node.args[0]) + _conditions(node.args[1])
+    return [] if is_call(node, ("new_ones",)) else [node]
+
+
+def causal(mask: fx.Node) -> Causal | None:
+    """What a mask says, if it is made of positions alone: `keys <= queries`, and `keys > queries - window`."""
+    if is_written(mask) or example(mask).dim() < 2:
+        return None
+    queries, length = example(mask).shape[-2:]
+    found, window = None, 0
+    for node in _conditions(mask):
+        if not is_call(node, (operator.le, operator.gt)) or not all(isinstance(a, fx.Node) for a in node.args):
+            return None
+        keys, asking = node.args
+        width = 0
+        if node.target is operator.gt:
+            if window or not is_call(asking, (operator.sub,)) or not isinstance(asking.args[1], int):
+                return None
+            asking, width = asking.args[0], asking.args[1]
+        along, down = _range(keys), _range(asking)
+        shapes = example(keys).shape[-1:], example(asking).shape[-2:]
+        if along is None or down is None or along[1] is not None or shapes != ((length,), (queries, 1)):
+            return None
+        same = Causal(down[1], down[2] - along[2], 0)
+        if along[0] != length or down[0] != queries or (found is not None and found != same):
+            return None
+        found, window = same, window or width
+        if node.target is operator.gt and width <= 0:
+            return None
+    complete = any(is_call(node, (operator.le,)) for node in _conditions(mask))
+    return Causal(found.offset, found.number, window) if found is not None and complete else None
+
+
+def reach_of(context: GraphContext, mask: fx.Node, form: Causal, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """One more than the last query's position: int64 []; `known` as in `attended_length`."""
+    if mask not in known:
+        last, value = form.number + example(mask).shape[-2], example(mask)
+        with context.graph.inserting_before(mask.next):
+            if form.offset is None:
+                known[mask] = add_call(context, torch.full, (), last, device=value.device, dtype=torch.int64)
+            else:
+                known[mask] = add_call(context, torch.add, add_call(context, torch.reshape, form.offset, ()), last)
+    return known[mask]
 
 
 def _is_line(node: Any) -> bool:

@@ -30,12 +30,14 @@ from qcompile.passes.heads import (
     attended_length,
     attended_start,
     between,
+    causal,
     is_call,
     is_interval,
     is_prefix,
     is_written,
     layer_of,
     named,
+    reach_of,
     repeated,
     writes,
 )
@@ -329,6 +331,9 @@ def _narrow(context: GraphContext, query: Tensor, places: _Places, known: _Known
         places.length, places.mask, places.causal, places.window = mask.args[0], None, True, mask.args[3]
     elif is_prefix(mask):
         places.length, places.mask = attended_length(context, mask, known.lengths), None
+    elif (form := causal(mask)) is not None:
+        places.length, places.mask = reach_of(context, mask, form, known.lengths), None
+        places.causal, places.window = True, form.window
     elif few and is_interval(mask):
         places.length = attended_length(context, mask, known.lengths)
         places.start, places.mask = attended_start(context, mask, known.starts, alike=True), None

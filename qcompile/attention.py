@@ -7,7 +7,7 @@
     attention_plain(query, key, value, mask, length, scale)   the same over keys and values that are not quantized
 
 All are composite. All but attention are plain torch, so that Inductor fuses quantization with the rotary embedding
-before it; attention is one operator on CPUs, and on GPUs one for few queries and plain torch for many.
+before it; attention is one operator, and on GPUs plain torch for formats that no kernel reads.
 
 Stores, reads and `attention` take a paged cache too: pages of tokens that any sequence may have, as in "Efficient
 Memory Management for Large Language Model Serving with PagedAttention" (W. Kwon et al., 2023). Its tensors have pages
@@ -239,9 +239,10 @@ def _attention(
     if query.device.type == "cuda":
         from qcompile.runtime import attention_gpu
 
-        group, queries = query.shape[1] // cache[0].shape[1], query.shape[2]
-        if not isinstance(queries, int) or not attention_gpu.has_kernel(parsed, queries, group, query.dtype):
-            return attention_gpu.many_queries(query, cache, mask, length, parsed, start=start, block_table=block_table)
+        if not attention_gpu.has_kernel(parsed):
+            return attention_gpu.in_plain_torch(
+                query, cache, mask, length, parsed, start=start, block_table=block_table
+            )
         return torch.ops.qcompile.attention_gpu(
             query.contiguous(), cache, mask, length, spec, start=start, block_table=block_table
         )

@@ -5,7 +5,8 @@
 | `QCOMPILE_DUMP`      | `dump`      | folder that receives the graph after each pass and each generated kernel |
 | `QCOMPILE_CACHE_DIR` | `cache_dir` | folder of generated kernels and tuned choices                            |
 | `QCOMPILE_VERIFY`    | `verify`    | 1: check the graph after every pass, not only at the end                 |
-| `QCOMPILE_CPU_ISA`   | `cpu_isa`   | amx, avx512_bf16, avx512, avx2 or portable: for generated C++            |
+| `QCOMPILE_CPU_ISA`   | `cpu_isa`   | for generated C++: amx, avx512_bf16, avx512_vnni, avx512, avx_vnni,      |
+|                      |             | avx2, i8mm, dotprod or portable                                          |
 | `QCOMPILE_TUNE`      | `tune`      | 1: time the kernels for a linear on the GPU at its first use, and keep   |
 |                      |             | what is fastest in `cache_dir`                                           |
 """

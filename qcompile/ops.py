@@ -24,7 +24,7 @@ _library.define(
     "Tensor[] operands, str spec) -> Tensor"
 )
 _library.define("quantize(Tensor x, Tensor? static_scale, str spec) -> (Tensor, Tensor)")
-_library.define("gemm_cpu(Tensor x, Tensor[] weight, str spec) -> Tensor")
+_library.define("gemm_cpu(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
 _library.define(
     "gemm(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
     "ScalarType out_dtype) -> Tensor"
@@ -104,6 +104,15 @@ def _quantize(x: Tensor, static_scale: Tensor | None, spec: str) -> tuple[Tensor
     return codes.as_strided(codes.shape, codes.stride()), scale.as_strided(scale.shape, scale.stride())
 
 
+def _quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
+    """Whether the product takes activations as they are and quantizes them itself."""
+    if rows.device.type != "cpu":
+        return False
+    from qcompile.runtime import cpu
+
+    return cpu.quantizes(parsed)
+
+
 def _product(
     rows: Tensor,
     weight: list[Tensor],
@@ -126,7 +135,7 @@ def _product(
             parsed.scheme.activation is not None and parsed.scheme.activation.granularity == Granularity.tensor()
         )
         x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
-    elif parsed.scheme.activation is not None:
+    elif parsed.scheme.activation is not None and not _quantized_by_product(rows, parsed):
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu
@@ -158,10 +167,10 @@ def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None
         gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
 
 
-def _gemm_cpu(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
+def _gemm_cpu(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:
     from qcompile.runtime import cpu
 
-    return cpu.gemm(x, weight, spec)
+    return cpu.gemm(x, x_scale, weight, spec)
 
 
 def _gemm(
@@ -185,7 +194,7 @@ _library.impl("gemm", _gemm, "CUDA")
 
 
 @torch.library.register_fake("qcompile::gemm_cpu", lib=_library)
-def _(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
+def _(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=dtype)
 

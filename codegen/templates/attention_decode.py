@@ -8,8 +8,8 @@ may each attend by themselves to their part of a block of the context, so that n
 they are put together at the end.
 
 Codes become values in registers, exactly: in float16, which is enough for 8 bits, whatever type queries have. bfloat16
-queries are divided by a power of two for it. Scales of tokens multiply scores; those of values are added to scores as
-their logarithms, so that weights that multiply codes are at most 2^15 whatever the scales.
+queries are divided by a power of two for it. Scales of tokens multiply scores and weights; those of values are divided
+by the greatest so far, so that weights with their scales are at most 2^15.
 
 The block table of a paged cache says where the tokens of a sequence lie; it is read a turn ahead.
 
@@ -74,9 +74,11 @@ AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, 8192 // (KEPT_ROWS.value * BLOCK_
 """Parts that are read at once."""
 LEAST = tl.constexpr(4)
 """Blocks of the context that a program of sequences of unequal length takes at least."""
-SHIFT = tl.constexpr(15 * 0.6931471805599453 if COMPUTE.value == tl.float16 else 0.0)
-"""Weights are multiplied by exp of it: float16 then holds those from 2^-39 of the greatest on."""
-LOG2 = tl.constexpr(0.6931471805599453)
+SHIFT = tl.constexpr(15.0 if COMPUTE.value == tl.float16 else 0.0)
+"""Weights are multiplied by two to its power: float16 then holds those from 2^-39 of the greatest on."""
+LOG2E = tl.constexpr(1.4426950408889634)
+"""Scores are multiplied by it, so that weights are powers of two."""
+FACTOR = tl.constexpr(SCALE.value * (1.0 if SOFTCAP.value else LOG2E.value))
 
 
 # <decode>
@@ -163,7 +165,7 @@ def load_scales(scales, t, inside, COUNT: tl.constexpr):
     if SCALES == "token":
         STEP: tl.constexpr = COUNT * (2 if OFFSETS else 1)
         for place in tl.static_range(STEP):
-            found = found + (tl.load(scales + t * STEP + place, mask=inside, other=1.0).to(tl.float32),)
+            found = found + (tl.load(scales + t * STEP + place, mask=inside, other=0.0).to(tl.float32),)
     return found
 
 
@@ -184,7 +186,8 @@ def masked(scores, mask, places, live, last, t, inside):
         if MASK == "boolean":
             allowed = allowed & (given != 0)
         else:
-            scores += given.to(tl.float32)
+            least = tl.maximum(given.to(tl.float32) * LOG2E, -3e38)  # what is finite stays so
+            scores += tl.where(given == float("-inf"), float("-inf"), least)
     return tl.where(allowed, scores, float("-inf"))
 
 
@@ -228,7 +231,10 @@ def queries_of(query, places, live):
 
 @triton.jit
 def beginning(shape_of):
-    """Nothing attended to yet: the greatest score, the sums of weights, of values and of offsets, like `shape_of`."""
+    """Nothing attended to yet, for rows like `shape_of`: the greatest score, sums of weights, of values and of offsets.
+
+    Sums of values are multiples of the unit, which is the greatest of their scales: the last of what is returned.
+    """
     total = shape_of * 0.0
     sums, shifts = (), ()
     for _ in tl.static_range(VALUE_PIECES):
@@ -236,7 +242,7 @@ def beginning(shape_of):
     if OFFSETS:
         for _ in tl.static_range(VALUE_SCALED):
             shifts = shifts + (total,)
-    return total + float("-inf"), total, sums, shifts
+    return total + float("-inf"), total, sums, shifts, tl.max(tl.zeros((16,), tl.float32), 0)
 
 
 @triton.jit
@@ -259,9 +265,10 @@ def attend(
     total,
     sums,
     shifts,
+    unit,
     MASKED: tl.constexpr,
 ):
-    """Attend to positions t too, [BLOCK_T] or [WAYS, BLOCK_T / WAYS]: the new top, total, sums and shifts.
+    """Attend to positions t too, [BLOCK_T] or [WAYS, BLOCK_T / WAYS]: what `beginning` gives, anew.
 
     vector: where they lie. inside: which of them count. MASKED: whether some do not, or are hidden from some rows.
     """
@@ -287,29 +294,29 @@ def attend(
                 scores += column(query_sums[piece]) * line(key_scales[1])
     scores *= column(key_factor)
     if SOFTCAP != 0.0:
-        scores = SOFTCAP * (2.0 * tl.sigmoid(scores * (2.0 / SOFTCAP)) - 1.0)
+        scores = (SOFTCAP * LOG2E) * (2.0 * tl.sigmoid(scores * (2.0 / SOFTCAP)) - 1.0)
     if MASKED:
         scores = masked(scores, mask, places, live, last, t, inside)
-    if SCALES == "token":
-        widest = value_scales[0]
-        if GROUP_SIZE:
-            for piece in tl.static_range(1, VALUE_PIECES):
-                widest = tl.maximum(widest, value_scales[piece])
-        scores += line(tl.log2(widest) * LOG2)
     higher = tl.maximum(top, tl.max(scores, -1))
     base = finite(higher)
-    weights = tl.exp(scores - column(base - SHIFT))
-    rescale = tl.exp(top - base)
+    weights = tl.exp2(scores - column(base - SHIFT))
+    rescale = tl.exp2(top - base)
+    total = total * rescale + tl.sum(weights, -1)
     next_shifts = ()
+    if OFFSETS:
+        for piece in tl.static_range(VALUE_SCALED):
+            moves = weights * line(value_scales[VALUE_SCALED + piece])
+            next_shifts = next_shifts + (shifts[piece] * rescale + tl.sum(moves, -1),)
     if SCALES == "token":
-        shares = weights * line(1.0 / widest)
-        total = total * rescale + tl.sum(shares, -1)
-        if OFFSETS:
-            for piece in tl.static_range(VALUE_SCALED):
-                moves = shares * line(value_scales[VALUE_SCALED + piece])
-                next_shifts = next_shifts + (shifts[piece] * rescale + tl.sum(moves, -1),)
-    else:
-        total = total * rescale + tl.sum(weights, -1)
+        greatest = unit
+        for piece in tl.static_range(VALUE_SCALED):
+            greatest = tl.maximum(greatest, tl.max(tl.reshape(value_scales[piece], (BLOCK_T,)), 0))
+        greatest = tl.where(greatest == 0.0, 1.0, greatest)
+        rescale *= unit / greatest
+        inverse = 1.0 / greatest
+        unit = greatest
+        if not GROUP_SIZE:
+            weights *= line(value_scales[0] * inverse)
     # In the order of bytes; sums are in the order of numbers.
     parts = ()
     for number in tl.static_range(VALUE_PIECES // HALVES):
@@ -318,32 +325,33 @@ def attend(
         for half in tl.static_range(HALVES):
             factors = weights
             if GROUP_SIZE:
-                factors = weights * line(value_scales[half * (VALUE_PIECES // HALVES) + number] / widest)
+                factors = weights * line(value_scales[half * (VALUE_PIECES // HALVES) + number] * inverse)
             sofar = sums[half * (VALUE_PIECES // HALVES) + number] * column(rescale)
             parts = parts + (sofar + multiplied(factors.to(COMPUTE), values_of(codes, half)),)
     next_sums = ()
     for half in tl.static_range(HALVES):
         for number in tl.static_range(VALUE_PIECES // HALVES):
             next_sums = next_sums + (parts[number * HALVES + half],)
-    return higher, total, next_sums, next_shifts
+    return higher, total, next_sums, next_shifts, unit
 
 
 @triton.jit
-def shifted(sums, shifts):
-    """Sums with those of offsets, which all values of a piece share."""
-    moved = sums
-    if OFFSETS:
-        moved = ()
-        for piece in tl.static_range(VALUE_PIECES):
-            moved = moved + (sums[piece] + column(shifts[piece if GROUP_SIZE else 0]),)
-    return moved
+def scaled(sums, factor, shifts):
+    """Sums times what all values have in common, and with the sums of offsets, which all values of a piece share."""
+    found = ()
+    for piece in tl.static_range(VALUE_PIECES):
+        own = sums[piece] * factor
+        if OFFSETS:
+            own += column(shifts[piece if GROUP_SIZE else 0])
+        found = found + (own,)
+    return found
 
 
 @triton.jit
-def finish(y, sums, total, value_factor, places, live, first: tl.constexpr):
+def finish(y, sums, total, places, live, first: tl.constexpr):
     """Store weighted means of a piece; zeros where nothing is attended to."""
     d = tl.arange(0, BLOCK_V)
-    mean = sums * (value_factor / column(tl.where(total == 0.0, 1.0, total)))
+    mean = sums / column(tl.where(total == 0.0, 1.0, total))
     stored = column(live) & (d < VALUE_PIECE)[None, :]
     tl.store(y + column(places) + first + d[None, :], mean.to(y.dtype.element_ty), mask=stored)
 
@@ -420,7 +428,7 @@ def kernel(
         block_table += batch.to(tl.int64) * (context // PAGE)
     mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
     places = row // QUERIES * mask_head + row % QUERIES * mask_query
-    key_factor, value_factor = unit * SCALE, 1.0
+    key_factor, value_factor = unit * FACTOR, 1.0
     if SCALES == "tensor" or SCALES == "head":
         own_scale = head if SCALES == "head" else 0
         key_factor = tl.load(key_scale + own_scale) * key_factor
@@ -431,11 +439,11 @@ def kernel(
     last = end - QUERIES + row % QUERIES
     if WAYS == 1:
         token = tl.arange(0, BLOCK_T)
-        top, total, sums, shifts = beginning(tl.zeros((ROWS,), tl.float32))
+        top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
     else:
         EACH: tl.constexpr = BLOCK_T // WAYS
         token = column(tl.arange(0, WAYS)) * EACH + tl.arange(0, EACH)[None, :]
-        top, total, sums, shifts = beginning(tl.zeros((WAYS, ROWS), tl.float32))
+        top, total, sums, shifts, value_unit = beginning(tl.zeros((WAYS, ROWS), tl.float32))
     first = begin // BLOCK_T + split * share
     # Scales and the block table are read a turn ahead.
     t = first * BLOCK_T + token
@@ -449,7 +457,7 @@ def kernel(
         next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
         next_key_scales = load_scales(key_scale, next_vector, next_inside, KEY_SCALED)
         next_value_scales = load_scales(value_scale, next_vector, next_inside, VALUE_SCALED)
-        top, total, sums, shifts = attend(
+        top, total, sums, shifts, value_unit = attend(
             t,
             vector,
             within(t, begin, end),
@@ -468,13 +476,16 @@ def kernel(
             total,
             sums,
             shifts,
+            value_unit,
             True,
         )
         key_scales, value_scales, t, vector = next_key_scales, next_value_scales, ahead, next_vector
-    sums = shifted(sums, shifts)
+    if SCALES == "token":
+        value_factor = value_unit
+    sums = scaled(sums, value_factor, shifts)
     if WAYS > 1:
         highest = tl.max(top, 0)
-        factor = tl.exp(top - finite(highest)[None, :])
+        factor = tl.exp2(top - finite(highest)[None, :])
         merged = ()
         for piece in tl.static_range(VALUE_PIECES):
             merged = merged + (tl.sum(sums[piece] * column(factor), 0),)
@@ -484,7 +495,7 @@ def kernel(
     y += pair.to(tl.int64) * (LIVE_ROWS * VALUE_SIZE)
     if sharers == 1:
         for piece in tl.static_range(VALUE_PIECES):
-            finish(y, sums[piece], total, value_factor, row * VALUE_SIZE, live, piece * VALUE_PIECE)
+            finish(y, sums[piece], total, row * VALUE_SIZE, live, piece * VALUE_PIECE)
     else:
         partial += first_part.to(tl.int64) * PART
         own = partial + split * PART
@@ -503,7 +514,7 @@ def kernel(
             tops = tl.load(ends_of_all, mask=known, other=float("-inf"), cache_modifier=".cg")
             totals = tl.load(ends_of_all + KEPT_ROWS, mask=known, other=0.0, cache_modifier=".cg")
             best = finite(tl.max(tops, 0))
-            whole = tl.sum(totals * tl.exp(tops - best[None, :]), 0)
+            whole = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
             numbers = kept[:, None] * BLOCK_V + dv[None, :]
             for piece in tl.static_range(VALUE_PIECES):
                 added = tl.zeros((KEPT_ROWS, BLOCK_V), tl.float32)
@@ -520,6 +531,6 @@ def kernel(
                         other=0.0,
                         cache_modifier=".cg",
                     )
-                    added += tl.sum(its_sums * tl.exp(its_tops - best[None, :])[:, :, None], 0)
-                finish(y, added, whole, value_factor, kept * VALUE_SIZE, kept < LIVE_ROWS, piece * VALUE_PIECE)
+                    added += tl.sum(its_sums * tl.exp2(its_tops - best[None, :])[:, :, None], 0)
+                finish(y, added, whole, kept * VALUE_SIZE, kept < LIVE_ROWS, piece * VALUE_PIECE)
             tl.store(arrived + pair, 0)

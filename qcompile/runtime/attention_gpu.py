@@ -1,10 +1,11 @@
-"""Attention over a cache on GPUs: a generated Triton kernel for few queries, torch's own for many."""
+"""Attention over a cache on GPUs: generated Triton kernels, one for few queries and one for many."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from qcompile.attention import causal_mask, outside_of, paged_out, reference
 from qcompile.codegen.attention_spec import (
+    PREFILL_TEMPLATE,
     AttentionKernelSpec,
     AttentionTile,
     Reach,
@@ -32,12 +34,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SPLITS = 64
 
 
-def has_kernel(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
-    """Whether the template attends from so many tokens, without spilling registers."""
-    if not has_number(spec.scheme.format) or queries > MOST_QUERIES:
-        return False
+def has_kernel(spec: AttentionSpec) -> bool:
+    """Whether the templates decode a cache."""
+    return has_number(spec.scheme.format)
+
+
+def few(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
+    """Whether the kernel for few queries takes so many, without spilling registers."""
     wide = x_dtype == torch.float32 and max(spec.key.head_dim, spec.value.head_dim) > 128
-    return queries * group <= (16 if wide else MOST_ROWS)
+    return queries <= MOST_QUERIES and queries * group <= (16 if wide else MOST_ROWS)
 
 
 def tile_of(
@@ -49,7 +54,7 @@ def tile_of(
     x_dtype: torch.dtype = torch.bfloat16,
     sequences: int = 0,
 ) -> AttentionTile:
-    """Parts of the context until every processor has a few programs to read for.
+    """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
     Args:
         pairs: sequences times heads of keys.
@@ -60,18 +65,57 @@ def tile_of(
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 64 if nvidia else 16 if sequences else 32
+    block = 128 if nvidia and rows <= 16 and size <= 128 and not wide else 64 if nvidia else 32
+    if sequences and not nvidia:
+        block = 16
     if size > 128:
         block = 32 if nvidia and not wide and rows <= 32 else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
-    enough, split = 2 * device_of(target).processors, 1
+    enough, split = device_of(target).processors, 1
     if sequences:  # of all of them together; each may take one more
-        wanted = max(1, min(enough * sequences // pairs, sequences * (context // (4 * block))))
+        wanted = max(1, min(2 * enough * sequences // pairs, sequences * (context // (4 * block))))
         split = 1 << (wanted.bit_length() - 1)
         return AttentionTile(context=block, split=split, warps=warps, stages=3)
-    while split < _MOST_SPLITS and pairs * split < enough and 4 * split * block <= context:
+    while split < _MOST_SPLITS and 2 * split * pairs <= enough and 4 * split * block <= context:
         split *= 2
     return AttentionTile(context=block, split=split, warps=warps, stages=3)
+
+
+def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype) -> AttentionTile:
+    """As many queries as registers hold results of.
+
+    Args:
+        rows: tokens times query heads for each head of keys.
+        size: of a key or a value, whichever is greater.
+    """
+    least = max(16, 1 << (rows - 1).bit_length())
+    if not target.startswith("sm_"):
+        return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
+    if x_dtype == torch.float32:
+        most, block = (64, 32) if size <= 64 else (32, 32) if size <= 128 else (16, 16)
+        return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
+    # Where matrix units take operands from registers only, decoded keys and values are there as well.
+    if size > 128 or target not in ("sm_90", "sm_100", "sm_103"):
+        return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
+    held = min(least, 128)
+    block = 64 if target == "sm_90" else 32
+    return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=3, rows=held)
+
+
+@functools.cache
+def choose_prefill(
+    spec: AttentionSpec,
+    heads: int,
+    group: int,
+    rows: int,
+    mask: str,
+    reach: Reach,
+    x_dtype: torch.dtype,
+    target: str,
+) -> AttentionKernelSpec:
+    """The kernel for many queries; `rows` is a power of two that holds those of a head of keys, or more than 128."""
+    tile = prefill_tile_of(rows, max(spec.key.head_dim, spec.value.head_dim), target, x_dtype)
+    return attention_kernel_spec(spec, heads, group, 0, mask, reach, x_dtype, target, tile)
 
 
 @functools.cache
@@ -142,19 +186,11 @@ def launch(
         mask = mask.expand(*query.shape[:3], context)
         mask = mask if mask.stride(-1) == 1 or context == 1 else mask.contiguous()
         steps = list(mask.stride()[:3])
-    pairs, split = batch * heads, kernel.tile.split
-    grid = (heads * (batch + split),) if kernel.reach.sequences else (pairs, split)
-    partial = arrived = key_scale
-    if math.prod(grid) > pairs:
-        partial = query.new_empty(math.prod(grid) * kernel.part, dtype=torch.float32)
-        arrived = zeros_kept_zero(pairs, query.device)
     options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
     if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     # Pointers that a kernel does not use get some input, so that one signature serves all.
-    launcher.launch(
-        function,
-        grid,
+    given = [
         query.contiguous(),
         key_codes,
         key_scale,
@@ -165,14 +201,20 @@ def launch(
         key_scale if start is None else start.contiguous(),
         key_scale if block_table is None else block_table.contiguous(),
         y,
-        partial,
-        arrived,
-        batch,
-        context,
-        *(int(t is not None and t.numel() > 1) for t in (length, start)),
-        *steps,
-        **options,
-    )
+    ]
+    steps = [*(int(t is not None and t.numel() > 1) for t in (length, start)), *steps]
+    pairs, split, tokens = batch * heads, kernel.tile.split, query.shape[2]
+    if kernel.template == PREFILL_TEMPLATE:
+        launcher.launch(
+            function, (-(-kernel.group * tokens // kernel.rows), pairs), *given, context, tokens, *steps, **options
+        )
+        return y
+    grid = (heads * (batch + split),) if kernel.reach.sequences else (pairs, split)
+    partial = arrived = key_scale
+    if math.prod(grid) > pairs:
+        partial = query.new_empty(math.prod(grid) * kernel.part, dtype=torch.float32)
+        arrived = zeros_kept_zero(pairs, query.device)
+    launcher.launch(function, grid, *given, partial, arrived, batch, context, *steps, **options)
     return y
 
 
@@ -186,7 +228,7 @@ def attention(
     start: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """See `qcompile.attention.reference`; for queries that `has_kernel` takes.
+    """See `qcompile.attention.reference`; of caches that `has_kernel` takes.
 
     Raises:
         DeviceError: queries of another type than float32, bfloat16 and float16.
@@ -195,8 +237,13 @@ def attention(
         raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 queries, not {query.dtype}: cast the model")
     heads, kind = tensors[0].shape[1], mask_kind(mask)
     group, queries = query.shape[1] // heads, query.shape[2]
+    target = target_of(query.device)
     reach, context = reach_of(tensors, length, start, block_table)
-    kernel = choose(spec, len(query), heads, group, queries, context, kind, reach, query.dtype, target_of(query.device))
+    if few(spec, queries, group, query.dtype):
+        kernel = choose(spec, len(query), heads, group, queries, context, kind, reach, query.dtype, target)
+    else:
+        rows = min(256, 1 << (queries * group - 1).bit_length())
+        kernel = choose_prefill(spec, heads, group, rows, kind, replace(reach, sequences=0), query.dtype, target)
     return _run(kernel, query, tensors, mask, length, start, block_table)
 
 
@@ -258,7 +305,7 @@ def _run(
         return launch(kernel, function, query, tensors, mask, *places)
 
 
-def many_queries(
+def in_plain_torch(
     query: Tensor,
     tensors: list[Tensor],
     mask: Tensor | None,

@@ -20,7 +20,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from qcompile.codegen.cpp import ISAS, CppSpec, render_cpp
+from qcompile.codegen.cpp import ISAS, CppSpec, compiler_options, render_cpp
 from qcompile.errors import ConfigError, shown
 from qcompile.flags import flags
 
@@ -55,8 +55,14 @@ class Kernel:
         weight = ctypes.POINTER(Weight)
         self.spec = spec
         self.gemm = library.gemm
-        self.gemm.argtypes = (pointer, size, size, weight, pointer, pointer, integer)
         self.gemm.restype = None
+        if spec.integers is not None:
+            self.gemm.argtypes = (pointer, pointer, pointer, size, size, weight, pointer, pointer, integer)
+            self.scratch_bytes = library.scratch_bytes
+            self.scratch_bytes.argtypes = (weight, size, integer)
+            self.scratch_bytes.restype = size
+            return
+        self.gemm.argtypes = (pointer, size, size, weight, pointer, pointer, integer)
         self.decode = library.decode
         self.decode.argtypes = (weight, size, size, pointer, integer)
         self.decode.restype = None
@@ -82,14 +88,15 @@ def _version(command: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def _processor() -> str:
+def available() -> tuple[str, ...]:
+    """Those of `ISAS` that this processor has, from the best."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return "portable"
-    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+        text = ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     features = set(found[1].split()) if found else set()
-    return next(isa for isa, needed in ISAS.items() if features.issuperset(needed))
+    return tuple(name for name, needed in ISAS.items() if features.issuperset(needed))
 
 
 def isa() -> str:
@@ -99,10 +106,10 @@ def isa() -> str:
         ConfigError: it names none that the processor has.
     """
     if flags.cpu_isa is None:
-        return _processor()
-    there = list(ISAS)[list(ISAS).index(_processor()) :]
-    if flags.cpu_isa not in there:
-        raise ConfigError(f"QCOMPILE_CPU_ISA {shown(flags.cpu_isa)} is none of this processor's {', '.join(there)}")
+        return available()[0]
+    if flags.cpu_isa not in available():
+        there = ", ".join(available())
+        raise ConfigError(f"QCOMPILE_CPU_ISA {shown(flags.cpu_isa)} is none of this processor's {there}")
     return flags.cpu_isa
 
 
@@ -120,9 +127,7 @@ def _openmp() -> tuple[str, ...]:
 def _command(spec: CppSpec) -> tuple[str, ...] | None:
     if (found := compiler()) is None:
         return None
-    options = (feature.replace("amx_", "amx-").replace("_", "") for feature in ISAS[spec.isa])
-    features = tuple(f"-m{option}" for option in options)
-    return (*found, *_FLAGS, *features, *_openmp())
+    return (*found, *_FLAGS, *compiler_options(spec.isa), *_openmp())
 
 
 def _intact(folder: Path) -> Path | None:
@@ -174,8 +179,7 @@ def load(spec: CppSpec) -> Kernel | None:
 
     A compiler that does not know an instruction set gets the next lesser one.
     """
-    names = list(ISAS)
-    for lesser in names[names.index(spec.isa) :]:
+    for lesser in (name for name, needed in ISAS.items() if set(ISAS[spec.isa]).issuperset(needed)):
         try:
             path = build(replace(spec, isa=lesser))
             return None if path is None else Kernel(replace(spec, isa=lesser), path)

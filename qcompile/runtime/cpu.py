@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.codegen.cpp import ISAS, cpp_spec
+from qcompile.codegen.cpp import ISAS, cpp_spec, multiplies_integers
 from qcompile.errors import DeviceError
 from qcompile.layouts import LAYOUTS, integer_product
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
-from qcompile.reference import dequantize, dequantize_activation
+from qcompile.reference import dequantize, dequantize_activation, quantize_activation
 from qcompile.runtime import cpp
 from qcompile.scheme import Granularity
 
@@ -62,6 +62,9 @@ def product(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], parsed: Lin
 
     Plain ATen but for `qcompile::gemm_cpu`, so a compiler fuses the scales with the epilogue.
 
+    Args:
+        x: floating point also where the scheme quantizes activations, if the product does that (`quantizes`).
+
     Raises:
         DeviceError: a weight laid out for GPUs.
     """
@@ -69,16 +72,33 @@ def product(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], parsed: Lin
         raise DeviceError(
             f"weights in layout {parsed.layout} are for GPUs; move the module with .to('cpu'), which lays them out anew"
         )
+    activation, inner = parsed.scheme.activation, None
     if x_scale is not None:
-        assert parsed.scheme.activation is not None
-        if parsed.scheme.activation.granularity.is_group:
-            x, x_scale = dequantize_activation(x, x_scale, parsed.scheme.activation).to(torch.bfloat16), None
-    y = torch.ops.qcompile.gemm_cpu(x, weight, parsed.encode())
+        assert activation is not None
+        if activation.granularity.is_group and _integers(parsed):
+            x_scale, inner = None, x_scale
+        elif activation.granularity.is_group:
+            x, x_scale = dequantize_activation(x, x_scale, activation).to(torch.bfloat16), None
+    y = torch.ops.qcompile.gemm_cpu(x, inner, weight, parsed.encode())
     return y if x_scale is None else y.to(torch.float32) * x_scale
 
 
-def gemm(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
+def quantizes(spec: LinearSpec) -> bool:
+    """Whether `product` takes activations as they are and quantizes them itself: to int8, by rows or groups."""
+    activation = spec.scheme.activation
+    return activation is not None and activation.dynamic and activation.granularity.rows == 1 and _integers(spec)
+
+
+def _integers(spec: LinearSpec) -> bool:
+    return spec.layout == "rows16" and multiplies_integers(spec.scheme)
+
+
+def gemm(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:
     """x [M, K], floating point or codes of 8 bits, times the packed weight of a spec, as `LinearSpec.encode` writes it.
+
+    Args:
+        x: floating point is quantized as the scheme says; the scale of codes is the caller's to apply, except
+        x_scale: float32 [M, groups] of codes with a scale a group.
 
     Returns:
         [M, N] in bfloat16 if x is, else in float32.
@@ -87,13 +107,28 @@ def gemm(x: Tensor, weight: list[Tensor], spec: str) -> Tensor:
     m, dtype = x.shape[0], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if m == 0:
         return x.new_empty((0, linear.spec.out_features), dtype=dtype)
-    multiplied = torch.bfloat16 if x.element_size() == 1 else dtype  # which holds every code
+    if (kernel := linear.integers(dtype, m)) is not None:
+        return _integer_product(x, x_scale, weight, linear, kernel)
+    activation = linear.spec.scheme.activation
+    if activation is not None and x.element_size() > 1:
+        x, x_scale = quantize_activation(x, activation)
+    if x_scale is not None and activation is not None and activation.granularity.is_group:
+        x, x_scale = dequantize_activation(x, x_scale, activation).to(torch.bfloat16), None
+    y = _product(x, weight, linear)
+    return (y if x_scale is None else y * x_scale).to(dtype)
+
+
+def _product(x: Tensor, weight: list[Tensor], linear: _Linear) -> Tensor:
+    """x [M, K], whose quantization is done, times the weight: float32 or bfloat16."""
+    m = x.shape[0]
+    # Codes of 8 bits are bfloat16 exactly.
+    multiplied = torch.bfloat16 if x.element_size() == 1 or x.dtype == torch.bfloat16 else torch.float32
     if (kernel := linear.direct(multiplied, m)) is not None:
-        return _generated(x, weight, linear, kernel).to(dtype)
+        return _generated(x, weight, linear, kernel)
     exact = x.dtype == torch.int8 and integer_product(linear.spec.scheme, linear.spec.shape)
     if exact and (kernel := linear.kernel(multiplied)) is not None:
         return _decode_int8_mm(x, weight, linear, kernel)
-    return _decode_mm(x.to(multiplied), weight, linear).to(dtype)
+    return _decode_mm(x.to(multiplied), weight, linear)
 
 
 class _Linear:
@@ -102,19 +137,24 @@ class _Linear:
     def __init__(self, spec: LinearSpec) -> None:
         weight = spec.scheme.weight
         self.spec = spec
-        self.kernels: dict[torch.dtype, cpp.Kernel | None] = {}
+        self.kernels: dict[tuple[torch.dtype, bool], cpp.Kernel | None] = {}
         self.columns = weight.granularity.block_of((1, -(-spec.in_features // 32) * 32))[1]
         above = spec.in_features if weight.super_scale is None else weight.super_scale.columns
         self.super_columns = self.columns * spec.in_features if above == -1 else above
         names = [name for name, *_ in cpp.Weight._fields_[:6]]
         self.indices = [(name, weight.fields.index(name)) for name in names if name in weight.fields]
 
-    def kernel(self, dtype: torch.dtype) -> cpp.Kernel | None:
-        """For x and decoded weights of this type; None if there is none."""
-        if dtype not in self.kernels:
+    def kernel(self, dtype: torch.dtype, *, integers: bool = False) -> cpp.Kernel | None:
+        """For x and decoded weights of this type, or one that multiplies integers; None if there is none."""
+        if (dtype, integers) not in self.kernels:
             there = self.spec.layout == "rows16"
-            self.kernels[dtype] = cpp.load(cpp_spec(self.spec, dtype, cpp.isa())) if there else None
-        return self.kernels[dtype]
+            wanted = cpp_spec(self.spec, dtype, cpp.isa(), integers=integers) if there else None
+            self.kernels[dtype, integers] = None if wanted is None else cpp.load(wanted)
+        return self.kernels[dtype, integers]
+
+    def integers(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
+        """The kernel that rounds `m` rows of x and multiplies integers, where that is the fastest."""
+        return self.kernel(dtype, integers=True) if _integers(self.spec) else None
 
     def direct(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
         """The kernel that multiplies `m` rows of x of this type faster than decoding does.
@@ -153,6 +193,34 @@ def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Ke
     threads = max(1, min(torch.get_num_threads(), n * k // WEIGHTS_PER_THREAD))
     weight = linear.weight(tensors)
     kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), threads)
+    return y
+
+
+def _integer_product(
+    x: Tensor, x_scale: Tensor | None, tensors: list[Tensor], linear: _Linear, kernel: cpp.Kernel
+) -> Tensor:
+    """[M, N] of the kernel's type, of x that it quantizes or of codes."""
+    m, k = x.shape
+    codes = x.dtype == torch.int8
+    x = x if codes or x.dtype == torch.bfloat16 else x.to(torch.float32)
+    x = F.pad(x, (0, -k % 32)) if k % 32 else x.contiguous()
+    n, stride = linear.spec.out_features, x.shape[1]
+    y = torch.empty(m, n, dtype=torch.bfloat16 if kernel.spec.element == "bfloat16" else torch.float32)
+    threads = max(1, min(torch.get_num_threads(), n * k // WEIGHTS_PER_THREAD))
+    weight = linear.weight(tensors)
+    scratch = torch.empty(kernel.scratch_bytes(weight, m, threads), dtype=torch.uint8)
+    given_scale = None if x_scale is None else x_scale.contiguous()
+    kernel.gemm(
+        None if codes else x.data_ptr(),
+        x.data_ptr() if codes else None,
+        None if given_scale is None else given_scale.data_ptr(),
+        m,
+        stride,
+        weight,
+        scratch.data_ptr(),
+        y.data_ptr(),
+        threads,
+    )
     return y
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompile.codegen.cpp import ISAS, CppSpec, decode_functions, render_cpp
+from qcompile.codegen.cpp import CppSpec, decode_functions, render_cpp
 from qcompile.codegen.printers import cpp_constant, to_cpp
 from qcompile.errors import ConfigError
 from qcompile.expr import Expr, var
@@ -32,8 +32,7 @@ SPEC = CppSpec(
     element="float32",
     isa="portable",
 )
-HERE = [isa for isa in ISAS if isa in (cpp._processor(), "avx2", "portable")]
-HERE = HERE[HERE.index(cpp._processor()) :]
+HERE = [isa for isa in cpp.available() if isa in (cpp.available()[0], "avx2", "portable")]
 
 pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="needs a C++ compiler")
 
@@ -177,7 +176,7 @@ def test_a_compiler_that_lacks_an_instruction_set(folder: Path, monkeypatch: pyt
 
 
 def test_an_instruction_set_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "_processor", lambda: "avx2")
+    monkeypatch.setattr(cpp, "available", lambda: ("avx2", "portable"))
     for name in ("avx512", "sse9"):
         with override(cpu_isa=name), pytest.raises(ConfigError, match="is none of this processor's avx2, portable"):
             cpp.isa()

@@ -64,6 +64,8 @@ class Paged:
         heads, mask = self.cache[0].shape[1], attention_gpu.mask_kind(self.whole.mask)
         reach, context = attention_gpu.reach_of(self.cache, self.lengths, self.starts, self.block_table)
         group, queries = query.shape[1] // heads, query.shape[2]
+        if tile is not None and tile.rows:
+            queries, reach = 0, replace(reach, sequences=0)
         if tile is None:
             return attention_gpu.choose(
                 self.whole.spec, len(query), heads, group, queries, context, mask, reach, query.dtype, target
@@ -223,11 +225,17 @@ def test_every_program_has_a_like_share(page: int) -> None:
     assert torch.equal(y, given_.interpret("sm_90", tile))
 
 
-def test_many_queries_are_attended_from_by_torch() -> None:
+@pytest.mark.parametrize("starts", [None, (3, 0, 1)])
+def test_many_queries(starts: tuple[int, ...] | None) -> None:
+    given_ = paged(lengths=(20, 64, 40), queries=12, mask="causal", starts=starts)
+    given_.check_kernel(given_.interpret("sm_90", AttentionTile(context=16, split=1, warps=4, stages=2, rows=16)))
+
+
+def test_formats_that_no_kernel_reads_are_attended_to_by_torch() -> None:
     given_ = paged(lengths=(20, 64, 40), queries=12, mask="causal", starts=(3, 0, 1))
     given_ = replace(given_, block_table=given_.block_table % 10**6)  # type: ignore[operator]
     whole = given_.whole
-    y = attention_gpu.many_queries(whole.query, given_.cache, whole.mask, given_.lengths, whole.spec, **given_.places)
+    y = attention_gpu.in_plain_torch(whole.query, given_.cache, whole.mask, given_.lengths, whole.spec, **given_.places)
     given_.check(y)
 
 

@@ -34,35 +34,7 @@ static inline u32 decode_pair(u32 codes) {
 }
 // </decode>
 
-struct Weight {
-  const std::uint32_t* codes;
-  const Scale* scale;
-  const std::uint8_t* zero_point;
-  const Scale* offset;
-  const SuperScale* super_scale;
-  const SuperScale* super_offset;
-  i64 n, k;
-  i64 columns;        // in a group
-  i64 super_columns;  // in a super group
-
-  i64 padded() const { return (n + BLOCK - 1) / BLOCK * BLOCK; }
-  i64 units() const { return (k + UNIT - 1) / UNIT; }
-  i64 groups() const { return (k + columns - 1) / columns; }
-  i64 super_groups() const { return (k + super_columns - 1) / super_columns; }
-};
-
-// Where the 16 rows around `row` have a group's values.
-static inline i64 of_group(i64 row, i64 group, i64 groups) {
-  return (row / BLOCK * groups + group) * BLOCK + row % BLOCK;
-}
-
-static inline f32 scale_of(const Weight& w, const Scale* scale, const SuperScale* above, i64 row, i64 group) {
-  f32 value = values(scale + of_group(row, group, w.groups()));
-  if constexpr (SUPER_SCALE) {
-    value *= values(above + of_group(row, group * w.columns / w.super_columns, w.super_groups()));
-  }
-  return value;
-}
+#include "weight.h"
 
 // What a group's codes are combined with, for LANES rows.
 struct Group {
@@ -89,38 +61,6 @@ struct Group {
     return value;
   }
 };
-
-static inline const std::uint32_t* codes_of(const Weight& w, i64 row) {
-  return w.codes + row / BLOCK * ((w.k + 31) / 32) * BITS * BLOCK + row % BLOCK;
-}
-
-// The fields of one plane, whose lowest bit is bit LOW of the codes, in 4 codes: those of columns 4 STEP + 0, 2, 1, 3 of
-// a unit in the bytes of each lane.
-template <int STEP, int WIDTH, int LOW>
-static inline u32 plane(const std::uint32_t* codes, i64 unit) {
-  u32 word;
-  constexpr int SLOTS = 8 / WIDTH;
-  constexpr int SHIFT = WIDTH * (STEP % SLOTS);
-  if constexpr (UNIT == 32) {
-    word = load<u32>(codes + (unit * BITS + LOW + STEP / SLOTS) * BLOCK) >> SHIFT;
-  } else if constexpr (WIDTH == 1) {
-    word = load<u32>(codes + (unit / 2 * BITS + LOW) * BLOCK) >> (unsigned)(unit % 2 * 4 + STEP);
-  } else {
-    word = load<u32>(codes + (unit / 2 * BITS + LOW + unit % 2 * (WIDTH / 2) + STEP / SLOTS) * BLOCK) >> SHIFT;
-  }
-  if constexpr (BITS == WIDTH && !MASKED) return word;
-  return (word & (((1u << WIDTH) - 1) * 0x01010101u)) << LOW;
-}
-
-template <int STEP>
-static inline u32 quad(const std::uint32_t* codes, i64 unit) {
-  if constexpr (BITS == 1 || BITS == 2 || BITS == 4 || BITS == 8) return plane<STEP, BITS, 0>(codes, unit);
-  u32 found{};
-  if constexpr (BITS & 4) found |= plane<STEP, 4, 0>(codes, unit);
-  if constexpr (BITS & 2) found |= plane<STEP, 2, BITS & 4>(codes, unit);
-  if constexpr (BITS & 1) found |= plane<STEP, 1, BITS & 6>(codes, unit);
-  return found;
-}
 
 // The value of column J of a quad, which lies in byte 2 (J % 2) + J / 2.
 template <int J>

@@ -6,6 +6,8 @@
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
@@ -98,6 +100,108 @@ static inline f32 dot(f32 sum, u32 pair, u32 other) {
 #else
   sum += as_f32(pair << 16) * as_f32(other << 16);
   return sum + as_f32(pair & 0xffff0000u) * as_f32(other & 0xffff0000u);
+#endif
+}
+
+// Sixteen bytes that the lower halves of codes choose from.
+struct ByteTable {
+  std::uint8_t values[16];
+};
+
+// The bytes that codes 0 to 15, in the bytes of each lane, choose.
+static inline u32 lookup(u32 codes, const ByteTable& table) {
+#if defined(__AVX512BW__)
+  __m128i all = _mm_loadu_si128((const __m128i*)table.values);
+  return (u32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(all), (__m512i)codes);
+#elif defined(__AVX2__)
+  __m128i all = _mm_loadu_si128((const __m128i*)table.values);
+  return (u32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(all), (__m256i)codes);
+#elif defined(__aarch64__)
+  return (u32)vqtbl1q_u8(vld1q_u8(table.values), (uint8x16_t)codes);
+#else
+  u32 found{};
+  for (int byte = 0; byte < 4; ++byte) {
+    for (int lane = 0; lane < LANES; ++lane) {
+      found[lane] |= (std::uint32_t)table.values[codes[lane] >> (8 * byte) & 15] << (8 * byte);
+    }
+  }
+  return found;
+#endif
+}
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+constexpr bool DOTS_BYTES = true;
+#else
+constexpr bool DOTS_BYTES = false;
+#endif
+
+// What `dot` subtracts from codes of BITS bits before it multiplies them: Arm's older products are of signed bytes alone.
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+template <int BITS>
+constexpr int SHIFTED = BITS == 8 ? 128 : 0;
+#else
+template <int BITS>
+constexpr int SHIFTED = 0;
+#endif
+
+#if defined(__AVX2__)
+// Sums of the products of neighbours: int16 in each lane's halves; unsigned and signed bytes, whose sums must be int16.
+static inline u32 pairs(u32 a, u32 b) {
+#if defined(__AVX512BW__)
+  return (u32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (u32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+static inline u32 pairs_of_bytes(u32 codes, u32 x) {
+#if defined(__AVX512BW__)
+  return (u32)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x);
+#else
+  return (u32)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x);
+#endif
+}
+#endif
+
+// Four int8, the same in each lane, by which codes of BITS bits are multiplied.
+template <int BITS>
+struct Four {
+#if defined(__AVX2__)
+  static constexpr bool NARROW = DOTS_BYTES || BITS < 8;  // two products of a 7-bit code and an int8 are an int16
+  typedef std::int16_t i16 __attribute__((vector_size(4 * LANES)));
+  u32 bytes, even, odd;
+  explicit Four(std::uint32_t x) : bytes(everywhere(x)) {
+    if constexpr (!NARROW) even = (u32)((i16)(bytes << 8) >> 8), odd = (u32)((i16)bytes >> 8);
+  }
+#elif defined(__ARM_FEATURE_DOTPROD)
+  u32 bytes;
+  explicit Four(std::uint32_t x) : bytes(everywhere(x)) {}
+#else
+  u32 each[4];
+  explicit Four(std::uint32_t x) {
+    for (int i = 0; i < 4; ++i) each[i] = everywhere((std::uint32_t)(std::int8_t)(x >> (8 * i)));
+  }
+#endif
+};
+
+// sum + the products of each lane's bytes, unsigned codes (less SHIFTED) and int8; sums wrap around.
+template <int BITS>
+static inline u32 dot(u32 sum, u32 codes, const Four<BITS>& x) {
+#if defined(__AVX512VNNI__)
+  return (u32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x.bytes);
+#elif defined(__AVXVNNI__)
+  return (u32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x.bytes);
+#elif defined(__AVX2__)
+  if constexpr (BITS < 8) return sum + pairs(pairs_of_bytes(codes, x.bytes), everywhere(0x00010001u));
+  sum += pairs(codes & 0x00ff00ffu, x.even);
+  return sum + pairs(codes >> 8 & 0x00ff00ffu, x.odd);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return (u32)vusdotq_s32((int32x4_t)sum, (uint8x16_t)codes, (int8x16_t)x.bytes);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  if constexpr (BITS == 8) codes ^= 0x80808080u;
+  return (u32)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x.bytes);
+#else
+  for (int i = 0; i < 4; ++i) sum += (codes >> (8 * i) & 255u) * x.each[i];
+  return sum;
 #endif
 }
 
