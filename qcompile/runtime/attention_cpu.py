@@ -1,6 +1,7 @@
-"""Attention over a quantized cache on CPUs: a stretch of the context at a time, with a running softmax.
+"""Attention over a cache on CPUs: a generated C++ kernel for few queries, torch for many or without a compiler.
 
-Scales multiply scores and weights, of which there are fewer than keys and values.
+Over a quantized cache torch takes a stretch of the context at a time, with a running softmax; scales multiply scores
+and weights, of which there are fewer than keys and values.
 """
 
 from __future__ import annotations
@@ -8,13 +9,117 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.attention import causal_mask, paged_out, scores_of
-from qcompile.kv_cache import AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
+from qcompile.attention import causal_mask, combined_mask, paged_out, scores_of
+from qcompile.codegen.cpp_attention import CppAttentionSpec, cpp_attention_spec
+from qcompile.kv_cache import MOST_ROWS, AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
+from qcompile.runtime import cpp, cpp_attention
 
 BLOCK = 512
-"""Positions that are decoded at once: their keys stay in the second-level cache."""
+"""Positions that torch decodes at once: their keys stay in the second-level cache."""
+
+
+def attention(
+    query: Tensor,
+    cache: list[Tensor],
+    mask: Tensor | None,
+    length: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """See `qcompile.attention.reference`; sums are taken block by block, and sequences of unequal length one by one."""
+    batch, pages = query.shape[0], 1 if block_table is None else block_table.shape[1]
+    context = cache[0].shape[2] * pages
+    firsts = [0] * batch if start is None else start.clamp(min=0).expand(batch).tolist()
+    ends = [context] * batch if length is None else length.clamp(max=context).expand(batch).tolist()
+    if spec.window:
+        firsts = [max(first, end - query.shape[2] + 1 - spec.window) for first, end in zip(firsts, ends, strict=True)]
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())].expand(batch, -1, -1, context)
+    if block_table is None and len(set(zip(firsts, ends, strict=True))) == 1:
+        return _attend(query, _part(cache, firsts[0], ends[0]), _seen(mask, firsts[0], ends[0]), spec)
+    results = []
+    for sequence, (first, end) in enumerate(zip(firsts, ends, strict=True)):
+        one, skipped = slice(sequence, sequence + 1), 0
+        if block_table is None:
+            own = [t[one] if t.dim() > 2 else t for t in cache]
+        else:
+            size = cache[0].shape[2]
+            skipped = first // size * size
+            own = paged_out(cache, block_table[one, first // size : -(-end // size)])
+        seen = _seen(None if mask is None else mask[one], first, end)
+        results.append(_attend(query[one], _part(own, first - skipped, end - skipped), seen, spec))
+    return torch.cat(results) if results else query.new_empty((*query.shape[:3], spec.value.head_dim))
+
+
+def _part(cache: list[Tensor], first: int, end: int) -> list[Tensor]:
+    """Positions of a cache, of which static scales stay."""
+    return [t[:, :, first : max(first, end)] if t.dim() > 2 else t for t in cache]
+
+
+def _seen(mask: Tensor | None, first: int, end: int) -> Tensor | None:
+    return None if mask is None else mask[..., first : max(first, end)]
+
+
+def _attend(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """To all positions of a cache that is not paged, of which the queries are at the last."""
+    key, key_scale, value, value_scale = cache
+    context, queries = key.shape[2], query.shape[2]
+    if (kernel := _kernel(query, key.shape[1], spec)) is None:
+        return in_stretches(query, cache, mask, spec)
+    if spec.causal and queries > 1:
+        seen = causal_mask(queries, 0, context, context, spec.window, query.device)
+        if mask is None or mask.dtype == torch.bool:
+            mask = seen if mask is None else mask & seen
+        else:
+            mask = mask.masked_fill(~seen, -torch.inf)
+    halves = (key, key_scale, spec.key.head_dim), (value, value_scale, spec.value.head_dim)
+    y = kernel(_narrow(query), *halves, mask, context, spec.scale, spec.softcap)
+    return y.to(query.dtype)
+
+
+def attention_plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+) -> Tensor:
+    """Attention over keys and values of the queries' type; see `qcompile.attention`."""
+    if (kernel := _kernel(query, key.shape[1], None)) is None:
+        mask = combined_mask(query, key.shape[2], mask, length)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    halves = (key, None, key.shape[3]), (value, None, value.shape[3])
+    y = kernel(_narrow(query), *halves, mask, _end(key.shape[2], length), scale, 0.0)
+    return y.to(query.dtype)
+
+
+def _end(context: int, length: Tensor | None) -> int:
+    """How many positions are attended to."""
+    return context if length is None else max(0, min(context, int(length)))
+
+
+def _narrow(query: Tensor) -> Tensor:
+    """Queries in a type that kernels take."""
+    return query if query.dtype == torch.bfloat16 else query.to(torch.float32)
+
+
+def _kernel(query: Tensor, heads: int, spec: AttentionSpec | None) -> cpp_attention.AttentionKernel | None:
+    """The kernel for these queries, over a cache that is quantized if there is a spec."""
+    if query.shape[1] // heads * query.shape[2] > MOST_ROWS or cpp.compiler() is None:
+        return None
+    return _kernel_of(query.dtype, spec, cpp.isa())
+
+
+@functools.cache
+def _kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_attention.AttentionKernel | None:
+    taken = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if spec is not None:
+        found = cpp_attention_spec(spec, taken, isa)
+    else:
+        number, query = (str(t).removeprefix("torch.") for t in (dtype, taken))
+        found = CppAttentionSpec(number=number, query=query, isa=isa)
+    return None if found is None else cpp_attention.load(found)
 
 
 @functools.cache
@@ -44,59 +149,22 @@ def _factor(scale: Tensor, start: int, stop: int) -> Tensor | float:
     return scale[:, None, None] if scale.dim() == 1 else scale
 
 
-def _part(scale: Tensor, start: int, stop: int) -> Tensor:
+def _scale_of(scale: Tensor, start: int, stop: int) -> Tensor:
     """Scales of some tokens, where each token has its own."""
     return scale[:, :, start:stop] if scale.dim() > 2 else scale
 
 
-def attention(
-    query: Tensor,
-    cache: list[Tensor],
-    mask: Tensor | None,
-    length: Tensor | None,
-    spec: AttentionSpec,
-    *,
-    start: Tensor | None = None,
-    block_table: Tensor | None = None,
-) -> Tensor:
-    """See `qcompile.attention.reference`; sums are taken block by block, and sequences of unequal length one by one."""
-    batch, pages = query.shape[0], 1 if block_table is None else block_table.shape[1]
-    context = cache[0].shape[2] * pages
-    firsts = [0] * batch if start is None else start.clamp(min=0).expand(batch).tolist()
-    ends = [context] * batch if length is None else length.clamp(max=context).expand(batch).tolist()
-    if spec.window:
-        firsts = [max(first, end - query.shape[2] + 1 - spec.window) for first, end in zip(firsts, ends, strict=True)]
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())].expand(batch, -1, -1, context)
-    if block_table is None and len(set(zip(firsts, ends, strict=True))) == 1:
-        return _attend(query, cache, mask, firsts[0], ends[0], spec)
-    results = []
-    for sequence, (first, end) in enumerate(zip(firsts, ends, strict=True)):
-        one, skipped = slice(sequence, sequence + 1), 0
-        if block_table is None:
-            own = [t[one] if t.dim() > 2 else t for t in cache]
-        else:
-            size = cache[0].shape[2]
-            skipped = first // size * size
-            own = paged_out(cache, block_table[one, first // size : -(-end // size)])
-        seen = None if mask is None else mask[one, ..., skipped:]
-        results.append(_attend(query[one], own, seen, first - skipped, end - skipped, spec))
-    return torch.cat(results) if results else query.new_empty((*query.shape[:3], spec.value.head_dim))
-
-
-def _attend(
-    query: Tensor, cache: list[Tensor], mask: Tensor | None, first: int, end: int, spec: AttentionSpec
-) -> Tensor:
-    """To positions from `first` to `end` - 1 of a cache that is not paged, for all sequences."""
+def in_stretches(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """`_attend` by torch, `BLOCK` positions at a time."""
     key_codes, key_scale, value_codes, value_scale = cache
-    batch, heads = key_codes.shape[:2]
+    batch, heads, end = key_codes.shape[:3]
     rows = query.to(torch.float32).unflatten(1, (heads, -1)).flatten(2, 3)
     top = rows.new_full((batch, *query.shape[1:3], 1), -torch.inf)
     total = torch.zeros_like(top)
     y = rows.new_zeros((batch, *query.shape[1:3], spec.value.head_dim))
-    for start in range(first, end, BLOCK):
+    for start in range(0, end, BLOCK):
         stop = min(start + BLOCK, end)
-        key = _values(key_codes[:, :, start:stop], _part(key_scale, start, stop), spec.key)
+        key = _values(key_codes[:, :, start:stop], _scale_of(key_scale, start, stop), spec.key)
         products = torch.matmul(rows, key.transpose(-1, -2)) * _factor(key_scale, start, stop)
         products = products.reshape(*query.shape[:3], stop - start)
         scores = scores_of(products, None if mask is None else mask[..., start:stop], spec)
@@ -106,7 +174,7 @@ def _attend(
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         base = higher.masked_fill(higher == -torch.inf, 0.0)
         weights, rescale = torch.exp(scores - base), torch.exp(top - base)
-        value = _values(value_codes[:, :, start:stop], _part(value_scale, start, stop), spec.value)
+        value = _values(value_codes[:, :, start:stop], _scale_of(value_scale, start, stop), spec.value)
         scaled = weights.reshape(batch, heads, -1, stop - start) * _factor(value_scale, start, stop)
         y = y * rescale + torch.matmul(scaled, value).reshape(y.shape)
         total = total * rescale + weights.sum(-1, keepdim=True)

@@ -1,4 +1,7 @@
-"""Attention over a quantized cache, against float64: the operator on CPUs, its meaning in plain torch, the kernel."""
+"""Attention over a cache, against float64: by torch on CPUs, its meaning in plain torch, the Triton kernel.
+
+For the C++ kernels see `test_cpp_attention.py`.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,13 @@ class Problem:
         step = 2.0**-25 if self.query.dtype == torch.bfloat16 else 0.0  # float16's at 1
         self.check(y, torch.float16 if half else torch.float32, step)
 
-    def check(self, y: Tensor, weights: torch.dtype = torch.float32, query_step: float = 0.0) -> None:
+    def check(
+        self,
+        y: Tensor,
+        weights: torch.dtype = torch.float32,
+        query_step: float = 0.0,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         """Every element within the derived bound, zeros where nothing is attended to."""
         name, offsets = self.spec.scheme.format.name, not self.spec.scheme.symmetric
         key_parts = oracle.kv_parts(self.cache[0], self.cache[1], name, self.spec.key.head_dim, offsets)
@@ -88,6 +97,7 @@ class Problem:
             value,
             p,
             s,
+            compute_dtype=compute,
             weight_dtype=weights,
             out_dtype=y.dtype,
             query_step=query_step,
@@ -167,10 +177,11 @@ def problem(
 
 
 def on_cpu(given_: Problem) -> Tensor:
-    y: Tensor = torch.ops.qcompile.attention(
-        given_.query, given_.cache, given_.mask, given_.length, given_.spec.encode()
-    )
-    return y
+    context = given_.cache[0].shape[2]
+    end = context if given_.length is None else int(given_.length)
+    part = [t[:, :, :end] if t.dim() > 2 else t for t in given_.cache]
+    mask = None if given_.mask is None else given_.mask.expand(*given_.mask.shape[:-1], context)[..., :end]
+    return attention_cpu.in_stretches(given_.query, part, mask, given_.spec)
 
 
 def in_plain_torch(given_: Problem) -> Tensor:
@@ -263,7 +274,7 @@ def test_autograd_is_refused() -> None:
     given_ = problem()
     given_.query.requires_grad_(True)
     with pytest.raises(GradientError, match="KV cache is for inference only"):
-        on_cpu(given_)
+        torch.ops.qcompile.attention(given_.query, given_.cache, given_.mask, None, given_.spec.encode())
 
 
 def test_the_operator_traces() -> None:
@@ -275,7 +286,8 @@ def test_the_operator_traces() -> None:
 
     assert given_.mask is not None
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(given_.query, given_.cache, given_.mask), on_cpu(given_))
+    given = given_.query, given_.cache, given_.mask
+    assert torch.equal(compiled(*given), attend(*given))
 
 
 SMALL = AttentionTile(context=16, split=1, warps=4, stages=2)
