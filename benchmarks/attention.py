@@ -6,7 +6,8 @@ Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3
 128. Times are taken as in linear.py: CUDA graphs over several copies of the cache, so that it comes from memory;
 medians. torch's attention is cuDNN's, or FlashAttention where cuDNN refuses. `error` is |y - y'| / |y'| (Frobenius) of
 the first sequence, where y' is the float64 attention over what the cache stands for. `floor_us` is reading the cache
-once, at the rate under `ceilings`.
+once, at the rate under `ceilings`. Paged caches have randomly permuted pages; "unequal" is as many tokens in all, half
+of them in one sequence.
 
 Rows with `queries` are of prompts (as long as the context) and chunks of prompts, causal. There torch attends to keys
 and values of 16 bits, with `is_causal` where the prompt is all of the context, else with a mask; `dequantize` is that
@@ -28,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcompile.caches import KVCache
 from qcompile.evaluate.timing import ceilings, copies, microseconds, write_results
-from qcompile.kv_cache import AttentionSpec, dequantize
+from qcompile.kv_cache import AttentionSpec, dequantize, gather_pages
 
 DEVICE = torch.device("cuda")
 RESULTS = Path(__file__).parent / "results"
@@ -45,6 +46,7 @@ CACHES: dict[str, Any] = {
     "int4, groups of 32, offsets": {"format": "int4", "group": 32, "symmetric": False},
 }
 PREFILL = {name: CACHES[name] for name in ("fp8_e4m3", "int8", "int4")}
+PAGED, PAGE = ("fp8_e4m3", "int4"), 64
 
 
 def error(y: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
@@ -94,13 +96,55 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
         spec = AttentionSpec(key=cache.key_spec, value=cache.value_spec, scale=SIZE**-0.5).encode()
         tensors = [cache.key_codes, cache.key_scale, cache.value_codes, cache.value_scale]
         restored = [
-            dequantize(codes[:1], scale[:1] if scale.dim() == 3 else scale, cache.key_spec.scheme, SIZE)
+            dequantize(codes[:1], scale[:1] if scale.dim() > 2 else scale, cache.key_spec.scheme, SIZE)
             for codes, scale in (tensors[:2], tensors[2:])
         ]
         attention = torch.ops.qcompile.attention
         calls = [partial(attention, query, list(t), None, None, spec) for t in copies(DEVICE, *tensors)]
         wrong = error(calls[0](), query, *restored)
         yield row("qcompile", name, microseconds(calls, DEVICE), wrong, sum(t.nbytes for t in tensors))
+        del calls
+        if name not in PAGED:
+            continue
+        pages = [in_pages(t) for t in tensors]
+        kinds = {f"qcompile, pages of {PAGE}": [context] * batch}
+        if batch > 1:
+            kinds |= {f"qcompile, pages of {PAGE}, unequal": unequal(batch, context)}
+        for impl, lengths in kinds.items():
+            table, ends = table_of(lengths), torch.tensor(lengths, device="cuda")
+            restored = [
+                dequantize(
+                    gather_pages(codes, table[:1])[:, :, : lengths[0]],
+                    gather_pages(scale, table[:1])[:, :, : lengths[0]] if scale.dim() > 2 else scale,
+                    cache.key_spec.scheme,
+                    SIZE,
+                )
+                for codes, scale in (pages[:2], pages[2:])
+            ]
+            calls = [
+                partial(attention, query, list(t), None, ends, spec, block_table=table) for t in copies(DEVICE, *pages)
+            ]
+            wrong = error(calls[0](), query, *restored)
+            yield row(impl, name, microseconds(calls, DEVICE), wrong, sum(t.nbytes for t in pages))
+            del calls
+
+
+def in_pages(tensor: Tensor) -> Tensor:
+    """Codes or scales of a cache, cut into pages; static scales as they are."""
+    return tensor.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1).contiguous() if tensor.dim() > 2 else tensor
+
+
+def unequal(batch: int, context: int) -> list[int]:
+    """Lengths of whole pages that are batch * context together, of which the last has half."""
+    others = batch * context // 2 // (batch - 1) // PAGE * PAGE
+    return [*[others] * (batch - 1), batch * context - (batch - 1) * others]
+
+
+def table_of(lengths: list[int]) -> Tensor:
+    """A block table that gives all pages to sequences, at random."""
+    counts = [length // PAGE for length in lengths]
+    pages = torch.randperm(sum(counts), device="cuda").to(torch.int32).split(counts)
+    return torch.nn.utils.rnn.pad_sequence(list(pages), batch_first=True)
 
 
 def filled(kv: Any, key: Tensor, value: Tensor) -> KVCache:

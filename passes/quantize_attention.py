@@ -308,12 +308,24 @@ def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx
     return cache, _Places(mask=match.mask, length=None if mask is None else length, block_table=table), spec
 
 
+def _hidden_by(mask: Any) -> Any:
+    """The mask of a paged cache that a mask to add is made of: 0 where it holds, and else the least number."""
+    while is_call(mask, _CASTS):
+        mask = mask.args[0]
+    if not is_call(mask, (torch.where,)) or len(mask.args) != 3 or not is_call(mask.args[0], _KV_MASKS):
+        return None
+    hidden = mask.args[2]
+    least = isinstance(hidden, (int, float)) and hidden <= torch.finfo(torch.float16).min
+    return mask.args[0] if mask.args[1] == 0 and least else None
+
+
 def _narrow(context: GraphContext, query: Tensor, places: _Places, known: _Known) -> None:
     """Say by numbers what a mask lets attend to, as far as that goes; what they say completely needs no mask.
 
     Positions behind the cache's own length are not specified, so that the mask's length serves as well.
     """
-    mask, value = places.mask, example(places.mask)
+    value = example(places.mask)
+    mask = _hidden_by(places.mask) or places.mask
     few = isinstance(query.shape[2], int) and query.shape[2] <= MOST_QUERIES
     if is_call(mask, _KV_MASKS) and mask.args[1] == query.shape[2]:
         places.length, places.mask, places.causal, places.window = mask.args[0], None, True, mask.args[3]
