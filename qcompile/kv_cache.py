@@ -254,10 +254,10 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     block = size & -size
     place = torch.arange(size, device=device)
     common = place[:, None] & place & (block - 1)
-    bits = block.bit_length()
-    while bits > 1:
-        bits = (bits + 1) // 2
-        common = common ^ (common >> bits)
+    shift = 1
+    while shift < block.bit_length():
+        common = common ^ (common >> shift)
+        shift *= 2
     signs = (1 - 2 * (common & 1)).to(torch.float32) * block**-0.5
     return signs.where(place[:, None] // block == place // block, 0.0)
 

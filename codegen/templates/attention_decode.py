@@ -170,6 +170,15 @@ def load_scales(scales, t, inside, COUNT: tl.constexpr):
 
 
 @triton.jit
+def scales_ahead(scales, t, inside, COUNT: tl.constexpr):
+    """`load_scales` a turn ahead; those of groups, which are too many to be held, are left to `attend`."""
+    found = ()
+    if not GROUP_SIZE:
+        found = load_scales(scales, t, inside, COUNT)
+    return found
+
+
+@triton.jit
 def masked(scores, mask, places, live, last, t, inside):
     """Scores, -inf where nothing is attended to.
 
@@ -255,6 +264,8 @@ def attend(
     key_factor,
     key_codes,
     value_codes,
+    key_scale,
+    value_scale,
     key_scales,
     value_scales,
     mask,
@@ -274,6 +285,8 @@ def attend(
     """
     d = tl.arange(0, BLOCK_K)
     dv = tl.arange(0, BLOCK_V)
+    if GROUP_SIZE:
+        key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
     scores = line(t * 0).to(tl.float32)
     for number in tl.static_range(KEY_PIECES // HALVES):
         own = key_codes + number * KEY_PIECE
@@ -302,6 +315,8 @@ def attend(
     weights = tl.exp2(scores - column(base - SHIFT))
     rescale = tl.exp2(top - base)
     total = total * rescale + tl.sum(weights, -1)
+    if GROUP_SIZE:
+        value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
     next_shifts = ()
     if OFFSETS:
         for piece in tl.static_range(VALUE_SCALED):
@@ -449,14 +464,14 @@ def kernel(
     t = first * BLOCK_T + token
     inside = within(t, begin, end)
     vector = vectors_of(t, inside, head, block_table, first, end)
-    key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
-    value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
+    key_scales = scales_ahead(key_scale, vector, inside, KEY_SCALED)
+    value_scales = scales_ahead(value_scale, vector, inside, VALUE_SCALED)
     for block in tl.range(first, tl.minimum(first + share, (end + BLOCK_T - 1) // BLOCK_T)):
         ahead = t + BLOCK_T
         next_inside = within(ahead, begin, end)
         next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
-        next_key_scales = load_scales(key_scale, next_vector, next_inside, KEY_SCALED)
-        next_value_scales = load_scales(value_scale, next_vector, next_inside, VALUE_SCALED)
+        next_key_scales = scales_ahead(key_scale, next_vector, next_inside, KEY_SCALED)
+        next_value_scales = scales_ahead(value_scale, next_vector, next_inside, VALUE_SCALED)
         top, total, sums, shifts, value_unit = attend(
             t,
             vector,
@@ -466,6 +481,8 @@ def kernel(
             key_factor,
             key_codes,
             value_codes,
+            key_scale,
+            value_scale,
             key_scales,
             value_scales,
             mask,

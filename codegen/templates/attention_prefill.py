@@ -36,9 +36,9 @@ from qcompile.codegen.templates.attention_decode import (
     attend,
     beginning,
     finish,
-    load_scales,
     queries_of,
     scaled,
+    scales_ahead,
     vectors_of,
 )
 
@@ -125,15 +125,15 @@ def kernel(
     t = first * BLOCK_T + token
     inside = (t >= begin) & (t < end)
     vector = vectors_of(t, inside, head, block_table, first, end)
-    key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
-    value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
+    key_scales = scales_ahead(key_scale, vector, inside, KEY_SCALED)
+    value_scales = scales_ahead(value_scale, vector, inside, VALUE_SCALED)
     for hidden in tl.static_range(2):
         for block in tl.range(seen if hidden else first, blocks if hidden else seen):
             ahead = t + BLOCK_T
             next_inside = (ahead >= begin) & (ahead < end)
             next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
-            next_key_scales = load_scales(key_scale, next_vector, next_inside, KEY_SCALED)
-            next_value_scales = load_scales(value_scale, next_vector, next_inside, VALUE_SCALED)
+            next_key_scales = scales_ahead(key_scale, next_vector, next_inside, KEY_SCALED)
+            next_value_scales = scales_ahead(value_scale, next_vector, next_inside, VALUE_SCALED)
             top, total, sums, shifts, value_unit = attend(
                 t,
                 vector,
@@ -143,6 +143,8 @@ def kernel(
                 key_factor,
                 key_codes,
                 value_codes,
+                key_scale,
+                value_scale,
                 key_scales,
                 value_scales,
                 mask,

@@ -32,6 +32,8 @@ from qcompile.runtime.gpu import target_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SPLITS = 64
+_WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+"""Targets whose matrix units take operands from shared memory."""
 
 
 def has_kernel(spec: AttentionSpec) -> bool:
@@ -53,6 +55,7 @@ def tile_of(
     target: str,
     x_dtype: torch.dtype = torch.bfloat16,
     sequences: int = 0,
+    compact: bool = False,
 ) -> AttentionTile:
     """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
@@ -61,11 +64,12 @@ def tile_of(
         size: of a key or a value, whichever is greater.
         rows: queries of a program.
         sequences: how many, if their lengths differ; else 0.
+        compact: whether vectors have several scales, or offsets, which need registers too.
     """
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 128 if nvidia and rows <= 16 and size <= 128 and not wide else 64 if nvidia else 32
+    block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or compact) else 64 if nvidia else 32
     if sequences and not nvidia:
         block = 16
     if size > 128:
@@ -81,21 +85,25 @@ def tile_of(
     return AttentionTile(context=block, split=split, warps=warps, stages=3)
 
 
-def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype) -> AttentionTile:
+def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype, grouped: bool = False) -> AttentionTile:
     """As many queries as registers hold results of.
 
     Args:
         rows: tokens times query heads for each head of keys.
         size: of a key or a value, whichever is greater.
+        grouped: whether a vector has several scales.
     """
     least = max(16, 1 << (rows - 1).bit_length())
     if not target.startswith("sm_"):
         return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
     if x_dtype == torch.float32:
-        most, block = (64, 32) if size <= 64 else (32, 32) if size <= 128 else (16, 16)
-        return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
+        most, block = (32, 32) if size <= 64 else (32, 16) if size <= 128 else (16, 16)
+        return AttentionTile(context=block, split=1, warps=8, stages=2, rows=min(least, most))
     # Where matrix units take operands from registers only, decoded keys and values are there as well.
-    if size > 128 or target not in ("sm_90", "sm_100", "sm_103"):
+    if grouped:
+        most = 64 if target in _WARP_GROUPS else 32
+        return AttentionTile(context=32, split=1, warps=4, stages=2, rows=min(least, most))
+    if size > 128 or target not in _WARP_GROUPS:
         return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
     held = min(least, 128)
     block = 64 if target == "sm_90" else 32
@@ -114,7 +122,8 @@ def choose_prefill(
     target: str,
 ) -> AttentionKernelSpec:
     """The kernel for many queries; `rows` is a power of two that holds those of a head of keys, or more than 128."""
-    tile = prefill_tile_of(rows, max(spec.key.head_dim, spec.value.head_dim), target, x_dtype)
+    size = max(spec.key.head_dim, spec.value.head_dim)
+    tile = prefill_tile_of(rows, size, target, x_dtype, spec.scheme.group > 0)
     return attention_kernel_spec(spec, heads, group, 0, mask, reach, x_dtype, target, tile)
 
 
@@ -134,7 +143,7 @@ def choose(
     """The kernel for a shape."""
     size = max(spec.key.head_dim, spec.value.head_dim)
     sequences = batch if reach.sequences else 0
-    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype, sequences)
+    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype, sequences, spec.scheme.compact)
     return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
 
 

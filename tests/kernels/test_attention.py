@@ -257,6 +257,17 @@ def test_blocks_do_not_change_the_result_beyond_rounding(monkeypatch: pytest.Mon
         given_.check(on_cpu(given_))
 
 
+def test_rotated_vectors_give_what_their_numbers_give() -> None:
+    """Rotation of queries and results against the reference, which turns keys and values back."""
+    given_ = problem("int8", queries=3, context=50, size=24)
+    scheme = replace(given_.spec.scheme, rotate=True)
+    halves = {name: KVSpec(scheme=scheme, head_dim=24) for name in ("key", "value")}
+    given_ = replace(given_, spec=replace(given_.spec, **halves))
+    one, two = on_cpu(given_), in_plain_torch(given_)
+    magnitude = oracle.kv_values(given_.cache[2], given_.cache[3], "int8", 24).abs().amax() * torch.ones_like(two)
+    tolerance.assert_within(one, two, tolerance.float_bound(two, 8 * 50, torch.float32, magnitude * 24))
+
+
 def test_a_long_context_is_stable() -> None:
     given_ = problem("fp8_e4m3", "tensor", batch=1, heads=1, group=1, context=65536, size=16, mask="none")
     given_.query *= 30
@@ -408,6 +419,10 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         kernels.append(given_.kernel(target, attention_gpu.tile_of(8, 16384, size, group * queries, target)))
         bare = replace(given_, mask=None, spec=replace(given_.spec, causal=True))
         kernels.append(bare.kernel(target, attention_gpu.prefill_tile_of(4096, size, target, torch.bfloat16)))
+    rich = problem("int4", heads=8, group=4, size=128, mask="none", causal=True, shared=32, symmetric=False)
+    rich = replace(rich, query=rich.query.to(torch.bfloat16))
+    kernels.append(rich.kernel(target, attention_gpu.tile_of(8, 16384, 128, 4, target, torch.bfloat16, compact=True)))
+    kernels.append(rich.kernel(target, attention_gpu.prefill_tile_of(4096, 128, target, torch.bfloat16, grouped=True)))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)
