@@ -71,6 +71,8 @@ _IN_PLACE = (
     operator.ior,
     operator.ixor,
 )
+_KEYWORDS = (operator.and_, operator.or_, operator.not_, operator.is_)
+"""Functions whose names end like those of methods that write."""
 _VIEWS = (
     operator.getitem,
     *("expand", "view", "unsqueeze", "squeeze", "transpose", "permute", "reshape", "narrow", "select", "t", "view_as"),
@@ -83,6 +85,8 @@ def writes(node: fx.Node) -> bool:
     by_schema = compat.schema_writes(node.target)
     if by_schema is not None:
         return by_schema
+    if node.target in _KEYWORDS:
+        return False
     name = named(node)
     return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
 
