@@ -160,7 +160,7 @@ def _range(node: Any) -> tuple[int, fx.Node | None, int] | None:
             added = node.args[1]
             if isinstance(added, int):
                 number += added
-            elif offset is None and isinstance(added, fx.Node) and example(added).numel() == 1:
+            elif offset is None and isinstance(example(added), torch.Tensor) and example(added).numel() == 1:
                 offset = added
             else:
                 return None
