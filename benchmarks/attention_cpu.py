@@ -2,7 +2,7 @@
 
     python benchmarks/attention_cpu.py [--out FOLDER]
 
-Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B, 32 of queries and 8 of keys, of size
+Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B: 32 of queries, 8 of keys, of size
 128, and those of SmolLM2: 9, 3, of size 64. All kinds take turns over several copies of their caches, and the fastest
 call of each counts, with one thread in time of the processor. torch's attention shares heads (`enable_gqa`), or gets
 them repeated, as models of transformers do; the quantized caches are also read by plain torch, as without a compiler.
