@@ -1,13 +1,13 @@
 """Time of quantized products against torch's own kernels, on weights that come from memory.
 
-    python benchmarks/linear.py [--device cpu] [--quick] [--schemes int4,int4_24] [--tokens 1,16,64] [--out folder]
+    python benchmarks/linear.py [--quick] [--schemes int4,int4_24] [--tokens 1,16,64] [--out folder]
     python benchmarks/linear.py --gate
 
 Writes `benchmarks/results/<machine>.linear.json`. The shapes are the four linears of a Llama-3-8B layer, with the
 query, key and value projections and the gate and up projections merged. Every call takes the next of several copies
-of the weight, `COLD_BYTES` of them together at least; on GPUs the calls are captured in a CUDA graph, and a time is the
-median over its replays. What is measured is written down in `qcompile/evaluate/linear.py`; `qcompile bench` measures
-other shapes.
+of the weight, `COLD_BYTES` of them together at least; the calls are captured in a CUDA graph, and a time is the median
+over its replays. What is measured is written down in `qcompile/evaluate/linear.py`; `qcompile bench` measures other
+shapes, and `cpu.py` the products on CPUs.
 
 With --gate it times silu(gate) * up of the gate and up projections instead, by the product itself and by a kernel after
 it, and writes `benchmarks/results/<machine>.gate.json`.
@@ -27,11 +27,8 @@ from qcompile.evaluate.timing import Row, ceilings, write_results
 from qcompile.presets import PRESETS
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-TOKENS = {"cuda": [1, 16, 32, 64, 128, 256, 1024, 4096], "cpu": [1, 4, 32, 512]}
-SCHEMES = {
-    "cuda": ["int4", "int8_weight_only", "fp8", "int8", "int4_24", "int8_24"],
-    "cpu": ["int4", "int4_asym", "nf4", "mxfp4", "int8_weight_only", "fp8_weight_only", "int8", "int4_int8"],
-}
+TOKENS = [1, 16, 32, 64, 128, 256, 1024, 4096]
+SCHEMES = ["int4", "int8_weight_only", "fp8", "int8", "int4_24", "int8_24"]
 GATE_SHAPE, GATE_TOKENS = (28672, 4096), [1, 16, 64, 256]
 GATE_SCHEMES = ["int4", "fp8"]
 RESULTS = Path(__file__).parent / "results"
@@ -55,15 +52,14 @@ def summary(rows: list[Row]) -> str:
 def main() -> None:
     """Measure every shape, write the results and print sums over the shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=TOKENS, default="cuda")
     parser.add_argument("--quick", action="store_true", help="one shape, few numbers of tokens; nothing is written")
     parser.add_argument("--gate", action="store_true", help="gate and up with and without the gate in the product")
-    parser.add_argument("--schemes", help="separated by commas, in place of those of the device")
+    parser.add_argument("--schemes", help="separated by commas, in place of the usual ones")
     parser.add_argument("--tokens", help="numbers of rows, likewise")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args()
     torch.manual_seed(0)
-    device = torch.device(options.device)
+    device = torch.device("cuda")
     rates = ceilings(device)
     if options.gate:
         schemes = {name: PRESETS[name].fit(name, GATE_SHAPE) for name in GATE_SCHEMES}
@@ -71,8 +67,8 @@ def main() -> None:
         write_results(options.out, "gate", device, rows, rates)
         print(summary(rows))
         return
-    names = options.schemes.split(",") if options.schemes else SCHEMES[device.type]
-    tokens = [*map(int, options.tokens.split(","))] if options.tokens else TOKENS[device.type]
+    names = options.schemes.split(",") if options.schemes else SCHEMES
+    tokens = [*map(int, options.tokens.split(","))] if options.tokens else TOKENS
     shapes, tokens = (SHAPES[:1], tokens[::3]) if options.quick else (SHAPES, tokens)
 
     def rows_of(n: int, k: int) -> list[Row]:

@@ -34,8 +34,7 @@ python benchmarks/attention.py && python benchmarks/decode.py && python benchmar
 python benchmarks/report.py
 ```
 
-and on a CPU `python benchmarks/linear.py --device cpu`; `qcompile bench --shape 4096x14336 --scheme int4` measures any
-shape.
+and on a CPU `python benchmarks/cpu.py`; `qcompile bench --shape 4096x14336 --scheme int4` measures any shape.
 
 "The limit" is the longer of reading every byte once and of multiplying, at the rates that the same run reached in a
 large copy and in products of 8192 x 8192; other shapes may multiply a little faster than those, and then have more than
@@ -319,6 +318,52 @@ def _place(row: Row) -> tuple[int, int]:
     return row["batch"], row["context"]
 
 
+# ---- CPUs
+
+
+def cpu(folder: Path) -> str:
+    """The section of a whole model, and of products by themselves, on CPUs."""
+    text = ""
+    for file in load(folder, "cpu"):
+        models = [row for row in file["rows"] if row["bench"] == "cpu-model"]
+        products = [row for row in file["rows"] if row["bench"] == "cpu-linear"]
+        text += f"## SmolLM2-135M on {file['machine']}\n\n{run_of(file)}\n\n"
+        if models:
+            text += filled(
+                "Tokens a second of reading 512 tokens and of decoding 128 after them, and in brackets the rate over "
+                "llama.cpp's in the same rounds; the most memory of the process, and what of it the libraries take; "
+                "seconds from the start of the process to the second token, with empty caches and with full ones; "
+                "perplexity of the essay in the package in windows of 512. The file is Q4_1, its head Q8_0 "
+                "(`gguf`); the other schemes are of its decoded weights."
+            )
+            head = ["scheme, implementation", "prefill", "decode", "MB", "libraries", "start s", "again", "perplexity"]
+            text += table(head, [_cpu_line(row) for row in sorted(models, key=lambda row: -row["decode_tok_s"])])
+            text += f"\n![Decoding and prefill](performance/{file['machine']}.cpu-model.svg)\n\n"
+        for n, k in dict.fromkeys((row["N"], row["K"]) for row in products):
+            rows = [row for row in products if (row["N"], row["K"]) == (n, k)]
+            tokens = sorted({row["M"] for row in rows})
+            text += f"Microseconds of a product with a weight of {n} x {k}, which comes from memory, for M tokens:\n\n"
+            lines = lines_of(rows, [], _linear_name, lambda row: row["M"], tokens, time_of)
+            text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], lines) + "\n"
+    return text
+
+
+def _cpu_line(row: Row) -> list[str]:
+    def rate(name: str) -> str:
+        ratio = f" ({row[f'{name}_ratio']:.2f})" if f"{name}_ratio" in row else ""
+        return number(row[f"{name}_tok_s"]) + ratio
+
+    label = f"{row['scheme']}, {row['impl']}"
+    return [
+        f"**{label}**" if row["impl"] == OURS else label,
+        rate("prefill"),
+        rate("decode"),
+        *(f"{row[name]:.0f}" for name in ("peak_mb", "runtime_mb")),
+        *(number(row[name]) for name in ("cold_s", "warm_s")),
+        f"{row['perplexity']:.2f}",
+    ]
+
+
 # ---- the demonstration
 
 
@@ -376,7 +421,7 @@ def calibrate(folder: Path) -> str:
     return text
 
 
-SECTIONS: tuple[Callable[[Path], str], ...] = (linear, gate, grouped, decode, attention, calibrate, demo)
+SECTIONS: tuple[Callable[[Path], str], ...] = (linear, gate, grouped, decode, attention, cpu, calibrate, demo)
 
 
 def page(folder: Path = RESULTS) -> str:
@@ -458,6 +503,23 @@ def plot_attention(folder: Path, out: Path) -> None:
         _save(figure, out / f"{file['machine']}.attention-limit.svg")
 
 
+def plot_cpu(folder: Path, out: Path) -> None:
+    """Rates of decoding and prefill over llama.cpp's, or tokens a second where that was not measured."""
+    for file in load(folder, "cpu"):
+        rows = [row for row in file["rows"] if row["bench"] == "cpu-model"]
+        if not rows:
+            continue
+        kind = "ratio" if all("decode_ratio" in row for row in rows) else "tok_s"
+        rows.sort(key=lambda row: row[f"decode_{kind}"])
+        figure, axes = _axes("SmolLM2-135M", "rate over llama.cpp's" if kind == "ratio" else "tokens a second")
+        places = range(len(rows))
+        for shift, name in ((-0.2, "prefill"), (0.2, "decode")):
+            axes.bar([p + shift for p in places], [row[f"{name}_{kind}"] for row in rows], width=0.4, label=name)
+        axes.set_xticks(list(places), [f"{row['scheme']}\n{row['impl']}" for row in rows], fontsize=7, rotation=45)
+        _legend(axes)
+        _save(figure, out / f"{file['machine']}.cpu-model.svg")
+
+
 def measured(folder: Path = RESULTS) -> str:
     """The text of qcompile/evaluate/measured.json: accuracy of weights and caches, and time between linears."""
     (file,) = load(folder, "accuracy")
@@ -491,6 +553,7 @@ def main() -> None:
     if not parser.parse_args().tables:
         plot_linear(RESULTS, PAGE.parent / "performance")
         plot_attention(RESULTS, PAGE.parent / "performance")
+        plot_cpu(RESULTS, PAGE.parent / "performance")
     PAGE.write_text(page())
     MEASURED.write_text(measured())
 

@@ -71,6 +71,8 @@ _IN_PLACE = (
     operator.ior,
     operator.ixor,
 )
+_NAMED_ALIKE = (operator.and_, operator.or_, operator.not_)
+"""Functions whose names end as those of methods that write."""
 _VIEWS = (
     operator.getitem,
     *("expand", "view", "unsqueeze", "squeeze", "transpose", "permute", "reshape", "narrow", "select", "t", "view_as"),
@@ -81,8 +83,8 @@ _VIEWS = (
 def writes(node: fx.Node) -> bool:
     """Whether a node may write to a tensor that was there before."""
     by_schema = compat.schema_writes(node.target)
-    if by_schema is not None:
-        return by_schema
+    if by_schema is not None or node.target in _NAMED_ALIKE:
+        return bool(by_schema)
     name = named(node)
     return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
 
@@ -145,6 +147,12 @@ class Causal:
     window: int
 
 
+def _is_single(node: fx.Node) -> bool:
+    """Whether a node is a tensor of one element."""
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
 def _range(node: Any) -> tuple[int, fx.Node | None, int] | None:
     """(n, a, b) if a node's elements are 0 to n - 1, plus a, a tensor of one element or None, plus b, a number."""
     offset, number = None, 0
@@ -156,7 +164,7 @@ def _range(node: Any) -> tuple[int, fx.Node | None, int] | None:
             added = node.args[1]
             if isinstance(added, int):
                 number += added
-            elif offset is None and isinstance(added, fx.Node) and example(added).numel() == 1:
+            elif offset is None and isinstance(added, fx.Node) and _is_single(added):
                 offset = added
             else:
                 return None

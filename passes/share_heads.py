@@ -3,8 +3,8 @@
     scaled_dot_product_attention(q, repeat_kv(K), repeat_kv(V), mask)     -> attention_plain(q, K, V, mask, length)
     scaled_dot_product_attention(q, K, V, mask, enable_gqa=True)          -> the same
 
-on GPUs, for up to 8 tokens. torch has no kernel that takes a mask and shared heads: either keys and values are written
-out once more for each query head that shares them, or scores are. `length` is made of a boolean mask, once a graph: one
+for up to 8 tokens. Models write keys and values out once more for each query head that shares them, which on GPUs even
+torch's attention with `enable_gqa` does where there is a mask. `length` is made of a boolean mask, once a graph: one
 more than the last position that any query attends to, so that the empty part of a static cache is not read. A mask of
 one token that says no more than that (`positions <= last`) is left out.
 
@@ -39,7 +39,11 @@ from qcompile.passes.heads import (
 
 ATTENTION = torch.ops.qcompile.attention_plain.default
 RULE = "share_heads"
-DEVICES = ("cuda",)
+DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16),
+    "cpu": (torch.bfloat16, torch.float16, torch.float32),
+}
+"""Of queries, keys and values, by the kinds of devices that have kernels."""
 
 
 def _source(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
@@ -68,8 +72,10 @@ def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, give
         return "no query heads share its keys"
     if query.shape[2] > MOST_QUERIES or query.shape[2] * query.shape[1] // key.shape[1] > MOST_ROWS:
         return f"it is from {query.shape[2]} tokens, which torch's own kernels are for"
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.bfloat16, torch.float16):
-        return "its query, keys and values are not all bfloat16 or all float16"
+    kinds = DTYPES[query.device.type]
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in kinds:
+        names = " or ".join(f"all {str(kind).removeprefix('torch.')}" for kind in kinds)
+        return f"its query, keys and values are not {names}"
     if max(key.shape[3], value.shape[3]) > MOST_SIZE:
         return f"its heads have more than {MOST_SIZE} elements"
     if not (key.is_contiguous() and value.is_contiguous()):
@@ -119,7 +125,7 @@ def share_heads(context: GraphContext) -> None:
     for node in list(context.graph.nodes):
         if node.target is not F.scaled_dot_product_attention or example(node) is None:
             continue
-        if example(node).device.type not in DEVICES:
+        if example(node).device.type not in DTYPES:
             continue
         layer = layer_of(node)
         reason = _rewrite(context, node, lengths)

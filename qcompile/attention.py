@@ -50,7 +50,7 @@ for _name in ("attention", "attention_gpu", "attention_cpu"):
     _library.define(
         f"{_name}(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec, {_PLACES}) -> Tensor"
     )
-for _name in ("attention_plain", "attention_plain_gpu"):
+for _name in ("attention_plain", "attention_plain_gpu", "attention_plain_cpu"):
     _library.define(
         f"{_name}(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
     )
@@ -266,13 +266,20 @@ def _attention_plain(
         group = query.shape[1] // key.shape[1]
         if fixed and attention_gpu.has_plain_kernel(query.shape[2], group, key.shape[3], value.shape[3], query.dtype):
             return torch.ops.qcompile.attention_plain_gpu(query.contiguous(), key, value, mask, length, scale)
-    if length is not None:
-        inside = torch.arange(key.shape[2], device=query.device) < length
-        if mask is None or mask.dtype == torch.bool:
-            mask = inside.expand(query.shape[2], -1) if mask is None else mask & inside
-        else:
-            mask = mask.masked_fill(~inside, -torch.inf)
+    if query.device.type == "cpu" and query.dtype == key.dtype == value.dtype:
+        return torch.ops.qcompile.attention_plain_cpu(query, key, value, mask, length, scale)
+    mask = combined_mask(query, key.shape[2], mask, length)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def combined_mask(query: Tensor, context: int, mask: Tensor | None, length: Tensor | None) -> Tensor | None:
+    """A mask that also leaves out positions from `length` on."""
+    if length is None:
+        return mask
+    inside = torch.arange(context, device=query.device) < length
+    if mask is None or mask.dtype == torch.bool:
+        return inside.expand(query.shape[2], -1) if mask is None else mask & inside
+    return mask.masked_fill(~inside, -torch.inf)
 
 
 def _attention_cpu(
@@ -289,6 +296,14 @@ def _attention_cpu(
 
     parsed = decode_attention_spec(spec)
     return attention_cpu.attention(query, cache, mask, length, parsed, start=start, block_table=block_table)
+
+
+def _attention_plain_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+) -> Tensor:
+    from qcompile.runtime import attention_cpu
+
+    return attention_cpu.attention_plain(query, key, value, mask, length, scale)
 
 
 def _attention_gpu(
@@ -321,6 +336,7 @@ _library.impl("kv_mask", _kv_mask, "CompositeImplicitAutograd")
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
 _library.impl("attention_plain", _attention_plain, "CompositeImplicitAutograd")
 _library.impl("attention_cpu", _attention_cpu, "CPU")
+_library.impl("attention_plain_cpu", _attention_plain_cpu, "CPU")
 _library.impl("attention_gpu", _attention_gpu, "CUDA")
 _library.impl("attention_plain_gpu", _attention_plain_gpu, "CUDA")
 
@@ -333,6 +349,7 @@ def _(
     return query.new_empty((*query.shape[:3], decode_attention_spec(spec).value.head_dim))
 
 
+@torch.library.register_fake("qcompile::attention_plain_cpu", lib=_library)
 @torch.library.register_fake("qcompile::attention_plain_gpu", lib=_library)
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile import spec_text
 from qcompile.errors import ConfigError, shown
 from qcompile.fingerprint import fingerprint
 from qcompile.formats import Format, IntegerFormat, get_format
@@ -349,17 +349,24 @@ class KVSpec:
     head_dim: int
 
     def encode(self) -> str:
-        """One line of JSON, with the package's fingerprint, which keeps torch's caches on disk right."""
+        """One line, with the package's fingerprint, which keeps torch's caches on disk right."""
+        return spec_text.write(self.plain())
+
+    def plain(self) -> dict[str, Any]:
+        """What the line says."""
         scheme = self.scheme
         given = {"format": scheme.format.name, "scales": scheme.scales, "head_dim": self.head_dim}
         given |= {"group": scheme.group, "symmetric": scheme.symmetric, "rotate": scheme.rotate}
-        return json.dumps({**given, "code": fingerprint()}, separators=(",", ":"))
+        return {**given, "code": fingerprint()}
 
 
 @functools.lru_cache(maxsize=256)
 def decode_kv_spec(text: str) -> KVSpec:
     """The inverse of `KVSpec.encode`."""
-    given = json.loads(text)
+    return _kv_spec(spec_text.read(text))
+
+
+def _kv_spec(given: dict[str, Any]) -> KVSpec:
     options = {name: given[name] for name in ("group", "symmetric", "rotate")}
     scheme = KVScheme(format=kv_format(given["format"]), scales=given["scales"], **options)
     return KVSpec(scheme=scheme, head_dim=given["head_dim"])
@@ -390,15 +397,15 @@ class AttentionSpec:
         return self.key.scheme
 
     def encode(self) -> str:
-        """One line of JSON."""
-        given: dict[str, Any] = {"key": self.key.encode(), "value": self.value.encode(), "scale": self.scale}
+        """One line."""
+        given: dict[str, Any] = {"key": self.key.plain(), "value": self.value.plain(), "scale": self.scale}
         given |= {"softcap": self.softcap, "causal": self.causal, "window": self.window}
-        return json.dumps(given, separators=(",", ":"))
+        return spec_text.write(given)
 
 
 @functools.lru_cache(maxsize=256)
 def decode_attention_spec(text: str) -> AttentionSpec:
     """The inverse of `AttentionSpec.encode`."""
-    given = json.loads(text)
-    halves = {name: decode_kv_spec(given[name]) for name in ("key", "value")}
+    given = spec_text.read(text)
+    halves = {name: _kv_spec(given[name]) for name in ("key", "value")}
     return AttentionSpec(**(given | halves))

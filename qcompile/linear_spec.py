@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qcompile import expr
+from qcompile import expr, spec_text
 from qcompile.errors import ConfigError
 from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
@@ -147,6 +146,12 @@ class LinearSpec:
         """The same linear of activations that were of a floating type and come as codes."""
         return replace(self, codes_of=str(dtype).removeprefix("torch."))
 
+    def of_turned_inputs(self) -> LinearSpec:
+        """The same linear once its inputs are turned, which is what kernels know."""
+        if not self.scheme.weight.rotated:
+            return self
+        return replace(self, scheme=replace(self.scheme, weight=replace(self.scheme.weight, rotated=False)))
+
     def with_epilogue(self, *steps: str) -> LinearSpec:
         """The same linear with more steps at the end."""
         return replace(self, epilogue=(*self.epilogue, *steps))
@@ -157,7 +162,7 @@ class LinearSpec:
         It carries the package's fingerprint, and which kernels are tuned: torch caches compiled graphs on disk by what
         they call, and knows an operator that is traced through by its arguments alone.
         """
-        return f'{self._encoded[:-1]},"code":"{fingerprint()}{generation(flags.cache_dir)}"}}'
+        return f"{self._encoded[:-1]},'code':'{fingerprint()}{generation(flags.cache_dir)}'}}"
 
     @functools.cached_property
     def _encoded(self) -> str:
@@ -167,7 +172,7 @@ class LinearSpec:
             given["epilogue"] = list(self.epilogue)
         if self.codes_of:
             given["codes_of"] = self.codes_of
-        return json.dumps(given, separators=(",", ":"))
+        return spec_text.write(given)
 
 
 @functools.cache
@@ -212,7 +217,7 @@ def decode_spec(text: str) -> LinearSpec:
         ConfigError: a string that is none.
     """
     try:
-        given = json.loads(text)
+        given = spec_text.read(text)
     except ValueError:
         raise ConfigError(f"not a linear spec: {text!r}") from None
     check_keys("linear spec", given, ("k", "n", "scheme", "layout", "epilogue", "codes_of", "code"))

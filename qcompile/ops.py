@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
+from qcompile.hadamard import transform
 from qcompile.linear_spec import ACTIVATIONS, GATES, STORES, LinearSpec, decode_spec
 from qcompile.reference import quantize_activation
 from qcompile.scheme import ActivationScheme, Granularity
@@ -25,6 +26,7 @@ _library.define(
 )
 _library.define("quantize(Tensor x, Tensor? static_scale, str spec) -> (Tensor, Tensor)")
 _library.define("gemm_cpu(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
+_library.define("gemm_any(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
 _library.define(
     "gemm(Tensor x, Tensor? x_scale, Tensor[] weight, Tensor? bias, Tensor[] operands, str spec, "
     "ScalarType out_dtype) -> Tensor"
@@ -81,6 +83,9 @@ def _linear(
     flat = [o.reshape(-1, parsed.width) if o.dim() else o for o in operands]
     if pre_quant_scale is not None:
         rows = rows * pre_quant_scale.to(rows.dtype)
+    if parsed.scheme.weight.rotated:
+        rows = transform(rows)
+        parsed = parsed.of_turned_inputs()
     if parsed.scheme.weight.act_order:
         rows = rows.index_select(1, weight[parsed.scheme.weight.fields.index("perm")])
     activation = parsed.scheme.activation
@@ -104,7 +109,7 @@ def _quantize(x: Tensor, static_scale: Tensor | None, spec: str) -> tuple[Tensor
     return codes.as_strided(codes.shape, codes.stride()), scale.as_strided(scale.shape, scale.stride())
 
 
-def _quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
+def quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
     """Whether the product takes activations as they are and quantizes them itself."""
     if rows.device.type != "cpu":
         return False
@@ -135,7 +140,7 @@ def _product(
             parsed.scheme.activation is not None and parsed.scheme.activation.granularity == Granularity.tensor()
         )
         x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
-    elif parsed.scheme.activation is not None and not _quantized_by_product(rows, parsed):
+    elif parsed.scheme.activation is not None and not quantized_by_product(rows, parsed):
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu
@@ -163,11 +168,12 @@ def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None
     if device.type == "cuda":
         from qcompile.runtime import gpu
 
-        parsed = decode_spec(spec)
+        parsed = decode_spec(spec).of_turned_inputs()
         gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
 
 
-def _gemm_cpu(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:
+def _gemm_any(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:
+    """`gemm_cpu` until the operator of C++ is there, and then for what that has no kernel for."""
     from qcompile.runtime import cpu
 
     return cpu.gemm(x, x_scale, weight, spec)
@@ -189,7 +195,8 @@ def _gemm(
 
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
 _library.impl("quantize", _quantize, "CompositeImplicitAutograd")
-_library.impl("gemm_cpu", _gemm_cpu, "CPU")
+_library.impl("gemm_cpu", _gemm_any, "CompositeExplicitAutograd")  # C++ registers for CPUs: runtime/cpu_operators.py
+_library.impl("gemm_any", _gemm_any, "CPU")
 _library.impl("gemm", _gemm, "CUDA")
 
 

@@ -149,6 +149,38 @@ def test_rows_of_other_lengths_stay_beside_the_usual(monkeypatch: pytest.MonkeyP
     assert file["versions"] == versions(cpu)
 
 
+def test_models_on_cpus_are_shown_beside_each_other(tmp_path: Path) -> None:
+    def row(impl: str, scheme: str, decoded: float) -> dict[str, object]:
+        about = {"bench": "cpu-model", "impl": impl, "scheme": scheme, "prefill_tok_s": 800.0, "decode_tok_s": decoded}
+        told = {"peak_mb": 420.2, "runtime_mb": 310.0, "cold_s": 61.2, "warm_s": 8.1, "perplexity": 21.26}
+        return about | told | {"prefill_ratio": 3.2, "decode_ratio": decoded / 100}
+
+    product = {"bench": "cpu-linear", "impl": "qcompile", "scheme": "int4", "N": 64, "K": 32, "M": 4}
+    rows = [row("llama.cpp", "gguf", 100.0), row("qcompile", "gguf", 130.0), product | {"us": 8.0, "floor_us": 4.0}]
+    file = {"machine": "one", "date": "2026-01-01", "versions": {"torch": "2.13", "threads": 2}, "rows": rows}
+    (tmp_path / "one.cpu.json").write_text(json.dumps(file))
+    page = report.page(tmp_path)
+    ours, theirs = "| **gguf, qcompile** | 800 (3.20) | 130 (1.30) |", "| gguf, llama.cpp | 800 (3.20) | 100 (1.00) |"
+    assert page.index(ours) < page.index(theirs)
+    assert "| 420 | 310 | 61.2 | 8.10 | 21.26 |" in page
+    assert "| **int4, qcompile** | 8.00 (50%) |" in page
+
+
+def test_a_benchmark_of_cpus_keeps_what_is_about_something_else(tmp_path: Path) -> None:
+    cpu = script("cpu")
+    assert list(map(cpu.scheme_of, ("llama.cpp", "torchao-int8-weights", "eager-bf16"))) == [
+        ("llama.cpp", "gguf"),
+        ("torchao", "int8-weights"),
+        ("eager", "bfloat16"),
+    ]
+    models = [{"bench": "cpu-model", "impl": impl, "scheme": "gguf"} for impl in ("llama.cpp", "qcompile")]
+    cpu.store(tmp_path, [row | {"decode_tok_s": 1.0} for row in models], {"llama-cpp-python": "0.3"})
+    path = cpu.store(tmp_path, [models[1] | {"decode_tok_s": 2.0}])
+    file = json.loads(path.read_text())
+    assert [row["decode_tok_s"] for row in file["rows"]] == [1.0, 2.0]
+    assert file["versions"]["llama-cpp-python"] == "0.3"
+
+
 @pytest.mark.parametrize("bench", ["linear", "attention", "decode"])
 def test_peers_have_what_torch_took_in_their_run(bench: str) -> None:
     peers = report.peers_of(report.RESULTS, "nvidia-h100", bench)

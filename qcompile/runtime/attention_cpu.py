@@ -1,6 +1,7 @@
-"""Attention over a quantized cache on CPUs: a stretch of the context at a time, with a running softmax.
+"""Attention over a cache on CPUs: a generated C++ kernel for few queries, torch for many or without a compiler.
 
-Scales multiply scores and weights, of which there are fewer than keys and values.
+Over a quantized cache torch takes a stretch of the context at a time, with a running softmax; scales multiply scores
+and weights, of which there are fewer than keys and values.
 """
 
 from __future__ import annotations
@@ -8,13 +9,84 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.attention import causal_mask, paged_out, scores_of
-from qcompile.kv_cache import AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
+from qcompile.attention import causal_mask, combined_mask, paged_out, scores_of
+from qcompile.codegen.cpp_attention import CppAttentionSpec, cpp_attention_spec
+from qcompile.kv_cache import MOST_ROWS, AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
+from qcompile.runtime import cpp, cpp_attention
 
 BLOCK = 512
-"""Positions that are decoded at once: their keys stay in the second-level cache."""
+"""Positions that torch decodes at once: their keys stay in the second-level cache."""
+
+
+def attention(
+    query: Tensor,
+    cache: list[Tensor],
+    mask: Tensor | None,
+    length: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """See `qcompile.attention.reference`."""
+    key, key_scale, value, value_scale = cache
+    one = start is None and block_table is None and (length is None or length.numel() == 1)
+    kernel = _kernel(query, key.shape[1], spec) if one and not spec.scheme.compact else None
+    if kernel is None:
+        return in_stretches(query, cache, mask, length, spec, start=start, block_table=block_table)
+    halves = (key, key_scale, spec.key.head_dim), (value, value_scale, spec.value.head_dim)
+    end = _end(key.shape[2], length)
+    if spec.causal:
+        seen = causal_mask(query.shape[2], 0, key.shape[2], end, spec.window, query.device)
+        if mask is None or mask.dtype == torch.bool:
+            mask = seen if mask is None else mask & seen
+        else:
+            mask = mask.masked_fill(~seen, -torch.inf)
+    y = kernel(_narrow(query), *halves, mask, end, spec.scale, spec.softcap)
+    return y.to(query.dtype)
+
+
+def attention_plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+) -> Tensor:
+    """Attention over keys and values of the queries' type; see `qcompile.attention`."""
+    if (kernel := _kernel(query, key.shape[1], None)) is None:
+        mask = combined_mask(query, key.shape[2], mask, length)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+    halves = (key, None, key.shape[3]), (value, None, value.shape[3])
+    y = kernel(_narrow(query), *halves, mask, _end(key.shape[2], length), scale, 0.0)
+    return y.to(query.dtype)
+
+
+def _end(context: int, length: Tensor | None) -> int:
+    """How many positions are attended to."""
+    return context if length is None else max(0, min(context, int(length)))
+
+
+def _narrow(query: Tensor) -> Tensor:
+    """Queries in a type that kernels take."""
+    return query if query.dtype == torch.bfloat16 else query.to(torch.float32)
+
+
+def _kernel(query: Tensor, heads: int, spec: AttentionSpec | None) -> cpp_attention.AttentionKernel | None:
+    """The kernel for these queries, over a cache that is quantized if there is a spec."""
+    if query.shape[1] // heads * query.shape[2] > MOST_ROWS or cpp.compiler() is None:
+        return None
+    return _kernel_of(query.dtype, spec, cpp.isa())
+
+
+@functools.cache
+def _kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_attention.AttentionKernel | None:
+    taken = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if spec is not None:
+        found = cpp_attention_spec(spec, taken, isa)
+    else:
+        number, query = (str(t).removeprefix("torch.") for t in (dtype, taken))
+        found = CppAttentionSpec(number=number, query=query, isa=isa)
+    return None if found is None else cpp_attention.load(found)
 
 
 @functools.cache
@@ -49,7 +121,7 @@ def _part(scale: Tensor, start: int, stop: int) -> Tensor:
     return scale[:, :, start:stop] if scale.dim() > 2 else scale
 
 
-def attention(
+def in_stretches(
     query: Tensor,
     cache: list[Tensor],
     mask: Tensor | None,
@@ -59,7 +131,7 @@ def attention(
     start: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """See `qcompile.attention.reference`; sums are taken block by block, and sequences of unequal length one by one."""
+    """`attention` by torch, `BLOCK` positions at a time, and sequences of unequal length one by one."""
     batch, pages = query.shape[0], 1 if block_table is None else block_table.shape[1]
     context = cache[0].shape[2] * pages
     firsts = [0] * batch if start is None else start.clamp(min=0).expand(batch).tolist()

@@ -17,15 +17,21 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from qcompile.codegen.cpp import ISAS, CppSpec, compiler_options, render_cpp
+from qcompile.codegen.cpp_attention import CppAttentionSpec, render_attention
 from qcompile.errors import ConfigError, shown
 from qcompile.flags import flags
 
 _FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-fopenmp", "-w")
 _SECONDS = 300
+
+_Spec = TypeVar("_Spec", CppSpec, CppAttentionSpec)
+_Kernel = TypeVar("_Kernel")
 
 
 class Weight(ctypes.Structure):
@@ -124,7 +130,7 @@ def _openmp() -> tuple[str, ...]:
     return ("-Wl,--as-needed", *found) if len(found) == 1 else ()
 
 
-def _command(spec: CppSpec) -> tuple[str, ...] | None:
+def _command(spec: CppSpec | CppAttentionSpec) -> tuple[str, ...] | None:
     if (found := compiler()) is None:
         return None
     return (*found, *_FLAGS, *compiler_options(spec.isa), *_openmp())
@@ -141,18 +147,25 @@ def _intact(folder: Path) -> Path | None:
     return None
 
 
-def build(spec: CppSpec) -> Path | None:
-    """The library of a kernel, from the cache or the compiler; None without a compiler.
+def build(spec: CppSpec | CppAttentionSpec) -> Path | None:
+    """The library of a kernel; None without a compiler. See `compile_source`."""
+    if (command := _command(spec)) is None:
+        return None
+    return compile_source(render_attention(spec) if isinstance(spec, CppAttentionSpec) else render_cpp(spec), command)
+
+
+def compile_source(source: str, command: tuple[str, ...]) -> Path:
+    """The library of a source, from the cache or the compiler.
 
     Safe when several processes build the same one. With `flags.dump` set, `<dump>/kernels/<key>.cpp` gets the source.
+
+    Args:
+        command: the compiler's words and all its arguments but the names of files.
 
     Raises:
         subprocess.SubprocessError: the compiler failed.
         OSError: the folder cannot be written to, or the compiler not started.
     """
-    if (command := _command(spec)) is None:
-        return None
-    source = render_cpp(spec)
     key = hashlib.sha256("\0".join((source, *command, _version(command[:1]))).encode()).hexdigest()[:32]
     if flags.dump is not None:
         (flags.dump / "kernels").mkdir(parents=True, exist_ok=True)
@@ -175,16 +188,21 @@ def build(spec: CppSpec) -> Path | None:
 
 @functools.cache
 def load(spec: CppSpec) -> Kernel | None:
-    """The kernel of a spec; None, with a warning, if the compiler or the folder fails.
+    """The kernel of a spec; see `open_library`."""
+    return open_library(spec, Kernel, f"{spec.weight}, torch decodes it instead")
+
+
+def open_library(spec: _Spec, kind: Callable[[_Spec, Path], _Kernel], what: str) -> _Kernel | None:
+    """`kind` of a spec and its library; None, with a warning of `what` there is not, if compiler or folder fail.
 
     A compiler that does not know an instruction set gets the next lesser one.
     """
     for lesser in (name for name, needed in ISAS.items() if set(ISAS[spec.isa]).issuperset(needed)):
         try:
             path = build(replace(spec, isa=lesser))
-            return None if path is None else Kernel(replace(spec, isa=lesser), path)
+            return None if path is None else kind(replace(spec, isa=lesser), path)
         except (subprocess.SubprocessError, OSError) as error:
             failure = error
     said = (getattr(failure, "stderr", None) or str(failure)).strip().splitlines()
-    warnings.warn(f"no C++ kernel for {spec.weight}, torch decodes it instead: {said[0]}", stacklevel=2)
+    warnings.warn(f"no C++ kernel for {what}: {said[0]}", stacklevel=3)
     return None

@@ -31,7 +31,7 @@ from qcompile.layouts import LAYOUTS, integer_product
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
-from qcompile.runtime import cpp
+from qcompile.runtime import cpp, cpu_operators
 from qcompile.scheme import Granularity
 
 FEW_ROWS = 32
@@ -40,6 +40,8 @@ FEW_ROWS = 32
 FEW_ROWS_AMX = 1024
 """Its largest M where it multiplies bfloat16 by the matrix unit, for groups of 128 columns and more; in proportion for
 smaller ones, whose scales take their time for every row."""
+
+ANY_ROWS = 1 << 62
 
 WEIGHTS_PER_THREAD = 1 << 15
 """Fewer are multiplied sooner than another thread starts."""
@@ -104,6 +106,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> 
         [M, N] in bfloat16 if x is, else in float32.
     """
     linear = _linear(spec)
+    linear.tell(spec, x.dtype)
     m, dtype = x.shape[0], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if m == 0:
         return x.new_empty((0, linear.spec.out_features), dtype=dtype)
@@ -138,6 +141,7 @@ class _Linear:
         weight = spec.scheme.weight
         self.spec = spec
         self.kernels: dict[tuple[torch.dtype, bool], cpp.Kernel | None] = {}
+        self.told: set[torch.dtype] = set()
         self.columns = weight.granularity.block_of((1, -(-spec.in_features // 32) * 32))[1]
         above = spec.in_features if weight.super_scale is None else weight.super_scale.columns
         self.super_columns = self.columns * spec.in_features if above == -1 else above
@@ -156,8 +160,8 @@ class _Linear:
         """The kernel that rounds `m` rows of x and multiplies integers, where that is the fastest."""
         return self.kernel(dtype, integers=True) if _integers(self.spec) else None
 
-    def direct(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
-        """The kernel that multiplies `m` rows of x of this type faster than decoding does.
+    def few(self, dtype: torch.dtype) -> tuple[cpp.Kernel | None, int]:
+        """The kernel that multiplies few rows of x of this type faster than decoding does, and how many those are.
 
         It takes float32 where the processor has no products of bfloat16.
         """
@@ -165,14 +169,40 @@ class _Linear:
         if found is not None and dtype == torch.bfloat16:
             features = ISAS[found.spec.isa]
             if "amx_bf16" in features:
-                return found if m <= min(FEW_ROWS_AMX, FEW_ROWS_AMX * self.columns // 128) else None
+                return found, min(FEW_ROWS_AMX, FEW_ROWS_AMX * self.columns // 128)
             if "avx512_bf16" not in features:
                 found = self.kernel(torch.float32)
-        return found if m <= FEW_ROWS else None
+        return found, FEW_ROWS
 
-    def weight(self, tensors: list[Tensor]) -> cpp.Weight:
-        """The kernel's view of the weight's tensors."""
-        addresses = {name: tensors[index].data_ptr() for name, index in self.indices}
+    def direct(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
+        """The kernel for `m` rows of x; None if decoding is faster."""
+        found, rows = self.few(dtype)
+        return found if m <= rows else None
+
+    def tell(self, spec: str, dtype: torch.dtype) -> None:
+        """Let the operator of C++ know the kernel for x of this type, the next time that it is called."""
+        if dtype in self.told:
+            return
+        self.told.add(dtype)
+        result = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        if (found := self.integers(result, 1)) is not None:
+            rows = ANY_ROWS
+        elif self.spec.scheme.activation is None:
+            found, rows = self.few(result)
+        if found is not None:
+            places = dict(self.indices)
+            indices = [places.get(name, -1) for name, *_ in cpp.Weight._fields_[:6]]
+            cpu_operators.add(spec, dtype, found, rows, self.threads, self.weight(None), indices)
+
+    @property
+    def threads(self) -> int:
+        """That are worth their start."""
+        n, k = self.spec.shape
+        return max(1, n * k // WEIGHTS_PER_THREAD)
+
+    def weight(self, tensors: list[Tensor] | None) -> cpp.Weight:
+        """The kernel's view of the weight's tensors; None leaves addresses out."""
+        addresses = {} if tensors is None else {name: tensors[index].data_ptr() for name, index in self.indices}
         n, k = self.spec.shape
         return cpp.Weight(**addresses, n=n, k=k, columns=self.columns, super_columns=self.super_columns)
 
@@ -190,7 +220,7 @@ def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Ke
     n, stride = linear.spec.out_features, x.shape[1]
     y = torch.empty(m, n)
     scratch = torch.empty(m * (stride - (-k // linear.columns)))
-    threads = max(1, min(torch.get_num_threads(), n * k // WEIGHTS_PER_THREAD))
+    threads = min(torch.get_num_threads(), linear.threads)
     weight = linear.weight(tensors)
     kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), threads)
     return y
@@ -206,7 +236,7 @@ def _integer_product(
     x = F.pad(x, (0, -k % 32)) if k % 32 else x.contiguous()
     n, stride = linear.spec.out_features, x.shape[1]
     y = torch.empty(m, n, dtype=torch.bfloat16 if kernel.spec.element == "bfloat16" else torch.float32)
-    threads = max(1, min(torch.get_num_threads(), n * k // WEIGHTS_PER_THREAD))
+    threads = min(torch.get_num_threads(), linear.threads)
     weight = linear.weight(tensors)
     scratch = torch.empty(kernel.scratch_bytes(weight, m, threads), dtype=torch.uint8)
     given_scale = None if x_scale is None else x_scale.contiguous()

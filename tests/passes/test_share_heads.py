@@ -1,11 +1,7 @@
-"""Attention to keys that heads share: rewritten or declined with its reason, and the same as before.
-
-The pass is for GPUs; here it is told that CPUs are among them, and the operator is then torch's attention.
-"""
+"""Attention to keys that heads share: rewritten or declined with its reason, and the same as before."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -23,15 +19,8 @@ from qcompile.passes.share_heads import ATTENTION, RULE
 from tests import tolerance
 from tests.capture import capture
 
-module = importlib.import_module("qcompile.passes.share_heads")  # the package has the function of that name
-
 BATCH, HEADS, GROUP, SIZE, LENGTH = 2, 2, 4, 16, 12
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DEVICES", ("cuda", "cpu"))
 
 
 def repeat(x: Tensor) -> Tensor:
@@ -169,8 +158,10 @@ def test_near_misses_are_declined(case: str) -> None:
 def test_many_tokens_and_other_types_are_declined() -> None:
     attend = SPELLINGS["repeated"]
     assert "from 9 tokens" in capture(attend, *tensors(9)).declined(RULE)[0]
-    query, key, value, mask = tensors(dtype=torch.float32)
+    query, key, value, mask = tensors(dtype=torch.float64)
     assert "not all bfloat16" in capture(attend, query, key, value, mask).declined(RULE)[0]
+    query, key, value, mask = tensors(dtype=torch.float32)
+    assert capture(attend, query, key, value, mask).count(ATTENTION) == 1
 
 
 def written(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
@@ -206,13 +197,6 @@ def test_keys_that_change_after_they_were_repeated_are_declined() -> None:
     assert captured.count(ATTENTION) == 0
     assert "written between" in captured.declined(RULE)[0]
     assert close(captured.output, attend(*given))
-
-
-def test_cpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DEVICES", ("cuda",))
-    captured = capture(SPELLINGS["repeated"], *tensors())
-    assert captured.count(ATTENTION) == 0
-    assert captured.declined(RULE) == []
 
 
 def test_a_decoding_step_of_transformers() -> None:

@@ -1,0 +1,596 @@
+// y [B, heads * group, Q, Dv] = softmax(query key^T * scale + mask) value over a cache of keys and values, for few queries.
+//
+// All queries of a head of keys (`rows` of them) share one read of it. The context is cut into parts, as many as the
+// shape says, whatever the number of threads; a thread takes a part STRETCH positions at a time, with a running softmax
+// in float32, and parts are added in their order at the end:
+//
+//     scores [rows, STRETCH] -> weights, with the values' scales -> output [rows, Dv] and, a row, top and total
+//
+// With PAIRED, products are of pairs of bfloat16: neighbours in a row of keys, and neighbouring positions of values, of
+// which the even columns of STEP come before the odd ones. Otherwise all numbers are float32.
+//
+// Stands for itself where the markers are: codes of 8-bit integers, queries of float32.
+#include "vector.h"
+#include "functions.h"
+
+// <constants>
+using Query = float;           // of queries and results
+using Stored = std::uint8_t;   // codes, or the numbers of a cache that is not quantized
+constexpr bool PAIRED = false;
+constexpr int BITS = 8;        // of a code
+constexpr bool MASKED = true;  // whether decode needs the bits above a code to be 0
+// </constants>
+
+// <decode>
+static inline f32 decode(i32 code) {
+  return to_f32(code) - 128.0f;
+}
+
+// Two codes, in the lowest bits of the halves of each lane, as bfloat16 there.
+static inline u32 decode_pair(u32 codes) {
+  u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
+  return low >> 16 | (high & 0xffff0000u);
+}
+// </decode>
+
+constexpr bool PLAIN = !std::is_same_v<Stored, std::uint8_t>;
+
+using Element = std::conditional_t<PAIRED, bfloat16, float>;  // what is multiplied
+using Word = std::conditional_t<PAIRED, std::uint32_t, float>;  // values of a column: of two positions, or of one
+using Vector = std::conditional_t<PAIRED, u32, f32>;            // LANES of them
+
+constexpr int STEP = PAIRED ? 2 * LANES : LANES;  // columns that are decoded at a time
+constexpr int HALVES = BITS == 4 ? 2 : 1;        // low and high halves of bytes
+constexpr int DEPTH = PAIRED ? 2 : 1;             // positions of a word
+constexpr i64 STRETCH = 128;                     // positions of a step of the running softmax
+#if defined(__AMX_BF16__)
+constexpr bool SQUARES = PAIRED;  // whether the matrix unit multiplies
+#else
+constexpr bool SQUARES = false;
+#endif
+constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded at a time
+constexpr i64 UNIT = SQUARES ? 64 : 32;     // and whose values are
+constexpr i64 PARTS = 64;                        // all heads of all sequences together, if the context is long enough
+
+static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
+static inline i64 quotient(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Columns of a row of `size` numbers as it is decoded: each half padded to a multiple of STEP.
+static inline i64 padded(i64 size) { return quotient(size, HALVES * STEP) * HALVES * STEP; }
+
+template <class To>
+static inline void put(void* to, To x) {
+  std::memcpy(to, &x, sizeof(x));
+}
+template <class From>
+static inline From get(const void* from) {
+  From x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+static inline f32 dot(f32 sum, f32 x, f32 other) { return sum + x * other; }
+
+template <class T>
+struct Array {
+  T* data;
+
+  explicit Array(i64 count) : data((T*)::operator new(count * sizeof(T), std::align_val_t(64))) {}
+  ~Array() { ::operator delete(data, std::align_val_t(64)); }
+  Array(const Array&) = delete;
+  operator T*() const { return data; }
+};
+
+// Keys or values of one head of one sequence.
+struct Strip {
+  const Stored* rows;
+  const float* scale;
+  i64 stride, scale_stride, size;
+
+  const Stored* row(i64 position) const { return rows + position * stride; }
+};
+
+// Keys or values of all: strides are in elements, those of scales 0 where a scale is shared.
+struct Half {
+  const Stored* codes;
+  const float* scale;
+  i64 batch, head, position;
+  i64 scale_batch, scale_head, scale_position;
+  i64 size;
+
+  Strip strip(i64 b, i64 h) const {
+    return {codes + b * batch + h * head, scale + b * scale_batch + h * scale_head, position, scale_position, size};
+  }
+};
+
+enum Mask : i64 { NONE, BOOLEAN, FLOAT32, BFLOAT16, FLOAT16 };
+
+struct Attention {
+  const Query* query;  // [batch, heads, rows, key.size], where row r is query r % queries of head r / queries
+  Query* y;            // [batch, heads, rows, value.size]
+  Half key, value;
+  const void* mask;
+  i64 mask_kind, mask_batch, mask_head, mask_query;  // strides in elements; that of positions is 1
+  i64 batch, heads, group, queries;
+  i64 length;  // positions that are attended to
+  double scale, softcap;
+
+  i64 rows() const { return group * queries; }
+  // As many as there is memory for.
+  i64 held() const { return SQUARES && rows() > 16 ? quotient(rows(), 16) * 16 : rows(); }
+  i64 part() const {
+    i64 steps = quotient(length, STRETCH), parts = least(steps, quotient(PARTS, batch * heads));
+    return parts > 1 ? quotient(steps, parts) * STRETCH : length > 0 ? length : 1;
+  }
+  i64 parts() const { return length > 0 ? quotient(length, part()) : 1; }
+};
+
+// `from`, or where the LANES numbers from there on would go past `count`, a copy of what is there.
+template <class T>
+struct Some {
+  T copy[LANES];
+  const T* from;
+
+  Some(const T* given, i64 count) : from(given) {
+    if (count >= LANES) return;
+    std::memset(copy, 0, sizeof(copy));
+    std::memcpy(copy, given, count * sizeof(T));
+    from = copy;
+  }
+};
+
+template <class T>
+static inline f32 some(const void* from, i64 first, i64 count) {
+  return values(Some<T>((const T*)from + first, count).from);
+}
+
+// STEP numbers of a row, of which `count` are there, in 16 bits each: neighbours in the halves of a lane.
+static inline u32 neighbours(const std::uint16_t* from, i64 count) {
+  if (count >= STEP) return get<u32>(from);
+  u32 found{};
+  std::memcpy(&found, from, count * sizeof(*from));
+  return found;
+}
+static inline u32 neighbours(const bfloat16* from, i64 count) { return neighbours(&from->bits, count); }
+static inline u32 neighbours(const std::uint8_t* from, i64 count) {
+  typedef std::uint8_t bytes __attribute__((vector_size(2 * LANES)));
+  typedef std::uint16_t words __attribute__((vector_size(4 * LANES)));
+  bytes found{};
+  if (count >= STEP) found = get<bytes>(from);
+  else std::memcpy(&found, from, count);
+#if defined(__AVX512BW__)
+  return (u32)_mm512_cvtepu8_epi16((__m256i)found);  // compilers make two instructions and their joining
+#else
+  return (u32)__builtin_convertvector(found, words);
+#endif
+}
+
+// The bfloat16 of codes, or of numbers as they are; of 4-bit codes those of one half.
+template <int HALF>
+static inline u32 pair_of(u32 stored) {
+  if constexpr (PLAIN) {
+    return stored;
+  } else {
+    u32 codes = stored >> (4 * HALF);
+    if constexpr (HALVES > 1 && MASKED) codes &= 0x000f000fu;
+    return decode_pair(codes);
+  }
+}
+
+template <int HALF, class T>
+static inline f32 number_of(const T* from, i64 count) {
+  Some<T> there(from, count);
+  if constexpr (PLAIN) {
+    return values(there.from);
+  } else {
+    i32 codes = widen(load<u8>(there.from)) >> (4 * HALF);
+    if constexpr (HALVES > 1 && MASKED) codes &= 15;
+    return decode(codes);
+  }
+}
+
+// One row of keys.
+template <class T>
+static inline void decode_key(const T* row, i64 size, Element* to) {
+  const i64 columns = size / HALVES, half = padded(size) / HALVES;
+  for (i64 d = 0; d < columns; d += STEP) {
+    if constexpr (PAIRED) {
+      u32 stored = neighbours(row + d, columns - d);
+      each<HALVES>([&](auto h) { put(to + h * half + d, pair_of<h>(stored)); });
+    } else {
+      each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
+    }
+  }
+}
+
+// The rows of values of up to DEPTH positions as words; what is not there is that of code 0.
+template <class T>
+static inline void decode_value(const T* row, const T* next, i64 size, Word* to) {
+  const i64 columns = size / HALVES, half = padded(size) / HALVES;
+  for (i64 d = 0; d < columns; d += STEP) {
+    if constexpr (PAIRED) {
+      u32 first = neighbours(row + d, columns - d), second{};
+      if (next != nullptr) second = neighbours(next + d, columns - d);
+      u32 even = (first & 0xffffu) | second << 16, odd = first >> 16 | (second & 0xffff0000u);
+      each<HALVES>([&](auto h) {
+        put(to + h * half + d, pair_of<h>(even));
+        put(to + h * half + d + LANES, pair_of<h>(odd));
+      });
+    } else {
+      each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
+    }
+  }
+}
+
+template <class To, class From>
+static inline To converted(From x) {
+  if constexpr (std::is_same_v<To, From>) return x;
+  else return number(x);
+}
+
+// A row of queries as keys are decoded, with zeros where they have no column.
+static inline void arrange_query(const Query* row, i64 size, Element* to) {
+  const i64 columns = size / HALVES, half = padded(size) / HALVES;
+  std::memset(to, 0, sizeof(Element) * padded(size));
+  for (i64 h = 0; h < HALVES; ++h, row += columns, to += half) {
+    for (i64 d = 0; d < columns; ++d) to[d] = converted<Element>(row[d]);
+  }
+}
+
+// What a thread works with.
+struct Workspace {
+  Array<Element> queries, weights, keys;
+  Array<Word> words;
+  Array<float> scores;
+
+  explicit Workspace(const Attention& a)
+      : queries((SQUARES ? quotient(a.rows(), 16) * 16 : a.rows()) * padded(a.key.size)),
+        weights(a.held() * STRETCH), keys(KEYS * padded(a.key.size)),
+        words(UNIT / DEPTH * padded(a.value.size)), scores(a.rows() * STRETCH) {
+    if (SQUARES) std::memset(weights, 0, sizeof(Element) * a.held() * STRETCH);
+  }
+};
+
+// Whether rows are multiplied from where they lie.
+template <class To>
+static inline bool as_it_is(i64 size) {
+  return PLAIN && std::is_same_v<Stored, To> && size % STEP == 0;
+}
+
+// The products of a query and LANES keys.
+static inline f32 products(const Element* query, const Element* keys, i64 stride, i64 columns) {
+  f32 sum[LANES] = {};
+  for (i64 d = 0; d < columns; d += STEP) {
+    Vector q = get<Vector>(query + d);
+    each<LANES>([&](auto t) { sum[t] = dot(sum[t], get<Vector>(keys + t * stride + d), q); });
+  }
+  return sums_of(sum);
+}
+
+#if defined(__AMX_BF16__)
+// Tiles 0 and 1 are sums [16 positions, 16 rows], 2 and 7 keys of as many positions [16, 32 columns], 3 pairs of columns
+// of queries [16, 16 rows, 2]; 4 and 5 are outputs [up to 16 rows, 16 columns], 6 weights [rows, 32 positions], 3 and 7
+// then pairs of positions of values [16, 16 columns, 2].
+static void configure_tiles(i64 rows) {
+  struct alignas(64) {
+    std::uint8_t palette = 1, start = 0, reserved[14] = {};
+    std::uint16_t bytes[16] = {};
+    std::uint8_t rows[16] = {};
+  } shape;
+  for (int tile = 0; tile < 8; ++tile) {
+    shape.bytes[tile] = 64;
+    shape.rows[tile] = (std::uint8_t)(4 <= tile && tile <= 6 ? least(rows, 16) : 16);
+  }
+  asm volatile("" ::"r"(&shape) : "memory");  // all of it is read
+  _tile_loadconfig(&shape);
+}
+
+// Rows of queries as tiles: [rows / 16, columns / 32, 16 pairs of columns, 16 rows].
+static void arrange_squares(i64 row, i64 columns, const Element* query, Element* to) {
+  std::uint32_t* tiles = (std::uint32_t*)to + row / 16 * (columns / 2) * 16 + row % 16;
+  for (i64 pair = 0; pair < columns / 2; ++pair) std::memcpy(tiles + pair * 16, query + 2 * pair, 4);
+}
+
+// scores [row + 0 to 3, 16] = sums [16, row + 0 to 3]
+static inline void turn(const float (*sums)[16], float* scores, i64 rows) {
+  __m512 x[4], y[4];
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_castps128_ps512(_mm_loadu_ps(sums[i]));
+    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 4]), 1);
+    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 8]), 2);
+    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 12]), 3);
+  }
+  for (int i = 0; i < 2; ++i) {
+    y[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+    y[i + 2] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+  }
+  for (int i = 0; i < 4 && i < rows; ++i) {
+    __m512d low = (__m512d)y[i / 2 * 2], high = (__m512d)y[i / 2 * 2 + 1];
+    put(scores + i * STRETCH, i % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
+  }
+}
+
+// Products of all rows and 32 keys.
+static void multiply_squares(
+    const Element* queries, i64 rows, const Element* keys, i64 stride, i64 columns, float* scores) {
+  alignas(64) float sums[32][16];
+  for (i64 r = 0; r < rows; r += 16, queries += 16 * columns) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (i64 d = 0; d < columns; d += 32) {
+      _tile_loadd(3, queries + d * 16, 64);
+      _tile_loadd(2, keys + d, 2 * stride);
+      _tile_dpbf16ps(0, 2, 3);
+      _tile_loadd(7, keys + 16 * stride + d, 2 * stride);
+      _tile_dpbf16ps(1, 7, 3);
+    }
+    asm volatile("" ::"r"(sums) : "memory");
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[16], 64);
+    asm volatile("" ::"r"(sums) : "memory");
+    for (i64 quad = r; quad < least(r + 16, rows); quad += 4) {
+      for (i64 t = 0; t < 32; t += 16) {
+        turn((const float (*)[16])(sums[t] + quad % 16), scores + quad * STRETCH + t, rows - quad);
+      }
+    }
+  }
+}
+
+// output [held rows, columns] += weights times words of `count` positions, a multiple of 32.
+static void add_squares(const Element* weights, i64 rows, const Word* words, i64 count, i64 columns, float* output) {
+  asm volatile("" ::"r"(weights), "r"(words), "r"(output) : "memory");
+  for (i64 r = 0; r < rows; r += 16, weights += 16 * STRETCH, output += 16 * columns) {
+    for (i64 d = 0; d < columns; d += 32) {
+      _tile_loadd(4, output + d, 4 * columns);
+      _tile_loadd(5, output + d + 16, 4 * columns);
+      for (i64 t = 0; t < count; t += 32) {
+        _tile_loadd(6, weights + t, 2 * STRETCH);
+        _tile_loadd(3, words + t / 2 * columns + d, 4 * columns);
+        _tile_dpbf16ps(4, 6, 3);
+        _tile_loadd(7, words + t / 2 * columns + d + 16, 4 * columns);
+        _tile_dpbf16ps(5, 6, 7);
+      }
+      _tile_stored(4, output + d, 4 * columns);
+      _tile_stored(5, output + d + 16, 4 * columns);
+    }
+  }
+  asm volatile("" ::: "memory");
+}
+#endif
+
+// Products of all rows and `count` keys from position `first` on: scores [rows, STRETCH].
+static void multiply_keys(const Attention& a, const Workspace& w, const Strip& keys, i64 first, i64 count) {
+  const i64 columns = padded(keys.size);
+  for (i64 t = 0; t < count; t += KEYS) {
+    const Element* here = w.keys;
+    i64 stride = columns;
+    if (as_it_is<Element>(keys.size) && t + KEYS <= count) {
+      here = (const Element*)keys.row(first + t);
+      stride = keys.stride;
+    } else {
+      i64 end = least(KEYS, count - t);
+      for (i64 i = 0; i < end; ++i) decode_key(keys.row(first + t + i), keys.size, w.keys + i * columns);
+    }
+#if defined(__AMX_BF16__)
+    if constexpr (SQUARES) {
+      asm volatile("" ::"r"(here) : "memory");
+      multiply_squares(w.queries, a.rows(), here, stride, columns, w.scores + t);
+      continue;
+    }
+#endif
+    for (i64 r = 0; r < a.rows(); ++r) {
+      put(w.scores + r * STRETCH + t, products(w.queries + r * columns, here, stride, columns));
+    }
+  }
+}
+
+static inline f32 add_mask(const Attention& a, f32 scores, i64 at, i64 count) {
+  const float lowest = -__builtin_inff();
+  switch (a.mask_kind) {
+    case BOOLEAN: return where(some<std::uint8_t>(a.mask, at, count) == 0.0f, lowest, scores);
+    case FLOAT32: return scores + some<float>(a.mask, at, count);
+    case BFLOAT16: return scores + some<bfloat16>(a.mask, at, count);
+    case FLOAT16: return scores + some<float16>(a.mask, at, count);
+  }
+  return scores;
+}
+
+static inline f32 scales(const Strip& strip, i64 at, i64 count) {
+  if constexpr (PLAIN) return everywhere(1.0f);
+  return strip.scale_stride == 0 ? everywhere(*strip.scale) : some<float>(strip.scale, at, count);
+}
+
+// Scores of a row to weights: the greatest so far and the sum of weights move on.
+static inline void soften(const Attention& a, const Workspace& w, const Strip& keys, const Strip& values, i64 row,
+                          i64 mask, i64 first, i64 count, float* output, float* top, float* total) {
+  float* scores = w.scores + row * STRETCH;
+  i32 lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  f32 tops = everywhere(*top);
+  for (i64 t = 0; t < count; t += LANES) {
+    f32 s = load<f32>(scores + t) * scales(keys, first + t, count - t) * (float)a.scale;
+    if (a.softcap != 0) s = (float)a.softcap * tanh_of(s / (float)a.softcap);
+    s = add_mask(a, s, mask + first + t, count - t);
+    s = where(lane < (std::int32_t)(count - t), s, everywhere(-__builtin_inff()));
+    put(scores + t, s);
+    tops = where(s > tops, s, tops);
+  }
+  const float higher = highest(tops), base = higher == -__builtin_inff() ? 0.0f : higher;
+  const float rescale = exp_of(*top - base);
+  f32 sum{};
+  for (i64 t = 0; t < count; t += LANES) {
+    f32 weight = exp_of(load<f32>(scores + t) - base);
+    sum += weight;
+    store(w.weights + row * STRETCH + t, weight * scales(values, first + t, count - t), LANES);
+  }
+  *total = *total * rescale + sum_of(sum);
+  *top = higher;
+  if (rescale == 1.0f) return;
+  for (i64 d = 0; d < padded(values.size); d += LANES) put(output + d, load<f32>(output + d) * rescale);
+}
+
+// output [ROWS, VECTORS * LANES] += weights times words, of `count` positions.
+template <int ROWS, int VECTORS>
+[[gnu::flatten]] static void add_tile(
+    const Element* weights, const Word* words, i64 stride, i64 count, i64 columns, float* output) {
+  f32 sum[ROWS][VECTORS];
+  each<ROWS>([&](auto r) {
+    each<VECTORS>([&](auto v) { sum[r][v] = load<f32>(output + r * columns + v * LANES); });
+  });
+  for (i64 t = 0; t < count; t += DEPTH, words += stride) {
+    Vector value[VECTORS];
+    each<VECTORS>([&](auto v) { value[v] = get<Vector>(words + v * LANES); });
+    each<ROWS>([&](auto r) {
+      Vector weight = everywhere(get<Word>(weights + r * STRETCH + t));
+      each<VECTORS>([&](auto v) { sum[r][v] = dot(sum[r][v], value[v], weight); });
+    });
+  }
+  each<ROWS>([&](auto r) {
+    each<VECTORS>([&](auto v) { put(output + r * columns + v * LANES, sum[r][v]); });
+  });
+}
+
+template <int ROWS>
+static void add_rows(const Element* weights, const Word* words, i64 stride, i64 count, i64 columns, float* output) {
+  constexpr int VECTORS = LANES == 16 ? 4 : 2;
+  i64 d = 0;
+  for (; d + VECTORS * LANES <= columns; d += VECTORS * LANES) {
+    add_tile<ROWS, VECTORS>(weights, words + d, stride, count, columns, output + d);
+  }
+  for (; d < columns; d += LANES) add_tile<ROWS, 1>(weights, words + d, stride, count, columns, output + d);
+}
+
+// output [rows, columns] += weights [rows, STRETCH] times the values of `count` positions from `first` on.
+static void add_values(
+    const Attention& a, const Workspace& w, const Strip& values, i64 first, i64 count, float* output) {
+  const i64 columns = padded(values.size);
+  for (i64 t = 0; t < count; t += UNIT) {
+    const i64 end = least(UNIT, count - t);
+    const Word* words = w.words;
+    i64 stride = columns;
+    if (as_it_is<Word>(values.size)) {
+      words = (const Word*)values.row(first + t);
+      stride = values.stride;
+    } else {
+      for (i64 i = 0; i < end; i += DEPTH) {
+        const Stored* next = i + 1 < end ? values.row(first + t + i + 1) : nullptr;
+        decode_value(values.row(first + t + i), next, values.size, w.words + i / DEPTH * columns);
+      }
+    }
+#if defined(__AMX_BF16__)
+    if constexpr (SQUARES) {
+      const i64 there = quotient(end, DEPTH), whole = quotient(end, 32) * 32 / DEPTH;
+      std::memset(w.words + there * columns, 0, sizeof(Word) * (whole - there) * columns);
+      add_squares(w.weights + t, a.rows(), words, whole * DEPTH, columns, output);
+      continue;
+    }
+#endif
+    i64 r = 0;
+    auto rows_of = [&](auto rows) {
+      add_rows<rows>(w.weights + r * STRETCH + t, words, stride, end, columns, output + r * columns);
+      r += rows;
+    };
+    while (a.rows() - r >= 4) rows_of(std::integral_constant<int, 4>());
+    while (a.rows() - r >= 2) rows_of(std::integral_constant<int, 2>());
+    if (r < a.rows()) rows_of(std::integral_constant<int, 1>());
+  }
+}
+
+// What a part gives: output [rows, columns], then the top and the total of each row.
+static inline i64 partial_size(const Attention& a) { return a.held() * padded(a.value.size) + 2 * a.rows(); }
+
+static void attend(const Attention& a, const Workspace& w, i64 pair, i64 begin, i64 end, float* partial) {
+  const i64 rows = a.rows(), b = pair / a.heads, h = pair % a.heads;
+  const Strip keys = a.key.strip(b, h), values = a.value.strip(b, h);
+  const i64 columns = padded(keys.size), out = padded(values.size);
+  float *top = partial + a.held() * out, *total = top + rows;
+  std::memset(partial, 0, sizeof(float) * partial_size(a));
+  for (i64 r = 0; r < rows; ++r) {
+    const Query* query = a.query + (pair * rows + r) * keys.size;
+#if defined(__AMX_BF16__)
+    if constexpr (SQUARES) {
+      arrange_query(query, keys.size, w.keys);
+      arrange_squares(r, columns, w.keys, w.queries);
+    } else
+#endif
+    arrange_query(query, keys.size, w.queries + r * columns);
+    top[r] = -__builtin_inff();
+  }
+  for (i64 first = begin; first < end; first += STRETCH) {
+    const i64 count = least(STRETCH, end - first);
+    multiply_keys(a, w, keys, first, count);
+    for (i64 r = 0; r < rows; ++r) {
+      i64 head = h * a.group + r / a.queries;
+      i64 mask = b * a.mask_batch + head * a.mask_head + r % a.queries * a.mask_query;
+      soften(a, w, keys, values, r, mask, first, count, partial + r * out, top + r, total + r);
+    }
+    add_values(a, w, values, first, count, partial);
+  }
+}
+
+// The parts of a head of keys, in their order, to y.
+static void combine(const Attention& a, i64 pair, const float* partials) {
+  const i64 rows = a.rows(), out = padded(a.value.size), size = partial_size(a), parts = a.parts();
+  const i64 columns = a.value.size / HALVES, half = out / HALVES;
+  partials += pair * parts * size;
+  Array<float> scale(parts);
+  for (i64 r = 0; r < rows; ++r) {
+    const float *output = partials + r * out, *top = partials + a.held() * out + r, *sum = top + rows;
+    float higher = -__builtin_inff(), total = 0;
+    for (i64 p = 0; p < parts; ++p) higher = top[p * size] > higher ? top[p * size] : higher;
+    const float base = higher == -__builtin_inff() ? 0.0f : higher;
+    for (i64 p = 0; p < parts; ++p) {
+      scale[p] = exp_of(top[p * size] - base);
+      total += scale[p] * sum[p * size];
+    }
+    auto result = [&](i64 column) {
+      f32 y{};
+      for (i64 p = 0; p < parts; ++p) y += load<f32>(output + p * size + column) * scale[p];
+      return y / (total == 0 ? 1.0f : total);
+    };
+    Query* y = a.y + (pair * rows + r) * a.value.size;
+    for (i64 h = 0; h < HALVES; ++h, y += columns) {
+      for (i64 d = 0; d < columns; d += STEP) {
+        if constexpr (PAIRED) {
+          u32 both = to_bfloat16(result(h * half + d)) | to_bfloat16(result(h * half + d + LANES)) << 16;
+          std::memcpy(y + d, &both, sizeof(Query) * least(STEP, columns - d));
+        } else {
+          store(y + d, result(h * half + d), columns - d);
+        }
+      }
+    }
+  }
+}
+
+// Whether the operating system lets this process use what the kernel needs: 0 if so.
+extern "C" int prepare() {
+#if defined(__AMX_BF16__)
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return (int)syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+#else
+  return 0;
+#endif
+}
+
+extern "C" void attention(const Attention* given, int threads) {
+  const Attention& a = *given;
+  const i64 pairs = a.batch * a.heads, parts = a.parts(), part = a.part(), size = partial_size(a);
+  Array<float> partials(pairs * parts * size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Workspace w(a);
+#if defined(__AMX_BF16__)
+    if (SQUARES) configure_tiles(a.rows());
+#endif
+#pragma omp for schedule(static)
+    for (i64 task = 0; task < pairs * parts; ++task) {
+      i64 begin = task % parts * part;
+      attend(a, w, task / parts, begin, least(begin + part, a.length), partials + task * size);
+    }
+#pragma omp for schedule(static)
+    for (i64 pair = 0; pair < pairs; ++pair) combine(a, pair, partials);
+#if defined(__AMX_BF16__)
+    if (SQUARES) _tile_release();
+#endif
+  }
+}

@@ -1,0 +1,127 @@
+"""Generated C++ kernels of attention over a cache, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.cpp_attention import CppAttentionSpec
+from qcompile.runtime import cpp
+
+_MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+
+NUMBERS_PER_THREAD = 1 << 16
+"""Numbers of a cache: fewer are read sooner than another thread starts."""
+
+
+class _Half(ctypes.Structure):
+    """The template's struct of the same name."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "head", "position")),
+        *((name, ctypes.c_int64) for name in ("scale_batch", "scale_head", "scale_position", "size")),
+    )
+
+
+class _Attention(ctypes.Structure):
+    """The template's struct of the same name."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("key", _Half),
+        ("value", _Half),
+        ("mask", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_query")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "length")),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    )
+
+
+def _half(codes: Tensor, scale: Tensor | None, size: int) -> _Half:
+    """Codes [B, H, T, width], neighbours in a row next to each other, and their scale [], [H] or [B, H, T]."""
+    strides, address = (0, 0, 0), None
+    if scale is not None:
+        address, given = scale.data_ptr(), scale.stride()
+        strides = given if len(given) == 3 else (0, given[0] if given else 0, 0)
+    return _Half(codes.data_ptr(), address, *codes.stride()[:3], *strides, size)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+class AttentionKernel:
+    """The function of a loaded library.
+
+    Raises:
+        OSError: it cannot be loaded, or the operating system keeps its instructions from this process.
+    """
+
+    def __init__(self, spec: CppAttentionSpec, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        if library.prepare() != 0:
+            raise OSError(f"the operating system does not permit {spec.isa}")
+        self.spec = spec
+        self.attention = library.attention
+        self.attention.argtypes = (ctypes.POINTER(_Attention), ctypes.c_int)
+        self.attention.restype = None
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: tuple[Tensor, Tensor | None, int],
+        value: tuple[Tensor, Tensor | None, int],
+        mask: Tensor | None,
+        length: int,
+        scale: float,
+        softcap: float,
+    ) -> Tensor:
+        """softmax(query key^T) value, as `qcompile.attention.reference` has it: [B, Hq, Q, Dv] of query's dtype.
+
+        Args:
+            query: [B, Hq, Q, D], of the spec's dtype.
+            key, value: codes or numbers [B, H, T, width], their scale, and their size.
+            mask: broadcast to [B, Hq, Q, T].
+            length: positions that are attended to, at most T.
+        """
+        codes, key_scale, key_size = key
+        batch, heads, context, _ = codes.shape
+        query, codes, value_codes = query.contiguous(), _rows(codes), _rows(value[0])
+        y = query.new_empty((*query.shape[:3], value[2]))
+        masks = [None, 0, 0, 0, 0]
+        if mask is not None:
+            mask = mask if mask.dtype in _MASKS else mask.to(torch.float32)
+            mask = _rows(mask.expand(*query.shape[:3], context))
+            masks = [mask.data_ptr(), _MASKS[mask.dtype], *mask.stride()[:3]]
+        given = _Attention(
+            query.data_ptr(),
+            y.data_ptr(),
+            _half(codes, key_scale, key_size),
+            _half(value_codes, *value[1:]),
+            *masks,
+            batch,
+            heads,
+            query.shape[1] // heads,
+            query.shape[2],
+            length,
+            scale,
+            softcap,
+        )
+        if y.numel():
+            numbers = batch * heads * length * (key_size + value[2])
+            self.attention(given, max(1, min(torch.get_num_threads(), numbers // NUMBERS_PER_THREAD)))
+        return y
+
+
+@functools.cache
+def load(spec: CppAttentionSpec) -> AttentionKernel | None:
+    """The kernel of a spec; see `cpp.open_library`."""
+    return cpp.open_library(spec, AttentionKernel, f"attention over {spec.number}, torch attends instead")
