@@ -71,9 +71,7 @@ def tile_of(
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or integers) else 64 if nvidia else 32
-    if sequences and not nvidia:
-        block = 16
+    block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or integers) else 64 if nvidia else 16
     if size > 128:
         block = 32 if nvidia and not wide and rows <= 32 else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
@@ -105,8 +103,9 @@ def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype, gro
         return AttentionTile(context=block, split=1, warps=8, stages=2, rows=min(least, most))
     # Where matrix units take operands from registers only, decoded keys and values are there as well.
     if grouped:
-        most = 64 if target in _WARP_GROUPS else 32
-        return AttentionTile(context=32, split=1, warps=4, stages=2, rows=min(least, most))
+        most = 64 if target == "sm_90" else 32
+        block = 16 if target in _WARP_GROUPS and target != "sm_90" else 32
+        return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
     if size > 128 or target not in _WARP_GROUPS:
         return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
     held = min(least, 128)
