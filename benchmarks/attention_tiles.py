@@ -19,7 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qcompile.codegen.attention_spec import AttentionKernelSpec, AttentionTile, Reach, attention_kernel_spec
+from qcompile.codegen.attention_spec import (
+    AttentionKernelSpec,
+    AttentionTile,
+    Reach,
+    attention_kernel_spec,
+    has_integers,
+)
 from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.evaluate.timing import copies, microseconds
 from qcompile.kv_cache import AttentionSpec, KVSpec, parse_kv_cache, quantize
@@ -118,7 +124,9 @@ def main() -> None:
             break
         query = torch.randn(batch, HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
         cold = copies(DEVICE, *tensors_of(spec, batch, context))
-        chosen = attention_gpu.tile_of(batch * HEADS, context, SIZE, GROUP, target)
+        chosen = attention_gpu.tile_of(
+            batch * HEADS, context, SIZE, GROUP, target, integers=has_integers(spec.scheme.format)
+        )
         times = {}
         for kernel in found:
             if not notes[kernel]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
+from qcompile.formats import IntegerFormat
 from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
 
 ATTENTION_TEMPLATE = "attention_decode"
@@ -173,6 +174,11 @@ def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
 def has_number(fmt: KVFormat) -> bool:
     """Whether the template decodes a format."""
     return isinstance(fmt, NumberFormat)
+
+
+def has_integers(fmt: KVFormat) -> bool:
+    """Whether codes are integers."""
+    return isinstance(fmt, NumberFormat) and isinstance(fmt.number, IntegerFormat)
 
 
 def attention_kernel_spec(

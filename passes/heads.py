@@ -149,6 +149,12 @@ class Causal:
     window: int
 
 
+def _is_single(node: fx.Node) -> bool:
+    """Whether a node is a tensor of one element."""
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
 def _range(node: Any) -> tuple[int, fx.Node | None, int] | None:
     """(n, a, b) if a node's elements are 0 to n - 1, plus a, a tensor of one element or None, plus b, a number."""
     offset, number = None, 0
@@ -160,7 +166,7 @@ def _range(node: Any) -> tuple[int, fx.Node | None, int] | None:
             added = node.args[1]
             if isinstance(added, int):
                 number += added
-            elif offset is None and isinstance(example(added), torch.Tensor) and example(added).numel() == 1:
+            elif offset is None and isinstance(added, fx.Node) and _is_single(added):
                 offset = added
             else:
                 return None

@@ -19,6 +19,7 @@ from qcompile.codegen.attention_spec import (
     AttentionTile,
     Reach,
     attention_kernel_spec,
+    has_integers,
     has_number,
     plain_kernel_spec,
 )
@@ -55,7 +56,7 @@ def tile_of(
     target: str,
     x_dtype: torch.dtype = torch.bfloat16,
     sequences: int = 0,
-    compact: bool = False,
+    integers: bool = False,
 ) -> AttentionTile:
     """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
@@ -64,20 +65,21 @@ def tile_of(
         size: of a key or a value, whichever is greater.
         rows: queries of a program.
         sequences: how many, if their lengths differ; else 0.
-        compact: whether vectors have several scales, or offsets, which need registers too.
+        integers: whether codes are integers, whose decoding and scales take registers too: smaller blocks, and more
+            programs beside each other.
     """
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or compact) else 64 if nvidia else 32
-    if sequences and not nvidia:
-        block = 16
+    block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or integers) else 64 if nvidia else 16
     if size > 128:
         block = 32 if nvidia and not wide and rows <= 32 else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
-    enough, split = device_of(target).processors, 1
+    enough, split = device_of(target).processors * (2 if integers else 1), 1
     if sequences:  # of all of them together; each may take one more
-        wanted = max(1, min(2 * enough * sequences // pairs, sequences * (context // (4 * block))))
+        wanted = max(
+            1, min(2 * device_of(target).processors * sequences // pairs, sequences * (context // (4 * block)))
+        )
         split = 1 << (wanted.bit_length() - 1)
         return AttentionTile(context=block, split=split, warps=warps, stages=3)
     while split < _MOST_SPLITS and 2 * split * pairs <= enough and 4 * split * block <= context:
@@ -101,8 +103,9 @@ def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype, gro
         return AttentionTile(context=block, split=1, warps=8, stages=2, rows=min(least, most))
     # Where matrix units take operands from registers only, decoded keys and values are there as well.
     if grouped:
-        most = 64 if target in _WARP_GROUPS else 32
-        return AttentionTile(context=32, split=1, warps=4, stages=2, rows=min(least, most))
+        most = 64 if target == "sm_90" else 32
+        block = 16 if target in _WARP_GROUPS and target != "sm_90" else 32
+        return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
     if size > 128 or target not in _WARP_GROUPS:
         return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
     held = min(least, 128)
@@ -143,7 +146,9 @@ def choose(
     """The kernel for a shape."""
     size = max(spec.key.head_dim, spec.value.head_dim)
     sequences = batch if reach.sequences else 0
-    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype, sequences, spec.scheme.compact)
+    tile = tile_of(
+        batch * heads, context, size, group * queries, target, x_dtype, sequences, has_integers(spec.scheme.format)
+    )
     return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
 
 

@@ -184,6 +184,12 @@ def on_cpu(given_: Problem) -> Tensor:
     return attention_cpu.in_stretches(given_.query, part, mask, given_.spec)
 
 
+def operator(given_: Problem) -> Tensor:
+    spec = given_.spec.encode()
+    y: Tensor = torch.ops.qcompile.attention(given_.query, given_.cache, given_.mask, given_.length, spec)
+    return y
+
+
 def in_plain_torch(given_: Problem) -> Tensor:
     return reference(given_.query, given_.cache, given_.mask, given_.length, given_.spec.encode())
 
@@ -263,7 +269,7 @@ def test_rotated_vectors_give_what_their_numbers_give() -> None:
     scheme = replace(given_.spec.scheme, rotate=True)
     halves = {name: KVSpec(scheme=scheme, head_dim=24) for name in ("key", "value")}
     given_ = replace(given_, spec=replace(given_.spec, **halves))
-    one, two = on_cpu(given_), in_plain_torch(given_)
+    one, two = operator(given_), in_plain_torch(given_)
     magnitude = oracle.kv_values(given_.cache[2], given_.cache[3], "int8", 24).abs().amax() * torch.ones_like(two)
     tolerance.assert_within(one, two, tolerance.float_bound(two, 8 * 50, torch.float32, magnitude * 24))
 
@@ -348,6 +354,7 @@ def test_what_positions_say_needs_no_mask(queries: int) -> None:
     tile = replace(SMALL, rows=32 if queries > 8 else 0)
     for one, two in (
         (on_cpu(given_), on_cpu(other)),
+        (operator(given_), operator(other)),
         (given_.interpret("sm_90", tile), other.interpret("sm_90", tile)),
     ):
         tolerance.assert_within(one, two, tolerance.float_bound(two, 8 * 100, torch.float32, two.abs() + 4))
@@ -421,7 +428,7 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         kernels.append(bare.kernel(target, attention_gpu.prefill_tile_of(4096, size, target, torch.bfloat16)))
     rich = problem("int4", heads=8, group=4, size=128, mask="none", causal=True, shared=32, symmetric=False)
     rich = replace(rich, query=rich.query.to(torch.bfloat16))
-    kernels.append(rich.kernel(target, attention_gpu.tile_of(8, 16384, 128, 4, target, torch.bfloat16, compact=True)))
+    kernels.append(rich.kernel(target, attention_gpu.tile_of(8, 16384, 128, 4, target, torch.bfloat16, integers=True)))
     kernels.append(rich.kernel(target, attention_gpu.prefill_tile_of(4096, 128, target, torch.bfloat16, grouped=True)))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
