@@ -19,14 +19,14 @@ Linears of the layers are quantized, the output head only with `--head`. The cac
     reduce-overhead   `torch.compile(mode="reduce-overhead")` in a Python loop: what a user gets
     default           `torch.compile` in a Python loop
 
-`step_us` is the mean over the tokens. A row says `lengths`, prompt + tokens, where they are not 128 + 128. `ms` is the
-median of reading a prompt of `--prefill` tokens, compiled, into an empty cache, up to its last logits. `compile_s` are
-the seconds of the first call of what `torch.compile` returns; with `--warm` a second process, which finds the caches of
-the first, compiles the first batch and mode again: `warm_compile_s`. `error` is
-|y - y'| / |y'| (Frobenius) between compiled logits and those of the same modules run eagerly on the same tokens, and
-`same` the share of equal argmaxes; a row of ours whose error exceeds `logits_bound` is not kept. `peak_gb` counts from
-the built model on; `build_gb` is the peak of building it. `kernels` lists what the GPU ran in one step, or for one
-prompt, by time; `linear_us` sums those that multiply by weights.
+`step_us` is the mean over the tokens. A row says `lengths`, prompt + tokens, where they are not 128 + 128; of a prompt
+the first 2,048 tokens are read, and keys and values of the rest drawn. `ms` is the median of reading a prompt of
+`--prefill` tokens, compiled, into an empty cache, up to its last logits. `compile_s` are the seconds of the first call
+of what `torch.compile` returns; with `--warm` a second process, which finds the caches of the first, compiles the first
+batch and mode again: `warm_compile_s`. `error` is |y - y'| / |y'| (Frobenius) between compiled logits and those of the
+same modules run eagerly on the same tokens, and `same` the share of equal argmaxes; a row of ours whose error exceeds
+`logits_bound` is not kept. `peak_gb` counts from the built model on; `build_gb` is the peak of building it. `kernels`
+lists what the GPU ran in one step, or for one prompt, by time; `linear_us` sums those that multiply by weights.
 """
 
 from __future__ import annotations

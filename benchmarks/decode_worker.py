@@ -122,6 +122,10 @@ def bytes_a_step(model: nn.Module) -> int:
 # ---- decoding
 
 
+READ = 2048
+"""Tokens of a prompt that are read."""
+
+
 @dataclass
 class Prompted:
     """A model with a cache that holds a prompt.
@@ -138,7 +142,7 @@ class Prompted:
     @classmethod
     @torch.no_grad()
     def start(cls, model: Any, batch: int, prompt: int, length: int, kv: str | None, device: str) -> Prompted:
-        """Read a random prompt eagerly into a cache for `length` tokens."""
+        """Read a random prompt eagerly into a cache for `length` tokens; of a long one keys and values are drawn."""
         from transformers import StaticCache
 
         if kv is None:
@@ -149,7 +153,11 @@ class Prompted:
             cache = qcompile.TransformersCache(model, kv, max_cache_len=length)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (batch, prompt), generator=generator).to(device)
-        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(input_ids=ids[:, :READ], past_key_values=cache, logits_to_keep=1).logits
+        for layer in cache.layers:
+            for begin in range(READ, prompt, READ):
+                size = model.config.num_key_value_heads, min(READ, prompt - begin), model.config.head_dim
+                layer.update(*torch.randn(2, batch, *size, device=device, dtype=logits.dtype))
         return cls(model, cache, prompt, logits[:, -1].argmax(-1, keepdim=True))
 
     def rewind(self) -> None:
