@@ -30,10 +30,12 @@ _library.define("attention_gpu(Tensor query, Tensor[] cache, Tensor? mask, Tenso
 _library.define(
     "attention_plain_gpu(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
 )
-_library.define("attention_cpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
-_library.define(
-    "attention_plain_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
-)
+for _name in ("attention_cpu", "attention_any"):
+    _library.define(f"{_name}(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor")
+for _name in ("attention_plain_cpu", "attention_plain_any"):
+    _library.define(
+        f"{_name}(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
+    )
 
 
 def _store_kv(codes: Tensor, scale: Tensor, x: Tensor, position: Tensor, spec: str) -> None:
@@ -160,15 +162,17 @@ def combined_mask(query: Tensor, context: int, mask: Tensor | None, length: Tens
     return mask.masked_fill(~inside, -torch.inf)
 
 
-def _attention_cpu(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str) -> Tensor:
+def _attention_any(query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str) -> Tensor:
+    """`attention_cpu` until the operator of C++ is there, and then for what that has no kernel for."""
     from qcompile.runtime import attention_cpu
 
     return attention_cpu.attention(query, cache, mask, length, decode_attention_spec(spec))
 
 
-def _attention_plain_cpu(
+def _attention_plain_any(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
 ) -> Tensor:
+    """What `_attention_any` is, for `attention_plain_cpu`."""
     from qcompile.runtime import attention_cpu
 
     return attention_cpu.attention_plain(query, key, value, mask, length, scale)
@@ -192,8 +196,11 @@ _library.impl("store_kv", _store_kv, "CompositeImplicitAutograd")
 _library.impl("dequantize_kv", _dequantize_kv, "CompositeImplicitAutograd")
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
 _library.impl("attention_plain", _attention_plain, "CompositeImplicitAutograd")
-_library.impl("attention_cpu", _attention_cpu, "CPU")
-_library.impl("attention_plain_cpu", _attention_plain_cpu, "CPU")
+# C++ registers these two for CPUs: runtime/cpu_operators.py.
+_library.impl("attention_cpu", _attention_any, "CompositeExplicitAutograd")
+_library.impl("attention_plain_cpu", _attention_plain_any, "CompositeExplicitAutograd")
+_library.impl("attention_any", _attention_any, "CPU")
+_library.impl("attention_plain_any", _attention_plain_any, "CPU")
 _library.impl("attention_gpu", _attention_gpu, "CUDA")
 _library.impl("attention_plain_gpu", _attention_plain_gpu, "CUDA")
 

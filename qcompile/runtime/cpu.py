@@ -192,7 +192,7 @@ class _Linear:
         if found is not None:
             places = dict(self.indices)
             indices = [places.get(name, -1) for name, *_ in cpp.Weight._fields_[:6]]
-            cpu_operators.add(spec, dtype, found, rows, self.threads, self.weight(None), indices)
+            cpu_operators.add_linear(spec, dtype, found, rows, self.threads, self.weight(None), indices)
 
     @property
     def threads(self) -> int:
