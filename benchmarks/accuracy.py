@@ -48,6 +48,13 @@ INT8_STATIC = {
     "activation": {"format": "int8", "dynamic": False},
 }
 
+ONLINE = {"name": "hadamard", "online": True}
+GROUPS_4 = {
+    "weight": {"format": "int4", "group_size": 64},
+    "activation": {"format": "int4", "symmetric": False, "group_size": 64},
+}
+"""4 bits on both sides, scales of groups, and zero points of the activations."""
+
 ROWS: dict[str, Any] = {
     "float32": None,
     "int8 (W8A8, dynamic)": "int8",
@@ -76,6 +83,13 @@ ROWS: dict[str, Any] = {
     "int3 GPTQ": {"preset": "int3", "method": "gptq"},
     "int2 RTN": "int2",
     "int2 GPTQ": {"preset": "int2", "method": "gptq"},
+    "int4 x int4 RTN": "int4_int4",
+    "int4 x int4, Hadamard": {"preset": "int4_int4", "method": "hadamard"},
+    "int4 x int4, Hadamard online": {"preset": "int4_int4", "method": ONLINE},
+    "int4 x int4, GPTQ": {"preset": "int4_int4", "method": "gptq"},
+    "int4 x int4, Hadamard online + GPTQ": {"preset": "int4_int4", "method": [ONLINE, "gptq"]},
+    "int4 x int4, groups, RTN": GROUPS_4,
+    "int4 x int4, groups, Hadamard online + GPTQ": {**GROUPS_4, "method": [ONLINE, "gptq"]},
     "nf4 RTN": "nf4",
     "nf4 GPTQ": {"preset": "nf4", "method": "gptq"},
     "int4, groups of 32, RTN": INT4_32,

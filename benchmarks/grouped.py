@@ -37,7 +37,7 @@ from qcompile.scheme import Scheme
 from qcompile.stacks import expert
 
 TOKENS = "1,16,64,256,1024"
-SCHEMES = "int4,fp8,mxfp4"
+SCHEMES = "int4,fp8,fp8_block,int8,mxfp4"
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, grouped_tile, scales_of
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -129,7 +129,7 @@ def bytes_out(spec: KernelSpec) -> float:
 
 def _instructions(spec: KernelSpec) -> float:
     """Instructions a weight in a turn of the loop, as counted in machine code of sm_90."""
-    if spec.template == "gemm_rows8":
+    if spec.in_rows:
         return 0.7
     fmt = FORMATS[spec.weight]
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
@@ -150,7 +150,7 @@ def resident(spec: KernelSpec, device: Device) -> int:
 
 
 def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
-    """The model's time of a kernel for M = `m`, or of one expert of a stack.
+    """The model's time of a kernel for M = `m`, or as many rows of each expert of a stack.
 
     On a device of the kernel's target, unless another is named.
 
@@ -160,7 +160,7 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     device, tile = device or device_of(spec.target), spec.tile
     given = (
         m,
-        spec.n,
+        stacked_rows(spec, m),
         spec.k,
         spec.stored_bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
         _BYTES.get(spec.x_dtype, 1),
@@ -186,6 +186,13 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     )
 
 
+def stacked_rows(spec: KernelSpec, m: int) -> int:
+    """Rows of the weight; of a stack those of all experts, or of a quarter if M is 1: few have a row then."""
+    if not isinstance(spec, GroupedSpec):
+        return spec.n
+    return spec.n * (spec.experts if m > 1 else -(-spec.experts // 4))
+
+
 def shared_bytes(spec: KernelSpec) -> int:
     """Shared memory of the pipeline's stages, from above.
 
@@ -209,9 +216,7 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
 
     After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
     """
-    tiles = _rows8_tiles(like, m) if like.template == "gemm_rows8" else _fragment_tiles(like, m)
-    if isinstance(like, GroupedSpec):
-        tiles = [tile for tile in tiles if tile == grouped_tile(tile)]
+    tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m)
     return [replace(like, tile=tile) for tile in tiles]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import sympy
 
-from qcompile.codegen.cost_model import Device, bytes_out, device_of, seconds
+from qcompile.codegen.cost_model import Device, bytes_out, device_of, seconds, stacked_rows
 from qcompile.codegen.spec import KernelSpec
 from qcompile.scheme import SCALE_DTYPES
 
@@ -44,12 +44,16 @@ def _roofline(moved: sympy.Expr, share: float, factor: int) -> sympy.Expr:
 
 
 _PLAIN_MM = _roofline(2 * _N * _K + 2 * _M * _K + _M * _N * _Y, 0.78, 1)
+_GROUPED_MM = _roofline(2 * _N * _K + 2 * _M * _K + _M * _N * _Y, 0.48, 1)
 EXPRESSIONS: dict[str, sympy.Expr] = {
     "scaled_mm": 2 * _PASS + _roofline(_N * _K + _M * _K + _M * _N * _Y, 0.65, 2),
     "int_mm": _PASS + _roofline(_N * _K + _M * _K + 4 * _M * _N, 0.44, 2) + _M * _N * (4 + _Y) / _READ,
     "decode_mm": 2 * _PASS + _N * _K * (_BITS / 8 + 2) / _READ + _PLAIN_MM,
+    "scaled_grouped_mm": 3 * _PASS + _roofline(_N * _K + _M * _K + _M * _N * _Y, 0.4, 2),
+    "decode_grouped_mm": 3 * _PASS + _N * _K * (_BITS / 8 + 2) / _READ + _GROUPED_MM,
 }
-"""Seconds of each of torch's ways, by its name in `runtime/vendor.py`: with what comes before and after the product."""
+"""Seconds of each of torch's ways, by its name in `runtime/vendor.py`, with what comes before and after the product.
+For stacks of experts (`runtime/vendor_grouped.py`) N counts the rows of all."""
 
 
 @functools.cache
@@ -71,10 +75,12 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device 
         device: None for one of the kernel's target.
     """
     if vendor is None:
-        return STRETCH.get((spec.template, spec.compute), 1.3) * seconds(spec, m, device)
+        template = "gemm_rows8" if spec.in_rows else "gemm_fragment"
+        return STRETCH.get((template, spec.compute), 1.3) * seconds(spec, m, device)
     device, width = device or device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
     bits = spec.stored_bits
-    return MARGIN * _compiled(vendor)(m, spec.n, spec.k, bits, width, device.memory, device.operations)
+    n = stacked_rows(spec, m)
+    return MARGIN * _compiled(vendor)(m, n, spec.k, bits, width, device.memory, device.operations)
 
 
 def stored_bytes(spec: KernelSpec) -> int:

@@ -12,8 +12,10 @@ from importlib import resources
 import torch
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
+from qcompile.codegen.columns_spec import ColumnsSpec
+from qcompile.codegen.nearest import nearest
 from qcompile.codegen.printers import HELPERS, operations, to_triton
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
+from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.linear_spec import ACTIVATIONS, GATES, OPERAND_STEPS, STORES
@@ -432,7 +434,7 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_K": spec.tile.k,
         "GATED": spec.gated,
         "SPLIT": spec.tile.split,
-        "EARLY": launches_early(spec.target),
+        "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "NVIDIA": spec.target.startswith("sm_"),
     }
     decoders = (
@@ -462,12 +464,22 @@ def _scale_decoder(scale_dtype: str, target: str) -> str:
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
+    return {"fragment": _functions("gemm_fragment"), **_fragment(spec), "experts": _experts(spec)}
+
+
+def _grouped_rows8(spec: KernelSpec) -> dict[str, str]:
+    return {"rows8": _functions("gemm_rows8"), **_rows8(spec), "experts": _experts(spec)}
+
+
+def _experts(spec: KernelSpec) -> str:
+    """How many experts there are, and the function of `gemm_grouped` that finds a program's."""
     assert isinstance(spec, GroupedSpec)
-    experts: dict[str, object] = {
+    constants: dict[str, object] = {
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
-    return {"fragment": _fragment_functions(), **_fragment(spec), "experts": _constants(experts)}
+    text = _template("gemm_grouped")
+    return _constants(constants) + "\n\n" + text[text.index("@triton.jit\ndef find_tile") : text.index("# </experts>")]
 
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
@@ -483,12 +495,12 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         WORDS="",
         EARLY=False,
     )
-    return {"fragment": _fragment_functions(), **holes}
+    return {"fragment": _functions("gemm_fragment"), **holes}
 
 
-def _fragment_functions() -> str:
-    """The constants and functions of `gemm_fragment`, with its holes."""
-    text = _template("gemm_fragment")
+def _functions(template: str) -> str:
+    """The constants and functions of a template but the kernel, with its holes."""
+    text = _template(template)
     return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
 
 
@@ -509,10 +521,22 @@ def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
 
 
+def _columns(spec: ColumnsSpec) -> dict[str, str]:
+    return {"constants": _constants(spec.constants()), "nearest": nearest(FORMATS[spec.number]) + "\n\n"}
+
+
+def _holes(spec: AnySpec) -> dict[str, str]:
+    """What fills a template."""
+    if isinstance(spec, AttentionKernelSpec):
+        return _attention(spec)
+    return _columns(spec) if isinstance(spec, ColumnsSpec) else _FILL[spec.template](spec)
+
+
 _FILL = {
     "gemm_fragment": _fragment,
     "gemm_rows8": _rows8,
     "gemm_grouped": _grouped,
+    "gemm_grouped_rows8": _grouped_rows8,
     "decode_fragment": _decode,
     "finish_product": _finish,
 }
@@ -523,15 +547,14 @@ def _template(name: str) -> str:
     return resources.files("qcompile.codegen.templates").joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
-def render(spec: KernelSpec | AttentionKernelSpec) -> str:
+def render(spec: AnySpec) -> str:
     """The kernel's source, which begins with the spec and how to make the file again.
 
     All that a user's configuration contributes is numbers and names of registries, and the header's JSON is one comment
     line.
     """
     text = _template(spec.template)
-    holes = _attention(spec) if isinstance(spec, AttentionKernelSpec) else _FILL[spec.template](spec)
-    for name, content in holes.items():
+    for name, content in _holes(spec).items():
         text = fill_hole(text, name, content)
     if isinstance(spec, KernelSpec):
         text = fill_hole(text, "epilogue", _epilogue(spec))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -16,6 +16,9 @@ from qcompile.scheme import WHOLE, Granularity
 
 if TYPE_CHECKING:
     from qcompile.codegen.attention_spec import AttentionKernelSpec
+    from qcompile.codegen.columns_spec import ColumnsSpec
+
+AnySpec: TypeAlias = "KernelSpec | AttentionKernelSpec | ColumnsSpec"
 
 TEMPLATES = {"fragment": "gemm_fragment", "fragment24": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
@@ -26,8 +29,8 @@ DECODE_TEMPLATE = "decode_fragment"
 FINISH_TEMPLATE = "finish_product"
 """The template that does what is left to do after a product of torch's."""
 
-GROUPED_TEMPLATE = "gemm_grouped"
-"""The template that multiplies stacks of experts."""
+GROUPED_TEMPLATES = {"gemm_fragment": "gemm_grouped", "gemm_rows8": "gemm_grouped_rows8"}
+"""The template that multiplies stacks of experts as another multiplies one weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +147,24 @@ class KernelSpec:
     def compute(self) -> str:
         """The type in which the tensor cores multiply: "int8", "fp8", "bfloat16", "float16" or "float32".
 
-        8-bit types multiply as they are in `gemm_rows8` where both sides are of one kind and the target can; otherwise
-        8-bit values become bfloat16, which holds each exactly. float32 activations stay float32 (`precision`).
+        8-bit types multiply as they are in the layout `rows8` where both sides are of one kind and the target can;
+        otherwise 8-bit values become bfloat16, which holds each exactly. float32 activations stay float32
+        (`precision`).
         """
         if self.activation is None:
             return self.x_dtype
-        if self.template == "gemm_rows8":
+        if self.in_rows:
             kinds = {name[:3] for name in (self.weight, self.activation)}
             if kinds == {"int"}:
                 return "int8"
             if kinds == {"fp8"} and native_fp8(self.target):
                 return "fp8"
         return "bfloat16"
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether weights are in the layout `rows8`."""
+        return self.template in ("gemm_rows8", "gemm_grouped_rows8")
 
     @property
     def precision(self) -> str:
@@ -173,19 +182,22 @@ class KernelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupedSpec(KernelSpec):
-    """A kernel for a stack of `experts` experts; `n`, `k` and the rest are one expert's, and `tile.split` is 1."""
+    """A kernel for a stack of `experts` experts; `n`, `k` and the rest are one expert's."""
 
     experts: int
 
 
-def decode_kernel_spec(text: str) -> KernelSpec | AttentionKernelSpec:
-    """The inverse of `KernelSpec.encode`, and of `AttentionKernelSpec.encode`."""
+def decode_kernel_spec(text: str) -> AnySpec:
+    """The inverse of `encode` of each kind of spec."""
     from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, decode_attention_kernel_spec
+    from qcompile.codegen.columns_spec import COLUMNS_TEMPLATE, decode_columns_spec
 
     given = json.loads(text)
+    if given["template"] == COLUMNS_TEMPLATE:
+        return decode_columns_spec(text)
     if given["template"] == ATTENTION_TEMPLATE:
         return decode_attention_kernel_spec(text)
-    kind = GroupedSpec if given["template"] == GROUPED_TEMPLATE else KernelSpec
+    kind = GroupedSpec if given["template"] in GROUPED_TEMPLATES.values() else KernelSpec
     return kind(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})
 
 
@@ -262,7 +274,7 @@ def kernel_spec(spec: LinearSpec, x_dtype: torch.dtype, out_dtype: torch.dtype, 
         rows=min(rows, spec.out_features),
         columns=min(columns, spec.in_features),
         super_columns=above,
-        activation=None if activation is None else activation.format.name,
+        activation=None if activation is None else activation.held.name,
         activation_scale=per,
         x_dtype=dtype_name(x_dtype),
         out_dtype=dtype_name(out_dtype),
@@ -309,10 +321,11 @@ def finishing_spec(kernel: KernelSpec, product: torch.dtype, *, x_scale: bool, s
 def grouped_spec(kernel: KernelSpec, experts: int) -> GroupedSpec:
     """The kernel for a stack of experts that is tiled as `kernel`, a kernel for one of them."""
     given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
-    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATE, "tile": grouped_tile(kernel.tile)}, experts=experts)
+    return GroupedSpec(**{**given, "template": GROUPED_TEMPLATES[kernel.template]}, experts=experts)
 
 
-def grouped_tile(tile: Tile) -> Tile:
-    """The tile without what kernels for stacks of experts do not do."""
-    # Compilers see through to these kernels, and take instructions that order others for writes to all inputs.
-    return dataclasses.replace(tile, split=1, form="loop", overlap=False)
+def one_expert(kernel: GroupedSpec) -> KernelSpec:
+    """The kernel for one expert of a stack, the inverse of `grouped_spec`."""
+    given = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(KernelSpec)}
+    template = next(alone for alone, grouped in GROUPED_TEMPLATES.items() if grouped == kernel.template)
+    return KernelSpec(**{**given, "template": template})

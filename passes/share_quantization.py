@@ -27,7 +27,7 @@ def _alike(context: GraphContext) -> list[list[fx.Node]]:
         activation = spec.scheme.activation
         if activation is None or activation.outlier_threshold is not None or spec.codes_of:
             continue
-        if spec.scheme.weight.act_order or node.args[Args.index("pre_quant_scale")] is not None:
+        if spec.scheme.weight.arranges_inputs or node.args[Args.index("pre_quant_scale")] is not None:
             continue
         found.setdefault((node.args[_X], node.args[_STATIC], activation), []).append(node)
     return [nodes for nodes in found.values() if len(nodes) > 1]

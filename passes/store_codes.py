@@ -50,8 +50,10 @@ def _objection(linear: fx.Node) -> str | None:
         return "the scale is computed in the graph"
     if any(_argument(reader, "pre_quant_scale") is not None for reader in readers):
         return "a reader scales its input first"
-    if any(spec.scheme.weight.act_order for spec in specs):
-        return "a reader takes its columns in another order"
+    if any(spec.scheme.activation.format.name not in _STEPS for spec in specs if spec.scheme.activation):
+        return "a reader takes codes that no kernel stores"
+    if any(spec.scheme.weight.arranges_inputs for spec in specs):
+        return "a reader turns its inputs, or takes them in another order"
     if any(spec.scheme.activation.outlier_threshold is not None for spec in specs if spec.scheme.activation):
         return "a reader takes outlying columns apart"
     return None
@@ -71,7 +73,7 @@ def _store(context: GraphContext, linear: fx.Node) -> None:
     linear.update_arg(Args.index("operands"), operands)
     linear.update_arg(Args.index("spec"), spec.with_epilogue(step).encode())
     with context.fake_mode:
-        codes = torch.empty_like(example(linear), dtype=activation.format.native_dtype)
+        codes = torch.empty_like(example(linear), dtype=activation.dtype)
     linear.meta["example_value"] = codes
     context.rewrote(_RULE, context.layers[linear].name, step)
 

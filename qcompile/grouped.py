@@ -23,7 +23,7 @@ _library.define(
 )
 _library.define("grouped_gemm_cpu(Tensor x, Tensor? x_scale, Tensor offsets, Tensor[] weight, str spec) -> Tensor")
 _library.define(
-    "grouped_gemm_dynamic(Tensor x, Tensor? x_scale, Tensor offsets, Tensor[] weight, Tensor? bias, str spec, "
+    "grouped_gemm(Tensor x, Tensor? x_scale, Tensor offsets, Tensor[] weight, Tensor? bias, str spec, "
     "ScalarType out_dtype) -> Tensor"
 )
 
@@ -103,8 +103,11 @@ def _product(
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu_grouped
 
-        fixed = isinstance(rows.shape[0], int)
-        operator = gpu_grouped.grouped_gemm_operator() if fixed else torch.ops.qcompile.grouped_gemm_dynamic
+        # As in `ops`, compilers see a product of torch's own if the number of rows is known.
+        traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
+        experts = offsets.shape[0] - 1
+        visible = traced and gpu_grouped.torch_multiplies(rows, x_scale, experts, parsed, dtype)
+        operator = gpu_grouped.visible_grouped_gemm() if visible else torch.ops.qcompile.grouped_gemm
         product: Tensor = operator(rows, x_scale, offsets, weight, bias, parsed.encode(), dtype)
         return product
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
@@ -116,7 +119,7 @@ def _grouped_gemm_cpu(x: Tensor, x_scale: Tensor | None, offsets: Tensor, weight
     return cpu_grouped.grouped_gemm(x, x_scale, offsets, weight, decode_spec(spec))
 
 
-def _grouped_gemm_dynamic(
+def _grouped_gemm(
     x: Tensor,
     x_scale: Tensor | None,
     offsets: Tensor,
@@ -132,7 +135,7 @@ def _grouped_gemm_dynamic(
 
 _library.impl("grouped_linear", _grouped_linear, "CompositeImplicitAutograd")
 _library.impl("grouped_gemm_cpu", _grouped_gemm_cpu, "CPU")
-_library.impl("grouped_gemm_dynamic", _grouped_gemm_dynamic, "CUDA")
+_library.impl("grouped_gemm", _grouped_gemm, "CUDA")
 
 
 @torch.library.register_fake("qcompile::grouped_gemm_cpu", lib=_library)
@@ -140,7 +143,7 @@ def _(x: Tensor, x_scale: Tensor | None, offsets: Tensor, weight: list[Tensor], 
     return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=torch.float32)
 
 
-@torch.library.register_fake("qcompile::grouped_gemm_dynamic", lib=_library)
+@torch.library.register_fake("qcompile::grouped_gemm", lib=_library)
 def _(
     x: Tensor,
     x_scale: Tensor | None,

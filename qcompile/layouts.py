@@ -325,7 +325,7 @@ def integer_product(scheme: Scheme, shape: tuple[int, int]) -> bool:
     weight, activation = scheme.weight, scheme.activation
     return (
         activation is not None
-        and weight.format.native_dtype == activation.format.native_dtype == torch.int8
+        and weight.format.native_dtype == activation.dtype == torch.int8
         and weight.super_scale is None
         and not weight.offset
         and weight.granularity in (Granularity.channel(), Granularity.tensor())

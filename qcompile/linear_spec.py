@@ -146,6 +146,12 @@ class LinearSpec:
         """The same linear of activations that were of a floating type and come as codes."""
         return replace(self, codes_of=str(dtype).removeprefix("torch."))
 
+    def of_turned_inputs(self) -> LinearSpec:
+        """The same linear once its inputs are turned, which is what kernels know."""
+        if not self.scheme.weight.rotated:
+            return self
+        return replace(self, scheme=replace(self.scheme, weight=replace(self.scheme.weight, rotated=False)))
+
     def with_epilogue(self, *steps: str) -> LinearSpec:
         """The same linear with more steps at the end."""
         return replace(self, epilogue=(*self.epilogue, *steps))

@@ -196,12 +196,17 @@ class Rotation:
 
     Attributes:
         seed: of the matrices' signs; one for a model.
+        online: whether layers that are reached by neither have their inputs turned when they run, by a Hadamard
+            transform before the product (R4); their weights are then `rotated`.
     """
 
     name: ClassVar[str] = "hadamard"
     seed: int = 0
+    online: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.online, bool):
+            raise ConfigError(f"method: online must be true or false, not {shown(self.online)}")
         _whole("method: seed", self.seed, 0, 2**31 - 1)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
+from qcompile.hadamard import transform
 from qcompile.linear_spec import ACTIVATIONS, GATES, STORES, LinearSpec, decode_spec
 from qcompile.reference import quantize_activation
 from qcompile.scheme import ActivationScheme, Granularity
@@ -82,6 +83,9 @@ def _linear(
     flat = [o.reshape(-1, parsed.width) if o.dim() else o for o in operands]
     if pre_quant_scale is not None:
         rows = rows * pre_quant_scale.to(rows.dtype)
+    if parsed.scheme.weight.rotated:
+        rows = transform(rows)
+        parsed = parsed.of_turned_inputs()
     if parsed.scheme.weight.act_order:
         rows = rows.index_select(1, weight[parsed.scheme.weight.fields.index("perm")])
     activation = parsed.scheme.activation
@@ -164,7 +168,7 @@ def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None
     if device.type == "cuda":
         from qcompile.runtime import gpu
 
-        parsed = decode_spec(spec)
+        parsed = decode_spec(spec).of_turned_inputs()
         gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
 
 

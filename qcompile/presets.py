@@ -100,6 +100,7 @@ PRESETS: dict[str, Scheme] = {
     "q6_k": Scheme(weight=_gguf_k("int6", 16, 8)),
     "iq4_xs": Scheme(weight=_gguf_k("iq4_nl", 32, 6)),
     "int4_int8": Scheme(weight=_integer(4, 128), activation=_activation("int8", _CHANNEL)),
+    "int4_int4": Scheme(weight=_integer(4, None), activation=_activation("int4", _CHANNEL)),
     "int4_24": Scheme(weight=_integer(4, 128, sparsity="2:4")),
     "int8_24": Scheme(weight=_integer(8, None, sparsity="2:4")),
 }
@@ -114,6 +115,7 @@ ALIASES: dict[str, str] = {
     "FP8_DYNAMIC": "fp8",
     "FP8_BLOCK": "fp8_block",
     "W4A8": "int4_int8",
+    "W4A4": "int4_int4",
     "W4AFP8": "int4_fp8",
 }
 

@@ -21,6 +21,7 @@ from qcompile.errors import ConfigError, LayerError
 from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
 from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
+from qcompile.methods import parse_method
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.progress import track
@@ -28,6 +29,7 @@ from qcompile.scheme import Scheme
 from qcompile.torchao_tensors import is_torchao
 
 Model = TypeVar("Model", bound=nn.Module)
+_IMPORTANCE = parse_method("importance")
 
 
 def quantize_(
@@ -35,6 +37,7 @@ def quantize_(
     config: str | Path | Mapping[str, Any] | Scheme | QuantConfig | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     progress: bool = True,
     resume: str | Path | None = None,
     report: Callable[[LayerResult], None] | None = None,
@@ -55,6 +58,8 @@ def quantize_(
             the configuration's `kv_cache`: each a tensor, a tuple of arguments or a dict of keyword arguments of the
             model. They run block by block, so that one block's activations are in memory; between blocks hidden states
             wait on the CPU.
+        importance: instead of calibration, for method "importance": mean squares of the inputs of linears, float32 [K],
+            by their names (`qcompile.checkpoint.imatrix`).
         progress: show a progress bar on a terminal.
         resume: a folder for finished blocks: a call that was interrupted goes on from there when it is made again with
             the same model, configuration and calibration. It stays, since the model is nowhere else yet: remove it
@@ -71,7 +76,14 @@ def quantize_(
         CheckpointError: a `resume` folder of another calibration.
     """
     return quantize_waiting(
-        model, config, None, calibration=calibration, progress=progress, resume=resume, report=report
+        model,
+        config,
+        None,
+        calibration=calibration,
+        importance=importance,
+        progress=progress,
+        resume=resume,
+        report=report,
     )
 
 
@@ -81,6 +93,7 @@ def quantize_waiting(
     waiting: Waiting | None,
     *,
     calibration: Iterable[Any] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
     progress: bool = True,
     resume: str | Path | None = None,
     report: Callable[[LayerResult], None] | None = None,
@@ -89,6 +102,8 @@ def quantize_waiting(
 
     Then the peak of memory is the result and one block, with statistics of its inputs.
     """
+    if calibration is not None and importance is not None:
+        raise ConfigError("importance takes the place of calibration: pass one of them")
     parsed = None if config is None else parse_config(config)
     batches = None if calibration is None else list(calibration)
     if parsed is not None and parsed.undecided:
@@ -119,9 +134,11 @@ def quantize_waiting(
             mixtures[name] = scheme
     _take_over(model, modules)
     planned_all = {**schemes, **mixtures}
-    wanting = next((name for name, scheme in planned_all.items() if scheme.needs_data), None)
+    known = {n: v for n, v in (importance or {}).items() if n in schemes and schemes[n].method == _IMPORTANCE}
+    wanting = next((name for name, scheme in planned_all.items() if scheme.needs_data and name not in known), None)
     if calibration is None and wanting is not None:
-        raise LayerError(f"{wanting}: {_needs(planned_all[wanting])}")
+        unknown = "no importance is known of its inputs, and " if importance is not None else ""
+        raise LayerError(f"{wanting}: {unknown}{_needs(planned_all[wanting])}")
     parents = parents_of(model)
     if wanting is not None:
         assert batches is not None
@@ -141,11 +158,13 @@ def quantize_waiting(
         for name in track(list(schemes), "quantizing", progress):
             _fill(waiting, name)
             module, chosen = modules.pop(name), schemes[name]
-            packed = choose_codes(matrix_of(module), chosen, None, name)
+            weight = matrix_of(module)
+            seen = _diagonal(known[name], weight, name) if name in known else None
+            packed = choose_codes(weight, chosen, seen, name)
             quantized = quantized_linear(name, module, chosen, _stated_scale(module, chosen), packed)
             for parent, child_name in parents.pop(id(module)):
                 setattr(parent, child_name, quantized.train(module.training))
-            del module
+            del module, weight
         for name in track(list(mixtures), "quantizing experts", progress):
             _fill(waiting, name)
             module = experts.pop(name)
@@ -238,6 +257,19 @@ def _needs(scheme: Scheme) -> str:
             "configuration, or choose dynamic activations"
         )
     return f"method {scheme.method} looks at the layer's inputs; pass calibration=batches, or choose rtn or hqq"
+
+
+def _diagonal(means: Tensor, weight: Tensor, layer: str) -> Tensor:
+    """The mean of x x^T over inputs whose mean squares alone are known, as though they were independent.
+
+    Raises:
+        LayerError: not one number for each input.
+    """
+    if means.shape != weight.shape[1:]:
+        raise LayerError(
+            f"{layer}: has {weight.shape[1]} inputs, and importance {tuple(means.shape)}; it is another layer's"
+        )
+    return torch.diag(means.to(weight.device, torch.float32))
 
 
 def _fill(waiting: Waiting | None, layer: str | None = None) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qcompile.bitpack import pack_bits
 from qcompile.errors import LayerError
+from qcompile.formats import IntegerFormat
+from qcompile.hadamard import turn_weight, unturn_weight
 from qcompile.packed import PackedWeight
 from qcompile.scheme import SCALE_DTYPES, WHOLE, ActivationScheme, Granularity, WeightScheme
 
@@ -54,6 +56,9 @@ def quantize_weight(weight: Tensor, scheme: WeightScheme, layer: str = "weight")
         LayerError: a weight that is no matrix, or holds NaN or infinity, or whose scale overflows its dtype.
     """
     rows = row_strips(weight, scheme, layer)
+    if scheme.rotated:
+        turned = quantize_weight(turn_weight(weight.detach()), replace(scheme, rotated=False), layer)
+        return replace(turned, scheme=scheme)
     above = super_scale(rows, scheme, layer)
     chunks = [_quantize_rows(part, scheme, above, layer) for part in rows]
     tensors = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -310,6 +315,8 @@ def stored_scale(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     if dtype == torch.float8_e8m0fnu:
         return power_of_two(spread * scheme.format.absmax, scheme.format.absmax)
+    if scheme.super_scale is not None:  # which the largest range sets; one that is searched may reach beyond
+        spread = spread.clamp(max=torch.finfo(dtype).max)
     scale = spread.to(dtype)
     if not torch.isfinite(scale.float()).all():
         raise LayerError(f"{layer}: a scale overflows {scheme.scale_dtype}; choose another scale_dtype")
@@ -351,7 +358,7 @@ def _decode(packed: PackedWeight) -> Tensor:
         values = values + _every_element(packed.offset, packed.super_offset, packed)
     if packed.perm is not None:
         values = torch.empty_like(values).index_copy_(1, packed.perm.long(), values)
-    return values
+    return unturn_weight(values) if scheme.rotated else values
 
 
 def _every_element(per_block: Tensor, above: Tensor | None, packed: PackedWeight) -> Tensor:
@@ -366,7 +373,7 @@ def _every_element(per_block: Tensor, above: Tensor | None, packed: PackedWeight
 def quantize_activation(
     x: Tensor, scheme: ActivationScheme, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Quantize activations [..., K] to the format's own 8-bit dtype.
+    """Quantize activations [..., K] to 8-bit codes of `scheme.dtype`.
 
     Made of plain torch operators only, so that a compiler fuses it with what produced `x`. With dynamic scales, a token
     that holds NaN or infinity gets a scale that is not finite, so that its outputs are not either; with a static scale
@@ -378,8 +385,7 @@ def quantize_activation(
     Returns:
         codes of x's shape, and float32 scales [..., 1] (per token), [..., groups], or [] (per tensor).
     """
-    fmt, dtype = scheme.format, scheme.format.native_dtype
-    assert dtype is not None
+    fmt, dtype = scheme.format, scheme.dtype
     values = x.to(torch.float32)
     grouped = scheme.granularity.is_group
     if grouped:
@@ -388,6 +394,8 @@ def quantize_activation(
     if not scheme.dynamic:
         assert static_scale is not None
         scale = static_scale.to(torch.float32).reshape(())
+    elif not scheme.symmetric:
+        return _shifted(values, scheme, x.shape[-1])
     else:
         per_tensor = scheme.granularity == Granularity.tensor()
         if per_tensor:
@@ -403,12 +411,35 @@ def quantize_activation(
             scale = top / fmt.absmax
             scale = scale.masked_fill(scale == 0, 1.0)
     scaled = values / scale
-    if dtype == torch.int8:
-        codes = scaled.round().clamp(-128, 127).to(torch.int8)
+    if isinstance(fmt, IntegerFormat):
+        codes = scaled.round().clamp(-fmt.offset, fmt.offset - 1).to(dtype)
     else:
         codes = scaled.clamp(-fmt.absmax, fmt.absmax).to(dtype)
     if grouped:
         return codes.flatten(-2)[..., : x.shape[-1]], scale.squeeze(-1)
+    return codes, scale
+
+
+def _shifted(values: Tensor, scheme: ActivationScheme, columns: int) -> tuple[Tensor, Tensor]:
+    """`quantize_activation` with zero points, which are taken from the codes: int8, and scales.
+
+    Args:
+        values: float32 [..., K], or [..., groups, columns of a group].
+    """
+    steps = 2**scheme.format.bits - 1
+    grouped = scheme.granularity.is_group
+    if scheme.granularity == Granularity.tensor():
+        some = values if values.numel() != 0 else values.new_zeros(1)
+        low, high = some.amin(), some.amax()
+    else:
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    low = low.clamp(max=0)
+    scale = high.clamp(min=0) / steps - low / steps
+    scale = scale.masked_fill(scale == 0, 1.0)
+    zero_point = (-low / scale).round()
+    codes = torch.minimum(torch.maximum((values / scale).round(), -zero_point), steps - zero_point).to(torch.int8)
+    if grouped:
+        return codes.flatten(-2)[..., :columns], scale.squeeze(-1)
     return codes, scale
 
 

@@ -111,6 +111,8 @@ class WeightScheme:
         super_scale: what multiplies scales, and offsets likewise.
         act_order: the columns of the codes are sorted by group, as GPTQ with `desc_act` leaves them.
         flexible_group: the group comes from a preset, so it may shrink to fit K.
+        rotated: the columns of the codes are turned by a Hadamard transform (`qcompile.hadamard`), and inputs are when
+            the layer runs.
         sparsity: "2:4" if of each four neighbouring columns, from a multiple of four, at most two are not 0; None if
             any may be. For symmetric integers of 4 and 8 bits whose columns are in their own order.
     """
@@ -124,8 +126,11 @@ class WeightScheme:
     act_order: bool = False
     flexible_group: bool = False
     sparsity: str | None = None
+    rotated: bool = False
 
     def __post_init__(self) -> None:
+        if self.sparsity is not None and self.rotated:
+            raise ConfigError("turning the columns of 2:4 sparse weights makes them dense: leave rotated out")
         if self.sparsity not in (None, "2:4"):
             raise ConfigError(f'sparsity {shown(self.sparsity)} is neither "2:4" nor null')
         if self.sparsity is not None and (self.format.name not in ("int4", "int8") or not self.symmetric):
@@ -155,6 +160,11 @@ class WeightScheme:
     def has_super_blocks(self) -> bool:
         """Whether scales (and offsets) are integers, under others that runs of a row's blocks share."""
         return self.scale_dtype in ("uint8", "int8")
+
+    @property
+    def arranges_inputs(self) -> bool:
+        """Whether inputs are turned or put in another order before all else."""
+        return self.act_order or self.rotated
 
     @property
     def stored_bits(self) -> int:
@@ -211,7 +221,11 @@ class WeightScheme:
         return replace(self, granularity=granularity, flexible_group=False)
 
     def __str__(self) -> str:
-        return f"{self.format.name} {self.granularity}" + (f" {self.sparsity} sparse" if self.sparsity else "")
+        return (
+            f"{self.format.name} {self.granularity}"
+            + (f" {self.sparsity} sparse" if self.sparsity else "")
+            + (" rotated" if self.rotated else "")
+        )
 
 
 def blocks_of_32(name: str, *, offset: bool = False) -> WeightScheme:
@@ -238,12 +252,24 @@ SUBSTITUTES: dict[str, WeightScheme] = {
 `llama_tensor_get_type` (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp)."""
 
 
+_HELD: dict[str, Format] = {
+    fmt.name: get_format("int8") if isinstance(fmt, IntegerFormat) else fmt
+    for fmt in FORMATS.values()
+    if fmt.native_dtype is not None or (isinstance(fmt, IntegerFormat) and (fmt.signed or fmt.bits < 8))
+}
+"""Formats of activations, and in what codes of each are held."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationScheme:
     """How a layer's input [M, K] is quantized before the product.
 
+    Codes of integers are held as int8, unsigned ones less their token's zero point, which is an integer: what is
+    multiplied is symmetric, and its product needs no correction.
+
     Attributes:
-        format: int8, fp8_e4m3 or fp8_e5m2.
+        format: fp8_e4m3, fp8_e5m2, a signed integer, or, with dynamic scales alone, an unsigned one of up to 7 bits,
+            which has a zero point beside each scale.
         granularity: per token (`channel`), per tensor, or per group of columns of a token.
         dynamic: scales are computed from each input; else one scale per tensor is fixed beforehand.
         scale: the fixed scale where the configuration states it; otherwise calibration finds it.
@@ -270,9 +296,15 @@ class ActivationScheme:
             raise ConfigError(f"activation scale_dtype {shown(self.scale_dtype)} is neither float32 nor float8_e8m0fnu")
         if self.outlier_threshold is not None and not 0 < self.outlier_threshold < float("inf"):
             raise ConfigError(f"outlier_threshold must be a positive number, not {shown(self.outlier_threshold)}")
-        if self.format.native_dtype is None:
-            names = ", ".join(f.name for f in FORMATS.values() if f.native_dtype is not None)
-            raise ConfigError(f"activations cannot be {self.format.name}; they can be {names}")
+        if self.format.name not in _HELD:
+            raise ConfigError(f"activations cannot be {self.format.name}; they can be {', '.join(_HELD)}")
+        if not self.symmetric and (not self.dynamic or self.scale_dtype != "float32"):
+            raise ConfigError(
+                f"{self.format.name} activations have zero points, which go with dynamic scales in float32: choose a "
+                "signed format"
+            )
+        if not self.symmetric and self.outlier_threshold is not None:
+            raise ConfigError(f"outlier_threshold goes with symmetric activations, not with {self.format.name}")
         if not self.dynamic and self.granularity != Granularity.tensor():
             raise ConfigError("a static activation scale is per tensor")
         if self.granularity.rows not in (1, WHOLE) or (self.granularity.rows == WHOLE) != (
@@ -282,6 +314,23 @@ class ActivationScheme:
         limits = torch.finfo(torch.float32)
         if self.scale is not None and (self.dynamic or not limits.smallest_normal <= self.scale <= limits.max):
             raise ConfigError("activation scale: a positive float32 number, and only with dynamic: false")
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        return not isinstance(self.format, IntegerFormat) or self.format.signed
+
+    @property
+    def held(self) -> Format:
+        """The 8-bit format that codes are held in, which kernels multiply."""
+        return _HELD[self.format.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the codes: int8 or one of torch's 8-bit floats."""
+        found = self.held.native_dtype
+        assert found is not None
+        return found
 
     def __str__(self) -> str:
         per = {"channel": "token"}.get(str(self.granularity), str(self.granularity))
@@ -309,6 +358,8 @@ class Scheme:
                 f"method hqq moves zero points or offsets, and a symmetric {self.weight.format.name} has neither; take "
                 'int4_asym or "offset": true, or {"name": "rtn", "clip": "mse"}'
             )
+        if self.weight.rotated and self.activation is not None and not self.activation.dynamic:
+            raise ConfigError("inputs that are turned when the layer runs (rotated) take dynamic activation scales")
         if self.activation is not None and self.activation.granularity.is_group:
             block = self.weight.granularity
             if block.columns != self.activation.granularity.columns:

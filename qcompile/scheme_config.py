@@ -25,9 +25,11 @@ _WEIGHT_KEYS = (
     "super_scale",
     "act_order",
     "sparsity",
+    "rotated",
 )
 _ACTIVATION_KEYS = (
     "format",
+    "symmetric",
     "granularity",
     "group_size",
     "dynamic",
@@ -121,6 +123,7 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
         act_order=_boolean("weight: act_order", given.get("act_order", False)),
         flexible_group=granularity.is_group and not sized,
         sparsity=given.get("sparsity"),
+        rotated=_boolean("weight: rotated", given.get("rotated", False)),
     )
 
 
@@ -146,12 +149,16 @@ def _positive(what: str, value: object) -> float | None:
 def _parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
     check_keys("activation", given, _ACTIVATION_KEYS)
     if "format" not in given:
-        raise ConfigError("activation needs a format: int8, fp8_e4m3 or fp8_e5m2")
+        raise ConfigError("activation needs a format: int8, int4, fp8_e4m3, ...")
+    fmt = get_format(given["format"])
+    if isinstance(fmt, IntegerFormat) and "symmetric" in given:  # as weights have it
+        symmetric = _boolean("activation: symmetric", given["symmetric"])
+        fmt = get_format(f"{'int' if symmetric else 'uint'}{fmt.bits}")
     dynamic = _boolean("activation: dynamic", given.get("dynamic", True))
     names = {"tensor": Granularity.tensor(), "token": Granularity.channel()}
     default = Granularity.channel() if dynamic else Granularity.tensor()
     return ActivationScheme(
-        format=get_format(given["format"]),
+        format=fmt,
         granularity=_granularity("activation", given, default, names),
         dynamic=dynamic,
         scale=_positive("activation: scale", given.get("scale")),
@@ -219,6 +226,8 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
         given["weight"]["act_order"] = True
     if weight.sparsity is not None:
         given["weight"]["sparsity"] = weight.sparsity
+    if weight.rotated:
+        given["weight"]["rotated"] = True
     if scheme.activation is not None:
         activation = scheme.activation
         given["activation"] = {"format": activation.format.name, "dynamic": activation.dynamic}

@@ -22,15 +22,17 @@ def padded_rows(out_features: int) -> int:
 def stacked_scheme(scheme: WeightScheme, out_features: int) -> WeightScheme:
     """The scheme of a stack of experts [N, K]: no block crosses experts, and permutations are kept beside the stack."""
     granularity = scheme.granularity
-    if granularity.rows != 1 and (granularity.rows < 0 or padded_rows(out_features) % granularity.rows):
+    rows = granularity.rows
+    if rows != 1 and (not 0 < rows <= out_features or padded_rows(out_features) % rows):
         granularity = Granularity(1, granularity.columns)
     return replace(scheme, granularity=granularity, act_order=False)
 
 
 def stack_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
-    """How a stack lies in memory on a kind of device: `fragment` on GPUs, on CPUs what its experts' products take."""
-    layout = LAYOUTS["fragment"] if device_type == "cuda" else choose_layout(scheme, shape, device_type)
-    return layout if layout.mergeable and layout.objection(scheme, shape) is None else LAYOUTS[LOGICAL]
+    """How a stack lies in memory on a kind of device: as its experts would, those that are 2:4 sparse as dense ones."""
+    weight = replace(scheme.weight, sparsity=None)
+    layout = choose_layout(replace(scheme, weight=weight), shape, device_type)
+    return layout if layout.mergeable else LAYOUTS[LOGICAL]
 
 
 def stack(weights: Sequence[PackedWeight], layer: str = "experts") -> PackedWeight:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
-from qcompile.codegen.spec import KernelSpec, decode_kernel_spec, native_fp8
+from qcompile.codegen.columns_spec import ColumnsSpec
+from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, decode_kernel_spec, native_fp8
 
 _POINTERS = {
     "bfloat16": "*bf16",
@@ -41,7 +42,7 @@ def _pointer(dtype: str, target: str) -> str:
 
 def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     """Types of arguments as `gpu.launch` passes them; the bias is float32 and operands are of `out_dtype`."""
-    if spec.template != "gemm_rows8":
+    if not spec.in_rows:
         codes = "*i32"
     else:
         native = {"int8": "int8", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -92,7 +93,21 @@ def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str
     return {name: types[name] for name in names}
 
 
-def compile_spec(spec: KernelSpec | AttentionKernelSpec) -> dict[str, Any]:
+def columns_signature(spec: ColumnsSpec, names: list[str]) -> dict[str, str]:
+    """Types of arguments as `calibrate.columns` passes them."""
+    types = {"places": "*i32", "codes": "*u8", **dict.fromkeys(("N", "columns", "strips", "tall"), "i32")}
+    return {name: types.get(name, "*fp32") for name in names}
+
+
+_SIGNATURES: dict[type, Any] = {
+    KernelSpec: signature,
+    GroupedSpec: signature,
+    AttentionKernelSpec: attention_signature,
+    ColumnsSpec: columns_signature,
+}
+
+
+def compile_spec(spec: AnySpec) -> dict[str, Any]:
     """Compile in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -101,8 +116,7 @@ def compile_spec(spec: KernelSpec | AttentionKernelSpec) -> dict[str, Any]:
     from qcompile.runtime import cache
 
     kernel = cache.load(spec).kernel
-    attends = isinstance(spec, AttentionKernelSpec)
-    types = attention_signature(spec, kernel.arg_names) if attends else signature(spec, kernel.arg_names)
+    types = _SIGNATURES[type(spec)](spec, kernel.arg_names)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
     source = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
     nvidia = spec.target.startswith("sm_")
@@ -171,7 +185,7 @@ def _amd(code: str) -> dict[str, Any]:
     }
 
 
-def measure(specs: Sequence[KernelSpec | AttentionKernelSpec], limit: float = 480) -> list[dict[str, Any]]:
+def measure(specs: Sequence[AnySpec], limit: float = 480) -> list[dict[str, Any]]:
     """Compile in another process.
 
     Raises:

@@ -2,9 +2,9 @@
 
 It replaces functions of torch for good, so it runs in a process of its own: `python -m tests.fake_gpu PRESET static`
 (or `dynamic`) compiles RMSNorm and a quantized linear with an epilogue, of the M, N and K that follow, or if `experts`
-follows, those of a mixture, or if `mlp` follows, a gated one, or for `quantize` and what comes before it (`BEFORE`)
-three linears that share a quantization. It prints the calls of the generated wrapper. Several such are divided by
-`and`, and their calls by an empty line.
+follows, those of a mixture (by torch's products if `torch` follows that), or if `mlp` follows, a gated one, or for
+`quantize` and what comes before it (`BEFORE`) three linears that share a quantization. It prints the calls of the
+generated wrapper. Several such are divided by `and`, and their calls by an empty line.
 """
 
 from __future__ import annotations
@@ -238,18 +238,21 @@ def generated(run: Callable[..., torch.Tensor], *inputs: Any, backend: str = "in
     raise AssertionError("Inductor generated nothing")
 
 
-def experts_source(preset: str, dynamic: bool) -> str:
-    """Inductor's wrapper for the experts of a small Mixtral."""
+def experts_source(preset: str, dynamic: bool, by_torch: bool) -> str:
+    """Inductor's wrapper for the experts of a small Mixtral; `by_torch` chooses products of torch's."""
     from qcompile.experts import GroupedLinear, quantize_experts
-    from qcompile.layouts import LAYOUTS, to_layout
+    from qcompile.layouts import to_layout
     from qcompile.presets import PRESETS
+    from qcompile.runtime import tuning
     from tests.checkpoint.moe_files import make_moe
 
+    if by_torch:
+        tuning.predicted = lambda like, m: tuning.vendors(like, m)[0]
     experts = quantize_experts("experts", make_moe("mixtral").model.layers[0].mlp.experts, PRESETS[preset])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         for projection in experts.modules():
             if isinstance(projection, GroupedLinear):
-                packed = to_layout(projection.logical(), LAYOUTS["fragment"])
+                packed = to_layout(projection.logical(), projection._layout_on("cuda"))
                 fake = packed.map(lambda _, t: torch.empty(t.shape, dtype=t.dtype, device="cuda"))
                 projection._store(fake)
         x = torch.empty(7, 64, device="cuda", dtype=torch.bfloat16)
@@ -264,8 +267,8 @@ def experts_source(preset: str, dynamic: bool) -> str:
 def calls_of(preset: str, length: str, *more: str) -> str:
     """The calls of the wrapper that the arguments of this program stand for, one a line."""
     dynamic = length == "dynamic"
-    if more == ("experts",):
-        source = experts_source(preset, dynamic)
+    if more[:1] == ("experts",):
+        source = experts_source(preset, dynamic, "torch" in more)
     elif more[:1] == ("mlp",):
         source = mlp_source(preset, dynamic, *map(int, more[1:]))
     elif more[:1] == ("quantize",):

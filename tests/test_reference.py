@@ -27,6 +27,8 @@ from tests.strategies import matrices, weight_schemes
 from tests.tolerance import activation_bound, assert_within, rounding, sqnr, sqnr_floor, weight_bound
 
 NATIVE = [name for name, fmt in FORMATS.items() if fmt.native_dtype is not None]
+SYMMETRIC = [*NATIVE, "int4", "int2"]
+"""Formats of activations without zero points, of which there is an integer of every width."""
 ACTIVATION_GRANULARITIES = [Granularity.tensor(), Granularity.channel(), Granularity.group(16)]
 
 
@@ -165,12 +167,12 @@ def test_extreme_magnitudes_stay_finite(name, size):
 
 
 @pytest.mark.parametrize("granularity", ACTIVATION_GRANULARITIES, ids=str)
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", SYMMETRIC)
 @given(x=matrices(columns=st.integers(1, 50)))
 def test_activations_are_within_half_a_step(name, granularity, x):
     scheme = ActivationScheme(format=FORMATS[name], granularity=granularity)
     codes, scale = quantize_activation(x, scheme)
-    assert codes.dtype == FORMATS[name].native_dtype
+    assert codes.dtype == scheme.dtype
     assert codes.shape == x.shape
     assert scale.dtype == torch.float32
     _, exact_scale = oracle.quantize_activation(x, name, pair(granularity))
@@ -182,7 +184,28 @@ def test_activations_are_within_half_a_step(name, granularity, x):
     assert_within(restored, x, bound)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("granularity", ACTIVATION_GRANULARITIES, ids=str)
+@pytest.mark.parametrize("name", ["uint2", "uint4", "uint7"])
+@given(x=matrices(columns=st.integers(1, 50)))
+def test_shifted_activations_are_within_half_a_step(name, granularity, x):
+    """The range from the least to the greatest number, and 0, in 2^b - 1 steps; codes less zero points are int8."""
+    scheme = ActivationScheme(format=FORMATS[name], granularity=granularity)
+    codes, scale = quantize_activation(x, scheme)
+    steps = 2 ** FORMATS[name].bits - 1
+    assert codes.dtype == torch.int8
+    assert codes.shape == x.shape
+    assert int(codes.max()) - int(codes.min()) <= (steps if granularity == Granularity.tensor() else 2 * steps)
+    restored = dequantize_activation(codes, scale, scheme)
+    step = scale.repeat_interleave(16, -1)[:, : x.shape[1]] if granularity.is_group else scale.expand(x.shape)
+    # The scale and x over it are rounded four times, each by 2**-24 of at most `steps`.
+    step = step.double()
+    bound = step * (0.5 + steps * 2**-22) + restored.double().abs() * 2**-24
+    representable = step > steps * torch.finfo(torch.float32).smallest_normal
+    slack = x.double().abs() + steps * torch.finfo(torch.float32).smallest_normal
+    assert_within(restored, x, torch.where(representable, bound, slack))
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_activations_with_an_exact_scale_match_the_oracle_bit_for_bit(name):
     reach = FORMATS[name].absmax
     x = (torch.rand(8, 48) * 2 - 1) * reach / 4
@@ -196,7 +219,7 @@ def test_activations_with_an_exact_scale_match_the_oracle_bit_for_bit(name):
         assert torch.equal(codes.double(), values)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_scale_shapes(name):
     x = torch.randn(2, 3, 40)
     shapes = {"tensor": (), "channel": (2, 3, 1), "group 16": (2, 3, 3)}
@@ -205,7 +228,7 @@ def test_scale_shapes(name):
         assert scale.shape == shapes[str(granularity)]
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", SYMMETRIC)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(name, bad):
     x = torch.randn(3, 32)
@@ -219,7 +242,7 @@ def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(name, bad):
     assert torch.equal(restored[[0, 2]], calm[[0, 2]])
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_static_scales_saturate(name):
     scheme = ActivationScheme(format=FORMATS[name], granularity=Granularity.tensor(), dynamic=False)
     x = torch.tensor([[math.inf, -math.inf, 1e30, -1e30, 0.5, 0.0]])
@@ -231,7 +254,7 @@ def test_static_scales_saturate(name):
     assert scale.shape == ()
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_zero_and_empty_activations(name):
     for granularity in (Granularity.channel(), Granularity.group(16)):
         scheme = ActivationScheme(format=FORMATS[name], granularity=granularity)

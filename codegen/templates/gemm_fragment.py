@@ -545,6 +545,27 @@ def finish(total, x_scale, bias, operand_0, y, first_m, first_n, M):
     tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M):
+    """`finish` with the sum of the parts of all programs of output tile `tile`, in the last that arrives."""
+    if SPLIT == 1:
+        finish(accumulator, x_scale, bias, operand_0, y, first_m, first_n, M)
+    else:
+        m = tl.arange(0, BLOCK_M)
+        place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
+        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
+        there = (first_m + m < M)[None, :]
+        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
+        tl.debug_barrier()  # all stores of this program come before its arrival
+        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLIT):
+                part = partial + other * (BLOCK_M * BLOCK_N)
+                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
+            finish(total, x_scale, bias, operand_0, y, first_m, first_n, M)
+            tl.store(arrived + tile, 0)
+
+
 @triton.jit(do_not_specialize=["M"])
 def kernel(
     x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, bias, operand_0, y, partial, arrived, M
@@ -576,18 +597,4 @@ def kernel(
         first_m + m < M,
     )
     first_n = block_n * BLOCK_WIDTH
-    if SPLIT == 1:
-        finish(accumulator, x_scale, bias, operand_0, y, first_m, first_n, M)
-    else:
-        place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
-        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
-        there = (first_m + m < M)[None, :]
-        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLIT):
-                part = partial + other * (BLOCK_M * BLOCK_N)
-                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
-            finish(total, x_scale, bias, operand_0, y, first_m, first_n, M)
-            tl.store(arrived + tile, 0)
+    finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M)

@@ -13,13 +13,15 @@ from qcompile.codegen.templates.gemm_fragment import (
     BLOCK_M,
     BLOCK_N,
     GROUPS,
+    K_PER_SPLIT,
+    SPLIT,
     STORED,
     SUPER_GROUPS,
     TILES_K,
     TILES_N,
     K,
     N,
-    finish,
+    finish_parts,
     multiply,
 )
 
@@ -28,7 +30,6 @@ from qcompile.codegen.templates.gemm_fragment import (
 # <experts>
 EXPERTS = tl.constexpr(4)
 EXPERTS_POWER = tl.constexpr(4)
-# </experts>
 
 
 @triton.jit
@@ -42,13 +43,32 @@ def find_tile(offsets, tile):
     return tl.sum(before.to(tl.int32), 0), tile - tl.max(tl.where(before, last, 0), 0)
 
 
-@triton.jit
-def kernel(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, bias, operand_0, y, offsets):
-    """Grid: (tiles, ceil(N / BLOCK_N)), with as many tiles of BLOCK_M rows as any choice of experts may need.
+# </experts>
 
-    offsets: int32 [EXPERTS + 1], where the rows of each expert begin and the last end. Pointers that the constants make
-    needless are not read.
+
+@triton.jit
+def kernel(
+    x,
+    x_scale,
+    codes,
+    scale,
+    zero_point,
+    offset,
+    super_scale,
+    super_offset,
+    bias,
+    operand_0,
+    y,
+    partial,
+    arrived,
+    offsets,
+):
+    """Grid: (tiles, ceil(N / BLOCK_N) * SPLIT), with as many tiles of BLOCK_M rows as any choice of experts may need.
+
+    offsets: int32 [EXPERTS + 1], where the rows of each expert begin and the last end. The rest is as in
+    `gemm_fragment`.
     """
+    split, block_n = tl.program_id(1) % SPLIT, tl.program_id(1) // SPLIT
     expert, tile = find_tile(offsets, tl.program_id(0))
     if expert >= EXPERTS:
         return
@@ -65,9 +85,11 @@ def kernel(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offs
         offset + rows * GROUPS,
         super_scale + rows * SUPER_GROUPS,
         super_offset + rows * SUPER_GROUPS,
-        tl.program_id(1) * (BLOCK_N // 64),
-        0,
+        block_n * (BLOCK_N // 64),
+        split * K_PER_SPLIT,
         token,
     )
-    first_n = tl.program_id(1) * BLOCK_N
-    finish(accumulator, x_scale, bias + expert * N, operand_0, y, first_m, first_n, end_m)
+    bias += expert * N
+    tile = block_n * tl.num_programs(0) + tl.program_id(0)
+    first_n = block_n * BLOCK_N
+    finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, end_m)

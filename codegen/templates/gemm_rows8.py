@@ -130,48 +130,17 @@ def load_factors(scale_rows, x_scale_rows, row, token, i):
 
 
 @triton.jit
-def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
-    m = first_m + tl.arange(0, BLOCK_M)[None, :]
-    n = first_n + tl.arange(0, BLOCK_WIDTH)[:, None]
-    if GROUPS == 1:
-        rows = first_n + rows_from()[:, None]
-        total *= decode_scale(tl.load(scale + rows // ROWS, mask=rows < N, other=0))
-        if X_SCALE == "group":
-            total *= tl.load(x_scale + m, mask=m < M, other=0.0)
-    if X_SCALE == "tensor":
-        total *= tl.load(x_scale)
-    if X_SCALE == "token":
-        total *= tl.load(x_scale + m, mask=m < M, other=0.0)
-    first, second = total, total
-    if GATED:
-        first, second = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_WIDTH, BLOCK_M)), (1, 2, 0)))
-    mask = (m < M) & (n < WIDTH_N)
-    offsets = m.to(tl.int64) * WIDTH_N + n
-    value = epilogue(first, second, bias, operand_0, n, offsets, mask)
-    tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
+def multiply(x, x_scale, codes, scale, first_n, split, token):
+    """float32 [BLOCK_N, BLOCK_M]: part `split` of the columns of the weight's rows from `first_n`, times x.
 
-
-@triton.jit(do_not_specialize=["M"])
-def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
-    """Grid: (ceil(N / BLOCK_N) * ceil(M / BLOCK_M) * SPLIT,).
-
-    Pointers that the constants make needless are not read. partial: float32, BLOCK_M * BLOCK_N a program, and arrived:
-    int32, 0 for each output tile, and 0 again at the end; both only for SPLIT > 1.
+    x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are.
     """
-    split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    ACROSS: tl.constexpr = GROUP_M * ((N + BLOCK_N - 1) // BLOCK_N)
-    band, within = tile // ACROSS, tile % ACROSS
-    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    first_m = (band * GROUP_M + within % height) * BLOCK_M
-    first_n = within // height * BLOCK_WIDTH
     m = tl.arange(0, BLOCK_M)
     n = rows_from()
-    token = first_m + m < M
     row = first_n + n < N
-    x += first_m.to(tl.int64) * K + m[None, :] * K
+    x += m[None, :] * K
     scale_rows = scale + (first_n + n) // ROWS * GROUPS
-    x_scale_rows = x_scale + (first_m + m) * GROUPS
+    x_scale_rows = x_scale + m * GROUPS
     if EARLY and PREFETCH > 0:
         PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
         first_k = tl.minimum(split * STEPS * BLOCK_K, K - PREFETCH)
@@ -203,10 +172,38 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
                 factor = factor * factors[1][None, :]
             accumulator += tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32) * factor
             factors = following
-    accumulator = accumulator.to(tl.float32)
+    return accumulator.to(tl.float32)
+
+
+@triton.jit
+def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
+    m = first_m + tl.arange(0, BLOCK_M)[None, :]
+    n = first_n + tl.arange(0, BLOCK_WIDTH)[:, None]
+    if GROUPS == 1:
+        rows = first_n + rows_from()[:, None]
+        total *= decode_scale(tl.load(scale + rows // ROWS, mask=rows < N, other=0))
+        if X_SCALE == "group":
+            total *= tl.load(x_scale + m, mask=m < M, other=0.0)
+    if X_SCALE == "tensor":
+        total *= tl.load(x_scale)
+    if X_SCALE == "token":
+        total *= tl.load(x_scale + m, mask=m < M, other=0.0)
+    first, second = total, total
+    if GATED:
+        first, second = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_WIDTH, BLOCK_M)), (1, 2, 0)))
+    mask = (m < M) & (n < WIDTH_N)
+    offsets = m.to(tl.int64) * WIDTH_N + n
+    value = epilogue(first, second, bias, operand_0, n, offsets, mask)
+    tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_parts(accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M):
+    """`finish` with the sum of the parts of all programs of output tile `tile`, in the last that arrives."""
     if SPLIT == 1:
         finish(accumulator, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
     else:
+        m = tl.arange(0, BLOCK_M)
         place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
         partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
         there = (first_m + m < M)[None, :]
@@ -219,3 +216,30 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
                 total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
             finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
             tl.store(arrived + tile, 0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, M):
+    """Grid: (ceil(N / BLOCK_N) * ceil(M / BLOCK_M) * SPLIT,).
+
+    Pointers that the constants make needless are not read. partial: float32, BLOCK_M * BLOCK_N a program, and arrived:
+    int32, 0 for each output tile, and 0 again at the end; both only for SPLIT > 1.
+    """
+    split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    ACROSS: tl.constexpr = GROUP_M * ((N + BLOCK_N - 1) // BLOCK_N)
+    band, within = tile // ACROSS, tile % ACROSS
+    height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    first_m = (band * GROUP_M + within % height) * BLOCK_M
+    first_n = within // height * BLOCK_WIDTH
+    m = tl.arange(0, BLOCK_M)
+    accumulator = multiply(
+        x + first_m.to(tl.int64) * K,
+        x_scale + first_m * GROUPS,
+        codes,
+        scale,
+        first_n,
+        split,
+        first_m + m < M,
+    )
+    finish_parts(accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M)

@@ -178,7 +178,7 @@ def choose_schemes(
     if len(autos) > 1:
         raise ConfigError("rules of scheme auto share one budget, so they must be the same but for their layers")
     auto = autos.pop()
-    _solver()
+    solver()
     modules, experts = linear_modules(model), expert_modules(model)
     parsed.check_used([*modules, *experts])
     owner = {n: r for n in (*modules, *experts) if (r := parsed.rule_for(n)) and isinstance(r.scheme, Auto)}
@@ -283,7 +283,7 @@ def least(cost: Sequence[Sequence[float]], size: Sequence[Sequence[float]], limi
     Raises:
         ConfigError: scipy is not installed.
     """
-    optimize, sparse, np = _solver()
+    optimize, sparse, np = solver()
     groups = [(group, candidate) for group, row in enumerate(cost) for candidate in range(len(row))]
     rows = np.array([group for group, _ in groups])
     costs, sizes = (np.array([table[g][c] for g, c in groups], dtype=np.float64) for table in (cost, size))
@@ -315,7 +315,7 @@ def least(cost: Sequence[Sequence[float]], size: Sequence[Sequence[float]], limi
         room -= over  # by the solver's tolerance
 
 
-def _solver() -> tuple[Any, Any, Any]:
+def solver() -> tuple[Any, Any, Any]:
     """scipy's optimizer and sparse arrays, and numpy.
 
     Raises:

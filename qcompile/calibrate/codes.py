@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from qcompile.calibrate.gptq import gptq
 from qcompile.calibrate.hqq import hqq_grid
 from qcompile.calibrate.search import search_grid
 from qcompile.errors import LayerError
+from qcompile.hadamard import turn_gram, turn_weight
 from qcompile.methods import GPTQ, HQQ, RTN, Given
 from qcompile.packed import PackedWeight
 from qcompile.reference import Grid, finite_float32, leave_two_of_four, quantize_weight, row_strips, super_scale
@@ -44,6 +46,10 @@ def choose_codes(weight: Tensor, scheme: Scheme, hessian: Tensor | None, layer: 
         LayerError, CalibrationError: see `check_codes` and the methods.
     """
     check_codes(scheme, layer)
+    if scheme.weight.rotated:
+        plain = replace(scheme, weight=replace(scheme.weight, rotated=False))
+        gram = None if hessian is None else turn_gram(hessian)
+        return replace(choose_codes(turn_weight(weight), plain, gram, layer), scheme=scheme.weight)
     how = scheme.method.codes
     if isinstance(how, GPTQ):
         assert hessian is not None

@@ -117,7 +117,10 @@ def fitted(w: Tensor, weight: Tensor, grid: Grid, codes: Tensor) -> tuple[Tensor
 def _with_step(grid: Grid, step: Tensor, shift: Tensor | None, signed: bool) -> Grid:
     """A grid with other steps (and shifts) where they can be stored."""
     dtype = SCALE_DTYPES[grid.scheme.scale_dtype]
-    scale = (step if grid.above is None else step / grid.above).to(dtype)
+    if grid.above is not None:  # devices differ in what they make of a number beyond the type's largest
+        largest = torch.finfo(dtype).max
+        step = (step / grid.above).clamp(-largest, largest)
+    scale = step.to(dtype)
     stored = scale.float()
     usable = stored.isfinite() & ((stored != 0) if signed else (stored > 0))
     offset = grid.offset

@@ -12,17 +12,13 @@ SparseGPT does (Frantar and Alistarh 2023, arXiv:2301.00774, section 3.3). What 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
+from qcompile.calibrate.columns import Columns
 from qcompile.calibrate.fit import pick
 from qcompile.calibrate.search import search_grid
 from qcompile.errors import CalibrationError
-from qcompile.formats import Format
-from qcompile.formats.table import TableFormat
 from qcompile.methods import GPTQ
 from qcompile.packed import PackedWeight
 from qcompile.reference import Grid, choose_grid, finite_float32, leave_two_of_four, super_scale
@@ -82,131 +78,21 @@ def _solve(
 ) -> tuple[Grid, Tensor]:
     """The grid, and codes uint8 [N, K]."""
     columns = w.shape[1]
-    group = scheme.granularity.block_of((w.shape[0], columns))[1]
     ordered = settings.act_order and not scheme.act_order and scheme.sparsity is None
     order = hessian.diagonal().argsort(descending=True, stable=True) if ordered else torch.arange(columns)
     order = order.to(w.device)
     factor = inverse_factor(hessian[order[:, None], order], settings.damping, layer)
     grid = search_grid(w, scheme, above, layer, settings.clip, hessian)
-    blocks = _per_block(grid)
+    chooser = Columns(grid, settings.block_size)
     rest = w[:, order].t().contiguous()  # [K, N], so that a column of the weight lies together
-    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
-    before = None if scheme.sparsity is None else w.t()
-    block = settings.block_size + (-settings.block_size % 4 if before is not None else 0)
-    done = _Columns(min(block, columns), w.shape[0], scheme, w.device)
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        if end - start < done.size:
-            done = _Columns(end - start, w.shape[0], scheme, w.device)
-        places = order[start:end]
-        done.solve(
-            rest[start:end],
-            factor[start:end, start:end],
-            None if before is None else before[start:end],
-            [None if b is None else b(places // group) for b in blocks],
-        )
-        codes[:, places] = done.codes.t()
-        rest[end:].addmm_(factor[start:end, end:].t(), done.errors, alpha=-1)
-    return grid, codes
-
-
-class _Columns:
-    """One block of columns after another, each in the same memory: a GPU records the many small steps once.
-
-    Attributes:
-        size: how many columns.
-        codes: uint8 [size, N], the result.
-        errors: float32 [size, N], what each column is off by over the factor's diagonal.
-    """
-
-    def __init__(self, size: int, rows: int, scheme: WeightScheme, device: torch.device) -> None:
-        self.size, self.scheme = size, scheme
-        self.codes = torch.empty(size, rows, dtype=torch.uint8, device=device)
-        self.errors = torch.empty(size, rows, device=device)
-        self._inputs: list[Tensor | None] = []
-        self._recorded = device.type == "cuda" and not isinstance(
-            scheme.format, TableFormat
-        )  # tables come from the host
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def solve(self, own: Tensor, factor: Tensor, before: Tensor | None, per_column: Sequence[Tensor | None]) -> None:
-        """Choose codes.
-
-        Args:
-            own: float32 [size, N], the columns.
-            factor: float32 [size, size], of the inverse Hessian.
-            before: float32 [size, N], the columns as they were, for 2:4 sparse weights.
-            per_column: step, zero point and shift, float32 [size, N].
-        """
-        inputs = [own, factor, before, *per_column]
-        if not self._inputs:
-            self._inputs = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in inputs]
-            self._run()  # also what a recording must find done: kernels that are loaded at their first call
-            return
-        for kept, given in zip(self._inputs, inputs, strict=True):
-            if kept is not None and given is not None:
-                kept.copy_(given)
-        if not self._recorded:
-            self._run()
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._run()
-        self._graph.replay()
-
-    def _run(self) -> None:
-        own, factor, before, *per_column = self._inputs
-        assert own is not None
-        assert factor is not None
-        for i in range(self.size):
-            wanted = own[i]
-            if before is not None:
-                if i % 4 == 0:
-                    four = slice(i, i + 4)
-                    left = _left(own[four].t(), before[four].t(), factor.diagonal()[four], self.scheme)
-                wanted = wanted * left[:, i % 4]
-            stored = [None if t is None else t[i] for t in per_column]
-            _choose(own[i], wanted, stored, factor[i, i], self.codes[i], self.errors[i], self.scheme.format)
-            own[i:].addr_(factor[i, i:], self.errors[i], alpha=-1)
-
-
-def _left(four: Tensor, before: Tensor, diagonal: Tensor, scheme: WeightScheme) -> Tensor:
-    """Which of four columns [N, 4] stay: those without which the output errs most, of those that were not 0 before."""
-    costs = (four / diagonal).abs().clamp(min=torch.finfo(torch.float32).tiny)
-    return leave_two_of_four(costs.masked_fill(before == 0, 0.0), scheme) > 0
-
-
-def _choose(
-    column: Tensor,
-    wanted: Tensor,
-    stored: Sequence[Tensor | None],
-    diagonal: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    fmt: Format,
-) -> None:
-    """Write the codes nearest to what is wanted of a column [N], and what it is off by over the factor's diagonal."""
-    step, zero_point, shift = stored
-    assert step is not None
-    scaled = (wanted if shift is None else wanted - shift) / step
-    code = fmt.encode(scaled if zero_point is None else scaled + zero_point)
-    value = fmt.decode(code.to(torch.int32))
-    assert isinstance(value, Tensor)
-    value = (value if zero_point is None else value - zero_point) * step
-    codes.copy_(code)
-    errors.copy_((column - (value if shift is None else value + shift)) / diagonal)
-
-
-def _per_block(grid: Grid) -> list[Callable[[Tensor], Tensor] | None]:
-    """Step, zero point and shift: from numbers of column blocks [n] to float32 [n, N]."""
-    rows = grid.shape[0]
-    tall = grid.scheme.granularity.block_of(grid.shape)[0]
-
-    def at(stored: Tensor, numbers: Tensor) -> Tensor:
-        return stored.t()[numbers].float().repeat_interleave(tall, 1)[:, :rows]
-
-    return [None if t is None else functools.partial(at, t) for t in (grid.step, grid.zero_point, grid.shift)]
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=w.device)
+    for start in range(0, columns, chooser.size):
+        block, after = slice(start, start + chooser.size), slice(start + chooser.size, None)
+        places = order[block]
+        before = None if scheme.sparsity is None else w.t()[places]
+        errors = chooser.solve(rest[block], factor[block, block], before, places, codes[block])
+        rest[after].addmm_(factor[block, after].t(), errors, alpha=-1)
+    return grid, codes[order.argsort()].t().contiguous()
 
 
 def inverse_factor(hessian: Tensor, damping: float, layer: str) -> Tensor:

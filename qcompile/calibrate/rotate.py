@@ -207,13 +207,16 @@ def _writer(trace: Trace, node: object) -> LinearNode:
 
 
 @torch.no_grad()
-def rotate_(model: nn.Module, batch: Batch, layers: Collection[str], seed: int) -> None:
+def rotate_(model: nn.Module, batch: Batch, layers: Collection[str], seed: int) -> set[str]:
     """Turn a model's residual stream (R1), in place. Tied embeddings are untied: the head takes up the last norm.
 
     Args:
         batch: to trace the model with.
         layers: that are quantized, which say what its blocks are.
         seed: of the rotation.
+
+    Returns:
+        names of the linears whose inputs are turned.
 
     Raises:
         Illegal: it cannot be; the model stays as it was then, but for ties.
@@ -240,6 +243,8 @@ def rotate_(model: nn.Module, batch: Batch, layers: Collection[str], seed: int) 
     starts = [n for n in trace.graph.nodes if kind_of(n) == "embedding" and shape_of(n)[-1] == width]
     streams.append(residual_stream(trace, starts, returned=False))
     turn(streams, hadamard(width, seed), owners_of(model))
+    names = {id(p): n.removesuffix(".weight") for n, p in model.named_parameters()}
+    return {names[id(reader.weight)] for stream in streams for read in stream.reads for reader in read.readers}
 
 
 def _outside(model: nn.Module, batch: Batch, shape: torch.Size) -> Trace:

@@ -34,9 +34,9 @@ def rotate_heads_(model: nn.Module, batch: Batch, layers: Collection[str], seed:
         seed: of the rotation, one for all heads.
 
     Returns:
-        why it was not done, by the names of layers: output projections, or all `layers`.
+        by the names of output projections, "" where their inputs are turned, else why not; or that for all `layers`.
     """
-    declined: dict[str, str] = {}
+    outcome: dict[str, str] = {}
     owners = owners_of(model)
     names = {id(p): n.removesuffix(".weight") for n, p in model.named_parameters()}
     for blocks in find_stacks(model, layers):
@@ -44,7 +44,7 @@ def rotate_heads_(model: nn.Module, batch: Batch, layers: Collection[str], seed:
         try:
             stack = record(model, blocks, [batch], [])
         except NotAStack as reason:
-            declined |= dict.fromkeys(within, f"blocks cannot be run apart: {reason}")
+            outcome |= dict.fromkeys(within, f"blocks cannot be run apart: {reason}")
             continue
         for name, calls in zip(stack.names, stack.calls, strict=True):
             block = model.get_submodule(name)
@@ -52,12 +52,11 @@ def rotate_heads_(model: nn.Module, batch: Batch, layers: Collection[str], seed:
             try:
                 trace = trace_block(block, calls[0].with_hidden(stack.hidden[0].to(device)))
             except Illegal as reason:
-                declined |= dict.fromkeys([n for n in within if n.startswith(f"{name}.")], str(reason))
+                outcome |= dict.fromkeys([n for n in within if n.startswith(f"{name}.")], str(reason))
                 continue
             for readers, why in turn_values(trace, owners, seed):
-                if why:
-                    declined |= {names.get(id(reader.weight), ""): why for reader in readers}
-    return declined
+                outcome |= {names.get(id(reader.weight), ""): why for reader in readers}
+    return outcome
 
 
 def turn_values(trace: Trace, owners: Mapping[int, int], seed: int) -> list[tuple[list[LinearNode], str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class _Calibration:
         report: Callable[[LayerResult], None] | None,
         waiting: Waiting | None,
     ) -> None:
-        self.model, self.schemes, self.waiting = model, schemes, waiting
+        self.model, self.schemes, self.waiting = model, dict(schemes), waiting
         modules = linear_modules(model) | expert_modules(model)
         self.left = {name: module for name, module in modules.items() if name in schemes}
         self.mixtures = self.left.keys() & expert_modules(model).keys()
@@ -153,21 +154,38 @@ class _Calibration:
 
     def _rotate(self) -> None:
         """Turn the residual stream and values, if any layer's method says so; where it cannot be, note why."""
-        wanted = {n: f.seed for n in self.left for f in self.schemes[n].method.folds if isinstance(f, Rotation)}
-        seeds = set(wanted.values())
+        wanted = {n: f for n in self.left for f in self.schemes[n].method.folds if isinstance(f, Rotation)}
+        seeds = {fold.seed for fold in wanted.values()}
         if len(seeds) > 1:
             raise ConfigError(f"method hadamard: layers name different seeds, {sorted(seeds)}; a model has one")
         for seed in seeds:
             self._fill()
             self.unturned = {name: [] for name in wanted}
+            turned: set[str] = set()
             try:
-                rotate_(self.model, self.batches[0], list(self.left), seed)
+                turned |= rotate_(self.model, self.batches[0], list(self.left), seed)
             except Illegal as reason:
                 for reasons in self.unturned.values():
                     reasons.append(f"hadamard: {reason}")
             for name, why in rotate_heads_(self.model, self.batches[0], list(self.left), seed).items():
-                if name in self.unturned:
+                if not why:
+                    turned.add(name)
+                elif name in self.unturned:
                     self.unturned[name].append(f"hadamard of values: {why}")
+            self._rotate_online([n for n, fold in wanted.items() if fold.online and n not in turned])
+
+    def _rotate_online(self, names: Sequence[str]) -> None:
+        """Let linears turn their inputs themselves, where the scheme can."""
+        for name in names:
+            scheme = self.schemes[name]
+            if name in self.mixtures:
+                self.unturned[name].append("online hadamard: experts' inputs are not turned")
+                continue
+            try:
+                self.schemes[name] = replace(scheme, weight=replace(scheme.weight, rotated=True))
+            except ConfigError as reason:
+                self.unturned[name].append(f"online hadamard: {reason}")
+        self.done.schemes = {name: self.schemes[name] for name in self.done.schemes}
 
     def _block(self, block: nn.Module, own: list[str], stack: Stack, index: int, device: torch.device) -> None:
         first = stack.calls[index][0].with_hidden(stack.hidden[0].to(device))

@@ -402,11 +402,11 @@ class CompressedTensors(Method):
         if args is None or args.bits >= 16:
             return None, None
         kind = f"{'float' if args.floating else 'integer'} inputs of {args.bits} bits"
-        if args.bits != 8:
+        if args.bits != 8 and (args.floating or not 2 <= args.bits < 8):
             return self._unquantized(f"{kind}, which no device of qcompile multiplies")
-        if shifted or not args.symmetric:
-            return self._unquantized(f"{kind} with zero points, which qcompile does not have")
-        name = "fp8_e4m3" if args.floating else "int8"
+        if shifted or (not args.symmetric and (args.bits == 8 or not args.dynamic or args.exponents)):
+            return self._unquantized(f"{kind} with zero points, which qcompile has for dynamic scales of up to 7 bits")
+        name = "fp8_e4m3" if args.floating else f"{'int' if args.symmetric else 'uint'}{args.bits}"
         if not args.dynamic:
             if args.strategy != "tensor":
                 return self._unquantized(f"{kind} with fixed scales per {args.strategy}, not per tensor")

@@ -18,10 +18,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.calibrate.assign import Chosen, check_name, label
+from qcompile.calibrate.assign import Chosen, check_name, label, solver
 from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.stream import Waiting, find_stacks
 from qcompile.checkpoint.gguf import load_decoded
+from qcompile.checkpoint.imatrix import read_imatrix
 from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
@@ -53,6 +54,12 @@ def quantize(
     ] = "rtn",
     calibration: Annotated[
         Path | None, typer.Option(help="A text, for methods and scales that look at activations.", show_default=False)
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            help="llama.cpp's importance matrix (GGUF), instead of a text, for method importance.", show_default=False
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Sequences of calibration text, at most.")] = 128,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 512,
@@ -91,6 +98,10 @@ def quantize(
         quiet_imports()
         names = [name.strip() for name in method.split(",")]
         methods = [] if names == ["rtn"] else names
+        if imatrix is not None:
+            if methods not in ([], ["importance"]) or calibration is not None or scheme == AUTO:
+                raise ConfigError("--imatrix is for method importance alone, without --calibration, and not for auto")
+            methods = ["importance"]
         budget = {"bits": bits, "bytes": max_bytes, "kl": max_kl}
         given = {name: value for name, value in budget.items() if value is not None}
         if output is None and write_config is None:
@@ -118,6 +129,7 @@ def quantize(
                 allow_rounding=allow_rounding,
                 steps=steps,
                 write_config=write_config,
+                imatrix=imatrix,
             )
         show(done, Console())
 
@@ -204,6 +216,7 @@ def run(
     allow_rounding: bool,
     steps: Steps,
     write_config: Path | None = None,
+    imatrix: Path | None = None,
 ) -> Quantized:
     """Load, quantize and save a model. Interrupted, it goes on from `<output>.resume` when it is called again.
 
@@ -217,6 +230,7 @@ def run(
         samples, length: at most so many sequences of so many tokens are taken from its beginning.
         dtype: to compute in; None for the checkpoint's own, or float32 for GGUF.
         write_config: where the configuration goes that scheme auto chooses.
+        imatrix: an importance matrix of llama.cpp's, in place of `calibration`.
 
     Raises:
         CheckpointError: a model that cannot be read, or is quantized; a format that cannot hold the schemes.
@@ -226,6 +240,8 @@ def run(
         raise ConfigError(f"--format {format!r} cannot be written; there are {', '.join(FORMATS)}")
     if output is not None and output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output}: is not empty; name another folder")
+    if config.undecided:
+        solver()  # before the model is read
     if config.undecided and calibration is None:
         raise ConfigError("scheme auto measures what each layer's quantization changes: name a text, --calibration")
     if write_config is not None:
@@ -259,7 +275,11 @@ def run(
     assert resume is not None
     schemes = planned(model, config)
     check_format(model, schemes, format)
-    if any(scheme.needs_data for scheme in schemes.values()) and batches is None:
+    importance = None
+    if imatrix is not None:
+        steps.next(f"reading {imatrix}")
+        importance = read_imatrix(imatrix, getattr(model, "config", None), schemes)
+    elif any(scheme.needs_data for scheme in schemes.values()) and batches is None:
         if calibration is None:
             name, scheme = next((n, s) for n, s in schemes.items() if s.needs_data)
             raise ConfigError(f"{name}: {scheme}, by {scheme.method}, looks at activations: name a text, --calibration")
@@ -269,7 +289,9 @@ def run(
     steps.next(f"quantizing {len(schemes)} layers")
     steps.pause()
     kept = resume if batches is not None else None
-    quantize_waiting(model, config, waiting, calibration=batches, resume=kept, report=results.append)
+    quantize_waiting(
+        model, config, waiting, calibration=batches, importance=importance, resume=kept, report=results.append
+    )
     steps.next(f"writing {output}")
     saved = qcompile.save(model, output, format, allow_rounding=allow_rounding)
     if resume.exists():

@@ -538,8 +538,7 @@ def _product(scheme: Scheme | None, shape: Shape, rows: int, target: Target) -> 
     job = measure.job(f"{shape[0]}x{shape[1]}", scheme, shape, bucket, torch.bfloat16)
     if not gpu.has_kernel(job.spec):
         raise LayerError(f"{job.name}: {scheme} has no kernel, so its time is unknown")
-    x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
-    assert x_dtype is not None
+    x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.dtype
     found = tuning.choose(job.spec, bucket, x_dtype, torch.bfloat16, target.card.target, target.card.tuned)
     more = max(1.0, rows / _LARGEST)
     if found.us is not None:

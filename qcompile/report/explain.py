@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from qcompile import compat
 from qcompile.backend import check_gradients
+from qcompile.codegen.spec import GROUPED_TEMPLATES, TEMPLATES
 from qcompile.config import QuantConfig, parse_config
 from qcompile.experts import GroupedLinear, expert_modules
 from qcompile.layouts import LAYOUTS, to_layout
@@ -202,7 +203,8 @@ def _experts(model: nn.Module, config: QuantConfig | None) -> Iterator[LayerRepo
     """Experts of mixtures, which no pass touches: those that came quantized, and those that a rule means in vain."""
     for name, module in model.named_modules():
         if isinstance(module, GroupedLinear):
-            kernel = "gemm_grouped" if module.layout == "fragment" else "a product for each expert that is hit"
+            template = TEMPLATES.get(module.layout)
+            kernel = "a product for each expert that is hit" if template is None else GROUPED_TEMPLATES[template]
             yield LayerReport(
                 name=name,
                 shape=(module.out_features, module.in_features),

@@ -11,9 +11,8 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.render import render
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import AnySpec
 from qcompile.flags import flags
 
 
@@ -58,7 +57,7 @@ def store(source: str) -> Path:
 
 
 @functools.cache
-def load(spec: KernelSpec | AttentionKernelSpec) -> ModuleType:
+def load(spec: AnySpec) -> ModuleType:
     """The module of a kernel, whose `kernel` is the Triton function."""
     source = render(spec)
     path = store(source)

@@ -290,8 +290,7 @@ def plan(spec: LinearSpec, rows: int, dtype: torch.dtype, device: torch.device) 
     if not has_kernel(spec) or dtype not in _X_DTYPES:
         return None
     activation = spec.scheme.activation
-    x_dtype = dtype if activation is None else activation.format.native_dtype
-    assert x_dtype is not None
+    x_dtype = dtype if activation is None else activation.dtype
     chosen = choose(spec, bucket(rows), x_dtype, dtype, target_of(device), name_of(device))
     tile = show(chosen.kernel.tile) if chosen.vendor is None else ""
     return Plan(

@@ -1,4 +1,4 @@
-"""Products with stacks of experts on GPUs: one launch of a generated Triton kernel for all experts."""
+"""Products with stacks of experts on GPUs: one launch of a generated Triton kernel for all experts, or torch's own."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.spec import GroupedSpec, native_fp8
-from qcompile.errors import DeviceError
 from qcompile.flags import flags
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache, launcher
-from qcompile.runtime.gpu import bucket, may_time, name_of, target_of, tune
+from qcompile.runtime import cache, launcher, vendor_grouped
+from qcompile.runtime.counters import zeros_kept_zero
+from qcompile.runtime.gpu import bucket, check_dtypes, has_kernel, may_time, name_of, target_of, tune
 from qcompile.runtime.tuning import Chosen, choose
 from qcompile.stacks import padded_rows
 from qcompile.tensors import by_bytes
-
-_X_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rows_bucket(rows: int, experts: int) -> int:
@@ -52,26 +50,32 @@ def launch(
     y = x.new_empty((rows, kernel.n), dtype=out_dtype)
     if rows == 0:
         return y
+    native = native_fp8(kernel.target)
+    codes = weight.codes if native else by_bytes(weight.codes)
 
     def stored(tensor: Tensor | None) -> Tensor:
         # A pointer that a kernel does not use gets some input, so that one signature serves all.
-        return weight.codes if tensor is None else by_bytes(tensor)
+        return codes if tensor is None else by_bytes(tensor)
 
-    grid = (tile_count(rows, kernel.experts, tile.m), -(-kernel.n // tile.n))
+    tiles, blocks = tile_count(rows, kernel.experts, tile.m), -(-kernel.n // tile.n)
+    partial = arrived = codes
+    if tile.split > 1:
+        partial = x.new_empty(tiles * blocks * tile.split * tile.m * tile.n, dtype=torch.float32)
+        arrived = zeros_kept_zero(tiles * blocks, x.device)
+    more = (weight.zero_point, weight.offset, weight.super_scale, weight.super_offset)
     launcher.launch(
         function,
-        grid,
-        x.contiguous() if native_fp8(kernel.target) else by_bytes(x.contiguous()),
+        (tiles, blocks * tile.split),
+        x.contiguous() if native else by_bytes(x.contiguous()),
         stored(None if x_scale is None else x_scale.contiguous()),
-        weight.codes,
+        codes,
         stored(weight.scale),
-        stored(weight.zero_point),
-        stored(weight.offset),
-        stored(weight.super_scale),
-        stored(weight.super_offset),
+        *(() if kernel.in_rows else map(stored, more)),
         stored(None if bias is None else bias.contiguous()),
-        weight.codes,
+        codes,
         y,
+        partial,
+        arrived,
         offsets,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -128,20 +132,22 @@ def grouped_gemm(
     Raises:
         DeviceError: activations of another type than float32, bfloat16 and float16.
     """
-    if (x_scale is None and x.dtype not in _X_DTYPES) or out_dtype not in _X_DTYPES:
-        raise DeviceError(
-            f"GPU kernels take and return float32, bfloat16 or float16, not {x.dtype} and {out_dtype}: cast the model"
-        )
+    check_dtypes(x, x_scale, out_dtype)
     experts = offsets.shape[0] - 1
     shape = (experts * padded_rows(spec.out_features), spec.in_features)
     packed = PackedWeight.from_tensors(weight, shape, spec.scheme.weight, spec.layout)
-    if spec.layout != "fragment":
+    if not has_kernel(spec):
         return _decoded(x, x_scale, offsets, packed, bias, spec, out_dtype)
-    rows = rows_bucket(x.shape[0], experts)
     if flags.tune and may_time(x):
-        tune(spec, rows, x.dtype if x_scale is None else out_dtype, x.device, experts)
-    chosen = choose(spec, rows, x.dtype, out_dtype, target_of(x.device), name_of(x.device), experts)
-    return execute(chosen, x, x_scale, offsets, packed, bias, wrap)
+        tune(spec, rows_bucket(x.shape[0], experts), x.dtype if x_scale is None else out_dtype, x.device, experts)
+    chosen = choice_for(x, experts, spec, out_dtype)
+    return execute(chosen, x, x_scale, offsets, packed, bias, spec, wrap)
+
+
+def choice_for(x: Tensor, experts: int, spec: LinearSpec, out_dtype: torch.dtype) -> Chosen:
+    """What multiplies rows like `x` (which the scheme has quantized, if it does that) by a stack of experts."""
+    rows = rows_bucket(x.shape[0], experts)
+    return choose(spec, rows, x.dtype, out_dtype, target_of(x.device), name_of(x.device), experts)
 
 
 def execute(
@@ -151,24 +157,34 @@ def execute(
     offsets: Tensor,
     weight: PackedWeight,
     bias: Tensor | None,
+    spec: LinearSpec,
     wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
     """`grouped_gemm` with a choice that is made."""
     kernel = chosen.kernel
     assert isinstance(kernel, GroupedSpec)
-    function = wrap(cache.load(kernel).kernel)
     # Triton launches on the current device.
     guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, x, x_scale, offsets, weight, bias, getattr(torch, kernel.out_dtype))
+        if chosen.vendor is None or x.shape[0] == 0:
+            function = wrap(cache.load(kernel).kernel)
+            return launch(kernel, function, x, x_scale, offsets, weight, bias, getattr(torch, kernel.out_dtype))
+        product = vendor_grouped.PATHS[chosen.vendor](x, x_scale, offsets, weight, kernel, wrap)
+        return vendor_grouped.finish(product, offsets, bias, spec, kernel, wrap)
+
+
+def torch_multiplies(x: Tensor, x_scale: Tensor | None, experts: int, spec: LinearSpec, out_dtype: torch.dtype) -> bool:
+    """Whether the product of `grouped_gemm` is one of torch's own, which compilers can fuse with what surrounds it."""
+    check_dtypes(x, x_scale, out_dtype)
+    return not has_kernel(spec) or choice_for(x, experts, spec, out_dtype).vendor is not None
 
 
 @functools.cache
-def grouped_gemm_operator() -> Any:
-    """`torch.ops.qcompile.grouped_gemm`, registered at the first call: compilers see through it to the kernel."""
+def visible_grouped_gemm() -> Any:
+    """`torch.ops.qcompile.visible_grouped_gemm`, registered at the first call; see `gpu.visible_gemm`."""
 
-    @torch.library.triton_op("qcompile::grouped_gemm", mutates_args={})
-    def grouped_gemm_op(
+    @torch.library.triton_op("qcompile::visible_grouped_gemm", mutates_args={})
+    def visible(
         x: Tensor,
         x_scale: Tensor | None,
         offsets: Tensor,
@@ -180,4 +196,4 @@ def grouped_gemm_operator() -> Any:
         wrap = torch.library.wrap_triton
         return grouped_gemm(x, x_scale, offsets, weight, bias, decode_spec(spec), out_dtype, wrap)
 
-    return torch.ops.qcompile.grouped_gemm
+    return torch.ops.qcompile.visible_grouped_gemm

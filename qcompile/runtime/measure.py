@@ -76,8 +76,7 @@ class Job:
     def like(self, target: str) -> KernelSpec:
         """See `tuning.any_kernel`."""
         activation = self.spec.scheme.activation
-        x_dtype = self.dtype if activation is None else activation.format.native_dtype
-        assert x_dtype is not None
+        x_dtype = self.dtype if activation is None else activation.dtype
         return any_kernel(self.spec, x_dtype, self.dtype, target, self.experts)
 
 
@@ -118,7 +117,7 @@ class Problem:
     def call(self, what: Chosen, weight: PackedWeight, spec: LinearSpec, wrap: Callable[[Any], Any]) -> Tensor:
         """The product by a copy of the weight."""
         if self.offsets is not None:
-            return gpu_grouped.execute(what, self.x, self.x_scale, self.offsets, weight, None, wrap)
+            return gpu_grouped.execute(what, self.x, self.x_scale, self.offsets, weight, None, spec, wrap)
         return gpu.execute(what, self.x, self.x_scale, weight, None, [], spec, wrap)
 
 

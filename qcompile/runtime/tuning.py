@@ -32,14 +32,14 @@ import torch
 
 from qcompile.codegen.cost_model import candidates, rank
 from qcompile.codegen.predict import predict
-from qcompile.codegen.spec import KernelSpec, Tile, grouped_spec, kernel_spec
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, grouped_spec, kernel_spec
 from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
 from qcompile.linear_spec import LinearSpec, generation
-from qcompile.runtime import cache, vendor
+from qcompile.runtime import cache, vendor, vendor_grouped
 
 Choice: TypeAlias = Tile | str
-"""A tile of our template, or the name of a path of `vendor.PATHS`."""
+"""A tile of our template, or the name of a path of `vendor.PATHS` or, of stacks, `vendor_grouped.PATHS`."""
 
 Key: TypeAlias = tuple[int, int, int]
 """N, K and the bucket of M."""
@@ -71,7 +71,7 @@ class Chosen:
 
     Attributes:
         kernel: of our template; where `vendor` takes its place, the best that the cost model knows.
-        vendor: a name of `vendor.PATHS`, or None.
+        vendor: a name of `vendor.PATHS` or, of a stack of experts, `vendor_grouped.PATHS`, or None.
         origin: where the choice comes from, for reports.
         us: microseconds that this choice was measured to take for this shape and bucket, or None.
     """
@@ -114,8 +114,15 @@ def options(like: KernelSpec, m: int) -> list[Choice]:
     """Every choice that is legal for a linear and a bucket of M, the one that is predicted fastest first."""
     kernels = candidates(like, m)
     choices: list[tuple[float, Choice]] = [(predict(k, m), k.tile) for k in rank(kernels, m, keep=len(kernels))]
-    choices += [(predict(like, m, name), name) for name in vendor.PATHS if vendor.objection(name, like, m) is None]
+    choices += [(predict(like, m, name), name) for name in vendors(like, m)]
     return [choice for _, choice in sorted(choices, key=lambda pair: pair[0])]
+
+
+def vendors(like: KernelSpec, m: int) -> list[str]:
+    """Torch's products that are legal for a linear, or a stack of experts, and a bucket of M."""
+    if isinstance(like, GroupedSpec):
+        return [name for name in vendor_grouped.PATHS if vendor_grouped.objection(name, like) is None]
+    return [name for name in vendor.PATHS if vendor.objection(name, like, m) is None]
 
 
 def predicted(like: KernelSpec, m: int) -> Choice:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, decoding_spec, finishing_spec
+from qcompile.codegen.spec import KernelSpec, decoding_spec, finishing_spec
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
 from qcompile.runtime import cache, launcher
@@ -152,8 +152,6 @@ _OBJECTIONS = {"scaled_mm": _scaled_mm_objection, "int_mm": _int_mm_objection, "
 
 def objection(name: str, kernel: KernelSpec, m: int) -> str | None:
     """Why a path of `PATHS` cannot take the place of a kernel for up to `m` rows (a `gpu.bucket`); None if it can."""
-    if isinstance(kernel, GroupedSpec):
-        return "none multiplies by a stack of experts"
     return _OBJECTIONS[name](kernel, m)
 
 

@@ -31,7 +31,8 @@ def turned(model: nn.Module, ids: torch.Tensor) -> tuple[dict[str, str], set[str
     """Why values were not turned, and which parameters changed."""
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with without_cache(model):
-        declined = rotate_heads_(model, Batch((ids,), {}), list(linear_modules(model)), 0)
+        outcome = rotate_heads_(model, Batch((ids,), {}), list(linear_modules(model)), 0)
+    declined = {name: why for name, why in outcome.items() if why}
     return declined, {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 

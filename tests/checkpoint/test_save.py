@@ -25,6 +25,7 @@ from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.presets import PRESETS
 from qcompile.scheme import Scheme
+from qcompile.scheme_config import parse_scheme
 from tests import oracle, tolerance
 from tests.checkpoint.integer_files import FIXTURES, fixture_layers, fixture_tensors, read_layer
 
@@ -109,7 +110,7 @@ def reloaded(model: One, folder: Path) -> One:
 
 INTEGERS = ["int2", "int3", "int4", "int4_asym", "int5", "int6", "int7", "int8_weight_only"]
 FLOATS = ["fp8", "fp8_block", "fp8_weight_only", "nvfp4", "mxfp4", "mxfp8"]
-MIXED = ["int8", "int4_fp8", "int4_int8"]
+MIXED = ["int8", "int4_fp8", "int4_int8", "int4_int4"]
 GGUF = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4", "int4", "int3"]
 
 
@@ -378,6 +379,9 @@ REFUSED = [
     ("fp8", {}, "awq", ["inputs are quantized", CT]),
     ("fp8_block", {}, "gguf", ["fp8_e4m3", CT]),
     ("mxfp4", {}, "gptq", ["fp4_e2m1", CT, "gguf"]),
+    ("int4", {"rotated": True}, CT, ["turned", "rotated"]),
+    ("q4_0", {"rotated": True}, "gguf", ["turned", "rotated"]),
+    ("nf4", {"rotated": True}, "bitsandbytes", ["nf4"]),
 ]
 
 
@@ -392,6 +396,18 @@ def test_what_a_format_cannot_hold_is_refused(scheme, changes, format, words, tm
     for word in ["model.layers.0.mlp.up_proj", *words]:
         assert word in str(error.value), word
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"group_size": 64}])
+def test_activations_of_4_bits(symmetric, sizes, tmp_path):
+    activation = {"format": "int4", "symmetric": symmetric, **sizes}
+    model = random_layer(parse_scheme({"weight": {"format": "int4", "group_size": 64}, "activation": activation}))
+    qcompile.save(model, tmp_path)
+    x = torch.randn(3, 128)
+    again = reloaded(model, tmp_path)
+    assert again.m.l.scheme.activation == model.m.l.scheme.activation
+    assert torch.equal(again.m.l(x), model.m.l(x))
 
 
 def test_scales_before_the_input_are_refused_everywhere(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ tokenizers = pytest.importorskip("tokenizers")
 import qcompile
 from qcompile.calibrate import run as run_module
 from qcompile.cli import app
+from qcompile.cli import quantize as module
 from qcompile.config import parse_config
 from qcompile.modules import QuantizedLinear
+from qcompile.presets import PRESETS
+from qcompile.reference import dequantize, quantize_weight
+from tests.checkpoint.test_imatrix import entry, write
 from tests.checkpoint.test_save import llama
 
 WORDS = "a quantized model multiplies its inputs by codes and scales until the answer comes out of the last layer"
@@ -81,6 +86,25 @@ def test_k_types_by_importance(text, tmp_path):
     weights = [getattr(loaded.model.layers[0].mlp, name).scheme.weight for name in ("down_proj", "up_proj")]
     assert [weight.format.name for weight in weights] == ["uint4", "int5"]
     assert [weight.has_super_blocks for weight in weights] == [True, False]
+
+
+def test_importance_of_a_file(tmp_path):
+    """llama.cpp's importance matrix instead of a text; a head that it does not know is rounded as its rule says."""
+    source = saved(tmp_path / "model", num_hidden_layers=1, hidden_size=64, intermediate_size=256)
+    names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
+    known = {name: torch.rand(256 if name == "ffn_down" else 64) for name in names}
+    tensors = [entry(f"blk.0.{name}.weight", mean) for name, mean in known.items()]
+    file = write(tmp_path / "imatrix.gguf", {key: value for one in tensors for key, value in one.items()})
+    options = ["--scheme", "q4_k", "--imatrix", file, "--format", "gguf"]
+    result = run(source, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    loaded = qcompile.load(tmp_path / "out" / "model.gguf", dtype=torch.float32, progress=False)
+    original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    error = loaded.model.layers[0].mlp.down_proj.weight - original.model.layers[0].mlp.down_proj.weight
+    nearest = dequantize(quantize_weight(original.model.layers[0].mlp.down_proj.weight, PRESETS["q4_k"].weight))
+    plain = nearest - original.model.layers[0].mlp.down_proj.weight
+    assert (error.square() * known["ffn_down"]).sum() < 0.9 * (plain.square() * known["ffn_down"]).sum()
+    refused(run(source, "--output", tmp_path / "b", *options, "--method", "gptq"), "--imatrix is for method importance")
 
 
 def test_static_activations_without_a_method(source, text, tmp_path):
@@ -182,3 +206,12 @@ def test_autos_that_cannot_be(options, message, source, text):
     result = run(source, *(str(text) if option == "TEXT" else option for option in options))
     assert result.exit_code == 1
     assert message in re.sub(r"\s+", " ", result.output)
+
+
+def test_auto_without_scipy_is_told_before_all_else(source, text, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr(module, "_load", lambda *_: pytest.fail("the model was read"))
+    refused(
+        run(source, "--scheme", "auto", "--bits", 6, "--calibration", text, "--write-config", "a.yaml"),
+        "qcompile[auto]",
+    )

@@ -56,16 +56,30 @@ def test_any_length_takes_one_graph_that_chooses_at_run_time():
     assert "torch.ops.qcompile.gemm" in product
 
 
-def test_experts_are_one_kernel_a_projection_and_nothing_is_read_back():
-    sort, offsets, gather, up, gate, down, combine = calls("mxfp4", "static", "experts")
-    assert "sort" in sort
-    assert "searchsorted" in offsets
+@pytest.mark.parametrize("length", ["static", "dynamic"])
+def test_experts_are_one_call_a_projection_and_nothing_is_read_back(length):
+    *_, gather, up, gate, down, combine = calls("mxfp4", length, "experts")
     assert "index_select" in gather
-    assert up.startswith("qcompile_")
+    assert "torch.ops.qcompile.grouped_gemm" in up
     assert "silu" in gate
-    assert down.startswith("qcompile_")
+    assert "torch.ops.qcompile.grouped_gemm" in down
     assert "index_select" in combine
     assert "sum" in combine
+
+
+def test_torchs_products_with_experts_are_between_fused_kernels():
+    sort, quantize, offsets, up, gate, down, combine = calls("fp8", "static", "experts", "torch")
+    assert "sort" in sort
+    assert "searchsorted" in offsets
+    assert "amax" in quantize
+    assert up.count("extern_kernels._scaled_grouped_mm(") == down.count("extern_kernels._scaled_grouped_mm(") == 1
+    assert "use_fast_accum=False" in up
+    assert "silu" in gate
+    assert "amax" in gate
+    assert "sum" in combine
+    decoding = calls("nf4", "static", "experts", "torch")
+    assert sum(call.startswith("qcompile_decode_fragment") for call in decoding) == 2
+    assert sum("extern_kernels._grouped_mm(" in call for call in decoding) == 2
 
 
 def gemm_inputs(call: str) -> tuple[str, str]:

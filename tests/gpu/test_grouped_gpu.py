@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +11,14 @@ import torch
 import qcompile
 from qcompile.codegen.spec import Tile, grouped_spec, kernel_spec
 from qcompile.experts import GroupedLinear
-from qcompile.layouts import LAYOUTS
 from qcompile.reference import quantize_activation
 from qcompile.runtime import cache, gpu, gpu_grouped
 from tests import tolerance
 from tests.checkpoint.moe_files import make_moe
-from tests.gpu.test_gemm_gpu import sample
+from tests.gpu.test_gemm_gpu import sample, unit_of
 from tests.kernels.test_grouped import SCHEMES, Problem, problem
+from tests.kernels.test_vendor_grouped import VENDORED
+from tests.kernels.test_vendor_grouped import run as run_vendor
 
 pytestmark = pytest.mark.gpu
 
@@ -32,19 +32,18 @@ def check(given: Problem, dtype: torch.dtype) -> None:
     activation = given.spec.scheme.activation
     x, x_scale = (given.x, None) if activation is None else quantize_activation(given.x, activation)
     x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
-    weight = LAYOUTS["fragment"].pack(given.stacked).to("cuda")
+    weight = given.packed.to("cuda")
     offsets, bias = given.offsets.cuda(), None if given.bias is None else given.bias.cuda()
-    spec = replace(given.spec, layout="fragment")
-    like = kernel_spec(spec, x.dtype, dtype, gpu.target_of(x.device), SMALL)
+    like = kernel_spec(given.spec, x.dtype, dtype, gpu.target_of(x.device), SMALL)
     experts = len(given.weights)
-    kernels = {grouped_spec(each, experts) for m in (16, 64, 256) for each in sample(like, m) if each.tile.split == 1}
+    kernels = {grouped_spec(each, experts) for m in (16, 64, 256) for each in sample(like, m)}
     for kernel in kernels:
         function = cache.load(kernel).kernel
         first = gpu_grouped.launch(kernel, function, x, x_scale, offsets, weight, bias, dtype)
         for _ in range(LAUNCHES):
             again = gpu_grouped.launch(kernel, function, x, x_scale, offsets, weight, bias, dtype)
             assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)), f"launches of {kernel} differ"
-        given.check(first.cpu(), torch.bfloat16 if activation is not None else dtype)
+        given.check(first.cpu(), torch.bfloat16 if activation is not None else dtype, unit_of(kernel))
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -60,7 +59,16 @@ def test_other_types(name: str, dtype: torch.dtype) -> None:
     check(problem(SCHEMES[name].fit("layer", (128, 256)), COUNTS["ragged"], 128, 256, dtype), dtype)
 
 
-@pytest.mark.parametrize("name", ["int4", "fp8", "fp8_block", "mxfp4", "nvfp4", "q4_1"])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("path", "name"), VENDORED)
+def test_torchs_products(path: str, name: str, counts: str) -> None:
+    if gpu.target_of(torch.device("cuda")) != "sm_90":
+        pytest.skip("torch's kernels are for sm_90")
+    given = problem(SCHEMES[name].fit("layer", (208, 512)), COUNTS[counts], 208, 512, bias=counts == "ragged")
+    given.check(run_vendor(path, given, "cuda").cpu(), torch.bfloat16, between=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8", "fp8_block", "mxfp4", "nvfp4", "q4_1"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_models_compute_what_they_do_on_cpus(kind: str, name: str) -> None:
     model = make_moe(kind)
@@ -69,7 +77,8 @@ def test_models_compute_what_they_do_on_cpus(kind: str, name: str) -> None:
     x, weights, chosen = torch.randn(33, 64), torch.rand(33, 2), torch.rand(33, 4).topk(2).indices
     expected = experts(x, chosen, weights)
     moved = copy.deepcopy(experts).cuda()
-    assert all(m.layout == "fragment" for m in moved.modules() if isinstance(m, GroupedLinear))
+    layout = "rows8" if name in ("int8", "fp8", "fp8_block") else "fragment"
+    assert all(m.layout == layout for m in moved.modules() if isinstance(m, GroupedLinear))
     y = moved(x.cuda(), chosen.cuda(), weights.cuda()).cpu()
     # CPUs multiply float32; products of quantized inputs are in bfloat16 on both, and roundings of inputs may differ.
     floor = 60.0 if name in ("int4", "mxfp4", "nvfp4", "q4_1") else tolerance.float_sqnr_floor(3) - 3

@@ -82,18 +82,18 @@ def test_finishing() -> None:
     torch.testing.assert_close(y.cpu(), expected, rtol=2.0**-7, atol=1e-6)  # two roundings to bfloat16
 
 
-@pytest.mark.parametrize("name", ["int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("name", ["int4", "fp8", "fp8_block", "mxfp4"])
 def test_experts(name: str) -> None:
     given = test_grouped.problem(SCHEMES[name].fit("layer", (136, 320)), [3, 0, 17, 1], 136, 320, bias=True)
     activation = given.spec.scheme.activation
     x, x_scale = (given.x, None) if activation is None else quantize_activation(given.x, activation)
-    weight, bias = LAYOUTS["fragment"].pack(given.stacked).to("cuda"), given.bias
+    weight, bias = given.packed.to("cuda"), given.bias
     kernel = given.kernel(TARGET, SMALL, x.dtype, BF16)
     x_scale = None if x_scale is None else x_scale.cuda()
     assert bias is not None
     arguments = x.cuda(), x_scale, given.offsets.cuda(), weight, bias.cuda()
     y = gpu_grouped.launch(kernel, cache.load(kernel).kernel, *arguments, BF16)
-    given.check(y.cpu(), BF16)
+    given.check(y.cpu(), BF16, unit_of(kernel))
 
 
 @pytest.mark.parametrize("kv", ["fp8_e4m3", "int4"])

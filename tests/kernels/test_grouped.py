@@ -23,12 +23,16 @@ from qcompile.packed import PackedWeight
 from qcompile.presets import PRESETS, preset
 from qcompile.reference import dequantize_activation, quantize_activation
 from qcompile.runtime import cache, gpu_grouped, tuning
-from qcompile.scheme import Granularity, Scheme, SuperScale, WeightScheme
+from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme
 from qcompile.stacks import expert, padded_rows, stack, stack_layout, stacked_scheme
+from qcompile.tensors import by_bytes
 from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.problems import random_weight
 from tests.triton_interpreter import interpret
+
+EIGHT = ("int8", "fp8", "fp8_block", "fp8 tensor", "fp8 block, one group", "int8 of fp8", "rows of 3")
+"""Schemes with 8 bits on both sides: a scale a channel, block, tensor, or what becomes a scale a row in stacks."""
 
 SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=2)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -54,17 +58,29 @@ def gguf_like(format_name: str, columns: int, scale: str, *, offset: bool = Fals
     return Scheme(weight=weight)
 
 
+def eight_bits(weight: str, block: Granularity, activation: str, per: Granularity) -> Scheme:
+    """8-bit weights times 8-bit activations."""
+    return Scheme(
+        weight=WeightScheme(format=get_format(weight), granularity=block),
+        activation=ActivationScheme(format=get_format(activation), granularity=per),
+    )
+
+
 SCHEMES = {name: scheme for name, scheme in PRESETS.items() if name != "fp8_static"} | {
     "k-quant": gguf_like("uint4", 32, "uint8", offset=True),
     "small tiles": Scheme(weight=WeightScheme(format=get_format("fp8_e4m3"), granularity=Granularity.block(32, 32))),
     "k-quant without offsets": gguf_like("int4", 16, "int8"),
+    "fp8 tensor": eight_bits("fp8_e4m3", Granularity.tensor(), "fp8_e4m3", Granularity.tensor()),
+    "fp8 block, one group": eight_bits("fp8_e5m2", Granularity.block(64, 256), "fp8_e4m3", Granularity.group(256)),
+    "int8 of fp8": eight_bits("int8", Granularity.group(32), "fp8_e4m3", Granularity.channel()),
+    "rows of 3": eight_bits("int8", Granularity.block(3, 32), "int8", Granularity.group(32)),
 }
 
 
 def fitted(name: str, shape: tuple[int, int]) -> Scheme:
-    """A scheme for a shape; a super-block of K-quants may be longer than a row here."""
+    """A scheme for a shape; blocks of some may be longer than a row here."""
     scheme = SCHEMES[name]
-    return scheme if name.startswith("k-quant") else scheme.fit("layer", shape)
+    return scheme if name.startswith("k-quant") or "one group" in name else scheme.fit("layer", shape)
 
 
 DECODED = ("int3", "int4_asym", "fp8_block", "nf4", "mxfp4", "nvfp4", "q5_1", "k-quant", "k-quant without offsets")
@@ -89,15 +105,29 @@ class Problem:
         x, x_scale = (self.x, None) if activation is None else quantize_activation(self.x, activation)
         kernel = self.kernel(target, tile, x.dtype, out_dtype)
         function = interpret(cache.load(kernel).kernel)
-        weight = LAYOUTS["fragment"].pack(self.stacked)
+        weight = self.packed
         return gpu_grouped.launch(kernel, function, x, x_scale, self.offsets, weight, self.bias, out_dtype)
 
     def kernel(self, target: str, tile: Tile, x_dtype: torch.dtype, out_dtype: torch.dtype) -> GroupedSpec:
-        spec = replace(self.spec, layout="fragment")
-        return grouped_spec(kernel_spec(spec, x_dtype, out_dtype, target, tile), len(self.weights))
+        return grouped_spec(kernel_spec(self.spec, x_dtype, out_dtype, target, tile), len(self.weights))
 
-    def check(self, y: Tensor, compute: torch.dtype) -> None:
-        """Every element within the derived bound of the float64 result."""
+    @property
+    def packed(self) -> PackedWeight:
+        """The stack in the layout that it has on GPUs."""
+        return LAYOUTS[self.spec.layout].pack(self.stacked)
+
+    def check(
+        self,
+        y: Tensor,
+        compute: torch.dtype,
+        accumulate_unit: float = tolerance.ACCUMULATE_UNIT,
+        between: torch.dtype = torch.float32,
+    ) -> None:
+        """Every element within the derived bound of the float64 result.
+
+        Args:
+            between: to which products are rounded before the epilogue.
+        """
         inputs = self.x.double()
         activation = self.spec.scheme.activation
         if activation is not None:
@@ -107,7 +137,7 @@ class Problem:
             rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
             weight = oracle.dequantize(packed)
             product = oracle.linear(inputs[rows], weight)
-            bound = tolerance.gemm_bound(inputs[rows], weight, compute)
+            bound = tolerance.gemm_bound(inputs[rows], weight, compute, between, accumulate_unit=accumulate_unit)
             if packed.offset is not None:
                 scaled = oracle.dequantize(replace(packed, offset=torch.zeros_like(packed.offset)))
                 bound = bound + tolerance.offset_bound(inputs[rows], scaled, weight - scaled)
@@ -126,17 +156,20 @@ def problem(
     *,
     bias: bool = False,
     identity: bool = False,
+    layout: str | None = None,
 ) -> Problem:
     """Experts with `counts` rows each.
 
     Args:
+        layout: None for that which stacks have on GPUs.
         identity: each expert's rows are the identity and its scales 1: the weights' values come out.
     """
     weights = [random_weight(scheme.weight, n, k, plain=identity) for _ in counts]
     total = sum(counts)
     x = torch.cat([torch.eye(count, k) for count in counts]) if identity else torch.randn(total, k)
     fitted = replace(scheme, weight=stacked_scheme(scheme.weight, n))
-    spec = LinearSpec(in_features=k, out_features=n, scheme=fitted, layout="logical")
+    layout = layout or stack_layout(fitted, (n, k), "cuda").name
+    spec = LinearSpec(in_features=k, out_features=n, scheme=fitted, layout=layout)
     return Problem(
         spec=spec.with_epilogue("bias") if bias else spec,
         x=x.to(dtype),
@@ -169,20 +202,43 @@ def test_identity_returns_the_weights(name: str) -> None:
     assert torch.equal(y, torch.cat(expected).to(torch.bfloat16).float())
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8", "fp8_block"])
+def test_identity_returns_weights_in_rows(name: str) -> None:
+    scheme = replace(fitted(name, (72, 64)), activation=None)
+    given_ = problem(scheme, [64, 0, 64], 72, 64, identity=True, layout="rows8")
+    expected = torch.cat([oracle.dequantize(given_.weights[index]).T for index in (0, 2)])
+    assert torch.equal(given_.interpret("sm_90", SMALL, torch.float32).double(), expected)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_eight_bits_on_both_sides_are_multiplied_as_they_are(name: str) -> None:
+    given_ = problem(fitted(name, (128, 256)), [1], 128, 256)
+    kernel = given_.kernel("sm_90", SMALL, torch.int8, torch.bfloat16)
+    assert (given_.spec.layout, kernel.template) == ("rows8", "gemm_grouped_rows8")
+    kinds = {"int8": "int8", "rows of 3": "int8", "int8 of fp8": "bfloat16"}
+    assert kernel.compute == kinds.get(name, "fp8")
+    moved = LAYOUTS["rows8"].unpack(given_.packed)
+    assert all(
+        torch.equal(by_bytes(a), by_bytes(b)) for a, b in zip(moved.tensors, given_.stacked.tensors, strict=True)
+    )
+
+
 tiles = st.builds(
     Tile,
     m=st.sampled_from([16, 32]),
     n=st.sampled_from([64, 128]),
     k=st.sampled_from([64, 128]),
-    split=st.just(1),
+    split=st.sampled_from([1, 1, 2, 3]),
     warps=st.just(4),
     stages=st.just(2),
-)
+    scales=st.sampled_from(["products", "fragments"]),
+    overlap=st.booleans(),
+).map(lambda tile: replace(tile, overlap=tile.overlap and tile.k == 128))  # which takes turns of two chunks
 counts = st.lists(st.sampled_from([0, 0, 1, 2, 15, 16, 17, 40]), min_size=1, max_size=5)
 
 
 @given(
-    st.sampled_from(sorted(SCHEMES)),
+    st.sampled_from([*sorted(SCHEMES), *EIGHT]),
     counts,
     st.integers(1, 140),
     st.sampled_from([64, 160, 256]),
@@ -213,7 +269,7 @@ def test_tiles_are_enough(counts: list[int], height: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "counts", "stored"),
-    [(name, [5, 0, 3, 30], False) for name in SCHEMES]
+    [(name, [5, 0, 3, 30], False) for name in SCHEMES if name != "fp8 tensor"]  # whose one scale is of all rows
     + [
         ("int4", [5, 0, 3, 30], True),
         ("int8", [5, 0, 3, 30], True),
@@ -277,13 +333,14 @@ def test_experts_that_are_quantized_in_different_ways_are_refused() -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     kernels = []
-    shipped = [("mxfp4", 16), ("fp8_block", 256)]
+    shipped = [("mxfp4", 16), ("fp8", 16), ("fp8", 512), ("fp8_block", 256), ("int8", 256)]
     for name, m in shipped + ([("int4", 16), ("mxfp4", 256), ("k-quant", 16)] if target == "sm_90" else []):
-        scheme = SCHEMES[name].fit("layer", (1536, 2048))
-        spec = LinearSpec(in_features=2048, out_features=1536, scheme=scheme, layout="fragment").with_epilogue("bias")
+        scheme = SCHEMES[name] if name == "k-quant" else SCHEMES[name].fit("layer", (1536, 2048))
+        layout = stack_layout(scheme, (1536, 2048), "cuda").name
+        spec = LinearSpec(in_features=2048, out_features=1536, scheme=scheme, layout=layout).with_epilogue("bias")
         x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
         assert x_dtype is not None
-        kernels.append(tuning.choose(spec, m, x_dtype, torch.bfloat16, target, experts=128).kernel)
+        kernels.append(tuning.ours(tuning.any_kernel(spec, x_dtype, torch.bfloat16, target, experts=128), m))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)

@@ -21,7 +21,7 @@ from qcompile.layouts import LAYOUTS, choose_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.presets import PRESETS, preset
 from qcompile.reference import dequantize
-from qcompile.runtime import cache, gpu, tuning, vendor
+from qcompile.runtime import cache, gpu, tuning, vendor, vendor_grouped
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 from tests import oracle, tolerance
 from tests.cross_compile import measure
@@ -291,8 +291,8 @@ def test_without_tables_a_good_choice_is_made(shape: tuple[int, int]) -> None:
 
 
 def test_vendors_are_predicted() -> None:
-    assert set(EXPRESSIONS) == set(vendor.PATHS)
-    for name in EXPRESSIONS:
+    assert set(EXPRESSIONS) == {*vendor.PATHS, *vendor_grouped.PATHS}
+    for name in vendor.PATHS:
         scheme = preset({"int_mm": "int8", "scaled_mm": "fp8"}.get(name, "int4")).fit("layer", (4096, 4096))
         layout = choose_layout(scheme, (4096, 4096), "cuda").name
         spec = LinearSpec(in_features=4096, out_features=4096, scheme=scheme, layout=layout)

@@ -126,6 +126,8 @@ def common_objection(layer: Layer, *, activations: bool) -> str | None:
     Args:
         activations: the format holds quantized inputs.
     """
+    if layer.scheme.weight.rotated:
+        return "its inputs are turned when it runs (rotated)"
     if layer.pre_quant_scale is not None:
         return "it multiplies its inputs by scales per channel (pre_quant_scale)"
     activation = layer.scheme.activation

@@ -98,7 +98,7 @@ def _eight_bit(layer: Layer, rounding: Rounding) -> dict[str, Tensor]:
 def _kind(layer: Layer) -> str | None:
     weight, activation = layer.scheme.weight, layer.scheme.activation
     rows = weight.granularity == Granularity.channel() or weight.granularity.is_group
-    if weight.act_order or weight.super_scale is not None or weight.scale_dtype not in FLOAT_SCALES or not rows:
+    if weight.arranges_inputs or weight.super_scale is not None or weight.scale_dtype not in FLOAT_SCALES or not rows:
         return None
     if weight.format.name in ("nf4", "fp4") and activation is None and weight.symmetric:
         return weight.format.name

@@ -224,9 +224,9 @@ def _inputs(scheme: ActivationScheme | None) -> dict[str, Any] | None:
     if scheme is None:
         return None
     args: dict[str, Any] = {
-        "num_bits": 8,
+        "num_bits": scheme.format.bits,
         "type": "int" if isinstance(scheme.format, IntegerFormat) else "float",
-        "symmetric": True,
+        "symmetric": scheme.symmetric,
         "dynamic": scheme.dynamic,
         **_strategy(scheme.granularity, "token"),
     }

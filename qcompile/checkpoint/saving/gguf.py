@@ -61,7 +61,7 @@ def write(
             f"{type(model).__name__} cannot be written as GGUF, only models of {', '.join(ARCHITECTURES)}; choose the "
             "format compressed-tensors"
         )
-    names = _Names(config)
+    names = Names(config)
     entries: dict[str, tuple[int, tuple[int, ...], Callable[[], Tensor]]] = {}
 
     def add(name: str, kind: int, shape: tuple[int, ...], make: Callable[[], Tensor]) -> None:
@@ -129,7 +129,7 @@ def _plain_type(name: str, tensor: Tensor) -> int:
     return kinds[tensor.dtype]
 
 
-class _Names:
+class Names:
     """Names and row orders of a file's tensors."""
 
     def __init__(self, config: Any) -> None:

@@ -36,7 +36,7 @@ def block_type(layer: Layer) -> int:
     scheme, columns = replace(layer.scheme.weight, flexible_group=False), layer.shape[1]
     if layer.scheme.weight.act_order:
         raise Unsavable("its columns are sorted by group (act_order)")
-    if layer.pre_quant_scale is not None or layer.scheme.activation is not None:
+    if layer.scheme.weight.rotated or layer.pre_quant_scale is not None or layer.scheme.activation is not None:
         raise Unsavable(common_objection(layer, activations=False) or "")
     for number, kind in BLOCK_TYPES.items():
         if kind.scheme == scheme and columns % kind.columns == 0:
