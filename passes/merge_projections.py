@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from qcompile import huge_pages
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.passes.context import OP, Args, GraphContext, Layer, WeightRef, example
@@ -103,7 +104,7 @@ def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
         return first.as_strided(shape, first.stride())
     with torch.no_grad():
         # Compiled code is guarded by strides, also those of dimensions of size 1, which `torch.cat` may choose anew.
-        merged = first.new_empty_strided(shape, first.stride())
+        merged = huge_pages.empty(shape, first.dtype, first.device).as_strided(shape, first.stride())
         for t, view in zip(tensors, merged.split([t.shape[0] for t in tensors]), strict=True):
             view.copy_(t)
             t.set_(view)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile import huge_pages
 from qcompile.bitpack import pack_bits
 from qcompile.formats import IntegerFormat
 from qcompile.packed import LOGICAL, PackedWeight
@@ -38,6 +39,8 @@ class Layout(ABC):
     mergeable: bool = False
     """Whether weights are merged by concatenating every tensor along its first dimension (N a multiple of `tile`)."""
     tile: int = 1
+    streamed: bool = False
+    """Whether kernels on CPUs read it from memory, which is the faster the larger its pages are."""
 
     @abstractmethod
     def objection(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -275,6 +278,7 @@ class Rows16Layout(Layout):
 
     name = "rows16"
     mergeable = True
+    streamed = True
     tile = 16
     run = 32
 
@@ -358,12 +362,15 @@ def to_layout(weight: PackedWeight, layout: Layout) -> PackedWeight:
     n, k = logical.shape
     unit = math.lcm(layout.tile, max(1, logical.scheme.granularity.rows))
     step = unit * max(1, _CHUNK // (unit * k))
-    if layout.tile == 1 or step >= n:
+    if layout.tile == 1 or (step >= n and not layout.streamed):
         return layout.pack(logical)
     parts = [layout.pack(logical.rows(first, first + step)) for first in range(0, n, step)]
 
     def joined(name: str, tensor: Tensor) -> Tensor:
-        return tensor if name == "perm" else torch.cat([getattr(part, name) for part in parts])
+        pieces = [getattr(part, name) for part in parts]
+        if name == "perm":
+            return tensor
+        return huge_pages.joined(pieces) if layout.streamed else torch.cat(pieces)
 
     return replace(parts[0].map(joined), shape=logical.shape)
 

@@ -116,9 +116,9 @@ static void round_row(const Weight& w, const Element* x, const std::int8_t* give
     for (i64 k = p.begin; k < p.end; k += LANES) {
       i32 code = given ? __builtin_convertvector(load<i8>(given + k), i32) : nearest(values(x + k), scale);
       sum += code;
-      i8 bytes = __builtin_convertvector(code, i8);
+      i8 narrow = __builtin_convertvector(code, i8);
       std::uint32_t quads[LANES / 4];
-      std::memcpy(quads, &bytes, sizeof(bytes));
+      std::memcpy(quads, &narrow, sizeof(narrow));
       for (auto& q : quads) q = (q & 0xff0000ffu) | (q >> 8 & 0xff00u) | (q << 8 & 0xff0000u);
       std::memcpy(to.at(row, k), quads, sizeof(quads));
     }
@@ -190,9 +190,9 @@ template <int VECTORS, int ROWS, bool UNPACKED>
         u32 here[VECTORS];
         each<VECTORS>([&](auto v) { here[v] = quad_of<step, UNPACKED>(codes[v], k / UNIT); });
         each<ROWS>([&](auto m) {
-          std::uint32_t bytes;
-          std::memcpy(&bytes, x_here + m * RUN + 4 * step, sizeof(bytes));
-          const Four<WIDTH> four(bytes);
+          std::uint32_t word;
+          std::memcpy(&word, x_here + m * RUN + 4 * step, sizeof(word));
+          const Four<WIDTH> four(word);
           each<VECTORS>([&](auto v) {
             u32& chain = sum[v][m][step % CHAINS];
             chain = dot(chain, here[v], four);
@@ -227,7 +227,9 @@ static inline int thread() {
 template <int VALUE>
 using constant = std::integral_constant<int, VALUE>;
 
-// Integers of `blocks` blocks of rows from `first` on, columns [begin, end) of them, as [blocks, columns / 4, BLOCK].
+// Integers less LESS, modulo 256, of `blocks` blocks of rows from `first` on, columns [begin, end) of them, as
+// [blocks, columns / 4, BLOCK].
+template <int LESS>
 static void unpack(const Weight& w, i64 first, i64 blocks, i64 begin, i64 end, std::uint32_t* to) {
   for (i64 k = begin; k < end; k += UNIT) {
     for (i64 row = 0; row < blocks * BLOCK; row += LANES) {
@@ -235,48 +237,69 @@ static void unpack(const Weight& w, i64 first, i64 blocks, i64 begin, i64 end, s
       std::uint32_t* here = to + (row / BLOCK * (end - begin) + k - begin) / 4 * BLOCK + row % BLOCK;
       each<UNIT / 4>([&](auto step) {
         u32 found = quad_of<step, false>(codes, k / UNIT);
+        if constexpr (LESS) found = (u32)((bytes)found - (std::uint8_t)LESS);
         std::memcpy(here + step * BLOCK, &found, sizeof(found));
       });
     }
   }
 }
 
-constexpr int VECTORS = 4;           // of a tile's rows
 constexpr bool FEW_REGISTERS = LANES == 8;
-constexpr int TALL = FEW_REGISTERS ? 2 : 6;  // rows of x of its largest
-constexpr i64 FEW = 2 * TALL;        // rows of x for which codes are not unpacked first
+constexpr i64 CHUNK = 4 * LANES;             // rows of the weight that a thread takes at once
+constexpr int TALL = FEW_REGISTERS ? 2 : 6;  // most rows of x in registers beside them
+constexpr i64 FEW = 2 * TALL;                // rows of x for which integers are not unpacked first
 
-// The product by vectors; `unpacked` has room for the integers of a thread's chunk of rows.
+// The product of one row of x: eight streams of codes at a time, which memory delivers faster than fewer.
+static void multiply_row(const Weight& w, const Integers& x, Element* y) {
+  const i64 padded = w.padded();
+#pragma omp for schedule(static)
+  for (i64 first = 0; first < padded; first += 2 * CHUNK) {
+    const i64 end = first + 2 * CHUNK < padded ? first + 2 * CHUNK : padded;
+    i64 at = first;
+    for (; end - at >= 8 * LANES; at += 8 * LANES) tile<8, 1, false>(w, x, 0, at, nullptr, 0, y);
+    for (; end - at >= 4 * LANES; at += 4 * LANES) tile<4, 1, false>(w, x, 0, at, nullptr, 0, y);
+    for (; at < end; at += LANES) tile<1, 1, false>(w, x, 0, at, nullptr, 0, y);
+  }
+}
+
+// The product of more rows; `unpacked` has room for the integers of a chunk.
+static void multiply_rows(const Weight& w, const Integers& x, i64 m, std::uint32_t* unpacked, Element* y) {
+  const i64 padded = w.padded(), width = Pieces(w).width;
+#pragma omp for schedule(static)
+  for (i64 first = 0; first < padded; first += CHUNK) {
+    i64 row = 0;
+    auto rows_of = [&](auto vectors, auto rows, auto is_unpacked, i64 at) {
+      tile<vectors, rows, is_unpacked>(w, x, row, at, unpacked, width / 4 * BLOCK, y + row * w.n);
+    };
+    if (first + CHUNK <= padded) {
+      constant<4> vectors;
+      if (m > FEW) {
+        unpack<0>(w, first, CHUNK / BLOCK, 0, width, unpacked);
+        for (; m - row >= TALL; row += TALL) rows_of(vectors, constant<TALL>(), constant<true>(), first);
+      }
+      if constexpr (!FEW_REGISTERS) {
+        for (; m - row >= 4; row += 4) rows_of(vectors, constant<4>(), constant<false>(), first);
+      }
+      for (; m - row >= 2; row += 2) rows_of(vectors, constant<2>(), constant<false>(), first);
+      for (; m > row; ++row) rows_of(vectors, constant<1>(), constant<false>(), first);
+    }
+    for (; row < m; ++row) {
+      for (i64 at = first; at < padded; at += LANES) rows_of(constant<1>(), constant<1>(), constant<false>(), at);
+    }
+  }
+}
+
+// The product by vectors; `scratch` has room for the integers of a chunk for each thread.
 static void multiply(
     const Weight& w, const Element* x, const std::int8_t* given, i64 m, i64 stride, const Integers& integers,
-    std::uint32_t* unpacked, Element* y, int threads) {
-  constexpr i64 CHUNK = VECTORS * LANES;
-  const i64 padded = w.padded(), width = Pieces(w).width;
+    std::uint32_t* scratch, Element* y, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     round_rows(w, x, given, m, stride, integers);
-    std::uint32_t* own = unpacked + thread() * (CHUNK / 4 * width);
-#pragma omp for schedule(static)
-    for (i64 first = 0; first < padded; first += CHUNK) {
-      i64 row = 0;
-      auto rows_of = [&](auto vectors, auto rows, auto is_unpacked, i64 at) {
-        tile<vectors, rows, is_unpacked>(w, integers, row, at, own, width / 4 * BLOCK, y + row * w.n);
-      };
-      if (first + CHUNK <= padded) {
-        constant<VECTORS> vectors;
-        if (m > FEW) {
-          unpack(w, first, CHUNK / BLOCK, 0, width, own);
-          for (; m - row >= TALL; row += TALL) rows_of(vectors, constant<TALL>(), constant<true>(), first);
-        }
-        if constexpr (!FEW_REGISTERS) {
-          for (; m - row >= 4; row += 4) rows_of(vectors, constant<4>(), constant<false>(), first);
-        }
-        for (; m - row >= 2; row += 2) rows_of(vectors, constant<2>(), constant<false>(), first);
-        for (; m > row; ++row) rows_of(vectors, constant<1>(), constant<false>(), first);
-      }
-      for (; row < m; ++row) {
-        for (i64 at = first; at < padded; at += LANES) rows_of(constant<1>(), constant<1>(), constant<false>(), at);
-      }
+    if (m == 1) {
+      multiply_row(w, integers, y);
+    } else {
+      multiply_rows(w, integers, m, scratch + thread() * (CHUNK / 4 * Pieces(w).width), y);
     }
   }
 }
@@ -298,6 +321,16 @@ static void configure_tiles(i64 depth) {
   _tile_loadconfig(&shape);
 }
 
+// Integers of the weight in the matrix unit: as they lie in memory, or unpacked and without their bias.
+constexpr bool SUMS = READY || ZERO_POINT || OFFSET;  // whether the sum of x comes into the product's
+// A macro, as those of the compiler are, whose arguments are names of tiles.
+#define MULTIPLY_TILES(to, x, codes) \
+  if constexpr (READY) { \
+    _tile_dpbsud(to, x, codes); \
+  } else { \
+    _tile_dpbssd(to, x, codes); \
+  }
+
 // Adds the products of pieces `p` to column `end` to total [BLOCKS, m, 16].
 template <int BLOCKS, int HALVES>
 static void square(
@@ -314,15 +347,17 @@ static void square(
       const i64 at = (k - from) / 4 * BLOCK;
       _tile_loadd(6, integers[0] + at, 64);
       _tile_loadd(4, x_here, RUN);
-      _tile_dpbsud(0, 4, 6);
+      MULTIPLY_TILES(0, 4, 6)
       if constexpr (HALVES > 1) {
         _tile_loadd(5, x_here + 16 * RUN, RUN);
-        _tile_dpbsud(1, 5, 6);
+        MULTIPLY_TILES(1, 5, 6)
       }
       if constexpr (BLOCKS > 1) {
         _tile_loadd(7, integers[BLOCKS - 1] + at, 64);
-        _tile_dpbsud(2, 4, 7);
-        if constexpr (HALVES > 1) _tile_dpbsud(3, 5, 7);
+        MULTIPLY_TILES(2, 4, 7)
+        if constexpr (HALVES > 1) {
+          MULTIPLY_TILES(3, 5, 7)
+        }
       }
     }
     asm volatile("" ::"r"(sum) : "memory");
@@ -337,8 +372,10 @@ static void square(
       const float* x_scale = GROUPED ? x.scale + p.group * x.rows + row : nullptr;
       for (i64 m = 0; m < rows; ++m) {
         float* here = total[b] + m * BLOCK;
-        u32 all = load<u32>(sum[b][m]) - everywhere((std::uint32_t)(OFF * x_sums[m]));
-        store(here, g.add(load<f32>(here), all, x_sums[m], GROUPED ? x_scale[m] : 1), LANES);
+        const std::int32_t x_sum = SUMS ? x_sums[m] : 0;
+        u32 all = load<u32>(sum[b][m]);
+        if constexpr (READY && BIAS) all -= everywhere((std::uint32_t)(BIAS * x_sum));
+        store(here, g.add(load<f32>(here), all, x_sum, GROUPED ? x_scale[m] : 1), LANES);
       }
     });
   }
@@ -371,7 +408,7 @@ static void multiply_by_squares(
         do next = pieces.after(next); while (next.begin < pieces.width && next.end - from <= SLAB);
         const i64 end = next.begin;
         const std::uint32_t* integers[BLOCKS_MOST];
-        if (!READY) unpack(w, first, blocks, from, end, unpacked);
+        if (!READY) unpack<BIAS>(w, first, blocks, from, end, unpacked);
         for (i64 b = 0; b < blocks; ++b) {
           integers[b] = READY ? codes_of(w, first + b * BLOCK) + from / 4 * BLOCK : unpacked + b * (end - from) / 4 * BLOCK;
         }
@@ -443,7 +480,7 @@ struct Parts {
 #if defined(__AMX_INT8__)
     if (squares) end = after(rest, 4 * threads * BLOCKS_MOST * BLOCK * (SLAB / 4 + rows));
 #endif
-    if (!squares) end = after(rest, m > FEW ? threads * (VECTORS * LANES * pieces.width) : 0);
+    if (!squares) end = after(rest, m > FEW ? threads * CHUNK * pieces.width : 0);
   }
 };
 

@@ -29,6 +29,7 @@ typedef float f32 __attribute__((vector_size(4 * LANES)));
 typedef std::int32_t i32 __attribute__((vector_size(4 * LANES)));
 typedef std::uint32_t u32 __attribute__((vector_size(4 * LANES)));
 typedef std::uint16_t u16 __attribute__((vector_size(2 * LANES)));
+typedef std::uint8_t bytes __attribute__((vector_size(4 * LANES)));
 typedef std::uint8_t u8 __attribute__((vector_size(LANES)));
 typedef std::int8_t i8 __attribute__((vector_size(LANES)));
 
@@ -168,13 +169,13 @@ struct Four {
 #if defined(__AVX2__)
   static constexpr bool NARROW = DOTS_BYTES || BITS < 8;  // two products of a 7-bit code and an int8 are an int16
   typedef std::int16_t i16 __attribute__((vector_size(4 * LANES)));
-  u32 bytes, even, odd;
-  explicit Four(std::uint32_t x) : bytes(everywhere(x)) {
-    if constexpr (!NARROW) even = (u32)((i16)(bytes << 8) >> 8), odd = (u32)((i16)bytes >> 8);
+  u32 all, even, odd;
+  explicit Four(std::uint32_t x) : all(everywhere(x)) {
+    if constexpr (!NARROW) even = (u32)((i16)(all << 8) >> 8), odd = (u32)((i16)all >> 8);
   }
 #elif defined(__ARM_FEATURE_DOTPROD)
-  u32 bytes;
-  explicit Four(std::uint32_t x) : bytes(everywhere(x)) {}
+  u32 all;
+  explicit Four(std::uint32_t x) : all(everywhere(x)) {}
 #else
   u32 each[4];
   explicit Four(std::uint32_t x) {
@@ -187,18 +188,18 @@ struct Four {
 template <int BITS>
 static inline u32 dot(u32 sum, u32 codes, const Four<BITS>& x) {
 #if defined(__AVX512VNNI__)
-  return (u32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x.bytes);
+  return (u32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x.all);
 #elif defined(__AVXVNNI__)
-  return (u32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x.bytes);
+  return (u32)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x.all);
 #elif defined(__AVX2__)
-  if constexpr (BITS < 8) return sum + pairs(pairs_of_bytes(codes, x.bytes), everywhere(0x00010001u));
+  if constexpr (BITS < 8) return sum + pairs(pairs_of_bytes(codes, x.all), everywhere(0x00010001u));
   sum += pairs(codes & 0x00ff00ffu, x.even);
   return sum + pairs(codes >> 8 & 0x00ff00ffu, x.odd);
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
-  return (u32)vusdotq_s32((int32x4_t)sum, (uint8x16_t)codes, (int8x16_t)x.bytes);
+  return (u32)vusdotq_s32((int32x4_t)sum, (uint8x16_t)codes, (int8x16_t)x.all);
 #elif defined(__ARM_FEATURE_DOTPROD)
   if constexpr (BITS == 8) codes ^= 0x80808080u;
-  return (u32)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x.bytes);
+  return (u32)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x.all);
 #else
   for (int i = 0; i < 4; ++i) sum += (codes >> (8 * i) & 255u) * x.each[i];
   return sum;
