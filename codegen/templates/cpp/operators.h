@@ -127,7 +127,12 @@ void drop_list(StableListHandle list) {
 
 // Leaves a call to another operator of the same arguments and results.
 void pass_on(const char* name, StableIValue* stack) {
-  check(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION), "see above");
+  if (torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
+#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+  throw std::runtime_error(torch_exception_get_what_without_backtrace());
+#else
+  throw std::runtime_error(std::string(name) + " failed; its error is above");
+#endif
 }
 
 // What was added for specs.
