@@ -319,8 +319,12 @@ def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
     narrow = like.compute in ("bfloat16", "float16", "float32")
     # Sums of fp8 are added to a second accumulator every few products, and only Hopper multiplies int8 asynchronously.
     small = like.target.startswith("sm_") and (like.compute, like.target) != ("int8", "sm_90")
+    heights = _covers(m, 64 if narrow or like.groups > 1 else 256)
+    # Registers hold 64 products a thread beside as many sums and scales of 128 tokens.
+    if m >= 128 and like.groups > 1 and like.compute == "fp8" and like.target == "sm_90" and not like.gated:
+        heights = (*heights, 128)
     found = []
-    for block_m in _covers(m, 64 if narrow or like.groups > 1 else 256):
+    for block_m in heights:
         least = next(d for d in (32, 64, 128, 256) if d >= min(like.columns, deepest, 256))
         if like.groups > 1:
             depths: tuple[int, ...] = (min(least, 128),)
@@ -328,7 +332,7 @@ def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
             depths = tuple(k for k in (128, 256) if k <= deepest and (k == 128 or block_m <= 64)) or (deepest,)
         for block_n, k in itertools.product((64, 128) if narrow else (64, 128, 256), depths):
             warps = block_n // 16
-            if block_m * block_n > 128 * 256 or (like.groups > 1 and block_n == 256):
+            if block_m * block_n > 128 * 256 or (like.groups > 1 and block_n > (128 if block_m <= 64 else 64)):
                 continue
             if small and (block_m > 128 or block_m * block_n > 128 * 128):
                 continue

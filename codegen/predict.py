@@ -83,7 +83,7 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device 
     return MARGIN * _compiled(vendor)(m, n, spec.k, bits, width, device.memory, device.operations)
 
 
-def stored_bytes(spec: KernelSpec) -> int:
+def weight_bytes(spec: KernelSpec) -> int:
     """Bytes of a packed weight, in the logical layout or the sparse one, or some less.
 
     A spec does not say of which type scales of scales are, nor that columns are permuted: two bytes are counted for
@@ -97,12 +97,12 @@ def stored_bytes(spec: KernelSpec) -> int:
 
 
 def limit(spec: KernelSpec, m: int) -> float:
-    """Seconds that no kernel stays below: `stored_bytes`, input and output moved once, and products.
+    """Seconds that no kernel stays below: `weight_bytes`, input and output moved once, and products.
 
     These are of 16 bits or, for 8-bit activations, of 8.
     """
     device = device_of(spec.target)
     wide = {"float32": 4, "bfloat16": 2, "float16": 2}
-    moved = stored_bytes(spec) + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * bytes_out(spec)
+    moved = weight_bytes(spec) + m * spec.k * wide.get(spec.x_dtype, 1) + m * spec.n * bytes_out(spec)
     rate = device.operations * (1 if spec.activation is None else 2)
     return max(moved / device.memory, 2 * m * spec.n * spec.k / rate)

@@ -15,6 +15,7 @@ from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.printers import HELPERS, operations, to_triton
+from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
@@ -521,7 +522,7 @@ def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
 
 
-def _columns(spec: ColumnsSpec) -> dict[str, str]:
+def _choosing(spec: ColumnsSpec | RangesSpec) -> dict[str, str]:
     return {"constants": _constants(spec.constants()), "nearest": nearest(FORMATS[spec.number]) + "\n\n"}
 
 
@@ -529,7 +530,7 @@ def _holes(spec: AnySpec) -> dict[str, str]:
     """What fills a template."""
     if isinstance(spec, AttentionKernelSpec):
         return _attention(spec)
-    return _columns(spec) if isinstance(spec, ColumnsSpec) else _FILL[spec.template](spec)
+    return _choosing(spec) if isinstance(spec, (ColumnsSpec, RangesSpec)) else _FILL[spec.template](spec)
 
 
 _FILL = {

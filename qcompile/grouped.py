@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
 from qcompile.linear_spec import LinearSpec, decode_spec
+from qcompile.ops import quantized_by_product
 from qcompile.reference import quantize_activation
 from qcompile.scheme import Granularity
 
@@ -86,7 +87,7 @@ def _product(
 ) -> Tensor:
     """Rows `offsets[e]` to `offsets[e + 1]` are of expert e; they are quantized first if the scheme says so."""
     x_scale = None
-    if parsed.scheme.activation is not None:
+    if parsed.scheme.activation is not None and not quantized_by_product(rows, parsed):
         activation = parsed.scheme.activation
         if activation.dynamic:
             rows, x_scale = quantize_activation(rows, activation)

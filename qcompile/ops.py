@@ -109,7 +109,7 @@ def _quantize(x: Tensor, static_scale: Tensor | None, spec: str) -> tuple[Tensor
     return codes.as_strided(codes.shape, codes.stride()), scale.as_strided(scale.shape, scale.stride())
 
 
-def _quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
+def quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
     """Whether the product takes activations as they are and quantizes them itself."""
     if rows.device.type != "cpu":
         return False
@@ -140,7 +140,7 @@ def _product(
             parsed.scheme.activation is not None and parsed.scheme.activation.granularity == Granularity.tensor()
         )
         x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
-    elif parsed.scheme.activation is not None and not _quantized_by_product(rows, parsed):
+    elif parsed.scheme.activation is not None and not quantized_by_product(rows, parsed):
         rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu

@@ -21,6 +21,7 @@ from typing import Any
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
+from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, decode_kernel_spec, native_fp8
 
 _POINTERS = {
@@ -99,11 +100,18 @@ def columns_signature(spec: ColumnsSpec, names: list[str]) -> dict[str, str]:
     return {name: types.get(name, "*fp32") for name in names}
 
 
+def ranges_signature(spec: RangesSpec, names: list[str]) -> dict[str, str]:
+    """Types of arguments as `calibrate.ranges` passes them."""
+    types = {"zero_point": "*u8", **dict.fromkeys(("N", "groups", "ranges", "count"), "i32")}
+    return {name: types.get(name, "*fp32") for name in names}
+
+
 _SIGNATURES: dict[type, Any] = {
     KernelSpec: signature,
     GroupedSpec: signature,
     AttentionKernelSpec: attention_signature,
     ColumnsSpec: columns_signature,
+    RangesSpec: ranges_signature,
 }
 
 

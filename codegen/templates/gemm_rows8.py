@@ -42,6 +42,8 @@ EVEN_K = tl.constexpr(
     and K.value % COLUMNS.value == 0
     and GROUPS.value * STEPS_PER_GROUP.value % SPLIT.value == 0
 )
+ONE_BLOCK = tl.constexpr(ROWS.value % BLOCK_N.value == 0 and not GATED.value)
+"""Whether all rows of a program are in one block of weights."""
 WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
 BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
 """Columns of the output, and of a program's."""
@@ -120,9 +122,12 @@ def columns_of(i):
 
 @triton.jit
 def load_factors(scale_rows, x_scale_rows, row, token, i):
-    """Scales of step i's block: of rows [BLOCK_N], and of tokens [BLOCK_M] if there are such."""
+    """Scales of step i's block: of rows [BLOCK_N], or one for all, and of tokens [BLOCK_M] if there are such."""
     group = tl.minimum(i // STEPS_PER_GROUP, GROUPS - 1)
-    of_rows = decode_scale(tl.load(scale_rows + group, mask=row, other=0))
+    if ONE_BLOCK:
+        of_rows = decode_scale(tl.load(scale_rows + group))
+    else:
+        of_rows = decode_scale(tl.load(scale_rows + group, mask=row, other=0))
     if X_SCALE == "group":
         return of_rows, tl.load(x_scale_rows + group, mask=token, other=0.0)
     else:
@@ -139,7 +144,7 @@ def multiply(x, x_scale, codes, scale, first_n, split, token):
     n = rows_from()
     row = first_n + n < N
     x += m[None, :] * K
-    scale_rows = scale + (first_n + n) // ROWS * GROUPS
+    scale_rows = scale + (first_n if ONE_BLOCK else first_n + n) // ROWS * GROUPS
     x_scale_rows = x_scale + m * GROUPS
     if EARLY and PREFETCH > 0:
         PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
@@ -167,7 +172,9 @@ def multiply(x, x_scale, codes, scale, first_n, split, token):
         else:
             # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
             following = load_factors(scale_rows, x_scale_rows, row, token, i + 1)
-            factor = factors[0][:, None]
+            factor = factors[0]
+            if not ONE_BLOCK:
+                factor = factor[:, None]
             if X_SCALE == "group":
                 factor = factor * factors[1][None, :]
             accumulator += tl.dot(weight, columns, input_precision=PRECISION).to(tl.float32) * factor

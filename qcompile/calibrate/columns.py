@@ -13,8 +13,6 @@ from qcompile.codegen.columns_spec import MOST_COLUMNS, ColumnsSpec
 from qcompile.codegen.nearest import has_nearest
 from qcompile.formats import Format
 from qcompile.reference import Grid, leave_two_of_four
-from qcompile.runtime import cache, launcher
-from qcompile.runtime.gpu import target_of
 from qcompile.scheme import WeightScheme
 
 
@@ -54,6 +52,8 @@ class Columns:
         """
         blocks = places // self.wide
         if self.spec is not None:
+            from qcompile.runtime import cache
+
             return launch(self.spec, cache.load(self.spec).kernel, own, factor, self.stored, blocks, self.tall, codes)
         errors = torch.empty_like(own)
         stored = [None if t is None else t[blocks].repeat_interleave(self.tall, 1)[:, : self.rows] for t in self.stored]
@@ -65,6 +65,8 @@ def kernel_for(scheme: WeightScheme, device: torch.device) -> ColumnsSpec | None
     """The kernel of a scheme's columns, where there is one."""
     if device.type != "cuda" or scheme.sparsity is not None or not has_nearest(scheme.format):
         return None
+    from qcompile.runtime.gpu import target_of
+
     return columns_spec(scheme, target_of(device))
 
 
@@ -94,6 +96,8 @@ def launch(
         stored: step, zero point and shift, float32 [column blocks, strips of `tall` rows].
         blocks: the column block of each column.
     """
+    from qcompile.runtime import launcher
+
     errors = torch.empty_like(own)
     columns, rows = own.shape
     step = stored[0]

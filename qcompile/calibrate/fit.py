@@ -15,9 +15,9 @@ from torch import Tensor
 from qcompile.reference import Grid, blocks_of, choose_grid
 from qcompile.scheme import SCALE_DTYPES, WeightScheme
 
-_SHRINKS = (1.0, 1.075, *(1 - step / 20 for step in range(1, 14)))  # down to 0.35
+SHRINKS = (1.0, 1.075, *(1 - step / 20 for step in range(1, 14)))  # down to 0.35
 _POWERS = (1.0, 2.0, 0.5)  # scales that are powers of two
-_FULL = (1.1, 1.06, 1.03, 1.0, 0.97, 0.94, 0.9)
+FULL = (1.1, 1.06, 1.03, 1.0, 0.97, 0.94, 0.9)
 """Of ranges whose largest weight, with its sign, becomes the code that is farthest from 0."""
 _FROM_LOWEST = (1.06, 1.045, 1.03, 1.015, 0.985, 0.97, 0.955, 0.94)
 """Of ranges that begin at the lowest weight."""
@@ -64,7 +64,7 @@ def best_grid(
 
 
 def _candidates(w: Tensor, scheme: WeightScheme, above: Tensor | None, layer: str, signed: bool) -> Iterator[Grid]:
-    for shrink in _POWERS if scheme.scale_dtype == "float8_e8m0fnu" else _SHRINKS:
+    for shrink in _POWERS if scheme.scale_dtype == "float8_e8m0fnu" else SHRINKS:
         yield choose_grid(w, scheme, above, layer, shrink)
     if scheme.symmetric and scheme.scale_dtype != "float8_e8m0fnu":
         plain = choose_grid(w, scheme, above, layer)
@@ -73,7 +73,7 @@ def _candidates(w: Tensor, scheme: WeightScheme, above: Tensor | None, layer: st
         values = scheme.format.decode(torch.arange(2**scheme.format.bits, device=w.device, dtype=torch.int32))
         assert isinstance(values, Tensor)
         step = torch.where(-lowest > highest, lowest, highest) / values[values.abs().argmax()]
-        for shrink in _FULL:
+        for shrink in FULL:
             yield _with_step(plain, step * shrink, None, signed)
     if scheme.offset:
         plain = choose_grid(w, scheme, above, layer)

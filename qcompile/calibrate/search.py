@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.calibrate.fit import best_grid
+from qcompile.calibrate.ranges import searched
 from qcompile.calibrate.super_blocks import search_super_blocks
 from qcompile.reference import Grid, blocks_of, choose_grid
 from qcompile.scheme import WeightScheme
@@ -40,6 +41,10 @@ def search_grid(
     weight = torch.ones_like(w[0]) if clip == "mse" else _diagonal(gram)
     if scheme.has_super_blocks:
         return search_super_blocks(w, weight, scheme, layer)
+    if clip != "output" or not scheme.granularity.is_group:
+        choose_grid(w, scheme, above, layer)  # refuses scales that overflow
+        if (grid := searched(w, weight, scheme)) is not None:
+            return grid
     return best_grid(w, weight, scheme, above, layer, lambda error: block_errors(error, scheme, clip, gram))
 
 

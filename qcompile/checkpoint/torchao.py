@@ -16,7 +16,7 @@ from torch import Tensor
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
-from qcompile.torchao_tensors import Parts, Prepared, read, read_tensor
+from qcompile.torchao_tensors import Parts, read
 
 _PREFIX = "_weight_"
 _DESCRIPTION_CHARACTERS = 1 << 16
@@ -68,24 +68,11 @@ class TorchAO(Method):
         if not isinstance(description, dict) or not isinstance(description.get("_data", {}), dict):
             raise tensors.error(f"the file's metadata describes its weight as {shown(description)}")
         stored = _Stored(tensors, str(description.get("_type")), description.get("_data", {}))
-        loaded = _loaded(read(stored, shape))
+        prepared = read(stored, shape)
         tensors.ignore(*parts)
-        return loaded
-
-
-def packed_from_tensor(tensor: Tensor, layer: str = "weight") -> LoadedLinear:
-    """The linear whose weight is a tensor of torchao's, [N, K], bit for bit.
-
-    Raises:
-        LayerError: a class that is not known, or no matrix; names the layer.
-    """
-    return _loaded(read_tensor(tensor, layer))
-
-
-def _loaded(prepared: Prepared) -> LoadedLinear:
-    return LoadedLinear(
-        weight=prepared.weight,
-        scheme=prepared.scheme,
-        input_scale=prepared.input_scale,
-        pre_quant_scale=prepared.pre_quant_scale,
-    )
+        return LoadedLinear(
+            weight=prepared.weight,
+            scheme=prepared.scheme,
+            input_scale=prepared.input_scale,
+            pre_quant_scale=prepared.pre_quant_scale,
+        )

@@ -36,7 +36,8 @@ def recommend(
     """Say which schemes fit a model on a device, what each takes and loses, and the command for the best."""
     with errors_told():
         quiet_imports()
-        from qcompile.evaluate.recommend import check_preference, read_model, target_of
+        from qcompile.evaluate.model_shape import read_model
+        from qcompile.evaluate.recommend import check_preference, target_of
         from qcompile.evaluate.recommend import recommend as choose
 
         check_preference(prefer)

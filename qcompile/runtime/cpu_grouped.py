@@ -17,7 +17,7 @@ def grouped_gemm(x: Tensor, x_scale: Tensor | None, offsets: Tensor, weight: lis
     """Rows `offsets[e]` to `offsets[e + 1]` of x [S, K] times the weight of expert e: float32 [S, N].
 
     Args:
-        x: floating point, or 8-bit codes if `x_scale` is given: [S, 1], [S, groups] or [].
+        x: floating point (see `cpu.product`), or 8-bit codes if `x_scale` is given: [S, 1], [S, groups] or [].
         weight: the stack's tensors.
         spec: of one expert's linear.
     """

@@ -12,6 +12,7 @@ from qcompile.calibrate.stream import Batch, without_cache
 from qcompile.calibrate.trace import Illegal
 from qcompile.errors import ConfigError
 from qcompile.linears import linear_modules
+from qcompile.modules import QuantizedLinear
 from qcompile.scheme_config import parse_scheme
 from tests import tolerance
 from tests.calibrate.problems import batches, decoder
@@ -135,3 +136,38 @@ def test_mistakes():
     rules = [{"layers": "layers.0.*", "scheme": schemes[0]}, {"layers": "layers.*", "scheme": schemes[1]}]
     with pytest.raises(ConfigError, match="layers name different seeds"):
         qcompile.quantize_(decoder(), {"rules": rules}, calibration=batches())
+
+
+def test_what_nothing_reaches_turns_its_inputs_online(tmp_path):
+    """Products of gate and up are turned when the model runs; all else is folded, and a resumed call does the same."""
+    state = transformer("Llama", {"tie_word_embeddings": False}).state_dict()
+    ids = [torch.randint(0, 50, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    online = {"name": "hadamard", "online": True}
+    rules = [{"layers": "model.*", "scheme": {"weight": {"format": "int8"}, "method": [online, "gptq"]}}]
+    made = []
+    for _ in range(2):
+        model = transformer("Llama", {"tie_word_embeddings": False})
+        model.load_state_dict(state)
+        expected = model(ids[0]).logits
+        qcompile.quantize_(model, {"rules": rules}, calibration=ids, resume=tmp_path / "resume", progress=False)
+        made.append(model)
+        assert tolerance.sqnr(expected, model(ids[0]).logits) > 30
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    rotated = {name.rpartition(".")[2] for name, layer in layers.items() if layer.scheme.weight.rotated}
+    assert rotated == {"down_proj"}
+    assert torch.equal(made[0](ids[0]).logits, made[1](ids[0]).logits)
+
+
+def test_static_scales_are_not_turned_online():
+    results = []
+    scheme = {
+        "weight": {"format": "int8"},
+        "activation": {"format": "int8", "dynamic": False},
+        "method": {"name": "hadamard", "online": True},
+    }
+    model, ids = transformer("Llama", {}), torch.randint(0, 50, (1, 24))
+    rules = {"rules": [{"layers": "model.*", "scheme": scheme}]}
+    qcompile.quantize_(model, rules, calibration=[ids], progress=False, report=results.append)
+    told = {result.name.rpartition(".")[2]: result.declined for result in results if result.declined}
+    assert told.keys() == {"down_proj"}
+    assert "dynamic activation scales" in told["down_proj"]

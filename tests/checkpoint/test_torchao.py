@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
 from qcompile.checkpoint.store import open_store
-from qcompile.checkpoint.torchao import TorchAO, packed_from_tensor
+from qcompile.checkpoint.torchao import TorchAO
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.layouts import LAYOUTS
 from qcompile.modules import QuantizedLinear
@@ -24,6 +24,7 @@ from qcompile.packing import packed_weight
 from qcompile.pipeline import bind_inputs, rewrite
 from qcompile.reference import dequantize
 from qcompile.scheme import ActivationScheme, Granularity
+from qcompile.torchao_tensors import read_tensor
 from tests.capture import capture
 from tests.tolerance import assert_within, float_bound, gemm_bound, rewrite_sqnr_floor, sqnr
 
@@ -124,7 +125,7 @@ def load(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], sha
 def both(folder: Path, tensor: Any) -> LoadedLinear:
     """What a file and the tensor at hand hold, which is the same."""
     loaded = load(folder, *stored(folder, tensor), tuple(tensor.shape))
-    live = packed_from_tensor(tensor)
+    live = read_tensor(tensor)
     assert live.scheme == loaded.scheme
     pairs = [*zip(live.weight.tensors, loaded.weight.tensors, strict=True)]
     pairs += [(live.input_scale, loaded.input_scale), (live.pre_quant_scale, loaded.pre_quant_scale)]
@@ -205,7 +206,7 @@ def test_int4_in_words(tmp_path):
     assert torch.equal(dequantize(both(tmp_path, tensor).weight), (codes - wide[1]) * wide[0])
     for_npus = Int4PlainInt32Tensor(words, scale, zero.half(), [1, 32], torch.Size([24, 64]))
     with pytest.raises(LayerError, match="Ascend"):
-        packed_from_tensor(for_npus)
+        read_tensor(for_npus)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -427,7 +428,7 @@ def test_compiled_models_run_torchaos_weights(name):
     assert [(spec.out_features, spec.epilogue) for spec in captured.specs] == [(128, ()), (64, ("bias", "add"))]
     assert captured.count(F.linear) == 0
     assert sqnr(block(x), captured.output) >= rewrite_sqnr_floor(8, 64)
-    prepared = packed_from_tensor(block.q.weight).scheme
+    prepared = read_tensor(block.q.weight).scheme
     assert {(s.scheme.weight, s.scheme.activation) for s in captured.specs} == {(prepared.weight, prepared.activation)}
 
 
@@ -504,7 +505,7 @@ def test_one_graph_serves_equal_modules_with_other_weights():
 
 def test_a_graph_is_not_used_for_weights_of_another_scheme():
     one, other = int8(), int8(mapping_type=MappingType.ASYMMETRIC)
-    scheme = packed_from_tensor(one).scheme
+    scheme = read_tensor(one).scheme
     assert packed_weight((one,), False, scheme, LAYOUTS["logical"], "x").scheme == scheme.weight
     with pytest.raises(LayerError, match="x: torchao quantized its weight to uint8 channel, but the graph"):
         packed_weight((other,), False, scheme, LAYOUTS["logical"], "x")

@@ -18,6 +18,7 @@ from qcompile.cli import app
 from qcompile.codegen.cost_model import CARDS
 from qcompile.config import parse_config
 from qcompile.errors import CheckpointError, ConfigError, DeviceError
+from qcompile.evaluate import model_shape
 from qcompile.evaluate import recommend as r
 from qcompile.evaluate.speed import weight_bytes
 from qcompile.presets import ALIASES, PRESETS
@@ -40,7 +41,7 @@ def folder_of(tmp_path, **changes):
 
 @pytest.fixture
 def model(tmp_path):
-    return r.read_model(folder_of(tmp_path))
+    return model_shape.read_model(folder_of(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +49,23 @@ def large(tmp_path_factory):
     """Llama-3-8B's shape."""
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     folder = folder_of(tmp_path_factory.mktemp("large"), **sizes, num_key_value_heads=8, vocab_size=128256)
-    return r.read_model(folder)
+    return model_shape.read_model(folder)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_memory_is_that_of_the_model(tied, tmp_path):
-    shape = r.read_model(folder_of(tmp_path, tie_word_embeddings=tied))
+    shape = model_shape.read_model(folder_of(tmp_path, tie_word_embeddings=tied))
     config = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied)
     real = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
     # Buffers of rotary embeddings are not counted.
-    assert r.weight_bytes(shape, ()) == pytest.approx(weight_bytes(real), abs=1024)
+    assert model_shape.weight_bytes(shape, ()) == pytest.approx(weight_bytes(real), abs=1024)
     for name in ("int4", "nf4"):
         made = qcompile.quantize_(
             transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False),
             {"rules": [{"layers": "lm_head", "scheme": "int8_weight_only"}, {"layers": "*", "scheme": name}]},
         )
         # The kernels' layouts pad rows.
-        assert r.weight_bytes(shape, ((PRESETS[name], 1.0),)) == pytest.approx(weight_bytes(made), rel=0.02)
+        assert model_shape.weight_bytes(shape, ((PRESETS[name], 1.0),)) == pytest.approx(weight_bytes(made), rel=0.02)
     for kind in ("bfloat16", "int8", "fp8", "int4"):
         if kind == "bfloat16":
             cache = transformers.StaticCache(config=real.config, max_cache_len=128)
@@ -77,7 +78,7 @@ def test_memory_is_that_of_the_model(tied, tmp_path):
             with torch.no_grad():
                 real(torch.zeros((2, 4), dtype=torch.int64), past_key_values=cache)
             expected = cache.nbytes
-        assert r.cache_bytes(shape, kind, 2, 128) == pytest.approx(expected, rel=0.01)
+        assert model_shape.cache_bytes(shape, kind, 2, 128) == pytest.approx(expected, rel=0.01)
 
 
 def test_products_are_those_of_merged_layers(model):
@@ -176,11 +177,11 @@ def test_experts_count(tmp_path):
         architectures=["MixtralForCausalLM"], **SHAPE, num_local_experts=4, num_experts_per_tok=2
     )
     config.save_pretrained(tmp_path)
-    shape = r.read_model(tmp_path)
+    shape = model_shape.read_model(tmp_path)
     assert shape.experts == {(4, 1024, 256): 3, (4, 256, 512): 3}
     assert shape.active == 2
     real = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
-    assert r.weight_bytes(shape, ()) == pytest.approx(weight_bytes(real), abs=1024)
+    assert model_shape.weight_bytes(shape, ()) == pytest.approx(weight_bytes(real), abs=1024)
     steps = [r.recommend(shape, r.target_of("h100"), "speed", batch).options[0].step for batch in (1, 16)]
     assert steps[0] < steps[1]
 
@@ -192,14 +193,14 @@ def test_mistakes_name_what_is_near(tmp_path):
         r.target_of("??")
     (tmp_path / "Llama-8B").mkdir()
     with pytest.raises(CheckpointError, match="did you mean Llama-8B"):
-        r.read_model(tmp_path / "Lama-8B")
+        model_shape.read_model(tmp_path / "Lama-8B")
     with pytest.raises(CheckpointError, match=r"there is no config\.json"):
-        r.read_model(tmp_path / "Llama-8B")
+        model_shape.read_model(tmp_path / "Llama-8B")
     transformers.MambaConfig(architectures=["MambaForCausalLM"], num_hidden_layers=2).save_pretrained(
         tmp_path / "mamba"
     )
     with pytest.raises(CheckpointError, match="it has no num_attention_heads"):
-        r.read_model(tmp_path / "mamba")
+        model_shape.read_model(tmp_path / "mamba")
     with pytest.raises(ConfigError, match="did you mean speed"):
         r.check_preference("sped")
     assert r.target_of("RTX4090").card == CARDS["4090"]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile.checkpoint.torchao import packed_from_tensor
 from qcompile.modules import QuantizedLinear
+from qcompile.torchao_tensors import read_tensor
 
 pytest.importorskip("torchao")
 pytest.importorskip("gguf")
@@ -25,7 +25,7 @@ DEVICE = "cuda"
 
 @pytest.mark.parametrize("name", test_torchao.CASES)
 def test_tensors(name: str) -> None:
-    loaded = packed_from_tensor(test_torchao.CASES[name]())
+    loaded = read_tensor(test_torchao.CASES[name]())
     layer = QuantizedLinear(loaded.weight.to(DEVICE), loaded.scheme)
     for m in (1, 40):
         check_layer(layer, random(m, layer.in_features))

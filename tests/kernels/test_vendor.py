@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qcompile.codegen.cost_model import device_of
-from qcompile.codegen.predict import EXPRESSIONS, limit, predict, stored_bytes
+from qcompile.codegen.predict import EXPRESSIONS, limit, predict, weight_bytes
 from qcompile.codegen.spec import KernelSpec, Tile, decoding_spec, finishing_spec
 from qcompile.flags import override
 from qcompile.formats import FORMATS, get_format
@@ -313,6 +313,6 @@ def test_the_limit_counts_what_a_weight_stores(name: str, shape: tuple[int, int]
     unknown = sum(t.numel() * (t.element_size() - 2) for t in above)
     if scheme.weight.sparsity is not None:  # half the codes are in memory, and a bit for each weight
         unknown += weight.codes.numel() // 2 - shape[0] * shape[1] // 8
-    assert stored_bytes(kernel) == weight.nbytes - unknown
-    moved = stored_bytes(kernel) + 4 * (given_.x.element_size() * shape[1] + 2 * shape[0])
+    assert weight_bytes(kernel) == weight.nbytes - unknown
+    moved = weight_bytes(kernel) + 4 * (given_.x.element_size() * shape[1] + 2 * shape[0])
     assert limit(kernel, 4) == pytest.approx(moved / device_of("sm_90").memory)

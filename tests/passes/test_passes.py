@@ -406,6 +406,27 @@ def test_linears_that_are_not_merged_share_their_quantization(preset):
         assert torch.equal(out, alone.output)
 
 
+def test_codes_that_no_kernel_stores():
+    model = Function(lambda m, x: m.down(F.gelu(m.gate(x))), **mlp())
+    captured = capture(model, torch.randn(3, WIDTH), config=static("int4"))
+    assert captured.declined("store_codes") == ["a reader takes codes that no kernel stores"]
+    assert all(spec.codes_of == "" for spec in captured.specs)
+
+
+def test_turned_inputs_are_quantized_by_each_linear():
+    """k and v share codes; q reads the same tensor, and turns it first."""
+    scheme = parse_scheme("int8")
+    turned = replace(scheme, weight=replace(scheme.weight, rotated=True))
+    model = Function(branches, q=linear(), k=nn.Linear(WIDTH, 32), v=nn.Linear(WIDTH, 32, bias=False))
+    x = torch.randn(2, 3, WIDTH)
+    rules = {"rules": [{"layers": "q", "scheme": turned}, {"layers": "*", "scheme": scheme}]}
+    captured = capture(model, x, config=rules)
+    assert [spec.codes_of for spec in captured.specs] == ["", "float32", "float32"]
+    alone = capture(model.q, x, config={"rules": [{"layers": "*", "scheme": turned}]})
+    assert torch.equal(captured.output[0], alone.output)
+    assert tolerance.sqnr(model.q(x), alone.output) > 30
+
+
 def test_dynamic_scales_are_not_stored():
     model = Function(lambda m, x: m.down(F.gelu(m.gate(x))), **mlp())
     captured = capture(model, torch.randn(3, WIDTH), config="int8")
