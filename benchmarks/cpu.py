@@ -23,7 +23,8 @@ the same round. `peak_mb` is the most memory that the second process had until t
 model was read. Perplexity is of the essay in the package, in windows of 512, with the same token ids for all.
 
 A build of llama-cpp-python for this very processor: `CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary
-llama-cpp-python llama-cpp-python`.
+llama-cpp-python llama-cpp-python`. GCC 12's AMX code
+of it stops with an illegal instruction: GCC drops what writes the configuration, of which it sees one word read.
 
 Every row goes into `<out>/<machine>.cpu.json` when it is there; rows of other implementations stay.
 """
