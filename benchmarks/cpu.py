@@ -242,7 +242,6 @@ def models(jobs: list[str], options: argparse.Namespace) -> int:
 
 def linears(options: argparse.Namespace) -> None:
     """Measure products with weights that come from memory."""
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     rates = timing.ceilings(cpu)
@@ -267,6 +266,7 @@ def main(arguments: list[str]) -> int:
     if unknown := set(options.only) - set(JOBS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
     failures = models([job for job in options.only if job != "linear"], options)
     if "linear" in options.only:
         linears(options)
