@@ -293,21 +293,35 @@ def attention(folder: Path) -> str:
     text = ""
     for file in load(folder, "attention"):
         rows, peers = file["rows"], peers_of(folder, file["machine"], "attention")
-        places = list(dict.fromkeys(map(_place, rows)))
         text += f"## Attention from one token on {file['machine']}\n\n{run_of(file)}\n\n"
-        text += filled(
-            "Microseconds by batch x context (32 query heads, 8 key heads of 128), caches from memory, and in brackets "
-            "the share of the limit, which is reading the cache once. The error is relative, to float64 attention over "
-            "what the cache stands for."
-        )
-        worst: dict[str, float] = {}
-        for row in [*rows, *peers]:
-            worst[_attention_name(row)] = max(row["error"], worst.get(_attention_name(row), 0.0))
-        lines = lines_of(rows, peers, _attention_name, _place, places, time_of)
-        lines = [[*line, f"{worst[line[0].removesuffix(' †').strip('*')]:.1g}"] for line in lines]
-        text += table(["cache, kernel", *(f"{b} x {context(c)}" for b, c in places), "error"], lines)
-        text += f"\n![Share of the limit](performance/{file['machine']}.attention-limit.svg)\n\n"
+        limited = any("floor_us" in row for row in rows)
+        share = ", and in brackets the share of the limit, which is reading the cache once" if limited else ""
+        for shape in dict.fromkeys(map(_shape, rows)):
+            text += _attention_table([row for row in rows if _shape(row) == shape], peers, shape, share)
+        if limited:
+            text += f"\n![Share of the limit](performance/{file['machine']}.attention-limit.svg)\n\n"
     return text
+
+
+def _attention_table(rows: list[Row], peers: list[Row], shape: tuple[int, int, int], share: str) -> str:
+    """Of query heads, key heads and size; `share` says what is in brackets."""
+    queries, keys, size = shape
+    text = filled(
+        f"Microseconds by batch x context ({queries} query heads, {keys} key heads of {size}), caches from memory"
+        f"{share}. The error is relative, to float64 attention over what the cache stands for."
+    )
+    places = list(dict.fromkeys(map(_place, rows)))
+    worst: dict[str, float] = {}
+    for row in [*rows, *peers]:
+        worst[_attention_name(row)] = max(row["error"], worst.get(_attention_name(row), 0.0))
+    lines = lines_of(rows, peers, _attention_name, _place, places, time_of)
+    lines = [[*line, f"{worst[line[0].removesuffix(' †').strip('*')]:.1g}"] for line in lines]
+    return text + table(["cache, kernel", *(f"{b} x {context(c)}" for b, c in places), "error"], lines) + "\n"
+
+
+def _shape(row: Row) -> tuple[int, int, int]:
+    queries, keys, size = row.get("shape", (32, 8, 128))
+    return queries, keys, size
 
 
 def _attention_name(row: Row) -> str:
@@ -492,6 +506,8 @@ def _finish_by_m(axes: Any) -> None:
 def plot_attention(folder: Path, out: Path) -> None:
     """The share of the limit for each batch and context."""
     for file in load(folder, "attention"):
+        if not any("floor_us" in row for row in file["rows"]):
+            continue
         figure, axes = _axes("Attention from one token", "share of the limit")
         for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in file["rows"]):
             mine = [row for row in file["rows"] if (row["kv"], row["impl"]) == (kv, impl)]

@@ -9,19 +9,46 @@ from dataclasses import dataclass
 import torch
 
 from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
+from qcompile.formats import IntegerFormat
 from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
 
 ATTENTION_TEMPLATE = "attention_decode"
+PREFILL_TEMPLATE = "attention_prefill"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionTile:
-    """How the work is cut: a program takes a head of keys and a `split`-th of the context, `context` tokens a time."""
+    """How the work is cut: a program takes a head of keys and a `split`-th of the context, `context` tokens a time.
+
+    Of sequences of unequal length it takes about a `split`-th of all their tokens together.
+
+    Attributes:
+        ways: `warps`, if each warp attends by itself to its part of these tokens, or 1.
+        rows: queries of a program, in kernels for many; 0 if it takes all of a head of keys.
+    """
 
     context: int
     split: int
     warps: int
     stages: int
+    ways: int = 1
+    rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Which positions a kernel looks at, and where they lie.
+
+    Attributes:
+        length, start: whether there is one.
+        sequences: a power of two that holds the number of sequences, if they differ in length or start; else 0.
+        page: tokens of a page, of a paged cache; else 0.
+    """
+
+    length: bool
+    start: bool = False
+    sequences: int = 0
+    page: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +59,12 @@ class AttentionKernelSpec:
         number: name of the number format of keys and values, of 8 or 4 bits; or `x_dtype`, for a cache of that type.
         bits: of a code.
         scales: see `KVScheme`; "none" for a cache that is not quantized.
-        heads, group, queries: heads of keys; query heads for each; tokens attended from.
+        group_size, offsets: numbers of a vector that share a scale, 0 for all; whether scales have offsets.
+        heads, group, queries: heads of keys; query heads for each; tokens attended from, 0 for any number.
         key_size, value_size: of a head.
-        scale, softcap: see `AttentionSpec`.
+        scale, softcap, causal, window: see `AttentionSpec`.
         mask: "none", "boolean" or "added".
-        length: whether there is one.
+        reach: of positions.
         x_dtype: of queries and results.
         target: see `KernelSpec`.
     """
@@ -44,6 +72,8 @@ class AttentionKernelSpec:
     number: str
     bits: int
     scales: str
+    group_size: int
+    offsets: bool
     heads: int
     group: int
     queries: int
@@ -51,8 +81,10 @@ class AttentionKernelSpec:
     value_size: int
     scale: float
     softcap: float
+    causal: bool
+    window: int
     mask: str
-    length: bool
+    reach: Reach
     x_dtype: str
     target: str
     tile: AttentionTile
@@ -61,13 +93,23 @@ class AttentionKernelSpec:
     @property
     def rows(self) -> int:
         """Queries of a program, rounded up to what matrix units take."""
-        return _power(self.group * self.queries)
+        return self.tile.rows or _power(self.group * self.queries)
+
+    def pieces(self, size: int) -> int:
+        """Parts of a vector that are multiplied by themselves."""
+        return size // self.group_size if self.group_size else 2 if self.bits == 4 else 1
 
     @property
-    def columns(self) -> int:
-        """Results of a query as programs hold them: padded, and in two halves if a byte holds two values."""
-        halves = 2 if self.bits == 4 else 1
-        return halves * _power(self.value_size // halves)
+    def part(self) -> int:
+        """Numbers that a program leaves for the one that puts parts together."""
+        rows = 1 << (self.group * self.queries - 1).bit_length()
+        pieces = self.pieces(self.value_size)
+        return rows * (pieces * _power(self.value_size // pieces) + 2)
+
+    @property
+    def compute(self) -> str:
+        """The type that values are multiplied in: of 8 bits and less float16, which holds them exactly."""
+        return self.x_dtype if self.plain or self.x_dtype == "float32" else "float16"
 
     @property
     def plain(self) -> bool:
@@ -76,28 +118,39 @@ class AttentionKernelSpec:
 
     def constants(self) -> dict[str, object]:
         """Those of the template."""
-        half = self.x_dtype != "float32"
+        keys, values = self.pieces(self.key_size), self.pieces(self.value_size)
         return {
             "BITS": self.bits,
             "NATIVE": self.plain or (self.number.startswith("fp8") and native_fp8(self.target)),
             "SCALES": self.scales,
+            "GROUP_SIZE": self.group_size,
+            "OFFSETS": self.offsets,
             "HEADS": self.heads,
             "GROUP": self.group,
             "QUERIES": self.queries,
             "KEY_SIZE": self.key_size,
             "VALUE_SIZE": self.value_size,
+            "KEY_PIECES": keys,
+            "VALUE_PIECES": values,
             "SCALE": self.scale,
             "SOFTCAP": self.softcap,
             "MASK": self.mask,
-            "LENGTH": self.length,
-            "COMPUTE": f"tl.{self.x_dtype}",
-            # Weights times scales may lie below what float16 holds.
-            "WEIGHTS": f"tl.{self.x_dtype}" if self.plain else "tl.bfloat16" if half else "tl.float32",
+            "LENGTH": self.reach.length,
+            "START": self.reach.start,
+            "SEQUENCES": self.reach.sequences,
+            "PAGE": self.reach.page,
+            "CAUSAL": self.causal,
+            "WINDOW": self.window,
+            "COMPUTE": f"tl.{self.compute}",
+            "DIVIDE": self.x_dtype == "bfloat16" and not self.plain,
+            "LARGEST": 1.0,
             "PRECISION": "tf32x3" if self.target.startswith("sm_") else "ieee",
+            "IMPRECISE": 0,
             "ROWS": self.rows,
-            "BLOCK_D": _power(self.key_size * min(self.bits, 8) // 8),
-            "BLOCK_V": _power(self.value_size * min(self.bits, 8) // 8),
+            "BLOCK_K": _power(self.key_size // keys),
+            "BLOCK_V": _power(self.value_size // values),
             "BLOCK_T": self.tile.context,
+            "WAYS": self.tile.ways,
             "SPLIT": self.tile.split,
             "EARLY": launches_early(self.target),
         }
@@ -115,12 +168,17 @@ def _power(size: int) -> int:
 def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
     """The inverse of `AttentionKernelSpec.encode`."""
     given = json.loads(text)
-    return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"])})
+    return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"]), "reach": Reach(**given["reach"])})
 
 
 def has_number(fmt: KVFormat) -> bool:
     """Whether the template decodes a format."""
     return isinstance(fmt, NumberFormat)
+
+
+def has_integers(fmt: KVFormat) -> bool:
+    """Whether codes are integers."""
+    return isinstance(fmt, NumberFormat) and isinstance(fmt.number, IntegerFormat)
 
 
 def attention_kernel_spec(
@@ -129,18 +187,24 @@ def attention_kernel_spec(
     group: int,
     queries: int,
     mask: str,
-    length: bool,
+    reach: Reach,
     x_dtype: torch.dtype,
     target: str,
     tile: AttentionTile,
 ) -> AttentionKernelSpec:
-    """The kernel for attention with `has_number` and at most `MOST_QUERIES` and `MOST_ROWS`."""
+    """The kernel for attention with `has_number`, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
+
+    Args:
+        queries: 0 if the tile has rows.
+    """
     fmt = spec.scheme.format
     assert isinstance(fmt, NumberFormat)
     return AttentionKernelSpec(
         number=fmt.number.name,
         bits=fmt.number.bits,
         scales=spec.scheme.scales,
+        group_size=spec.scheme.group,
+        offsets=not spec.scheme.symmetric,
         heads=heads,
         group=group,
         queries=queries,
@@ -148,11 +212,14 @@ def attention_kernel_spec(
         value_size=spec.value.head_dim,
         scale=spec.scale,
         softcap=spec.softcap,
+        causal=spec.causal,
+        window=spec.window,
         mask=mask,
-        length=length,
+        reach=reach,
         x_dtype=dtype_name(x_dtype),
         target=target,
         tile=tile,
+        template=PREFILL_TEMPLATE if tile.rows else ATTENTION_TEMPLATE,
     )
 
 
@@ -178,6 +245,8 @@ def plain_kernel_spec(
         number=name,
         bits=16,
         scales="none",
+        group_size=0,
+        offsets=False,
         heads=heads,
         group=group,
         queries=queries,
@@ -185,8 +254,10 @@ def plain_kernel_spec(
         value_size=sizes[1],
         scale=scale,
         softcap=0.0,
+        causal=False,
+        window=0,
         mask=mask,
-        length=length,
+        reach=Reach(length=length),
         x_dtype=name,
         target=target,
         tile=tile,

@@ -15,9 +15,10 @@ from qcompile.codegen.printers import cpp_constant, to_cpp
 from qcompile.codegen.render import fill_hole
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat
+from qcompile.formats.whole import whole_numbers
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
-from qcompile.scheme import WHOLE, Scheme
+from qcompile.scheme import WHOLE
 
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *_AVX2)
@@ -94,7 +95,7 @@ def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool =
     """The kernel for a linear whose weight is in layout `rows16`, for x of float32 or bfloat16.
 
     Args:
-        integers: whether it rounds x to int8 and multiplies integers (`multiplies_integers`).
+        integers: whether it rounds x to int8 and multiplies integers (`layouts.multiplies_integers`).
     """
     weight, activation = spec.scheme.weight, spec.scheme.activation
     assert LAYOUTS["rows16"].objection(spec.scheme, spec.shape) is None
@@ -109,43 +110,6 @@ def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool =
         element=str(dtype).removeprefix("torch."),
         isa=isa,
         integers=None if not integers else "group" if grouped else "row",
-    )
-
-
-@dataclass(frozen=True)
-class _Integers:
-    """How codes stand for integers: (entry - bias) * step; entries are codes or, with a table, table[code]."""
-
-    bias: int
-    step: float
-    table: tuple[int, ...] | None = None
-
-
-@functools.cache
-def _integers(name: str) -> _Integers | None:
-    """None if the format's values are no integers of 8 bits, nor halves of such."""
-    fmt = FORMATS[name]
-    if isinstance(fmt, IntegerFormat):
-        return _Integers(fmt.offset, 1.0)
-    if fmt.bits > 4:
-        return None
-    values = fmt.decode(torch.arange(16, dtype=torch.int32) % (1 << fmt.bits))
-    assert isinstance(values, Tensor)
-    for step in (1.0, 0.5):
-        whole = (values / step).round()
-        bias = int(-whole.min())
-        if torch.equal(whole * step, values) and int(whole.max()) + bias < 256:
-            return _Integers(bias, step, tuple((whole.int() + bias).tolist()))
-    return None
-
-
-def multiplies_integers(scheme: Scheme) -> bool:
-    """Whether the product of a scheme's codes is one of integers: int8 times codes that stand for integers."""
-    return (
-        scheme.activation is not None
-        and scheme.activation.format.name == "int8"
-        and scheme.activation.scale_dtype == "float32"
-        and _integers(scheme.weight.format.name) is not None
     )
 
 
@@ -226,7 +190,7 @@ constexpr bool READY = {};
 
 def integer_functions(spec: CppSpec) -> str:
     """The function `integers` and what is known of its results."""
-    found, bits = _integers(spec.weight), FORMATS[spec.weight].bits
+    found, bits = whole_numbers(spec.weight), FORMATS[spec.weight].bits
     assert found is not None
     if found.table is None:
         return _BYTES.format("codes", bits, str(bits == 8).lower())
@@ -273,7 +237,7 @@ def render_cpp(spec: CppSpec) -> str:
         native = FORMATS[spec.weight].native_dtype == torch.int8
         text = fill_hole(text, "codes", _CODES if native else "", comment="//")
     else:
-        found = _integers(spec.weight)
+        found = whole_numbers(spec.weight)
         assert found is not None
         constants += (
             "constexpr bool MASKED = true;\n"

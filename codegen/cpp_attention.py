@@ -47,9 +47,9 @@ def _has_pairs(isa: str) -> bool:
 
 
 def cpp_attention_spec(spec: AttentionSpec, query: torch.dtype, isa: str) -> CppAttentionSpec | None:
-    """The kernel for a quantized cache and queries of float32 or bfloat16; None for formats that it cannot decode."""
+    """The kernel for a quantized cache and queries of float32 or bfloat16; None for schemes that it cannot decode."""
     fmt = spec.scheme.format
-    if not isinstance(fmt, NumberFormat):
+    if not isinstance(fmt, NumberFormat) or spec.scheme.compact:
         return None
     return CppAttentionSpec(number=fmt.number.name, query=str(query).removeprefix("torch."), isa=isa)
 

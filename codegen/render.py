@@ -11,7 +11,7 @@ from importlib import resources
 
 import torch
 
-from qcompile.codegen.attention_spec import AttentionKernelSpec
+from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.printers import HELPERS, operations, to_triton
@@ -465,11 +465,11 @@ def _scale_decoder(scale_dtype: str, target: str) -> str:
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
-    return {"fragment": _functions("gemm_fragment"), **_fragment(spec), "experts": _experts(spec)}
+    return {"fragment": _functions_of("gemm_fragment"), **_fragment(spec), "experts": _experts(spec)}
 
 
 def _grouped_rows8(spec: KernelSpec) -> dict[str, str]:
-    return {"rows8": _functions("gemm_rows8"), **_rows8(spec), "experts": _experts(spec)}
+    return {"rows8": _functions_of("gemm_rows8"), **_rows8(spec), "experts": _experts(spec)}
 
 
 def _experts(spec: KernelSpec) -> str:
@@ -496,13 +496,14 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         WORDS="",
         EARLY=False,
     )
-    return {"fragment": _functions("gemm_fragment"), **holes}
+    return {"fragment": _functions_of("gemm_fragment"), **holes}
 
 
-def _functions(template: str) -> str:
-    """The constants and functions of a template but the kernel, with its holes."""
+def _functions_of(template: str) -> str:
+    """The constants and functions of a template, with its holes."""
     text = _template(template)
-    return text[text.index("# <constants>") : text.index("@triton.jit(do_not_specialize")]
+    kernel = text.rindex("@triton.jit", 0, text.index("\ndef kernel("))
+    return text[text.index("# <constants>") : kernel]
 
 
 def _finish(spec: KernelSpec) -> dict[str, str]:
@@ -517,9 +518,55 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
     return {"constants": _constants(constants)}
 
 
+_VALUES = """@triton.jit
+def values_of(codes, HALF: tl.constexpr):
+    \"\"\"Bytes' values in COMPUTE: of their lower (HALF 0) or higher (1) four bits, or of all eight.\"\"\"
+{body}
+"""
+
+_BYTES_TO_FLOAT16 = """    # {number} + code in float16, less that number and what the format subtracts
+    return tl.inline_asm_elementwise(
+        "{{ .reg .b32 t, z; {part}mov.b32 z, 0x64646464; prmt.b32 $0, t, z, 0x4140; prmt.b32 $1, t, z, 0x4342; "
+        "mov.b32 z, {negative:#x}; add.rn.f16x2 $0, $0, z; add.rn.f16x2 $1, $1, z; }}",
+        "=r,=r,r",
+        [codes],
+        dtype=tl.float16,
+        is_pure=True,
+        pack=4,
+    )"""
+
+
+def _values(spec: AttentionKernelSpec) -> str:
+    """The function `values_of` of `attention_decode`.
+
+    Of integers four bytes become two pairs of float16 in a few instructions; converting numbers one by one takes longer
+    than reading them.
+    """
+    native = spec.constants()["NATIVE"]
+    if native:
+        return _VALUES.format(body="    return codes.to(COMPUTE)")
+    fmt = FORMATS[spec.number]
+    if isinstance(fmt, IntegerFormat) and spec.compute == "float16" and spec.target.startswith("sm_"):
+        number = _MAGIC["float16"][1]
+        negative = _bits(-float(number + fmt.offset), "float16") * 0x10001
+        if fmt.bits == 8:
+            parts = ["mov.b32 t, $2; "]
+        else:
+            parts = [f"{how} t, t, 0x0F0F0F0F; " for how in ("mov.b32 t, $2; and.b32", "shr.b32 t, $2, 4; and.b32")]
+        bodies = [_BYTES_TO_FLOAT16.format(part=part, number=number, negative=negative) for part in parts]
+        if fmt.bits == 8:
+            return _VALUES.format(body=bodies[0])
+        low, high = (body.replace("\n    ", "\n        ").replace("    ", "        ", 1) for body in bodies)
+        return _VALUES.format(body=f"    if HALF == 0:\n{low}\n    else:\n{high}")
+    code = "codes.to(tl.int32)" if spec.bits == 8 else "(codes.to(tl.int32) >> (4 * HALF)) & 15"
+    return decode_formula(fmt) + "\n\n" + _VALUES.format(body=f"    return decode({code}).to(COMPUTE)")
+
+
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    decoder = _function("decode(code):", "code") if spec.plain else decode_formula(FORMATS[spec.number])
-    return {"constants": _constants(spec.constants()), "decode": decoder + "\n\n"}
+    holes = {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
+    if spec.template == ATTENTION_TEMPLATE:
+        return holes
+    return {"attention": _functions_of(ATTENTION_TEMPLATE), **holes}
 
 
 def _choosing(spec: ColumnsSpec | RangesSpec) -> dict[str, str]:

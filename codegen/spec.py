@@ -190,7 +190,7 @@ class GroupedSpec(KernelSpec):
 
 def decode_kernel_spec(text: str) -> AnySpec:
     """The inverse of `encode` of each kind of spec."""
-    from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, decode_attention_kernel_spec
+    from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, PREFILL_TEMPLATE, decode_attention_kernel_spec
     from qcompile.codegen.columns_spec import COLUMNS_TEMPLATE, decode_columns_spec
     from qcompile.codegen.ranges_spec import RANGES_TEMPLATE, decode_ranges_spec
 
@@ -199,7 +199,7 @@ def decode_kernel_spec(text: str) -> AnySpec:
         return decode_columns_spec(text)
     if given["template"] == RANGES_TEMPLATE:
         return decode_ranges_spec(text)
-    if given["template"] == ATTENTION_TEMPLATE:
+    if given["template"] in (ATTENTION_TEMPLATE, PREFILL_TEMPLATE):
         return decode_attention_kernel_spec(text)
     kind = GroupedSpec if given["template"] in GROUPED_TEMPLATES.values() else KernelSpec
     return kind(**{**given, "tile": Tile(**given["tile"]), "epilogue": tuple(given["epilogue"])})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ _IN_PLACE = (
     operator.ior,
     operator.ixor,
 )
+_KEYWORDS = (operator.and_, operator.or_, operator.not_, operator.is_)
+"""Functions whose names end like those of methods that write."""
 _VIEWS = (
     operator.getitem,
     *("expand", "view", "unsqueeze", "squeeze", "transpose", "permute", "reshape", "narrow", "select", "t", "view_as"),
@@ -82,6 +85,8 @@ def writes(node: fx.Node) -> bool:
     by_schema = compat.schema_writes(node.target)
     if by_schema is not None:
         return by_schema
+    if node.target in _KEYWORDS:
+        return False
     name = named(node)
     return node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
 
@@ -135,6 +140,144 @@ def is_prefix(mask: fx.Node) -> bool:
     return whole and example(last).numel() == 1 and _is_range(positions, length)
 
 
+@dataclass(frozen=True)
+class Causal:
+    """A mask by which query i attends to positions up to `offset + number + i`, the last `window` of them if not 0."""
+
+    offset: fx.Node | None
+    number: int
+    window: int
+
+
+def _is_single(node: fx.Node) -> bool:
+    """Whether a node is a tensor of one element."""
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.numel() == 1
+
+
+def _range(node: Any) -> tuple[int, fx.Node | None, int] | None:
+    """(n, a, b) if a node's elements are 0 to n - 1, plus a, a tensor of one element or None, plus b, a number."""
+    offset, number = None, 0
+    while isinstance(node, fx.Node):
+        if node.target is torch.arange:
+            plain = len(node.args) == 1 and isinstance(node.args[0], int) and not set(node.kwargs) - {"device", "dtype"}
+            return (node.args[0], offset, number) if plain else None  # type: ignore[return-value]
+        if is_call(node, (operator.add,)):
+            added = node.args[1]
+            if isinstance(added, int):
+                number += added
+            elif offset is None and isinstance(added, fx.Node) and _is_single(added):
+                offset = added
+            else:
+                return None
+        elif is_call(node, (operator.getitem,)) and isinstance(node.args[1], tuple):
+            if any(part not in (None, slice(None)) for part in node.args[1]):
+                return None
+        else:
+            return None
+        node = node.args[0]
+    return None
+
+
+def _conditions(node: Any) -> list[Any]:
+    """What all must hold for an element of a mask to be true."""
+    while is_call(node, ("expand", "to")) and example(node).dtype == torch.bool:
+        node = node.args[0]
+    if is_call(node, (operator.and_,)):
+        return _conditions(node.args[0]) + _conditions(node.args[1])
+    return [] if is_call(node, ("new_ones",)) else [node]
+
+
+def causal(mask: fx.Node) -> Causal | None:
+    """What a mask says, if it is made of positions alone: `keys <= queries`, and `keys > queries - window`."""
+    if is_written(mask) or example(mask).dim() < 2:
+        return None
+    queries, length = example(mask).shape[-2:]
+    found, window = None, 0
+    for node in _conditions(mask):
+        if not is_call(node, (operator.le, operator.gt)) or not all(isinstance(a, fx.Node) for a in node.args):
+            return None
+        keys, asking = node.args
+        width = 0
+        if node.target is operator.gt:
+            if window or not is_call(asking, (operator.sub,)) or not isinstance(asking.args[1], int):
+                return None
+            asking, width = asking.args[0], asking.args[1]
+        along, down = _range(keys), _range(asking)
+        shapes = example(keys).shape[-1:], example(asking).shape[-2:]
+        if along is None or down is None or along[1] is not None or shapes != ((length,), (queries, 1)):
+            return None
+        same = Causal(down[1], down[2] - along[2], 0)
+        if along[0] != length or down[0] != queries or (found is not None and found != same):
+            return None
+        found, window = same, window or width
+        if node.target is operator.gt and width <= 0:
+            return None
+    complete = any(is_call(node, (operator.le,)) for node in _conditions(mask))
+    return Causal(found.offset, found.number, window) if found is not None and complete else None
+
+
+def reach_of(context: GraphContext, mask: fx.Node, form: Causal, known: dict[fx.Node, fx.Node]) -> fx.Node:
+    """One more than the last query's position: int64 []; `known` as in `attended_length`."""
+    if mask not in known:
+        last, value = form.number + example(mask).shape[-2], example(mask)
+        with context.graph.inserting_before(mask.next):
+            if form.offset is None:
+                known[mask] = add_call(context, torch.full, (), last, device=value.device, dtype=torch.int64)
+            else:
+                known[mask] = add_call(context, torch.add, add_call(context, torch.reshape, form.offset, ()), last)
+    return known[mask]
+
+
+def _is_line(node: Any) -> bool:
+    """Whether a node's elements are whole numbers, one after another, along the last dimension alone."""
+    while isinstance(node, fx.Node):
+        if node.target is torch.arange:
+            return len(node.args) == 1 and not set(node.kwargs) - {"device", "dtype"}
+        if is_call(node, (operator.add,)) and _is_one(node.args[1]):
+            node = node.args[0]
+        elif is_call(node, (operator.getitem,)) and isinstance(node.args[1], tuple):
+            if any(part not in (None, slice(None)) for part in node.args[1]):
+                return False
+            node = node.args[0]
+        else:
+            return False
+    return False
+
+
+def _is_one(value: object) -> bool:
+    """Whether something is a single number."""
+    found = example(value) if isinstance(value, fx.Node) else value
+    return found.numel() == 1 if isinstance(found, torch.Tensor) else found is not None
+
+
+_COMPARISONS = (operator.le, operator.lt, operator.ge, operator.gt)
+
+
+def is_interval(mask: fx.Node) -> bool:
+    """Whether a mask is made of comparisons of positions with single numbers, all of which must hold.
+
+    What it lets attend to is then an interval of positions, the same for all: its start and its length say it all.
+    """
+    waiting: list[Any] = [mask]
+    compared = 0
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or is_written(node):
+            return False
+        if is_call(node, ("expand",)) or (is_call(node, ("to",)) and example(node).dtype == torch.bool):
+            waiting.append(node.args[0])
+        elif is_call(node, (operator.and_, torch.logical_and)):
+            waiting += node.args
+        elif is_call(node, _COMPARISONS) and len(node.args) == 2:
+            if not any(_is_line(a) and _is_one(b) for a, b in (node.args, node.args[::-1])):
+                return False
+            compared += 1
+        elif not is_call(node, ("new_ones",)):
+            return False
+    return compared > 0 and example(mask).shape[-1] > 1
+
+
 def add_call(context: GraphContext, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """A call at the place of insertion, with its example value."""
     node = context.graph.call_function(target, args, kwargs)
@@ -151,9 +294,29 @@ def attended_length(context: GraphContext, mask: fx.Node, known: dict[fx.Node, f
             its result in memory, from where all layers read it.
     """
     if mask not in known:
-        placeholders, value = context.placeholders(), example(mask)
-        after = placeholders[-1] if mask.op == "placeholder" else mask
-        with context.graph.inserting_before(after.next):
+        value = example(mask)
+        with context.graph.inserting_before(_behind(context, mask)):
             positions = add_call(context, torch.arange, 1, value.shape[-1] + 1, device=value.device, dtype=torch.int64)
             known[mask] = add_call(context, torch.amax, add_call(context, torch.where, mask, positions, 0))
     return known[mask]
+
+
+def attended_start(context: GraphContext, mask: fx.Node, known: dict[fx.Node, fx.Node], *, alike: bool) -> fx.Node:
+    """The first position that a boolean mask lets any query of a sequence attend to, int64 [B]; or of all, [].
+
+    Args:
+        known: see `attended_length`.
+        alike: the mask is the same for all sequences.
+    """
+    if mask not in known:
+        value = example(mask)
+        with context.graph.inserting_before(_behind(context, mask)):
+            positions = add_call(context, torch.arange, value.shape[-1], device=value.device, dtype=torch.int64)
+            allowed = add_call(context, torch.where, mask, positions, value.shape[-1])
+            known[mask] = add_call(context, torch.amin, allowed, [] if alike else [1, 2, 3])
+    return known[mask]
+
+
+def _behind(context: GraphContext, mask: fx.Node) -> fx.Node:
+    """Where what is made of a mask can stand first."""
+    return (context.placeholders()[-1] if mask.op == "placeholder" else mask).next

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -21,23 +22,29 @@ from torch import Tensor, fx
 
 import qcompile.attention  # noqa: F401  (registers the operators)
 from qcompile import compat
-from qcompile.kv_cache import AttentionSpec, decode_kv_spec
+from qcompile.kv_cache import MOST_QUERIES, AttentionSpec, decode_kv_spec
 from qcompile.passes.context import OP as LINEAR
 from qcompile.passes.context import GraphContext, example, replace
 from qcompile.passes.heads import (
     SDPA_ARGUMENTS,
     attended_length,
+    attended_start,
     between,
+    causal,
     is_call,
+    is_interval,
     is_prefix,
+    is_written,
     layer_of,
     named,
+    reach_of,
     repeated,
     writes,
 )
 
 ATTENTION = torch.ops.qcompile.attention.default
 RULE = "quantize_attention"
+_KV_MASKS = (torch.ops.qcompile.kv_mask, torch.ops.qcompile.kv_mask.default)
 _READS = (torch.ops.qcompile.dequantize_kv, torch.ops.qcompile.dequantize_kv.default)
 _MATMULS = (torch.matmul, operator.matmul, "matmul")
 _SOFTMAX = (F.softmax, torch.softmax, "softmax")
@@ -252,46 +259,106 @@ def _weights_before(node: fx.Node) -> bool:
     return is_call(weights, _SOFTMAX)
 
 
-def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx.Node], Any, AttentionSpec]:
-    """The cache's tensors, the length and the spec."""
+@dataclass(kw_only=True)
+class _Places:
+    """What a query attends to: nodes of the arguments of `qcompile.attention`."""
+
+    mask: Any
+    length: Any
+    start: Any = None
+    block_table: Any = None
+    causal: bool = False
+    window: int = 0
+
+
+@dataclass
+class _Known:
+    """Lengths and starts of masks that the graph has already."""
+
+    lengths: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    starts: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx.Node], _Places, AttentionSpec]:
+    """The cache's tensors, what is attended to, and the spec."""
     key_codes, key_scale, length, key_text = match.key.args[:4]
     value_codes, value_scale, value_length, value_text = match.value.args[:4]
     cache: list[Any] = [key_codes, key_scale, value_codes, value_scale]
     keys, values = decode_kv_spec(str(key_text)), decode_kv_spec(str(value_text))
-    if keys.scheme != values.scheme or length is not value_length:
+    table = match.key.kwargs.get("block_table")
+    if keys.scheme != values.scheme or length is not value_length or table is not match.value.kwargs.get("block_table"):
         raise _No("its keys and values are of different caches")
     query = example(match.query)
-    if query is None or query.dim() != 4 or query.shape[0] != example(key_codes).shape[0]:
+    batch = example(key_codes if table is None else table).shape[0]
+    if query is None or query.dim() != 4 or query.shape[0] != batch:
         raise _No("its query has another batch than the cache, or other dimensions than batch, heads, tokens, size")
     mask = example(match.mask) if match.mask is not None else None
     if match.mask is not None and (mask is None or not (mask.dtype == torch.bool or mask.is_floating_point())):
         raise _No("its mask is neither boolean nor floating point")
     if match.masked_out and mask is not None and mask.dtype != torch.bool:
         raise _No("its mask is not boolean")
-    read = {n for n in (*cache, length) if isinstance(n, fx.Node)}
+    if match.mask is None and table is not None:
+        raise _No("it has no mask, and sequences in a paged cache have lengths of their own; give it pages.mask(...)")
+    read = {n for n in (*cache, length, table) if isinstance(n, fx.Node)}
     first = min((match.key, match.value), key=list(context.graph.nodes).index)
     for other in between(first, node):
         if writes(other) and read & set(other.all_input_nodes[:2]):
             raise _No("its cache changes between being read and being attended to")
     spec = AttentionSpec(key=keys, value=values, scale=match.scale, softcap=match.softcap)
-    return cache, length if match.mask is not None else None, spec
+    return cache, _Places(mask=match.mask, length=None if mask is None else length, block_table=table), spec
 
 
-def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, lengths: dict[fx.Node, fx.Node]) -> None:
+def _hidden_by(mask: Any) -> Any:
+    """The mask of a paged cache that a mask to add is made of: 0 where it holds, and else the least number."""
+    while is_call(mask, _CASTS):
+        mask = mask.args[0]
+    if not is_call(mask, (torch.where,)) or len(mask.args) != 3 or not is_call(mask.args[0], _KV_MASKS):
+        return None
+    hidden = mask.args[2]
+    least = isinstance(hidden, (int, float)) and hidden <= torch.finfo(torch.float16).min
+    return mask.args[0] if mask.args[1] == 0 and least else None
+
+
+def _narrow(context: GraphContext, query: Tensor, places: _Places, known: _Known) -> None:
+    """Say by numbers what a mask lets attend to, as far as that goes; what they say completely needs no mask.
+
+    Positions behind the cache's own length are not specified, so that the mask's length serves as well.
+    """
+    value = example(places.mask)
+    mask = _hidden_by(places.mask) or places.mask
+    few = isinstance(query.shape[2], int) and query.shape[2] <= MOST_QUERIES
+    if is_call(mask, _KV_MASKS) and mask.args[1] == query.shape[2]:
+        places.length, places.mask, places.causal, places.window = mask.args[0], None, True, mask.args[3]
+    elif is_prefix(mask):
+        places.length, places.mask = attended_length(context, mask, known.lengths), None
+    elif (form := causal(mask)) is not None:
+        places.length, places.mask = reach_of(context, mask, form, known.lengths), None
+        places.causal, places.window = True, form.window
+    elif few and is_interval(mask):
+        places.length = attended_length(context, mask, known.lengths)
+        places.start, places.mask = attended_start(context, mask, known.starts, alike=True), None
+    elif few and value.dtype == torch.bool and value.dim() == 4 and not is_written(mask):
+        places.start = attended_start(context, mask, known.starts, alike=value.shape[0] == 1)
+
+
+def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, known: _Known) -> None:
     graph = context.graph
-    cache, length, spec = _check(context, node, match)
-    mask, added = match.mask, []
-    if mask is not None and not match.masked_out and is_prefix(mask):
-        # Positions behind the cache's own length are not specified, so that the mask's length serves as well.
-        length, mask = attended_length(context, mask, lengths), None
+    cache, places, spec = _check(context, node, match)
+    added = []
+    if match.masked_out:
+        with graph.inserting_before(node):
+            places.mask = graph.call_function(torch.logical_not, (match.mask,))
+        places.mask.meta["example_value"] = torch.logical_not(example(match.mask))
+        added.append(places.mask)
+    elif places.mask is not None:
+        _narrow(context, example(match.query), places, known)
+        spec = replace_fields(spec, causal=places.causal, window=places.window)
+    parts = {name: part for name in ("start", "block_table") if (part := getattr(places, name)) is not None}
     with graph.inserting_before(node):
-        if match.masked_out:
-            mask = graph.call_function(torch.logical_not, (mask,))
-            mask.meta["example_value"] = torch.logical_not(example(match.mask))
-            added.append(mask)
-        new = graph.call_function(ATTENTION, (match.query, cache, mask, length, spec.encode()))
+        arguments = (match.query, cache, places.mask, places.length, spec.encode())
+        new = graph.call_function(ATTENTION, arguments, parts)
     with context.fake_mode, torch.no_grad():
-        made = ATTENTION(*fx.node.map_arg(new.args, example))
+        made = ATTENTION(*fx.node.map_arg(new.args, example), **fx.node.map_arg(new.kwargs, example))
     result = example(node)
     if isinstance(result, Tensor) and (made.shape != result.shape or made.dtype != result.dtype):
         for extra in (new, *added):
@@ -304,14 +371,15 @@ def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, le
         for n in gone:
             graph.erase_node(n)
             dead.remove(n)
+    paged = "paged " if places.block_table is not None else ""
     cap = f", soft cap {spec.softcap:g}" if spec.softcap else ""
-    context.rewrote(RULE, layer, f"reads its {spec.scheme.format.name} cache directly{cap}")
+    context.rewrote(RULE, layer, f"reads its {paged}{spec.scheme.format.name} cache directly{cap}")
 
 
 def quantize_attention(context: GraphContext) -> None:
     """See the module."""
     told: set[fx.Node] = set()
-    lengths: dict[fx.Node, fx.Node] = {}
+    known = _Known()
     wanted = None if context.config is None else context.config.kv_cache
     for node in list(context.graph.nodes):
         layer = layer_of(node)
@@ -332,7 +400,7 @@ def quantize_attention(context: GraphContext) -> None:
             if flex:
                 raise _No("flex_attention is compiled to a kernel of its own")
             match = _match_sdpa(node) if sdpa else _match_written_out(node)
-            _rewrite(context, node, match, layer, lengths)
+            _rewrite(context, node, match, layer, known)
         except _No as why:
             context.declined(RULE, layer, str(why))
             told |= reads

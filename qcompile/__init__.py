@@ -15,6 +15,7 @@ from qcompile.report import explain
 
 if TYPE_CHECKING:
     from qcompile.integrations.caches import TransformersCache, calibrate_kv_cache
+    from qcompile.integrations.paged_caches import TransformersPagedCache
     from qcompile.integrations.transformers import TransformersConfig
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "QuantConfig",
     "TransformersCache",
     "TransformersConfig",
+    "TransformersPagedCache",
     "calibrate_kv_cache",
     "choose_schemes",
     "explain",
@@ -34,6 +36,7 @@ __all__ = [
 _NEEDS_TRANSFORMERS = {
     "TransformersCache": "qcompile.integrations.caches",
     "TransformersConfig": "qcompile.integrations.transformers",
+    "TransformersPagedCache": "qcompile.integrations.paged_caches",
     "calibrate_kv_cache": "qcompile.integrations.caches",
 }
 

@@ -1,4 +1,4 @@
-"""Static quantized KV caches: their tensors, and a module for models that keep their own.
+"""Quantized KV caches, static and paged: their tensors, and modules for models that keep their own.
 
 Stores and reads are the operators of `qcompile.attention`. In eager mode a read gives dequantized keys and values; in a
 compiled graph the pass `quantize_attention` takes reads into the attention that follows.
@@ -6,6 +6,7 @@ compiled graph the pass `quantize_attention` takes reads into the attention that
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import qcompile.attention  # noqa: F401  (registers the operators)
 from qcompile.errors import ConfigError
 from qcompile.formats import get_format
 from qcompile.kv_cache import KVScheme, KVSpec, parse_kv_cache
+from qcompile.pages import PageTable
 
 _E4M3_MAX = get_format("fp8_e4m3").absmax
 
@@ -34,7 +36,11 @@ def half_of(
     """
     batch, heads, length, head_dim = shape
     fmt, scales = kv_cache.format, kv_cache.scales
-    if kv_cache.dynamic:
+    if kv_cache.compact:
+        count = kv_cache.scale_count(head_dim)
+        scale = torch.empty(batch, heads, length, count, device=device, dtype=torch.bfloat16)
+        _clear_scale(scale, kv_cache)
+    elif kv_cache.dynamic:
         scale = torch.ones(batch, heads, length, device=device)
     elif given is None:
         if fmt.scales == "token":
@@ -50,16 +56,23 @@ def half_of(
         if given.numel() > 1:
             scales = "head"
         scale = scale.reshape(-1).expand(heads).clone() if scales == "head" else scale.reshape(())
-    spec = KVSpec(scheme=KVScheme(format=fmt, scales=scales), head_dim=head_dim)
+    spec = KVSpec(scheme=replace(kv_cache, scales=scales), head_dim=head_dim)
     zero = fmt.encode(torch.zeros(head_dim, device=device))
     return zero.expand(batch, heads, length, fmt.width(head_dim)).contiguous(), scale, spec
+
+
+def _clear_scale(scale: Tensor, scheme: KVScheme) -> None:
+    """Scales of 1, offsets of 0."""
+    scale.fill_(1.0)
+    if not scheme.symmetric:
+        scale[..., scale.shape[-1] // 2 :] = 0.0
 
 
 def clear_half(codes: Tensor, scale: Tensor, spec: KVSpec) -> None:
     """Empty a cache in place."""
     codes.copy_(spec.scheme.format.encode(torch.zeros(spec.head_dim, device=codes.device)).expand_as(codes))
     if spec.scheme.dynamic:
-        scale.fill_(1.0)
+        _clear_scale(scale, spec.scheme)
 
 
 class KVCache(nn.Module):
@@ -131,3 +144,53 @@ class KVCache(nn.Module):
         """Empty the cache in place."""
         clear_half(self.key_codes, self.key_scale, self.key_spec)
         clear_half(self.value_codes, self.value_scale, self.value_spec)
+
+
+class PagedKVCache(KVCache):
+    """The keys and values of one layer, in pages that sequences take as they grow.
+
+    Buffers are those of a `KVCache` with pages for `batch` and the tokens of a page for `length`.
+
+    Args:
+        pages: which pages each sequence has; one for all layers.
+        heads, head_dim, kv_cache: see `KVCache`, as the rest.
+
+    Raises:
+        ConfigError: a scheme that cannot be.
+    """
+
+    def __init__(self, pages: PageTable, heads: int, head_dim: int, kv_cache: Any = "fp8", **options: Any) -> None:
+        device = pages.block_table.device
+        super().__init__(pages.pages + 1, heads, pages.page_size, head_dim, kv_cache, device=device, **options)
+        self.pages = pages
+        pages.attach(self)
+
+    def update(  # type: ignore[override]
+        self, key: Tensor, value: Tensor, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store the last tokens of each sequence, for which `pages.append` has made room; return all of its tokens.
+
+        Args:
+            key, value: [b, heads, n, size].
+            rows: integers [b], the rows of the page table that these are of; all, in their order, unless given.
+
+        Returns:
+            keys and values [b, heads, T, size] for the longest sequence that may be; attention needs `pages.mask`.
+        """
+        ops = torch.ops.qcompile
+        table, lengths = self.pages.of(rows)
+        position = self.pages.positions(key.shape[2], rows)
+        ops.store_kv(self.key_codes, self.key_scale, key, position, self._key_text, block_table=table)
+        ops.store_kv(self.value_codes, self.value_scale, value, position, self._value_text, block_table=table)
+        return (
+            ops.dequantize_kv(self.key_codes, self.key_scale, lengths, self._key_text, self.dtype, block_table=table),
+            ops.dequantize_kv(
+                self.value_codes, self.value_scale, lengths, self._value_text, self.dtype, block_table=table
+            ),
+        )
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Let a page hold what another one does."""
+        for tensor in (self.key_codes, self.key_scale, self.value_codes, self.value_scale):
+            if tensor.dim() > 2:
+                tensor[target].copy_(tensor[source])

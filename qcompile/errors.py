@@ -27,6 +27,10 @@ class DeviceError(QCompileError, RuntimeError):
     """An operation has no kernel for the device that its tensors are on."""
 
 
+class CacheFullError(QCompileError, RuntimeError):
+    """A paged KV cache has no room for more tokens or sequences."""
+
+
 class WeightReleasedError(QCompileError, RuntimeError):
     """The original of a quantized weight was read after its memory was freed on request."""
 

@@ -2,7 +2,7 @@
 
 Codes of a cache are uint8 [B, H, T, width]: a vector of `head_dim` numbers of one head and token takes `width` bytes.
 Scales are float32: [] (one for a tensor), [H] (one a head) or [B, H, T] (one a token and head). A number is its code's
-value times the scale.
+value times the scale. Paged caches have pages for B and tokens of a page for T.
 """
 
 from __future__ import annotations
@@ -141,28 +141,80 @@ class KVScheme:
         format: how vectors become bytes.
         scales: of `SCALES`. "token" scales are computed as tokens are stored; the others come from calibration or from
             a checkpoint, and are 1 for floating-point formats that have none.
+        group: numbers of a vector that share a scale, or 0 for all of it.
+        symmetric: whether a number is its code's value times the scale; else an offset is added.
+        rotate: whether vectors are multiplied by a Hadamard matrix first, which spreads numbers that stand out.
     """
 
     format: KVFormat
     scales: str
+    group: int = 0
+    symmetric: bool = True
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
             raise ConfigError(f"kv_cache: scales must be one of {', '.join(SCALES)}, not {shown(self.scales)}")
+        integers = isinstance(self.format, NumberFormat) and isinstance(self.format.number, IntegerFormat)
+        if type(self.group) is not int or self.group not in (0, 16, 32, 64, 128):
+            raise ConfigError(f"kv_cache: group must be 16, 32, 64 or 128 numbers, not {shown(self.group)}")
+        for name, value in (("symmetric", self.symmetric), ("rotate", self.rotate)):
+            if type(value) is not bool:
+                raise ConfigError(f"kv_cache: {name} must be true or false, not {shown(value)}")
+        if self.group and not self.dynamic:
+            raise ConfigError(f'kv_cache: groups have scales for each token; give "scales": "token", not {self.scales}')
+        if not self.symmetric and not (integers and self.dynamic):
+            raise ConfigError(
+                'kv_cache: "symmetric": false is for int8 and int4 with scales per token, '
+                f"not for {self.format.name} with scales per {self.scales}"
+            )
+        if self.rotate and not self.dynamic:
+            raise ConfigError(
+                f'kv_cache: "rotate" needs "scales": "token", since {self.scales} scales are of vectors as they are'
+            )
 
     def __str__(self) -> str:
-        return f"{self.format.name}, scales per {'token and head' if self.scales == 'token' else self.scales}"
+        per = "token and head" if self.scales == "token" else self.scales
+        if self.group:
+            per += f", one for {self.group} numbers"
+        more = ", with offsets" * (not self.symmetric) + ", rotated" * self.rotate
+        return f"{self.format.name}, scales per {per}{more}"
 
     @property
     def dynamic(self) -> bool:
         """Whether scales are computed as tokens are stored."""
         return self.scales == "token"
 
-    def to_config(self) -> str | dict[str, str]:
+    @property
+    def compact(self) -> bool:
+        """Whether scales are bfloat16 [B, H, T, scales of a vector, then their offsets], not float32."""
+        return self.group > 0 or not self.symmetric
+
+    def scale_count(self, head_dim: int) -> int:
+        """Scales, and offsets, of a vector.
+
+        Raises:
+            ConfigError: a length that groups do not divide.
+        """
+        bits = self.format.number.bits if isinstance(self.format, NumberFormat) else 8
+        if self.group and head_dim * bits % (8 * self.group) != 0:
+            raise ConfigError(
+                f"kv_cache: groups of {self.group} numbers of {self.format.name} do not divide heads of {head_dim}"
+            )
+        return (head_dim // self.group if self.group else 1) * (1 if self.symmetric else 2)
+
+    def to_config(self) -> str | dict[str, Any]:
         """As `parse_kv_cache` takes it: the name alone where that says it all."""
-        if self.scales == self.format.scales:
-            return self.format.name
-        return {"format": self.format.name, "scales": self.scales}
+        given: dict[str, Any] = {"format": self.format.name}
+        if self.scales != self.format.scales:
+            given["scales"] = self.scales
+        if self.group:
+            given["group"] = self.group
+        if not self.symmetric:
+            given["symmetric"] = False
+        if self.rotate:
+            given["rotate"] = True
+        return self.format.name if len(given) == 1 else given
 
 
 def parse_kv_cache(given: object) -> KVScheme | None:
@@ -178,11 +230,13 @@ def parse_kv_cache(given: object) -> KVScheme | None:
         return KVScheme(format=fmt, scales=fmt.scales)
     if not isinstance(given, Mapping):
         raise ConfigError(f"kv_cache must be a name, a mapping or null, not {shown(given)}")
-    check_keys("kv_cache", given, ("format", "scales"))
+    options = ("group", "symmetric", "rotate")
+    check_keys("kv_cache", given, ("format", "scales", *options))
     if "format" not in given:
         raise ConfigError('kv_cache needs a format, as in {"format": "fp8_e4m3", "scales": "head"}')
     fmt = kv_format(given["format"])
-    return KVScheme(format=fmt, scales=given.get("scales", fmt.scales))
+    more = {name: given[name] for name in options if name in given}
+    return KVScheme(format=fmt, scales=given.get("scales", fmt.scales), **more)
 
 
 def expand_scale(scale: Tensor) -> Tensor:
@@ -190,6 +244,45 @@ def expand_scale(scale: Tensor) -> Tensor:
     if scale.dim() == 1:
         return scale[:, None, None]
     return scale.unsqueeze(-1) if scale.dim() == 3 else scale
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """A symmetric orthogonal float32 [size, size]: Sylvester's matrices of the largest power of two that divides it.
+
+    Elements of one are +-1 over the root of its size: by whether row and column have an odd number of bits in common.
+    """
+    block = size & -size
+    place = torch.arange(size, device=device)
+    common = place[:, None] & place & (block - 1)
+    shift = 1
+    while shift < block.bit_length():
+        common = common ^ (common >> shift)
+        shift *= 2
+    signs = (1 - 2 * (common & 1)).to(torch.float32) * block**-0.5
+    return signs.where(place[:, None] // block == place // block, 0.0)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """x times `hadamard`, in float32; done twice it gives x again."""
+    return torch.matmul(x.to(torch.float32), hadamard(x.shape[-1], x.device))
+
+
+def _grouped_scale(values: Tensor, scheme: KVScheme) -> tuple[Tensor, Tensor, Tensor]:
+    """For float32 [..., groups, numbers]: scales and offsets [..., groups, 1] as stored, and both side by side."""
+    if scheme.symmetric:
+        offset = None
+        scale = values.abs().amax(-1, keepdim=True) / scheme.format.absmax
+    else:
+        low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        scale = (high - low) / (2 * scheme.format.absmax)
+    scale = scale.to(torch.bfloat16)
+    scale = scale.masked_fill(scale == 0, 1.0)
+    if scheme.symmetric:
+        return scale.to(torch.float32), torch.zeros_like(scale, dtype=torch.float32), scale.squeeze(-1)
+    # The least number has the least code, which lies half a step farther from 0 than absmax.
+    offset = (low + (scheme.format.absmax + 0.5) * scale.to(torch.float32)).to(torch.bfloat16)
+    stored = torch.cat([scale.squeeze(-1), offset.squeeze(-1)], -1)
+    return scale.to(torch.float32), offset.to(torch.float32), stored
 
 
 def quantize(x: Tensor, scheme: KVScheme, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -202,9 +295,13 @@ def quantize(x: Tensor, scheme: KVScheme, scale: Tensor | None = None) -> tuple[
         scale: float32 [] or [H]; given exactly if the scheme's scales are not computed here.
 
     Returns:
-        the codes, and `scale`, or float32 [B, H, T].
+        the codes, and `scale`, or float32 [B, H, T], or bfloat16 [B, H, T, `scheme.scale_count`].
     """
-    values = x.to(torch.float32)
+    values = rotated(x) if scheme.rotate else x.to(torch.float32)
+    if scheme.compact:
+        parts = values.unflatten(-1, (-1, scheme.group or values.shape[-1]))
+        factor, offset, stored = _grouped_scale(parts, scheme)
+        return scheme.format.encode(((parts - offset) / factor).flatten(-2)), stored
     if scheme.dynamic:
         scale = values.abs().amax(-1) / scheme.format.absmax
         scale = scale.masked_fill(scale == 0, 1.0)
@@ -214,7 +311,34 @@ def quantize(x: Tensor, scheme: KVScheme, scale: Tensor | None = None) -> tuple[
 
 def dequantize(codes: Tensor, scale: Tensor, scheme: KVScheme, head_dim: int) -> Tensor:
     """float32 [B, H, T, head_dim] of codes [B, H, T, width] and their scale."""
-    return scheme.format.decode(codes, head_dim) * expand_scale(scale)
+    values = dequantize_rotated(codes, scale, scheme, head_dim)
+    return rotated(values) if scheme.rotate else values
+
+
+def dequantize_rotated(codes: Tensor, scale: Tensor, scheme: KVScheme, head_dim: int) -> Tensor:
+    """As `dequantize`, of vectors that stay as they were multiplied before they were stored."""
+    values = scheme.format.decode(codes, head_dim)
+    if not scheme.compact:
+        return values * expand_scale(scale)
+    parts = values.unflatten(-1, (-1, scheme.group or head_dim))
+    scale = scale.to(torch.float32)
+    if scheme.symmetric:
+        return (parts * scale.unsqueeze(-1)).flatten(-2)
+    factor, offset = scale.unsqueeze(-1).chunk(2, -2)
+    return (parts * factor + offset).flatten(-2)
+
+
+def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
+    """What a block table's pages hold, one after another.
+
+    Args:
+        pages: codes [pages, H, page_size, width], or scales [pages, H, page_size].
+        block_table: integers [B, most pages].
+
+    Returns:
+        [B, H, most pages * page_size, ...].
+    """
+    return pages[block_table].transpose(1, 2).flatten(2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +356,7 @@ class KVSpec:
         """What the line says."""
         scheme = self.scheme
         given = {"format": scheme.format.name, "scales": scheme.scales, "head_dim": self.head_dim}
+        given |= {"group": scheme.group, "symmetric": scheme.symmetric, "rotate": scheme.rotate}
         return {**given, "code": fingerprint()}
 
 
@@ -242,7 +367,8 @@ def decode_kv_spec(text: str) -> KVSpec:
 
 
 def _kv_spec(given: dict[str, Any]) -> KVSpec:
-    scheme = KVScheme(format=kv_format(given["format"]), scales=given["scales"])
+    options = {name: given[name] for name in ("group", "symmetric", "rotate")}
+    scheme = KVScheme(format=kv_format(given["format"]), scales=given["scales"], **options)
     return KVSpec(scheme=scheme, head_dim=given["head_dim"])
 
 
@@ -254,12 +380,17 @@ class AttentionSpec:
         key, value: the two halves of the cache; one scheme for both.
         scale: what products of queries and keys are multiplied with.
         softcap: scaled products s become softcap * tanh(s / softcap) before the mask is added; 0 leaves them.
+        causal: whether the queries stand at the last positions of the context, one after another, and attend to none
+            behind their own.
+        window: with `causal`, to how many positions a query attends at most, its own among them; 0 for all.
     """
 
     key: KVSpec
     value: KVSpec
     scale: float
     softcap: float = 0.0
+    causal: bool = False
+    window: int = 0
 
     @property
     def scheme(self) -> KVScheme:
@@ -268,7 +399,8 @@ class AttentionSpec:
     def encode(self) -> str:
         """One line."""
         given: dict[str, Any] = {"key": self.key.plain(), "value": self.value.plain(), "scale": self.scale}
-        return spec_text.write(given | {"softcap": self.softcap})
+        given |= {"softcap": self.softcap, "causal": self.causal, "window": self.window}
+        return spec_text.write(given)
 
 
 @functools.lru_cache(maxsize=256)
@@ -276,4 +408,4 @@ def decode_attention_spec(text: str) -> AttentionSpec:
     """The inverse of `AttentionSpec.encode`."""
     given = spec_text.read(text)
     halves = {name: _kv_spec(given[name]) for name in ("key", "value")}
-    return AttentionSpec(**halves, scale=given["scale"], softcap=given["softcap"])
+    return AttentionSpec(**(given | halves))

@@ -25,6 +25,7 @@ from torch import Tensor
 from qcompile import huge_pages
 from qcompile.bitpack import pack_bits
 from qcompile.formats import IntegerFormat
+from qcompile.formats.whole import whole_numbers
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.scheme import WHOLE, Granularity, Scheme
 
@@ -335,6 +336,17 @@ def integer_product(scheme: Scheme, shape: tuple[int, int]) -> bool:
         and weight.granularity in (Granularity.channel(), Granularity.tensor())
         and not activation.granularity.is_group
         and shape[1] <= (2**31 - 1) // 128**2
+    )
+
+
+def multiplies_integers(scheme: Scheme) -> bool:
+    """Whether a product of codes is one of integers, group by group: int8 activations, and weights of whole numbers."""
+    activation = scheme.activation
+    return (
+        activation is not None
+        and activation.format.name == "int8"
+        and activation.scale_dtype == "float32"
+        and whole_numbers(scheme.weight.format.name) is not None
     )
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from qcompile.errors import ConfigError
+from qcompile.layouts import multiplies_integers
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.reference import quantize_weight
 from qcompile.scheme import Scheme
+from qcompile.scheme_config import parse_activation
 from qcompile.torchao_tensors import read_tensor
 
 
@@ -61,3 +68,28 @@ def quantized_linear(
         with torch.no_grad():
             packed = quantize_weight(matrix_of(module), scheme.weight, name)
     return QuantizedLinear(packed, scheme, bias, input_scale, weight.dtype)
+
+
+def quantize_inputs(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Quantize the inputs of a model's linears whose weights are quantized already, and whole numbers, to int8.
+
+    Those that quantize their inputs in a way of their own keep it.
+
+    Args:
+        given: the `activation` of a scheme, int8 and dynamic, whose "granularity" may also be "group": a scale for each
+            of the weight's groups, as llama.cpp has them.
+
+    Raises:
+        ConfigError: other activations.
+    """
+    by_group = isinstance(given, Mapping) and given.get("granularity") == "group"
+    activation = parse_activation({**given, "granularity": None} if by_group else given)
+    if activation.format.name != "int8" or not activation.dynamic:
+        raise ConfigError(f"inputs of weights that are quantized already become dynamic int8, not {activation}")
+    for module in model.modules():
+        if not isinstance(module, QuantizedLinear) or module.scheme.activation is not None:
+            continue
+        groups = module.scheme.weight.granularity
+        own = replace(activation, granularity=groups) if by_group and groups.is_group else activation
+        if multiplies_integers(Scheme(weight=module.scheme.weight, activation=own)):
+            module.change_activation(own)

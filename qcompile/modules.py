@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from qcompile.layouts import LAYOUTS, Layout, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.reference import dequantize
-from qcompile.scheme import Scheme
+from qcompile.scheme import ActivationScheme, Scheme
 
 
 class PackedModule(nn.Module):
@@ -66,6 +67,16 @@ class PackedModule(nn.Module):
     def _spec(self) -> LinearSpec:
         """The product's spec in the layout that is stored now: subclasses say."""
         raise NotImplementedError
+
+    def change_activation(self, activation: ActivationScheme) -> None:
+        """Quantize inputs, with dynamic scales, in this way from now on; the weight stays.
+
+        Raises:
+            ConfigError: an activation that does not go with the weight's scheme.
+        """
+        weight = self.packed()
+        self.scheme = replace(self.scheme, activation=activation)
+        self._store(to_layout(weight, self._layout_on(weight.device.type)))
 
     def packed(self) -> PackedWeight:
         """The weight as it is stored now."""

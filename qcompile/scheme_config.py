@@ -146,7 +146,12 @@ def _positive(what: str, value: object) -> float | None:
     return float(value)
 
 
-def _parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
+def parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
+    """The `activation` of a scheme.
+
+    Raises:
+        ConfigError: an unknown format or key, or values that do not go together.
+    """
     check_keys("activation", given, _ACTIVATION_KEYS)
     if "format" not in given:
         raise ConfigError("activation needs a format: int8, int4, fp8_e4m3, ...")
@@ -189,7 +194,7 @@ def parse_scheme(given: str | Mapping[str, Any] | Scheme) -> Scheme:
     activation = given.get("activation")
     return Scheme(
         weight=_parse_weight(given["weight"]),
-        activation=None if activation is None else _parse_activation(activation),
+        activation=None if activation is None else parse_activation(activation),
         method=method,
     )
 

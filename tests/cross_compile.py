@@ -78,20 +78,22 @@ def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str
     """Types of arguments as `attention_gpu.launch` passes them; an added mask is of the queries' type."""
     native = {"fp8_e4m3": "*fp8e4nv", "fp8_e5m2": "*fp8e5"}
     codes = native.get(spec.number, _POINTERS[spec.x_dtype]) if spec.constants()["NATIVE"] else "*u8"
-    scale = codes if spec.plain else "*fp32"
+    scale = codes if spec.plain else "*bf16" if spec.group_size or spec.offsets else "*fp32"
+    split = spec.tile.split > 1 or spec.reach.sequences
     types = {
         "key_codes": codes,
         "value_codes": codes,
         "key_scale": scale,
         "value_scale": scale,
         "mask": {"boolean": "*i1", "added": _POINTERS[spec.x_dtype]}.get(spec.mask, scale),
-        "length": "*i64" if spec.length else scale,
-        "partial": "*fp32" if spec.tile.split > 1 else scale,
-        "arrived": "*i32" if spec.tile.split > 1 else scale,
+        "length": "*i64" if spec.reach.length else scale,
+        "start": "*i64" if spec.reach.start else scale,
+        "block_table": "*i32" if spec.reach.page else scale,
+        "partial": "*fp32" if split else scale,
+        "arrived": "*i32" if split else scale,
         **dict.fromkeys(("query", "y"), _POINTERS[spec.x_dtype]),
-        **dict.fromkeys(("context", "mask_batch", "mask_head", "mask_query"), "i32"),
     }
-    return {name: types[name] for name in names}
+    return {name: types.get(name, "i32") for name in names}
 
 
 def columns_signature(spec: ColumnsSpec, names: list[str]) -> dict[str, str]:

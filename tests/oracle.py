@@ -244,8 +244,20 @@ def quantize_activation(
     return nearest_values(format_name, x / scale), scale
 
 
-def kv_values(codes: Tensor, scale: Tensor, format_name: str, head_dim: int) -> Tensor:
-    """Keys or values [B, H, T, D] of a cache's bytes [B, H, T, width], in float64; scale [], [H] or [B, H, T]."""
+def kv_values(codes: Tensor, scale: Tensor, format_name: str, head_dim: int, offsets: bool = False) -> Tensor:
+    """Keys or values [B, H, T, D] of a cache's bytes [B, H, T, width], in float64.
+
+    Args:
+        scale: [], [H], [B, H, T], or those of groups, and then their offsets if there are any, [B, H, T, n].
+    """
+    scaled, offset = kv_parts(codes, scale, format_name, head_dim, offsets)
+    return scaled + offset
+
+
+def kv_parts(
+    codes: Tensor, scale: Tensor, format_name: str, head_dim: int, offsets: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The two parts that `kv_values` adds up: codes' values times scales, and offsets."""
     width = codes.shape[-1]
     table = decode_values(format_name)
     if width == head_dim:
@@ -254,7 +266,12 @@ def kv_values(codes: Tensor, scale: Tensor, format_name: str, head_dim: int) -> 
         low, high = codes.long().cpu() % 16, codes.long().cpu() // 16
         values = table[torch.cat([low, high], -1)]
     scale = scale.to(torch.float64).cpu()
-    return values * {0: lambda: scale, 1: lambda: scale[:, None, None], 3: lambda: scale[..., None]}[scale.dim()]()
+    if scale.dim() == 4:
+        groups = scale.shape[-1] // (2 if offsets else 1)
+        each = [part.repeat_interleave(head_dim // groups, -1) for part in scale.split(groups, -1)]
+        return values * each[0], each[1] if offsets else torch.zeros_like(values)
+    each_scale = {0: lambda: scale, 1: lambda: scale[:, None, None], 3: lambda: scale[..., None]}[scale.dim()]()
+    return values * each_scale, torch.zeros_like(values)
 
 
 def attention(
@@ -266,13 +283,17 @@ def attention(
     scale: float,
     softcap: float = 0.0,
     length: int | None = None,
+    causal: bool = False,
+    window: int = 0,
+    start: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(query key^T) value in float64, head by head.
 
     Args:
         query: [B, Hq, Q, D]; key, value: [B, H, T, D] and [B, H, T, Dv]; query head h reads head h // (Hq / H).
         mask: boolean (True: attended) or added, broadcast to [B, Hq, Q, T].
-        length: positions from it on are not attended to.
+        length, start: positions from `length` on and before `start` are not attended to.
+        causal, window: query i stands at position length - Q + i, and attends to the last `window` up to it, or to all.
 
     Returns:
         the result [B, Hq, Q, Dv], zeros where nothing is attended to; the weights and the scores [B, Hq, Q, T].
@@ -289,9 +310,16 @@ def attention(
     elif mask is not None:
         added = mask.to(torch.float64).cpu()
         scores, allowed = scores + added, allowed & (added != -math.inf)
-    if length is not None:
-        allowed &= torch.arange(key.shape[2]) < length
+    position = torch.arange(key.shape[2])
+    inside = (position >= start) & (position < (key.shape[2] if length is None else length))
+    allowed = allowed & inside
+    if causal:
+        for i in range(query.shape[2]):
+            own = (key.shape[2] if length is None else length) - query.shape[2] + i
+            allowed[:, :, i, max(own + 1, 0) :] = False
+            if window:
+                allowed[:, :, i, : max(own - window + 1, 0)] = False
     scores = scores.where(allowed, torch.tensor(-math.inf, dtype=torch.float64))
     weights = torch.softmax(scores, -1).where(allowed.any(-1, keepdim=True), torch.zeros((), dtype=torch.float64))
-    kept = value if length is None else value[:, :, :length]
-    return weights[..., : kept.shape[2]] @ kept[:, heads], weights, scores
+    kept = value[:, :, inside]
+    return weights[..., inside] @ kept[:, heads], weights, scores

@@ -193,7 +193,7 @@ def test_heavy_packages_are_imported_in_functions():
     free = ("qcompile.codegen.templates.", "qcompile.integrations.")
     assert {i.importer for i in loading if not i.importer.startswith(free)} == set()
     integrations = [i for i in imports() if i.target.startswith("qcompile.integrations.") and not i.local]
-    assert not [str(i) for i in integrations]
+    assert not [str(i) for i in integrations if not i.importer.startswith("qcompile.integrations.")]
     templates = [i for i in imports() if i.target.startswith("qcompile.codegen.templates.")]
     assert not [str(i) for i in templates if not i.importer.startswith("qcompile.codegen.templates.")]
 

@@ -206,10 +206,14 @@ def attention_bound(
     compute_dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype = torch.float32,
     out_dtype: torch.dtype = torch.float32,
+    query_step: float = 0.0,
+    magnitudes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Greatest error of softmax(query key^T) value against float64 for the same keys: float64 [B, Hq, Q, Dv].
 
-    * A score errs by e: `gemm_bound` of its product times the scale; gamma32(4) |s| for the scales; for a soft cap c,
+    * A score errs by e: `gemm_bound` of its product times the scale, and where queries are rounded to multiples of a
+      part of their greatest element (`query_step` is half that part), that times sum |k|; gamma32(5) |s| for the scales
+      and the factor that makes exp a power of two; for a soft cap c,
       whose slope is at most 1, FUNCTION_ERROR c and gamma32(3) |s| more; u32 (|s| + e) where a mask is added. (A finite
       mask that leaves no weight is like -inf.)
     * A weight is exp(s) / sum exp(s). If all scores err by at most E, it errs by a factor of at most exp(2 E).
@@ -225,17 +229,25 @@ def attention_bound(
 
     Args:
         key, value: float64 as the oracle dequantized them; weights, scores: the oracle's.
+        magnitudes: what roundings in keys and values are relative to, if not to themselves: sums of the magnitudes of
+            parts that are multiplied apart.
     """
+    key_magnitude, value_magnitude = (key.abs(), value.abs()) if magnitudes is None else magnitudes
     query, key, value = (t.to(torch.float64).cpu() for t in (query, key, value))
     batch, heads, context, _ = key.shape
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3)
     products = torch.stack(
-        [torch.stack([gemm_bound(rows[b, h], key[b, h], compute_dtype) for h in range(heads)]) for b in range(batch)]
-    ).reshape(scores.shape)
+        [
+            torch.stack([gemm_bound(rows[b, h], key_magnitude[b, h], compute_dtype) for h in range(heads)])
+            for b in range(batch)
+        ]
+    )
+    step = rows.abs().amax(-1, keepdim=True) * query_step
+    products = (products + step * key_magnitude.sum(-1)[:, :, None]).reshape(scores.shape)
     live = weights > 0
     s = scores.where(live, torch.zeros_like(scores))
     raw = (rows @ key.mT).reshape(scores.shape).abs() * abs(scale)
-    error = products * abs(scale) + gamma(4, U32) * raw
+    error = products * abs(scale) + gamma(5, U32) * raw
     if softcap:
         error = error + softcap * FUNCTION_ERROR + gamma(3, U32) * softcap
     error = error + U32 * (s.abs() + raw + error)
@@ -248,9 +260,9 @@ def attention_bound(
     factor = torch.exp(2 * worst) * evaluated**2 * (1 + unit(weight_dtype)) * (1 + gamma(3, U32)) / sums - 1
     group = query.shape[1] // heads
     spread_heads = torch.arange(query.shape[1]) // group
-    total = weights @ value[:, spread_heads].abs()
+    total = weights @ value_magnitude[:, spread_heads]
     result = (weights @ value[:, spread_heads]).abs()
-    bound = factor * total + eta(weight_dtype) / 2 * (live.to(torch.float64) @ value[:, spread_heads].abs())
+    bound = factor * total + eta(weight_dtype) / 2 * (live.to(torch.float64) @ value_magnitude[:, spread_heads])
     return bound + rounding(result + bound, out_dtype)
 
 

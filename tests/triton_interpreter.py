@@ -191,16 +191,21 @@ class _Results(list[Any]):
 
 
 def _install_assembly(builder: Any) -> None:
-    """Inline PTX of 32-bit registers and the instructions in `_PTX`, without branches; results may be 16-bit halves."""
+    """Inline PTX of 32-bit registers and the instructions in `_PTX`, without branches; results may be 16-bit halves.
+
+    Elements may be packed: then registers hold bytes, and the one result 16-bit halves, of as many elements.
+    """
 
     def create_inline_asm(
         self: Any, text: str, constraints: str, operands: Any, types: Any, is_pure: bool, pack: int
     ) -> _Results:
-        assert pack == 1
+        assert pack == 1 or (pack == 4 and len(types) == 1)
         registers = {}
+        outputs = constraints.count("=")
         for i, operand in enumerate(operands):
             data = np.ascontiguousarray(operand.data)
-            registers[f"${len(types) + i}"] = data.view(np.uint32) if data.dtype.itemsize == 4 else data
+            data = data.reshape(-1) if pack > 1 else data
+            registers[f"${outputs + i}"] = data.view(np.uint32) if data.dtype.itemsize * pack == 4 else data
         shape = operands[0].data.shape if operands else (1,)
         body = text.strip()
         for line in (body[1:-1] if body.startswith("{") else body).split(";"):
@@ -217,6 +222,12 @@ def _install_assembly(builder: Any) -> None:
             values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
             registers[target] = _PTX[name](*values)
         results = _Results()
+        if pack > 1:
+            halves = np.stack([registers[f"${i}"] for i in range(outputs)], -1)
+            scalar = types[0].scalar
+            data = np.ascontiguousarray(halves).view(interpreter._get_np_dtype(scalar)).reshape(shape)
+            results.append(Handle(data, scalar))
+            return results
         for i, kind in enumerate(types):
             raw = np.broadcast_to(registers.get(f"${i}", np.uint32(0)), shape)
             scalar = getattr(kind, "scalar", kind)

@@ -20,7 +20,7 @@ from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, metho
 from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
 from qcompile.errors import CheckpointError, ConfigError, LayerError, shown
 from qcompile.experts import QuantizedExperts, expert_modules
-from qcompile.linears import linear_modules
+from qcompile.linears import linear_modules, quantize_inputs
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.progress import track
 from qcompile.reference import dequantize
@@ -169,6 +169,7 @@ def load(
     model: nn.Module | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    activation: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """A model from a checkpoint, quantized or not, for inference.
@@ -183,6 +184,9 @@ def load(
             transformers from the checkpoint's config.json (or a GGUF file's metadata).
         device: where the tensors go.
         dtype: of what is not quantized; by default what the configuration says, or else bfloat16.
+        activation: how inputs of linears whose weights alone are quantized, to integers, are quantized too (by default
+            not at all): `{"format": "int8"}` for a scale a token, with `"granularity": "group"` for one a group of the
+            weight, as llama.cpp multiplies GGUF types.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -202,6 +206,8 @@ def load(
         model = skeleton(source.config, dtype)
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
     fill(model, source, torch.device(device), dtype, progress=progress)
+    if activation is not None:
+        quantize_inputs(model, activation)
     if hasattr(model, "name_or_path"):
         model.name_or_path = str(path)  # type: ignore[assignment]
     return model.requires_grad_(False).eval()

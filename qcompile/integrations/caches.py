@@ -160,7 +160,8 @@ class QuantizedSlidingLayer(QuantizedStaticLayer, StaticSlidingWindowLayer):  # 
         self.cumulative_length_int = 0
 
 
-def _scheme_of(kv_cache: Any) -> KVScheme:
+def scheme_of(kv_cache: Any) -> KVScheme:
+    """A scheme from what `parse_kv_cache` takes, or from a configuration that has one."""
     in_file = isinstance(kv_cache, Path) or (isinstance(kv_cache, str) and Path(kv_cache).suffix != "")
     if in_file or isinstance(kv_cache, QuantConfig) or (isinstance(kv_cache, Mapping) and "format" not in kv_cache):
         scheme = parse_config(kv_cache).kv_cache
@@ -195,7 +196,7 @@ class TransformersCache(StaticCache):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module, kv_cache: Any = "fp8", *, max_cache_len: int) -> None:
-        scheme = _scheme_of(kv_cache)
+        scheme = scheme_of(kv_cache)
         types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))  # type: ignore[operator,union-attr]
         scales = attention_scales(model)
         layers = []
@@ -223,7 +224,7 @@ def use_kv_cache(model: nn.Module, kv_cache: Any = "fp8") -> nn.Module:
     Raises:
         ConfigError: a scheme that cannot be.
     """
-    scheme = _scheme_of(kv_cache)
+    scheme = scheme_of(kv_cache)
 
     def prepare(self: Any, *args: Any, max_cache_len: int, **kwargs: Any) -> TransformersCache:
         length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))

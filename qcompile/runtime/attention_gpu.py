@@ -1,20 +1,25 @@
-"""Attention over a cache on GPUs: a generated Triton kernel for few queries, torch's own for many."""
+"""Attention over a cache on GPUs: generated Triton kernels, one for few queries and one for many."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.attention import reference
+from qcompile.attention import causal_mask, outside_of, paged_out, reference
 from qcompile.codegen.attention_spec import (
+    PREFILL_TEMPLATE,
     AttentionKernelSpec,
     AttentionTile,
+    Reach,
     attention_kernel_spec,
+    has_integers,
     has_number,
     plain_kernel_spec,
 )
@@ -28,37 +33,101 @@ from qcompile.runtime.gpu import target_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SPLITS = 64
+_WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+"""Targets whose matrix units take operands from shared memory."""
 
 
-def has_kernel(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
-    """Whether the template attends from so many tokens, without spilling registers."""
-    if not has_number(spec.scheme.format) or queries > MOST_QUERIES:
-        return False
+def has_kernel(spec: AttentionSpec) -> bool:
+    """Whether the templates decode a cache."""
+    return has_number(spec.scheme.format)
+
+
+def few(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
+    """Whether the kernel for few queries takes so many, without spilling registers."""
     wide = x_dtype == torch.float32 and max(spec.key.head_dim, spec.value.head_dim) > 128
-    return queries * group <= (16 if wide else MOST_ROWS)
+    return queries <= MOST_QUERIES and queries * group <= (16 if wide else MOST_ROWS)
 
 
 def tile_of(
-    pairs: int, context: int, size: int, rows: int, target: str, x_dtype: torch.dtype = torch.bfloat16
+    pairs: int,
+    context: int,
+    size: int,
+    rows: int,
+    target: str,
+    x_dtype: torch.dtype = torch.bfloat16,
+    sequences: int = 0,
+    integers: bool = False,
 ) -> AttentionTile:
-    """Parts of the context until every processor has a few programs to read for.
+    """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
     Args:
         pairs: sequences times heads of keys.
         size: of a key or a value, whichever is greater.
         rows: queries of a program.
+        sequences: how many, if their lengths differ; else 0.
+        integers: whether codes are integers, whose decoding and scales take registers too: smaller blocks, and more
+            programs beside each other.
     """
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 64 if nvidia else 32
+    block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or integers) else 64 if nvidia else 16
     if size > 128:
         block = 32 if nvidia and not wide and rows <= 32 else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
-    enough, split = 2 * device_of(target).processors, 1
-    while split < _MOST_SPLITS and pairs * split < enough and 4 * split * block <= context:
+    enough, split = device_of(target).processors * (2 if integers else 1), 1
+    if sequences:  # of all of them together; each may take one more
+        wanted = max(
+            1, min(2 * device_of(target).processors * sequences // pairs, sequences * (context // (4 * block)))
+        )
+        split = 1 << (wanted.bit_length() - 1)
+        return AttentionTile(context=block, split=split, warps=warps, stages=3)
+    while split < _MOST_SPLITS and 2 * split * pairs <= enough and 4 * split * block <= context:
         split *= 2
     return AttentionTile(context=block, split=split, warps=warps, stages=3)
+
+
+def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype, grouped: bool = False) -> AttentionTile:
+    """As many queries as registers hold results of.
+
+    Args:
+        rows: tokens times query heads for each head of keys.
+        size: of a key or a value, whichever is greater.
+        grouped: whether a vector has several scales.
+    """
+    least = max(16, 1 << (rows - 1).bit_length())
+    if not target.startswith("sm_"):
+        return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
+    if x_dtype == torch.float32:
+        most, block = (32, 32) if size <= 64 else (32, 16) if size <= 128 else (16, 16)
+        return AttentionTile(context=block, split=1, warps=8, stages=2, rows=min(least, most))
+    # Where matrix units take operands from registers only, decoded keys and values are there as well.
+    if grouped:
+        most = 64 if target == "sm_90" else 32
+        block = 16 if target in _WARP_GROUPS and target != "sm_90" else 32
+        return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
+    if size > 128 or target not in _WARP_GROUPS:
+        return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
+    held = min(least, 128)
+    block = 64 if target == "sm_90" else 32
+    return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=3, rows=held)
+
+
+@functools.cache
+def choose_prefill(
+    spec: AttentionSpec,
+    heads: int,
+    group: int,
+    rows: int,
+    mask: str,
+    reach: Reach,
+    x_dtype: torch.dtype,
+    target: str,
+) -> AttentionKernelSpec:
+    """The kernel for many queries; `rows` is a power of two that holds those of a head of keys, or more than 128."""
+    size = max(spec.key.head_dim, spec.value.head_dim)
+    tile = prefill_tile_of(rows, size, target, x_dtype, spec.scheme.group > 0)
+    return attention_kernel_spec(spec, heads, group, 0, mask, reach, x_dtype, target, tile)
 
 
 @functools.cache
@@ -70,14 +139,32 @@ def choose(
     queries: int,
     context: int,
     mask: str,
-    length: bool,
+    reach: Reach,
     x_dtype: torch.dtype,
     target: str,
 ) -> AttentionKernelSpec:
     """The kernel for a shape."""
     size = max(spec.key.head_dim, spec.value.head_dim)
-    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype)
-    return attention_kernel_spec(spec, heads, group, queries, mask, length, x_dtype, target, tile)
+    sequences = batch if reach.sequences else 0
+    tile = tile_of(
+        batch * heads, context, size, group * queries, target, x_dtype, sequences, has_integers(spec.scheme.format)
+    )
+    return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
+
+
+def reach_of(
+    cache: list[Tensor], length: Tensor | None, start: Tensor | None, block_table: Tensor | None
+) -> tuple[Reach, int]:
+    """Which positions a kernel looks at, and how many there are of a sequence."""
+    unequal = max(0 if t is None else t.numel() for t in (length, start))
+    size = cache[0].shape[2]
+    reach = Reach(
+        length=length is not None,
+        start=start is not None,
+        sequences=1 << (unequal - 1).bit_length() if unequal > 1 else 0,
+        page=0 if block_table is None else size,
+    )
+    return reach, size if block_table is None else size * block_table.shape[1]
 
 
 def mask_kind(mask: Tensor | None) -> str:
@@ -92,6 +179,8 @@ def launch(
     tensors: list[Tensor],
     mask: Tensor | None,
     length: Tensor | None,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Allocate the result and run `function`, the Triton function of `kernel`'s module, over its grid.
 
@@ -99,7 +188,7 @@ def launch(
         tensors: of the cache; where it has no scales, anything stands for them.
     """
     key_codes, key_scale, value_codes, value_scale = (t.contiguous() for t in tensors)
-    batch, heads, context, _ = key_codes.shape
+    (batch, heads), (_, context) = (len(query), kernel.heads), reach_of(tensors, length, start, block_table)
     y = query.new_empty((*query.shape[:3], kernel.value_size))
     if y.numel() == 0:
         return y
@@ -111,33 +200,35 @@ def launch(
         mask = mask.expand(*query.shape[:3], context)
         mask = mask if mask.stride(-1) == 1 or context == 1 else mask.contiguous()
         steps = list(mask.stride()[:3])
-    pairs, split = batch * heads, kernel.tile.split
-    partial = arrived = key_scale
-    if split > 1:
-        numbers = kernel.rows * (kernel.columns + 2)
-        partial = query.new_empty(pairs * split * numbers, dtype=torch.float32)
-        arrived = zeros_kept_zero(pairs, query.device)
     options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
     if launches_early(kernel.target) and query.device.type != "cpu":  # which has Triton's interpreter
         options["launch_pdl"] = True
     # Pointers that a kernel does not use get some input, so that one signature serves all.
-    launcher.launch(
-        function,
-        (pairs, split),
+    given = [
         query.contiguous(),
         key_codes,
         key_scale,
         value_codes,
         value_scale,
         key_scale if mask is None else mask,
-        key_scale if length is None else length,
+        key_scale if length is None else length.contiguous(),
+        key_scale if start is None else start.contiguous(),
+        key_scale if block_table is None else block_table.contiguous(),
         y,
-        partial,
-        arrived,
-        context,
-        *steps,
-        **options,
-    )
+    ]
+    steps = [*(int(t is not None and t.numel() > 1) for t in (length, start)), *steps]
+    pairs, split, tokens = batch * heads, kernel.tile.split, query.shape[2]
+    if kernel.template == PREFILL_TEMPLATE:
+        launcher.launch(
+            function, (-(-kernel.group * tokens // kernel.rows), pairs), *given, context, tokens, *steps, **options
+        )
+        return y
+    grid = (heads * (batch + split),) if kernel.reach.sequences else (pairs, split)
+    partial = arrived = key_scale
+    if math.prod(grid) > pairs:
+        partial = query.new_empty(math.prod(grid) * kernel.part, dtype=torch.float32)
+        arrived = zeros_kept_zero(pairs, query.device)
+    launcher.launch(function, grid, *given, partial, arrived, batch, context, *steps, **options)
     return y
 
 
@@ -147,21 +238,27 @@ def attention(
     mask: Tensor | None,
     length: Tensor | None,
     spec: AttentionSpec,
+    *,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
-    """See `qcompile.attention.reference`; for queries that `has_kernel` takes.
+    """See `qcompile.attention.reference`; of caches that `has_kernel` takes.
 
     Raises:
         DeviceError: queries of another type than float32, bfloat16 and float16.
     """
     if query.dtype not in _DTYPES:
         raise DeviceError(f"GPU kernels take float32, bfloat16 or float16 queries, not {query.dtype}: cast the model")
-    batch, heads, context, _ = tensors[0].shape
+    heads, kind = tensors[0].shape[1], mask_kind(mask)
     group, queries = query.shape[1] // heads, query.shape[2]
-    kind = mask_kind(mask)
-    kernel = choose(
-        spec, batch, heads, group, queries, context, kind, length is not None, query.dtype, target_of(query.device)
-    )
-    return _run(kernel, query, tensors, mask, length)
+    target = target_of(query.device)
+    reach, context = reach_of(tensors, length, start, block_table)
+    if few(spec, queries, group, query.dtype):
+        kernel = choose(spec, len(query), heads, group, queries, context, kind, reach, query.dtype, target)
+    else:
+        rows = min(256, 1 << (queries * group - 1).bit_length())
+        kernel = choose_prefill(spec, heads, group, rows, kind, replace(reach, sequences=0), query.dtype, target)
+    return _run(kernel, query, tensors, mask, length, start, block_table)
 
 
 def has_plain_kernel(queries: int, group: int, key_size: int, value_size: int, x_dtype: torch.dtype) -> bool:
@@ -209,31 +306,47 @@ def attention_plain(
 
 
 def _run(
-    kernel: AttentionKernelSpec, query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None
+    kernel: AttentionKernelSpec,
+    query: Tensor,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    *places: Tensor | None,
 ) -> Tensor:
     function = cache.load(kernel).kernel
     # Triton launches on the current device.
     guard = torch.cuda.device(query.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, function, query, tensors, mask, length)
+        return launch(kernel, function, query, tensors, mask, *places)
 
 
-def many_queries(
-    query: Tensor, tensors: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: AttentionSpec
+def in_plain_torch(
+    query: Tensor,
+    tensors: list[Tensor],
+    mask: Tensor | None,
+    length: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Dequantize all keys and values, then torch's attention; made of plain torch operators."""
     if spec.softcap:
-        return reference(query, tensors, mask, length, spec.encode())
-    key_codes, key_scale, value_codes, value_scale = tensors
+        return reference(query, tensors, mask, length, spec.encode(), start=start, block_table=block_table)
+    key_codes, key_scale, value_codes, value_scale = paged_out(tensors, block_table)
     key = dequantize(key_codes, key_scale, spec.scheme, spec.key.head_dim).to(query.dtype)
     value = dequantize(value_codes, value_scale, spec.scheme, spec.value.head_dim).to(query.dtype)
-    if length is not None:
-        inside = torch.arange(key.shape[2], device=query.device) < length
-        value = value.masked_fill(~inside[:, None], 0.0)
-        if mask is None:
-            mask = inside.expand(query.shape[2], -1)
-        else:
-            mask = mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, -torch.inf)
+    outside = outside_of(key.shape[2], length, start, query.device)
+    if outside is not None:  # what lies there may be anything
+        key, value = (t.masked_fill(outside.mT, 0.0) for t in (key, value))
+    allowed = None if outside is None else ~outside.expand(-1, -1, query.shape[2], -1)
+    if spec.causal:
+        end = key.shape[2] if length is None else length.clamp(max=key.shape[2])
+        seen = causal_mask(query.shape[2], 0, key.shape[2], end, spec.window, query.device)
+        allowed = seen if allowed is None else allowed & seen
+    if mask is None or mask.dtype == torch.bool:
+        mask = allowed if mask is None else mask if allowed is None else mask & allowed
+    elif allowed is not None:
+        mask = mask.masked_fill(~allowed, -torch.inf)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)

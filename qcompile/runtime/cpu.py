@@ -1,19 +1,24 @@
 """Quantized products on CPUs: a generated C++ kernel for every packed weight in layout `rows16`.
 
-| layout                     | few rows of x (M)                | more rows                                            |
-| -------------------------- | -------------------------------- | ---------------------------------------------------- |
-| `rows16`                   | generated, to M = FEW_ROWS(_AMX) | generated decoder + mm; int8 codes (1) + aten's mm   |
-| others, or no C++ compiler | torch decodes + mm               | the same                                             |
+| weights, activations                   | few rows of x (M)                | more rows                               |
+| -------------------------------------- | -------------------------------- | --------------------------------------- |
+| `rows16`, integers on both sides (1)   | integers, generated              | the same, or others' way (2)            |
+| `rows16`, all others                   | generated, to M = FEW_ROWS(_AMX) | generated decoder + mm                  |
+| other layouts, or no C++ compiler      | torch decodes + mm               | the same                                |
 
-(1) int8 activations and weights with one scale a row or tensor on both sides; sums are int32, exact.
+(1) int8 activations, and codes that stand for whole numbers (`layouts.multiplies_integers`). The kernel itself rounds x
+where scales are dynamic, of rows or of groups. Integers are multiplied, and what the sum of at most 1024 columns of a
+group stands for is added up in float32.
+(2) above FEW_ROWS int8 codes + aten's mm, for int8 weights with one scale a row or tensor on both sides, on processors
+without products of bytes; and as all others, for groups of 16 columns where floats are multiplied by the matrix unit.
 
-The generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in float32.
-"Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and multiplies
-by them, so a weight is never held whole in a wide dtype; scale and offset are combined in float32 before the weight is
-rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for float32 and float16. Sums are
-float32; products of bfloat16 are rounded to it, and those of quantized activations where the weight is decoded first.
-Where the processor has no bfloat16 products the kernel for few rows multiplies float32. Quantized activations enter as
-exact codes, except those with a scale a group, which are rounded to bfloat16.
+The other generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in
+float32. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and
+multiplies by them, so a weight is never held whole in a wide dtype; scale and offset are combined in float32 before the
+weight is rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for float32 and float16.
+Sums are float32; products of bfloat16 are rounded to it, and those of quantized activations where the weight is decoded
+first. Where the processor has no bfloat16 products the kernel for few rows multiplies float32. Quantized activations
+enter as exact codes, except those with a scale a group, which are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -25,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qcompile.codegen.cpp import ISAS, cpp_spec, multiplies_integers
+from qcompile.codegen.cpp import ISAS, cpp_spec
 from qcompile.errors import DeviceError
-from qcompile.layouts import LAYOUTS, integer_product
+from qcompile.layouts import LAYOUTS, integer_product, multiplies_integers
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
@@ -53,6 +58,9 @@ BUFFER_ELEMENTS = 1 << 20
 def kernel_name(spec: LinearSpec) -> str:
     """What multiplies by a weight of this spec, for reports."""
     if spec.layout == "rows16" and cpp.compiler() is not None:
+        if _integers(spec):
+            more = ", int8 mm" if integer_product(spec.scheme, spec.shape) and not _dots_bytes() else ""
+            return f"C++ for {cpp.isa()}, integers" + more + (f" above M = {FEW_ROWS}" if more else "")
         few = f"{FEW_ROWS_AMX} (bf16)" if "amx_bf16" in ISAS[cpp.isa()] else str(FEW_ROWS)
         more = "int8 mm" if integer_product(spec.scheme, spec.shape) else "mm"
         return f"C++ for {cpp.isa()}, decode + {more} above M = {few}"
@@ -89,6 +97,11 @@ def quantizes(spec: LinearSpec) -> bool:
     """Whether `product` takes activations as they are and quantizes them itself: to int8, by rows or groups."""
     activation = spec.scheme.activation
     return activation is not None and activation.dynamic and activation.granularity.rows == 1 and _integers(spec)
+
+
+def _dots_bytes() -> bool:
+    """Whether the processor has products of bytes that do not saturate, in one instruction."""
+    return not {"avx512_vnni", "avx_vnni", "asimddp"}.isdisjoint(ISAS[cpp.isa()])
 
 
 def _integers(spec: LinearSpec) -> bool:
@@ -156,9 +169,19 @@ class _Linear:
             self.kernels[dtype, integers] = None if wanted is None else cpp.load(wanted)
         return self.kernels[dtype, integers]
 
+    @functools.cached_property
+    def integer_rows(self) -> int:
+        """The most rows of x for which a product of integers is the fastest; 0 if there is none."""
+        if not _integers(self.spec):
+            return 0
+        if "amx_int8" in ISAS[cpp.isa()]:
+            return ANY_ROWS if self.columns >= 32 else FEW_ROWS
+        by_torch = integer_product(self.spec.scheme, self.spec.shape) and not _dots_bytes()
+        return FEW_ROWS if by_torch else ANY_ROWS
+
     def integers(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
         """The kernel that rounds `m` rows of x and multiplies integers, where that is the fastest."""
-        return self.kernel(dtype, integers=True) if _integers(self.spec) else None
+        return self.kernel(dtype, integers=True) if m <= self.integer_rows else None
 
     def few(self, dtype: torch.dtype) -> tuple[cpp.Kernel | None, int]:
         """The kernel that multiplies few rows of x of this type faster than decoding does, and how many those are.
@@ -186,7 +209,7 @@ class _Linear:
         self.told.add(dtype)
         result = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         if (found := self.integers(result, 1)) is not None:
-            rows = ANY_ROWS
+            rows = self.integer_rows
         elif self.spec.scheme.activation is None:
             found, rows = self.few(result)
         if found is not None:
@@ -210,6 +233,12 @@ class _Linear:
 @functools.lru_cache(maxsize=4096)
 def _linear(spec: str) -> _Linear:
     return _Linear(decode_spec(spec))
+
+
+def forget_kernels() -> None:
+    """Have kernels chosen anew, where `flags.cpu_isa` has changed; no product may be under way."""
+    _linear.cache_clear()
+    cpu_operators.forget_linears()
 
 
 def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Kernel) -> Tensor:

@@ -63,7 +63,7 @@ def _library() -> Any:
         return None
     found.add_linear.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Linear))
     found.add_attention.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Attend))
-    found.add_linear.restype = found.add_attention.restype = None
+    found.add_linear.restype = found.add_attention.restype = found.forget_linears.restype = None
     return found if found.prepare() == 0 else None
 
 
@@ -102,10 +102,16 @@ def add_attention(
     Args:
         rows: queries times query heads for each head of keys, at most.
     """
-    if (library := _library()) is None or dtype not in _KINDS:
+    if (library := _library()) is None or dtype not in _KINDS or (spec is not None and spec.window):
         return
     address = ctypes.cast(kernel.attention, ctypes.c_void_p)
     numbers = cpp_attention.NUMBERS_PER_THREAD
     known = (0, 0, 0.0, 0.0) if spec is None else (spec.key.head_dim, spec.value.head_dim, spec.scale, spec.softcap)
     text = "" if spec is None else spec.encode()
     library.add_attention(text.encode(), _KINDS[dtype], _Attend(address, rows, numbers, *known))
+
+
+def forget_linears() -> None:
+    """Let `qcompile::gemm_cpu` know no kernels any more."""
+    if (library := _library()) is not None:
+        library.forget_linears()

@@ -75,12 +75,51 @@ def test_contexts(context: int) -> None:
     given.check_kernel(run(given))
 
 
-def test_many_queries_are_attended_from_by_torch() -> None:
-    given = problem("fp8_e4m3", "token", queries=40, context=300, size=64, dtype=torch.float32, length=280)
-    assert not attention_gpu.has_kernel(given.spec, 40, 2, torch.float32)
-    moved = on_gpu(given)
-    y = torch.ops.qcompile.attention(moved.query, moved.cache, moved.mask, moved.length, moved.spec.encode())
-    given.check(y.cpu())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("kv", FORMATS)
+def test_prefill(kv: str, size: int, dtype: torch.dtype) -> None:
+    given = problem(
+        kv, "token", heads=3, group=3, queries=150, context=400, size=size, dtype=dtype, mask="none", length=380
+    )
+    given = replace(given, spec=replace(given.spec, causal=True))
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("window", [0, 50])
+def test_prefill_masks(mask: str, window: int) -> None:
+    given = problem("fp8_e4m3", "head", queries=70, context=300, size=64, mask=mask, softcap=7.0, dtype=torch.bfloat16)
+    given = replace(given, spec=replace(given.spec, causal=window > 0, window=window))
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("shared", [0, 16, 32])
+@pytest.mark.parametrize("queries", [1, 8, 100])
+@pytest.mark.parametrize("kv", ["int4", "int8"])
+def test_groups_with_offsets(kv: str, queries: int, shared: int) -> None:
+    given = problem(
+        kv,
+        "token",
+        heads=4,
+        queries=queries,
+        context=777,
+        size=128,
+        dtype=torch.bfloat16,
+        mask="none",
+        causal=True,
+        shared=shared,
+        symmetric=False,
+    )
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5, 8])
+@pytest.mark.parametrize("window", [0, 100])
+def test_queries_know_their_positions(queries: int, window: int) -> None:
+    given = problem("fp8_e4m3", "head", queries=queries, context=2000, size=128, dtype=torch.bfloat16, mask="none")
+    given = replace(given, length=torch.tensor(1900), spec=replace(given.spec, causal=True, window=window))
+    given.check_kernel(run(given))
 
 
 @pytest.mark.parametrize("kv", FORMATS)

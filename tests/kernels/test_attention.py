@@ -34,6 +34,7 @@ from tests.triton_interpreter import interpret
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
 MASKS = ("none", "causal", "padding", "additive", "least finite", "per head", "empty rows", "empty")
+QUERIES = (1, 1, 2, 5, 8)
 Cache = list[Tensor]
 
 
@@ -55,10 +56,10 @@ class Problem:
     spec: AttentionSpec
 
     def kernel(self, target: str, tile: AttentionTile) -> AttentionKernelSpec:
-        heads, queries = self.cache[0].shape[1], self.query.shape[2]
+        heads, queries = self.cache[0].shape[1], 0 if tile.rows else self.query.shape[2]
         group, mask = self.query.shape[1] // heads, attention_gpu.mask_kind(self.mask)
-        length = self.length is not None
-        return attention_kernel_spec(self.spec, heads, group, queries, mask, length, self.query.dtype, target, tile)
+        reach, _ = attention_gpu.reach_of(self.cache, self.length, None, None)
+        return attention_kernel_spec(self.spec, heads, group, queries, mask, reach, self.query.dtype, target, tile)
 
     def interpret(self, target: str, tile: AttentionTile) -> Tensor:
         """Run the generated kernel on the CPU."""
@@ -67,20 +68,41 @@ class Problem:
         return attention_gpu.launch(kernel, function, self.query, self.cache, self.mask, self.length)
 
     def check_kernel(self, y: Tensor) -> None:
-        """`check` with the types that the kernel multiplies in."""
+        """`check` with what the kernel does: codes are multiplied exactly, and weights in float16."""
         half = self.query.dtype != torch.float32
-        self.check(y, self.query.dtype, torch.bfloat16 if half else torch.float32)
+        step = 2.0**-25 if self.query.dtype == torch.bfloat16 else 0.0  # float16's at 1
+        self.check(y, torch.float16 if half else torch.float32, step)
 
-    def check(self, y: Tensor, compute: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> None:
+    def check(
+        self,
+        y: Tensor,
+        weights: torch.dtype = torch.float32,
+        query_step: float = 0.0,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         """Every element within the derived bound, zeros where nothing is attended to."""
-        name = self.spec.scheme.format.name
-        key = oracle.kv_values(self.cache[0], self.cache[1], name, self.spec.key.head_dim)
-        value = oracle.kv_values(self.cache[2], self.cache[3], name, self.spec.value.head_dim)
-        length = None if self.length is None else int(self.length)
-        options = {"scale": self.spec.scale, "softcap": self.spec.softcap}
-        expected, p, s = oracle.attention(self.query, key, value, self.mask, length=length, **options)
+        name, offsets = self.spec.scheme.format.name, not self.spec.scheme.symmetric
+        key_parts = oracle.kv_parts(self.cache[0], self.cache[1], name, self.spec.key.head_dim, offsets)
+        value_parts = oracle.kv_parts(self.cache[2], self.cache[3], name, self.spec.value.head_dim, offsets)
+        key, value = sum(key_parts), sum(value_parts)
+        assert isinstance(key, Tensor)
+        assert isinstance(value, Tensor)
+        spec, length = self.spec, None if self.length is None else int(self.length)
+        options = {"scale": spec.scale, "softcap": spec.softcap}
+        positions = {"length": length, "causal": spec.causal, "window": spec.window}
+        expected, p, s = oracle.attention(self.query, key, value, self.mask, **positions, **options)
         bound = tolerance.attention_bound(
-            self.query, key, value, p, s, compute_dtype=compute, weight_dtype=weights, out_dtype=y.dtype, **options
+            self.query,
+            key,
+            value,
+            p,
+            s,
+            compute_dtype=compute,
+            weight_dtype=weights,
+            out_dtype=y.dtype,
+            query_step=query_step,
+            magnitudes=(key_parts[0].abs() + key_parts[1].abs(), value_parts[0].abs() + value_parts[1].abs()),
+            **options,
         )
         assert y.shape == expected.shape
         assert y.dtype == self.query.dtype
@@ -124,8 +146,12 @@ def problem(
     mask: str = "causal",
     length: int | None = None,
     softcap: float = 0.0,
+    causal: bool = False,
+    window: int = 0,
+    shared: int = 0,
+    symmetric: bool = True,
 ) -> Problem:
-    scheme = KVScheme(format=kv_format(kv), scales=scales)
+    scheme = KVScheme(format=kv_format(kv), scales=scales, group=shared, symmetric=symmetric)
     cache: Cache = []
     for width in (size, value_size or size):
         x = torch.randn(batch, heads, context, width)
@@ -138,6 +164,8 @@ def problem(
         value=KVSpec(scheme=scheme, head_dim=value_size or size),
         scale=size**-0.5,
         softcap=softcap,
+        causal=causal,
+        window=window,
     )
     return Problem(
         query=torch.randn(batch, heads * group, queries, size).to(dtype),
@@ -149,7 +177,17 @@ def problem(
 
 
 def on_cpu(given_: Problem) -> Tensor:
-    return attention_cpu.in_stretches(given_.query, given_.cache, given_.mask, given_.length, given_.spec)
+    context = given_.cache[0].shape[2]
+    end = context if given_.length is None else int(given_.length)
+    part = [t[:, :, :end] if t.dim() > 2 else t for t in given_.cache]
+    mask = None if given_.mask is None else given_.mask.expand(*given_.mask.shape[:-1], context)[..., :end]
+    return attention_cpu.in_stretches(given_.query, part, mask, given_.spec)
+
+
+def operator(given_: Problem) -> Tensor:
+    spec = given_.spec.encode()
+    y: Tensor = torch.ops.qcompile.attention(given_.query, given_.cache, given_.mask, given_.length, spec)
+    return y
 
 
 def in_plain_torch(given_: Problem) -> Tensor:
@@ -160,15 +198,19 @@ PLAIN: dict[str, Callable[[Problem], Tensor]] = {"cpu": on_cpu, "reference": in_
 
 
 @st.composite
-def problems(draw: st.DrawFn, sizes: tuple[int, ...] = (2, 16, 24, 64)) -> Problem:
+def problems(draw: st.DrawFn, sizes: tuple[int, ...] = (2, 16, 24, 64), queries: tuple[int, ...] = QUERIES) -> Problem:
     context = draw(st.sampled_from([1, 2, 15, 64, 65, 130]))
+    kv, scales = draw(st.sampled_from(FORMATS)), draw(st.sampled_from(SCALES))
+    compact, causal = scales == "token" and draw(st.booleans()), draw(st.booleans())
+    if compact:
+        sizes = (32, 64)
     return problem(
-        draw(st.sampled_from(FORMATS)),
-        draw(st.sampled_from(SCALES)),
+        kv,
+        scales,
         batch=draw(st.integers(1, 2)),
         heads=draw(st.integers(1, 3)),
         group=draw(st.sampled_from([1, 2, 3, 8])),
-        queries=draw(st.sampled_from([1, 1, 2, 5, 8])),
+        queries=draw(st.sampled_from(queries)),
         context=context,
         size=draw(st.sampled_from(sizes)),
         value_size=draw(st.none() | st.sampled_from(sizes)),
@@ -176,6 +218,10 @@ def problems(draw: st.DrawFn, sizes: tuple[int, ...] = (2, 16, 24, 64)) -> Probl
         mask=draw(st.sampled_from(MASKS)),
         length=draw(st.none() | st.integers(0, context)),
         softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
+        causal=causal,
+        window=draw(st.sampled_from([0, 0, 1, 20])) if causal else 0,
+        shared=draw(st.sampled_from([0, 16])) if compact else 0,
+        symmetric=not (compact and kv.startswith("int") and draw(st.booleans())),
     )
 
 
@@ -215,6 +261,17 @@ def test_blocks_do_not_change_the_result_beyond_rounding(monkeypatch: pytest.Mon
     for block in (1, 16, 699, 4096):
         monkeypatch.setattr(attention_cpu, "BLOCK", block)
         given_.check(on_cpu(given_))
+
+
+def test_rotated_vectors_give_what_their_numbers_give() -> None:
+    """Rotation of queries and results against the reference, which turns keys and values back."""
+    given_ = problem("int8", queries=3, context=50, size=24)
+    scheme = replace(given_.spec.scheme, rotate=True)
+    halves = {name: KVSpec(scheme=scheme, head_dim=24) for name in ("key", "value")}
+    given_ = replace(given_, spec=replace(given_.spec, **halves))
+    one, two = operator(given_), in_plain_torch(given_)
+    magnitude = oracle.kv_values(given_.cache[2], given_.cache[3], "int8", 24).abs().amax() * torch.ones_like(two)
+    tolerance.assert_within(one, two, tolerance.float_bound(two, 8 * 50, torch.float32, magnitude * 24))
 
 
 def test_a_long_context_is_stable() -> None:
@@ -263,6 +320,44 @@ tiles = st.builds(
 @given(problems(), tiles, st.sampled_from(["sm_80", "sm_90", "gfx942"]))
 def test_kernel(given_: Problem, tile: AttentionTile, target: str) -> None:
     given_.check_kernel(given_.interpret(target, tile))
+
+
+prefill_tiles = st.builds(
+    AttentionTile,
+    context=st.sampled_from([16, 64]),
+    split=st.just(1),
+    warps=st.just(4),
+    stages=st.just(2),
+    rows=st.sampled_from([16, 64]),
+)
+
+
+@given(problems(queries=(1, 9, 40)), prefill_tiles, st.sampled_from(["sm_80", "sm_90", "gfx942"]))
+def test_kernel_for_many_queries(given_: Problem, tile: AttentionTile, target: str) -> None:
+    given_.check_kernel(given_.interpret(target, tile))
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+def test_warps_that_attend_by_themselves(ways: int) -> None:
+    given_ = problem("int4", queries=3, context=200, size=64, dtype=torch.bfloat16, shared=32, symmetric=False)
+    given_.check_kernel(given_.interpret("sm_90", AttentionTile(context=64, split=2, warps=4, stages=2, ways=ways)))
+
+
+@pytest.mark.parametrize("queries", [1, 8, 40])
+def test_what_positions_say_needs_no_mask(queries: int) -> None:
+    """A mask that says the same gives the same."""
+    given_ = problem("int8", queries=queries, context=100, mask="none", length=77, causal=True, window=30)
+    position, last = torch.arange(100), 77 - queries + torch.arange(queries)[:, None]
+    mask = (position <= last) & (position > last - 30)
+    other = replace(given_, mask=mask, spec=replace(given_.spec, causal=False, window=0))
+    assert torch.equal(in_plain_torch(given_), in_plain_torch(other))
+    tile = replace(SMALL, rows=32 if queries > 8 else 0)
+    for one, two in (
+        (on_cpu(given_), on_cpu(other)),
+        (operator(given_), operator(other)),
+        (given_.interpret("sm_90", tile), other.interpret("sm_90", tile)),
+    ):
+        tolerance.assert_within(one, two, tolerance.float_bound(two, 8 * 100, torch.float32, two.abs() + 4))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -329,6 +424,12 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
             dtype=torch.bfloat16,
         )
         kernels.append(given_.kernel(target, attention_gpu.tile_of(8, 16384, size, group * queries, target)))
+        bare = replace(given_, mask=None, spec=replace(given_.spec, causal=True))
+        kernels.append(bare.kernel(target, attention_gpu.prefill_tile_of(4096, size, target, torch.bfloat16)))
+    rich = problem("int4", heads=8, group=4, size=128, mask="none", causal=True, shared=32, symmetric=False)
+    rich = replace(rich, query=rich.query.to(torch.bfloat16))
+    kernels.append(rich.kernel(target, attention_gpu.tile_of(8, 16384, 128, 4, target, torch.bfloat16, integers=True)))
+    kernels.append(rich.kernel(target, attention_gpu.prefill_tile_of(4096, 128, target, torch.bfloat16, grouped=True)))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)

@@ -67,7 +67,8 @@ def run(given_: Problem | Plain, isa: str = BEST) -> Tensor:
 def check(given_: Problem, isa: str = BEST) -> None:
     """With the types that the kernel multiplies in."""
     paired = given_.query.dtype == BF16 and "avx512_bf16" in ISAS[isa]
-    given_.check(run(given_, isa), *([BF16] * 2 if paired else []))
+    multiplied = BF16 if paired else F32
+    given_.check(run(given_, isa), weights=multiplied, compute=multiplied)
 
 
 @st.composite
@@ -199,23 +200,37 @@ def test_scores_far_apart_do_not_overflow() -> None:
     assert run(given_).isfinite().all()
 
 
-@pytest.mark.parametrize("how", ["no compiler", "many queries"])
-def test_torch_attends_instead(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    queries = 3
-    if how == "no compiler":
-        monkeypatch.setattr(cpp, "compiler", lambda: None)
-    else:
-        queries = 40
+def refuse(*_: object) -> None:
+    raise AssertionError("a kernel was looked for")
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("a kernel was looked for")
 
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "compiler", lambda: None)
     monkeypatch.setattr(attention_cpu, "_kernel_of", refuse)
     for kv in FORMATS:
-        given_ = problem(kv, context=50, queries=queries, dtype=BF16)
-        given_.check(run(given_))
-    plain = plain_problem(context=50, queries=queries, length=45)
+        for queries in (3, 40):
+            given_ = problem(kv, context=50, queries=queries, dtype=BF16)
+            given_.check(run(given_), weights=BF16, compute=BF16)
+    given_ = problem("int8", context=50, queries=40, softcap=5.0)
+    given_.check(run(given_))
+    plain = plain_problem(context=50, length=45)
     plain.check(run(plain))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_many_queries_go_to_torch(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "_kernel_of", refuse)
+    for length in (None, 0, 70):
+        given_ = problem("fp8_e4m3", "head", context=90, queries=80, group=7, dtype=BF16, mask=mask, length=length)
+        given_.check(run(given_), weights=BF16, compute=BF16)
+        assert run(given_).is_contiguous()
+    plain = plain_problem(context=50, queries=40, length=45, mask=mask)
+    plain.check(run(plain))
+    assert run(plain).is_contiguous()
+
+
+def test_more_queries_than_tiles_hold() -> None:
+    check(problem("fp8_e4m3", context=150, queries=30, group=7, size=64, dtype=BF16))
 
 
 def test_specs_name_registered_things_only() -> None:

@@ -90,9 +90,9 @@ OTHER_ISAS = [
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cpp, "load", lambda spec: None)
-    cpu._linear.cache_clear()
+    cpu.forget_kernels()
     yield
-    cpu._linear.cache_clear()
+    cpu.forget_kernels()
 
 
 def _random(scheme: Scheme, shape: tuple[int, int]) -> PackedWeight:
@@ -215,10 +215,10 @@ def test_other_instruction_sets(isa: str, name: str) -> None:
     if isa not in cpp.available():
         pytest.skip(f"no {isa} here")
     with override(cpu_isa=isa):
-        cpu._linear.cache_clear()
+        cpu.forget_kernels()
         check_every_m(Quantized(SCHEMES[name], torch.randn(SHAPE)), (1, 2, 7, 130))
         check_identity(SCHEMES[name], (1, 7, 256))
-    cpu._linear.cache_clear()
+    cpu.forget_kernels()
 
 
 def _powers_of_two(name: str, values: Tensor) -> Tensor:
@@ -303,6 +303,7 @@ def test_names_say_which_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name("int4") == name("fp8") == "C++ for amx, decode + mm above M = 1024 (bf16)"
     with override(cpu_isa="avx2"):
         assert name("int4") == "C++ for avx2, decode + mm above M = 32"
-        assert name("int8") == "C++ for avx2, decode + int8 mm above M = 32"
+        assert name("int8") == "C++ for avx2, integers, int8 mm above M = 32"
+        assert name("int4_int8") == "C++ for avx2, integers"
     monkeypatch.setattr(cpp, "compiler", lambda: None)
     assert name("int4") == "torch decode + mm (no C++ compiler)"

@@ -106,6 +106,21 @@ def test_attention_over_a_quantized_cache(kv: object, monkeypatch: pytest.Monkey
     assert torch.equal(OPS.attention_cpu(query, cache, None, length, spec), expected)
 
 
+@pytest.mark.parametrize(("queries", "window", "length"), [(3, 0, [40]), (1, 5, 40), (3, 5, 40), (1, 0, [40, 17])])
+def test_queries_that_see_different_positions_are_left_to_python(
+    queries: int, window: int, length: int | list[int]
+) -> None:
+    scheme = parse_kv_cache("fp8")
+    assert scheme is not None
+    codes = scheme.format.encode(torch.randn(2, 2, 48, 32))
+    half, scale = KVSpec(scheme=scheme, head_dim=32), torch.tensor(0.1)
+    spec = AttentionSpec(key=half, value=half, scale=0.2, causal=True, window=window).encode()
+    query, cache, end = torch.randn(2, 4, queries, 32), [codes, scale, codes, scale], torch.tensor(length)
+    for _ in range(2):
+        given = OPS.attention_cpu(query, cache, None, end, spec)
+        assert torch.equal(given, OPS.attention_any(query, cache, None, end, spec))
+
+
 def test_the_operators_leak_nothing() -> None:
     weight, spec = weight_of("int4", 48, 64)
     x = torch.randn(1, 64)

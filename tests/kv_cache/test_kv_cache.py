@@ -24,11 +24,14 @@ from qcompile.kv_cache import (
     KVScheme,
     KVSpec,
     decode_attention_spec,
+    decode_kv_spec,
     dequantize,
+    hadamard,
     kv_format,
     parse_kv_cache,
     quantize,
     register,
+    rotated,
 )
 from tests import oracle, tolerance
 from tests.strategies import FLOATS
@@ -114,6 +117,14 @@ def test_a_name_takes_the_scales_of_its_format(name: str) -> None:
         ({"format": "fp8", "scale": "head"}, r"unknown key 'scale' in kv_cache; did you mean 'scales'\?"),
         ({"format": "fp8", "scales": "channel"}, "scales must be one of tensor, head, token, not 'channel'"),
         ({"format": ["fp8"]}, r"unknown KV cache format \['fp8'\]"),
+        ({"format": "int4", "group": 48}, "group must be 16, 32, 64 or 128 numbers, not 48"),
+        ({"format": "fp8", "group": 32}, 'groups have scales for each token; give "scales": "token", not tensor'),
+        (
+            {"format": "fp8", "scales": "token", "symmetric": False},
+            '"symmetric": false is for int8 and int4 with scales',
+        ),
+        ({"format": "int8", "scales": "head", "rotate": True}, '"rotate" needs "scales": "token"'),
+        ({"format": "int4", "rotate": 1}, "rotate must be true or false, not 1"),
     ],
 )
 def test_what_is_no_kv_cache_says_so(given_: object, message: str) -> None:
@@ -134,6 +145,57 @@ def test_the_key_of_a_configuration_round_trips(name: str, scales: str) -> None:
     alone = parse_config({"kv_cache": name})
     assert alone.rules == ()
     assert QuantConfig.from_dict(alone.to_dict()) == alone
+
+
+@pytest.mark.parametrize("more", [{"group": 32}, {"symmetric": False}, {"rotate": True}, {"group": 16, "rotate": True}])
+def test_options_round_trip(more: dict[str, object]) -> None:
+    config = parse_config({"kv_cache": {"format": "int4", **more}})
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.kv_cache is not None
+    spec = KVSpec(scheme=config.kv_cache, head_dim=64)
+    assert decode_kv_spec(spec.encode()) == spec
+
+
+@given(
+    st.sampled_from(["int4", "int8", "fp8_e4m3"]),
+    st.sampled_from([0, 16, 32]),
+    st.booleans(),
+    st.sampled_from(FLOATS),
+    st.floats(-10, 10),
+)
+def test_groups_and_offsets_round_to_the_nearest(
+    name: str, group: int, symmetric: bool, dtype: torch.dtype, mean: float
+) -> None:
+    symmetric = symmetric or name.startswith("fp8")
+    kind = KVScheme(format=kv_format(name), scales="token", group=group, symmetric=symmetric)
+    if not kind.compact:
+        return
+    x = (torch.randn(2, 3, 4, 64) + mean).to(dtype)
+    codes, scale = quantize(x, kind)
+    assert scale.dtype == torch.bfloat16
+    assert scale.shape == (2, 3, 4, kind.scale_count(64))
+    values = dequantize(codes, scale, kind, 64)
+    scaled, offset = oracle.kv_parts(codes, scale, name, 64, not symmetric)
+    tolerance.assert_within(values, scaled + offset, (scaled.abs() + offset.abs()) * 2 * tolerance.U32)
+    each = scale.double()[..., : 64 // (group or 64)].repeat_interleave(group or 64, -1)
+    bound = tolerance.weight_bound(oracle.decode_values(name), x.double() - offset, each, torch.bfloat16)
+    # An offset is rounded to bfloat16 too, which moves the range by as much.
+    moved = tolerance.rounding(offset, torch.bfloat16) + tolerance.gamma(3, tolerance.U32) * (
+        x.double().abs() + 9 * each
+    )
+    tolerance.assert_within(values, x.double(), bound + (0 if symmetric else moved))
+
+
+@pytest.mark.parametrize("size", [2, 24, 64, 80])
+def test_rotation_is_its_own_inverse(size: int) -> None:
+    x = torch.randn(5, size)
+    tolerance.assert_within(
+        rotated(rotated(x)),
+        x,
+        tolerance.float_bound(x, 4 * size, torch.float32, x.abs().sum(-1, keepdim=True).expand_as(x)),
+    )
+    matrix = hadamard(size, torch.device("cpu"))
+    assert torch.equal(matrix, matrix.T)
 
 
 def test_no_rules_need_a_kv_cache() -> None:

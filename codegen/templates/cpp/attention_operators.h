@@ -65,8 +65,10 @@ AtenTensorHandle attend(
   i64 end = context[2];
   if (length != nullptr) {
     std::int32_t type;
+    i64 dimensions;
     check(aoti_torch_get_dtype(length, &type), "a length has no type");
-    if (type != aoti_torch_dtype_int64()) return nullptr;
+    check(aoti_torch_get_dim(length, &dimensions), "a length has no dimensions");
+    if (type != aoti_torch_dtype_int64() || dimensions != 0) return nullptr;
     const i64 told = *data<i64>(length);
     end = told < 0 ? 0 : told < end ? told : end;
   }
@@ -97,12 +99,15 @@ void attention_plain_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   stack[0] = to(y);
 }
 
-// attention_cpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec) -> Tensor
+// attention_cpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec, *, Tensor? start,
+//               Tensor? block_table) -> Tensor
 void attention_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   AtenTensorHandle query = from<AtenTensorHandle>(stack[0]), y = nullptr;
   StableListHandle list = from<StableListHandle>(stack[1]);
   Kind kind;
-  if (given(stack[2]) == nullptr && kind_of(query, &kind)) {
+  const bool plain = given(stack[2]) == nullptr && given(stack[5]) == nullptr && given(stack[6]) == nullptr;
+  const bool one = sizes(query)[2] == 1;  // of several, each may attend to other positions
+  if (plain && one && kind_of(query, &kind)) {
     if (const Attend* found = attends().find(text(stack[4]), kind)) {
       const Cache cache = {item(list, 0), item(list, 1), item(list, 2), item(list, 3)};
       y = attend(*found, query, kind, cache, given(stack[3]), found->key_size, found->value_size, found->scale);

@@ -136,6 +136,19 @@ static void sum_groups(const Weight& w, const Element* x, i64 m, i64 stride, flo
   }
 }
 
+// The product of one row of x: eight streams of codes at a time, which memory delivers faster than fewer.
+static void multiply_row(const Weight& w, const Element* x, const float* sums, float* y) {
+  const i64 padded = w.padded(), chunk = 8 * LANES;
+#pragma omp for schedule(static)
+  for (i64 first = 0; first < padded; first += chunk) {
+    const i64 end = first + chunk < padded ? first + chunk : padded;
+    i64 at = first;
+    for (; end - at >= 8 * LANES; at += 8 * LANES) tile<8, 1>(w, x, 0, sums, at, y);
+    for (; end - at >= 4 * LANES; at += 4 * LANES) tile<4, 1>(w, x, 0, sums, at, y);
+    for (; at < end; at += LANES) tile<1, 1>(w, x, 0, sums, at, y);
+  }
+}
+
 // The product by vectors.
 static void multiply(
     const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
@@ -143,8 +156,9 @@ static void multiply(
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (ZERO_POINT || OFFSET) sum_groups(w, x, m, stride, scratch);
+    if (m == 1) multiply_row(w, x, scratch, y);
 #pragma omp for schedule(static)
-    for (i64 first = 0; first < padded; first += chunk) {
+    for (i64 first = 0; first < (m == 1 ? 0 : padded); first += chunk) {
       i64 row = 0;
       auto rows_of = [&](auto vectors, auto rows, i64 at) {
         tile<vectors, rows>(w, x + row * stride, stride, scratch + row * groups, at, y + row * w.n);
@@ -290,11 +304,13 @@ extern "C" void gemm(
     const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, float* y, int threads) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<Element, bfloat16>) {
-    for (i64 row = 0; row < m; row += 32) {
-      int rows = (int)(m - row < 32 ? m - row : 32);
-      multiply_by_squares(x + row * stride, rows, stride, *weight, scratch, y + row * weight->n, threads);
+    if (m > 1) {
+      for (i64 row = 0; row < m; row += 32) {
+        int rows = (int)(m - row < 32 ? m - row : 32);
+        multiply_by_squares(x + row * stride, rows, stride, *weight, scratch, y + row * weight->n, threads);
+      }
+      return;
     }
-    return;
   }
 #endif
   multiply(x, m, stride, *weight, scratch, y, threads);

@@ -112,6 +112,9 @@ void gemm_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 // Lets the operator know the kernel of a spec for x of bfloat16 (0), float32 (1) or int8 (2).
 extern "C" void add_linear(const char* spec, int kind, const Linear* linear) { linears().add(spec, kind, *linear); }
 
+// Forgets them all; no call may be under way.
+extern "C" void forget_linears() { linears().forget(); }
+
 // Registers the operators for CPUs: 0 if torch took them.
 extern "C" int prepare() {
   static TorchLibraryHandle library = nullptr;

@@ -151,6 +151,12 @@ class Added {
     found_[kind].try_emplace(kept, std::make_unique<const T>(value));
   }
 
+  void forget() {
+    std::unique_lock lock(mutex_);
+    for (auto& of_kind : found_) of_kind.clear();
+    specs_.clear();
+  }
+
  private:
   std::shared_mutex mutex_;
   std::unordered_map<std::string_view, std::unique_ptr<const T>> found_[KINDS];

@@ -1,0 +1,156 @@
+"""Time of decode attention on a GPU by how its work is cut, for choosing `attention_gpu.tile_of`.
+
+    python benchmarks/attention_tiles.py [--shapes 1x4096,8x4096] [--caches fp8_e4m3,int8,int4] [--minutes 3]
+
+Prints for each shape and cache the tiles from the fastest on, in microseconds; heads and timing are as in attention.py.
+Kernels are compiled by several processes beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.attention_spec import (
+    AttentionKernelSpec,
+    AttentionTile,
+    Reach,
+    attention_kernel_spec,
+    has_integers,
+)
+from qcompile.codegen.spec import decode_kernel_spec
+from qcompile.evaluate.timing import copies, microseconds
+from qcompile.kv_cache import AttentionSpec, KVSpec, parse_kv_cache, quantize
+from qcompile.runtime import attention_gpu, cache
+from qcompile.runtime.gpu import target_of
+
+HEADS, GROUP, SIZE = 8, 4, 128
+DEVICE = torch.device("cuda")
+
+
+def spec_of(given: str) -> AttentionSpec:
+    scheme = parse_kv_cache(json.loads(given) if given.startswith("{") else given)
+    assert scheme is not None
+    half = KVSpec(scheme=scheme, head_dim=SIZE)
+    return AttentionSpec(key=half, value=half, scale=SIZE**-0.5)
+
+
+def tiles(batch: int, context: int) -> list[AttentionTile]:
+    """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for."""
+    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    pairs, found = batch * HEADS, []
+    kinds = [
+        *itertools.product((64,), ((4, 1), (4, 4), (2, 2)), (2, 3, 4)),
+        *itertools.product((128,), ((4, 1), (4, 4), (8, 8)), (2, 3)),
+        *itertools.product((32,), ((2, 2),), (3, 4)),
+    ]
+    for block, (warps, ways), stages in kinds:
+        for split in (1, 2, 4, 8, 16, 32, 64):
+            programs = pairs * split
+            if split * block <= context and processors <= 2 * programs and (programs <= 16 * processors or split == 1):
+                found.append(AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=ways))
+    return found
+
+
+def tensors_of(spec: AttentionSpec, batch: int, context: int) -> list[Tensor]:
+    made: list[Tensor] = []
+    for half in (spec.key, spec.value):
+        scale = None if half.scheme.dynamic else torch.full((), 0.02, device=DEVICE)
+        parts = [
+            quantize(torch.randn(1, HEADS, context, SIZE, device=DEVICE), half.scheme, scale)
+            for _ in range(min(batch, 2))
+        ]
+        codes = torch.cat([parts[i % len(parts)][0] for i in range(batch)])
+        made += [codes, torch.cat([parts[i % len(parts)][1] for i in range(batch)]) if scale is None else scale]
+    return made
+
+
+def compile_one(given: tuple[str, list[tuple[torch.Size, torch.dtype]]]) -> str:
+    """Compile a kernel in a process of its own, by a launch on one sequence."""
+    kernel = decode_kernel_spec(given[0])
+    assert isinstance(kernel, AttentionKernelSpec)
+    try:
+        tensors = [torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in given[1]]
+        query = torch.zeros(1, HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
+        attention_gpu.launch(kernel, cache.load(kernel).kernel, query, tensors, None, None)
+        torch.cuda.synchronize()
+    except Exception as error:  # a compiler's error of any kind is the result
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def main() -> None:
+    """Time all tiles of all shapes, or as many as fit into the time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="1x4096,1x16384,1x65536,8x4096,64x4096")
+    parser.add_argument("--caches", default="fp8_e4m3,int8,int4")
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--keep", type=int, default=8, help="tiles that are printed")
+    given = parser.parse_args()
+    start, target = time.monotonic(), target_of(DEVICE)
+    wanted = []
+    for name, shape in itertools.product(
+        given.caches.split(";" if "{" in given.caches else ","), given.shapes.split(",")
+    ):
+        batch, context = map(int, shape.split("x"))
+        spec = spec_of(name)
+        make = partial(
+            attention_kernel_spec, spec, HEADS, GROUP, 1, "none", Reach(length=False), torch.bfloat16, target
+        )
+        wanted.append((name, batch, context, spec, [make(tile) for tile in tiles(batch, context)]))
+    kernels: dict[AttentionKernelSpec, list[tuple[torch.Size, torch.dtype]]] = {}
+    for _, _, _, spec, found in wanted:
+        kinds = [(t.shape, t.dtype) for t in tensors_of(spec, 1, 128)]
+        kernels.update(dict.fromkeys(found, kinds))
+    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
+        notes = dict(
+            zip(kernels, pool.imap(compile_one, [(k.encode(), s) for k, s in kernels.items()], 4), strict=True)
+        )
+    print(f"{len(kernels)} kernels compiled in {time.monotonic() - start:.0f} s")
+    for kernel, note in notes.items():
+        if note:
+            print("failed:", kernel.tile, note)
+    for name, batch, context, spec, found in wanted:
+        if time.monotonic() - start > 60 * given.minutes:
+            print("out of time before", name, batch, context)
+            break
+        query = torch.randn(batch, HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
+        cold = copies(DEVICE, *tensors_of(spec, batch, context))
+        chosen = attention_gpu.tile_of(
+            batch * HEADS, context, SIZE, GROUP, target, integers=has_integers(spec.scheme.format)
+        )
+        times = {}
+        for kernel in found:
+            if not notes[kernel]:
+                function = cache.load(kernel).kernel
+                calls = [
+                    partial(attention_gpu.launch, kernel, function, query, list(tensors), None, None)
+                    for tensors in cold
+                ]
+                times[kernel.tile] = microseconds(calls, DEVICE)
+        del cold
+        print(f"\n{name} {batch}x{context}, chosen now {chosen}: {times.get(chosen, float('nan')):.2f}")
+        for tile in sorted(times, key=times.__getitem__)[: given.keep]:
+            print(
+                f"  {times[tile]:9.2f}  context {tile.context} ways {tile.ways} of {tile.warps} warps, "
+                f"{tile.stages} stages, split {tile.split}"
+            )
+        for warps, ways in sorted({(t.warps, t.ways) for t in times}):
+            best = min((t for t in times if (t.warps, t.ways) == (warps, ways)), key=times.__getitem__)
+            print(
+                f"  best of {warps} warps, {ways} ways: {times[best]:.2f} context {best.context}, "
+                f"{best.stages} stages, split {best.split}"
+            )
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,167 @@
+"""y [B, Hq, Q, Dv] = softmax(query [B, Hq, Q, D] key^T + mask) value for many queries and a quantized cache.
+
+A program takes ROWS rows, which are all query heads of a head of keys for some tokens, and goes over the context as
+FlashAttention does (T. Dao, 2023): codes are decoded in registers, block by block, and never written. Where positions
+alone say what is attended to, blocks that no row attends to are left out, and only those that some do not attend to are
+masked. Everything else is said in `attention_decode`.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+# <attention>
+from qcompile.codegen.templates.attention_decode import (
+    BLOCK_T,
+    CAUSAL,
+    EARLY,
+    FACTOR,
+    GROUP,
+    HALVES,
+    HEADS,
+    KEY_SCALED,
+    KEY_SIZE,
+    LENGTH,
+    MASK,
+    OFFSETS,
+    PAGE,
+    ROWS,
+    SCALES,
+    START,
+    VALUE_PIECE,
+    VALUE_PIECES,
+    VALUE_SCALED,
+    VALUE_SIZE,
+    WINDOW,
+    attend,
+    beginning,
+    finish,
+    queries_of,
+    scaled,
+    scales_ahead,
+    vectors_of,
+)
+
+# </attention>
+
+
+@triton.jit(
+    do_not_specialize=["context", "tokens", "length_step", "start_step", "mask_batch", "mask_head", "mask_query"]
+)
+def kernel(
+    query,
+    key_codes,
+    key_scale,
+    value_codes,
+    value_scale,
+    mask,
+    length,
+    start,
+    block_table,
+    y,
+    context,
+    tokens,
+    length_step,
+    start_step,
+    mask_batch,
+    mask_head,
+    mask_query,
+):
+    """Grid: (ceil(GROUP * tokens / ROWS), B * HEADS).
+
+    tokens: Q. The others are as in `attention_decode`.
+    """
+    if EARLY:  # this kernel may begin before the one before has ended, and the next before this one has
+        PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those that attend to most begin first
+    pair = tl.program_id(1)
+    batch, head = pair // HEADS, pair % HEADS
+    cell = tile * ROWS + tl.arange(0, ROWS)
+    live = cell < tokens * GROUP
+    row = tl.where(live, cell % GROUP * tokens + cell // GROUP, 0)
+    rows = pair.to(tl.int64) * GROUP * tokens
+    queries, query_sums, unit = queries_of(query + rows * KEY_SIZE, row * KEY_SIZE, live)
+    if PAGE == 0:
+        skipped = pair.to(tl.int64) * context
+        key_codes += skipped * (KEY_SIZE // HALVES)
+        value_codes += skipped * (VALUE_SIZE // HALVES)
+        if SCALES == "token":
+            key_scale += skipped * (KEY_SCALED * (2 if OFFSETS else 1))
+            value_scale += skipped * (VALUE_SCALED * (2 if OFFSETS else 1))
+    else:
+        block_table += batch.to(tl.int64) * (context // PAGE)
+    mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
+    places = row // tokens * mask_head + row % tokens * mask_query
+    key_factor, value_factor = unit * FACTOR, 1.0
+    if SCALES == "tensor" or SCALES == "head":
+        own_scale = head if SCALES == "head" else 0
+        key_factor = tl.load(key_scale + own_scale) * key_factor
+        value_factor = tl.load(value_scale + own_scale)
+    begin, end = 0, context
+    if START:
+        begin = tl.maximum(tl.load(start + batch * start_step), 0).to(tl.int32)
+    if LENGTH:
+        end = tl.minimum(tl.load(length + batch * length_step), context).to(tl.int32)
+    before = end - tokens  # positions before the queries' own, if those are known
+    last = before + row % tokens
+    first_token = tile * ROWS // GROUP
+    final_token = tl.minimum(((tile + 1) * ROWS - 1) // GROUP, tokens - 1)
+    stop = end
+    if CAUSAL:
+        stop = before + final_token + 1
+        if WINDOW:
+            begin = tl.maximum(begin, before + first_token + 1 - WINDOW)
+    first = begin // BLOCK_T
+    seen = first
+    if MASK == "none" and not WINDOW and not START:  # up to which block all rows attend to all
+        seen = end // BLOCK_T
+        if CAUSAL:
+            seen = tl.maximum(before + first_token + 1, 0) // BLOCK_T
+    blocks = (tl.maximum(stop, 0) + BLOCK_T - 1) // BLOCK_T
+    token = tl.arange(0, BLOCK_T)
+    top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
+    # Scales and the block table are read a turn ahead.
+    t = first * BLOCK_T + token
+    inside = (t >= begin) & (t < end)
+    vector = vectors_of(t, inside, head, block_table, first, end)
+    key_scales = scales_ahead(key_scale, vector, inside, KEY_SCALED)
+    value_scales = scales_ahead(value_scale, vector, inside, VALUE_SCALED)
+    for hidden in tl.static_range(2):
+        for block in tl.range(seen if hidden else first, blocks if hidden else seen):
+            ahead = t + BLOCK_T
+            next_inside = (ahead >= begin) & (ahead < end)
+            next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
+            next_key_scales = scales_ahead(key_scale, next_vector, next_inside, KEY_SCALED)
+            next_value_scales = scales_ahead(value_scale, next_vector, next_inside, VALUE_SCALED)
+            top, total, sums, shifts, value_unit = attend(
+                t,
+                vector,
+                (t >= begin) & (t < end),
+                queries,
+                query_sums,
+                key_factor,
+                key_codes,
+                value_codes,
+                key_scale,
+                value_scale,
+                key_scales,
+                value_scales,
+                mask,
+                places,
+                live,
+                last,
+                top,
+                total,
+                sums,
+                shifts,
+                value_unit,
+                hidden == 1,
+            )
+            key_scales, value_scales, t, vector = next_key_scales, next_value_scales, ahead, next_vector
+    if SCALES == "token":
+        value_factor = value_unit
+    sums = scaled(sums, value_factor, shifts)
+    for piece in tl.static_range(VALUE_PIECES):
+        place = y + rows * VALUE_SIZE
+        finish(place, sums[piece], total, row * VALUE_SIZE, live, piece * VALUE_PIECE)

@@ -1,0 +1,143 @@
+"""Paged caches for transformers' models: sequences of unequal length that come and go, decoded together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+
+from qcompile.caches import PagedKVCache
+from qcompile.checkpoint.kv_scales import KVScales
+from qcompile.errors import ConfigError
+from qcompile.integrations.caches import attention_scales, scheme_of
+from qcompile.kv_cache import KVScheme
+from qcompile.pages import PageTable
+
+_WINDOWS = {"full_attention": None, "sliding_attention": "sliding_window"}
+"""Kinds of layers, and the argument that says to how many tokens they attend."""
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The keys and values of one layer of a `TransformersPagedCache`; `update` returns them dequantized."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, pages: PageTable, kv_cache: KVScheme, scales: KVScales | None) -> None:
+        super().__init__()
+        self.pages, self.kv_cache, self.scales = pages, kv_cache, scales
+        self.rows: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the heads, sizes and dtype of the first keys and values."""
+        scales = {} if self.scales is None else {"k_scale": self.scales.k_scale, "v_scale": self.scales.v_scale}
+        self.store = PagedKVCache(
+            self.pages,
+            key_states.shape[1],
+            key_states.shape[3],
+            self.kv_cache,
+            dtype=key_states.dtype,
+            value_dim=value_states.shape[3],
+            **scales,
+        )
+        self.is_initialized = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales; 0 before the first update."""
+        return sum(t.nbytes for t in self.store.buffers()) if self.is_initialized else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the last tokens of the rows of this call; return all their keys and values [b, H, T, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self.store.update(key_states, value_states, self.rows)
+
+    def get_seq_length(self) -> int:
+        raise ConfigError(
+            "sequences of a paged cache have lengths of their own, which transformers' generate does not know: call "
+            "the model with **cache.inputs(...), or give generate a qcompile.TransformersCache"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise ConfigError("a model with a paged cache is called with the masks of **cache.inputs(...)")
+
+    def get_max_length(self) -> int:
+        return self.pages.max_length
+
+
+class TransformersPagedCache(Cache):  # type: ignore[misc]
+    """A paged quantized cache for a transformers model.
+
+    Make room with `cache.pages.append`, then call `model(ids, **cache.inputs(tokens))`. Layers that attend to a sliding
+    window read that window; pages before it stay the sequence's.
+
+    Attributes:
+        pages: the rows, and which pages their sequences have.
+
+    Args:
+        model: whose configuration says what the layers are, and whose attention modules may have scales.
+        kv_cache: see `TransformersCache`.
+        batch, max_length, num_pages, page_size: see `PageTable`.
+
+    Raises:
+        ConfigError: a scheme that cannot be; layers of another kind than full attention and sliding windows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kv_cache: Any = "fp8",
+        *,
+        batch: int,
+        max_length: int,
+        num_pages: int | None = None,
+        page_size: int = 64,
+    ) -> None:
+        scheme = scheme_of(kv_cache)
+        config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+        kinds, arguments = get_layer_types_and_kwargs(config)
+        if unknown := set(kinds) - set(_WINDOWS):
+            raise ConfigError(f"paged caches are for full and sliding attention; the model has {sorted(unknown)} too")
+        device = next(model.parameters()).device
+        self.pages = PageTable(batch, max_length, pages=num_pages, page_size=page_size, device=device)
+        self._windows = {
+            kind: given[_WINDOWS[kind]] if _WINDOWS[kind] else 0 for kind, given in zip(kinds, arguments, strict=True)
+        }
+        self._added = config._attn_implementation == "eager"
+        self._dtype = next(model.parameters()).dtype
+        scales = attention_scales(model)
+        super().__init__(layers=[PagedLayer(self.pages, scheme, scales.get(i)) for i in range(len(kinds))])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes and scales that are allocated."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def inputs(self, tokens: int, rows: Tensor | Sequence[int] | None = None) -> dict[str, Any]:
+        """Arguments of the next call of the model, about the last tokens of some rows.
+
+        Args:
+            tokens: of each row, in the call's `input_ids` [b, tokens]; shorter sequences are padded on the left.
+            rows: integers [b], the rows that the call is about; all, in their order, unless given.
+
+        Returns:
+            `past_key_values`, `position_ids` and `attention_mask`.
+        """
+        if rows is not None and not isinstance(rows, Tensor):
+            rows = torch.tensor(rows, device=self.pages.lengths.device)
+        for layer in self.layers:
+            layer.rows = rows
+        masks = {kind: self._mask(tokens, rows, window) for kind, window in self._windows.items()}
+        return {
+            "past_key_values": self,
+            "position_ids": self.pages.positions(tokens, rows).clamp(min=0),
+            "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
+        }
+
+    def _mask(self, tokens: int, rows: Tensor | None, window: int) -> Tensor:
+        mask = self.pages.mask(tokens, rows, window=window)
+        return torch.where(mask, 0.0, torch.finfo(self._dtype).min).to(self._dtype) if self._added else mask
