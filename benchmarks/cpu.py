@@ -23,7 +23,8 @@ the same round. `peak_mb` is the most memory that the second process had until t
 model was read. Perplexity is of the essay in the package, in windows of 512, with the same token ids for all.
 
 A build of llama-cpp-python for this very processor: `CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary
-llama-cpp-python llama-cpp-python`.
+llama-cpp-python llama-cpp-python`. GCC 12's AMX code
+of it stops with an illegal instruction: GCC drops what writes the configuration, of which it sees one word read.
 
 Every row goes into `<out>/<machine>.cpu.json` when it is there; rows of other implementations stay.
 """
@@ -241,7 +242,6 @@ def models(jobs: list[str], options: argparse.Namespace) -> int:
 
 def linears(options: argparse.Namespace) -> None:
     """Measure products with weights that come from memory."""
-    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     rates = timing.ceilings(cpu)
@@ -266,6 +266,7 @@ def main(arguments: list[str]) -> int:
     if unknown := set(options.only) - set(JOBS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
     failures = models([job for job in options.only if job != "linear"], options)
     if "linear" in options.only:
         linears(options)

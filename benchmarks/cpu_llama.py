@@ -39,7 +39,8 @@ class Session:
 
     def feed(self, ids: list[int]) -> None:
         """Read tokens behind those that were read."""
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(ids))(*ids), len(ids))
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)  # which the batch only points to
+        batch = llama_cpp.llama_batch_get_one(tokens, len(ids))
         assert llama_cpp.llama_decode(self.context, batch) == 0
         llama_cpp.llama_synchronize(self.context)
 

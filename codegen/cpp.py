@@ -207,7 +207,10 @@ def template_text(name: str) -> str:
 
 def operators_source() -> str:
     """The source of the operators that call kernels."""
-    return template_text("operators.cpp")
+    text = template_text("operators.cpp")
+    for header in ("operators.h", "attention_operators.h"):
+        text = text.replace(f'#include "{header}"\n', template_text(header))
+    return text
 
 
 def render_cpp(spec: CppSpec) -> str:

@@ -46,11 +46,11 @@ _library.define(
     "*, Tensor? block_table=None) -> Tensor"
 )
 _library.define("kv_mask(Tensor length, SymInt queries, SymInt context, int window) -> Tensor")
-for _name in ("attention", "attention_gpu", "attention_cpu"):
+for _name in ("attention", "attention_gpu", "attention_cpu", "attention_any"):
     _library.define(
         f"{_name}(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec, {_PLACES}) -> Tensor"
     )
-for _name in ("attention_plain", "attention_plain_gpu", "attention_plain_cpu"):
+for _name in ("attention_plain", "attention_plain_gpu", "attention_plain_cpu", "attention_plain_any"):
     _library.define(
         f"{_name}(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
     )
@@ -282,7 +282,7 @@ def combined_mask(query: Tensor, context: int, mask: Tensor | None, length: Tens
     return mask.masked_fill(~inside, -torch.inf)
 
 
-def _attention_cpu(
+def _attention_any(
     query: Tensor,
     cache: list[Tensor],
     mask: Tensor | None,
@@ -292,15 +292,17 @@ def _attention_cpu(
     start: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
+    """`attention_cpu` until the operator of C++ is there, and then for what that has no kernel for."""
     from qcompile.runtime import attention_cpu
 
     parsed = decode_attention_spec(spec)
     return attention_cpu.attention(query, cache, mask, length, parsed, start=start, block_table=block_table)
 
 
-def _attention_plain_cpu(
+def _attention_plain_any(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
 ) -> Tensor:
+    """What `_attention_any` is, for `attention_plain_cpu`."""
     from qcompile.runtime import attention_cpu
 
     return attention_cpu.attention_plain(query, key, value, mask, length, scale)
@@ -335,8 +337,11 @@ _library.impl("dequantize_kv", _dequantize_kv, "CompositeImplicitAutograd")
 _library.impl("kv_mask", _kv_mask, "CompositeImplicitAutograd")
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
 _library.impl("attention_plain", _attention_plain, "CompositeImplicitAutograd")
-_library.impl("attention_cpu", _attention_cpu, "CPU")
-_library.impl("attention_plain_cpu", _attention_plain_cpu, "CPU")
+# C++ registers these two for CPUs: runtime/cpu_operators.py.
+_library.impl("attention_cpu", _attention_any, "CompositeExplicitAutograd")
+_library.impl("attention_plain_cpu", _attention_plain_any, "CompositeExplicitAutograd")
+_library.impl("attention_any", _attention_any, "CPU")
+_library.impl("attention_plain_any", _attention_plain_any, "CPU")
 _library.impl("attention_gpu", _attention_gpu, "CUDA")
 _library.impl("attention_plain_gpu", _attention_plain_gpu, "CUDA")
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import qcompile.ops  # noqa: F401
+from qcompile import spec_text
 from qcompile.errors import ConfigError, DeviceError, GradientError
+from qcompile.kv_cache import AttentionSpec, KVSpec, decode_attention_spec, parse_kv_cache
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
@@ -147,3 +149,16 @@ def test_spec_round_trip(preset):
 def test_steps_out_of_place_are_refused(steps, message):
     with pytest.raises(ConfigError, match=message):
         made("int4", steps)
+
+
+def test_specs_are_safe_within_quotation_marks_of_other_languages() -> None:
+    spec = LinearSpec(in_features=64, out_features=32, scheme=PRESETS["int4_int8"], layout="rows16")
+    scheme = parse_kv_cache("fp8")
+    assert scheme is not None
+    half = KVSpec(scheme=scheme, head_dim=64)
+    attention = AttentionSpec(key=half, value=half, scale=0.125)
+    for text in (spec.encode(), half.encode(), attention.encode()):
+        assert not {'"', "\\"} & set(text)
+    assert decode_attention_spec(attention.encode()) == attention
+    with pytest.raises(ValueError, match="no spec in a graph"):
+        spec_text.write({"format": "it's"})

@@ -16,7 +16,7 @@ from torch import Tensor
 from qcompile.attention import causal_mask, combined_mask, paged_out, scores_of
 from qcompile.codegen.cpp_attention import CppAttentionSpec, cpp_attention_spec
 from qcompile.kv_cache import MOST_ROWS, AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
-from qcompile.runtime import cpp, cpp_attention
+from qcompile.runtime import cpp, cpp_attention, cpu_operators
 
 BLOCK = 512
 """Positions that torch decodes at once: their keys stay in the second-level cache."""
@@ -126,7 +126,10 @@ def _kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_
     else:
         number, query = (str(t).removeprefix("torch.") for t in (dtype, taken))
         found = CppAttentionSpec(number=number, query=query, isa=isa)
-    return None if found is None else cpp_attention.load(found)
+    kernel = None if found is None else cpp_attention.load(found)
+    if kernel is not None and dtype == taken:
+        cpu_operators.add_attention(spec, dtype, kernel, MOST_ROWS)
+    return kernel
 
 
 @functools.cache

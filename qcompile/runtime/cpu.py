@@ -215,7 +215,7 @@ class _Linear:
         if found is not None:
             places = dict(self.indices)
             indices = [places.get(name, -1) for name, *_ in cpp.Weight._fields_[:6]]
-            cpu_operators.add(spec, dtype, found, rows, self.threads, self.weight(None), indices)
+            cpu_operators.add_linear(spec, dtype, found, rows, self.threads, self.weight(None), indices)
 
     @property
     def threads(self) -> int:
@@ -238,7 +238,7 @@ def _linear(spec: str) -> _Linear:
 def forget_kernels() -> None:
     """Have kernels chosen anew, where `flags.cpu_isa` has changed; no product may be under way."""
     _linear.cache_clear()
-    cpu_operators.forget()
+    cpu_operators.forget_linears()
 
 
 def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Kernel) -> Tensor:

@@ -1,7 +1,8 @@
 """The operators of CPUs in C++ (`codegen/templates/cpp/operators.cpp`): calls of a kernel that pass no Python.
 
-They are built at the first call of `qcompile::gemm_cpu`, which is Python until then and stays so without a compiler;
-they know the kernels that `add` tells them. What they have none for goes to `qcompile::gemm_any`.
+They are built at the first call of an operator, which is Python until then and stays so without a compiler, and know
+the kernels that are added. What they have none for goes to operators in Python: `qcompile::gemm_any`, `attention_any`
+and `attention_plain_any`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 
 from qcompile.codegen.cpp import operators_source
-from qcompile.runtime import cpp
+from qcompile.kv_cache import AttentionSpec
+from qcompile.runtime import cpp, cpp_attention
 
 _KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 
@@ -34,6 +36,17 @@ class _Linear(ctypes.Structure):
     )
 
 
+class _Attend(ctypes.Structure):
+    """The struct of the same name in the source."""
+
+    _fields_ = (
+        ("attention", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "numbers_per_thread", "key_size", "value_size")),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    )
+
+
 @functools.cache
 def _library() -> Any:
     """The loaded library; None where it cannot be built, with a warning unless that is for want of a compiler."""
@@ -46,15 +59,15 @@ def _library() -> Any:
         found = ctypes.CDLL(str(cpp.compile_source(operators_source(), (*command, *options, *linked))))
     except (subprocess.SubprocessError, OSError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        warnings.warn(f"products on CPUs are called through Python: {said[0]}", stacklevel=2)
+        warnings.warn(f"kernels on CPUs are called through Python: {said[0]}", stacklevel=2)
         return None
     found.add_linear.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Linear))
-    found.add_linear.restype = None
-    found.forget_linears.restype = None
+    found.add_attention.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Attend))
+    found.add_linear.restype = found.add_attention.restype = found.forget_linears.restype = None
     return found if found.prepare() == 0 else None
 
 
-def add(
+def add_linear(
     spec: str,
     dtype: torch.dtype,
     kernel: cpp.Kernel,
@@ -81,7 +94,24 @@ def add(
     library.add_linear(spec.encode(), _KINDS[dtype], linear)
 
 
-def forget() -> None:
-    """Let it know no kernels any more."""
+def add_attention(
+    spec: AttentionSpec | None, dtype: torch.dtype, kernel: cpp_attention.AttentionKernel, rows: int
+) -> None:
+    """Let `qcompile::attention_cpu`, or without a spec `attention_plain_cpu`, call a kernel for queries of `dtype`.
+
+    Args:
+        rows: queries times query heads for each head of keys, at most.
+    """
+    if (library := _library()) is None or dtype not in _KINDS or (spec is not None and spec.window):
+        return
+    address = ctypes.cast(kernel.attention, ctypes.c_void_p)
+    numbers = cpp_attention.NUMBERS_PER_THREAD
+    known = (0, 0, 0.0, 0.0) if spec is None else (spec.key.head_dim, spec.value.head_dim, spec.scale, spec.softcap)
+    text = "" if spec is None else spec.encode()
+    library.add_attention(text.encode(), _KINDS[dtype], _Attend(address, rows, numbers, *known))
+
+
+def forget_linears() -> None:
+    """Let `qcompile::gemm_cpu` know no kernels any more."""
     if (library := _library()) is not None:
         library.forget_linears()

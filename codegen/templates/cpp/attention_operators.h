@@ -1,0 +1,128 @@
+// Attention from few tokens to a cache.
+
+// The structs that attention.cpp takes.
+struct Half {
+  const void* codes;
+  const void* scale;
+  i64 batch, head, position, scale_batch, scale_head, scale_position, size;
+};
+
+struct Attention {
+  const void* query;
+  void* y;
+  Half key, value;
+  const void* mask;
+  i64 mask_kind, mask_batch, mask_head, mask_query;
+  i64 batch, heads, group, queries, length;
+  double scale, softcap;
+};
+
+// Attention with a cache of one kind, from queries of one type.
+struct Attend {
+  void (*attention)(const Attention*, int threads);
+  i64 rows;                // queries times query heads a head of keys, at most
+  i64 numbers_per_thread;  // of the cache
+  i64 key_size, value_size;
+  double scale, softcap;
+};
+
+namespace {
+
+Added<Attend>& attends() {
+  static Added<Attend> all;
+  return all;
+}
+
+Half half_of(AtenTensorHandle codes, AtenTensorHandle scale, i64 size) {
+  const i64* by = strides(codes);
+  Half half = {data(codes), nullptr, by[0], by[1], by[2], 0, 0, 0, size};
+  if (scale == nullptr) return half;
+  i64 dimensions;
+  check(aoti_torch_get_dim(scale, &dimensions), "a scale has no dimensions");
+  half.scale = data(scale);
+  by = strides(scale);
+  if (dimensions == 1) half.scale_head = by[0];
+  if (dimensions == 3) half.scale_batch = by[0], half.scale_head = by[1], half.scale_position = by[2];
+  return half;
+}
+
+struct Cache {
+  AtenTensorHandle key, key_scale, value, value_scale;
+};
+
+// y [B, Hq, Q, Dv] of queries [B, Hq, Q, D]; null where no kernel is the one to take.
+AtenTensorHandle attend(
+    const Attend& kernel, AtenTensorHandle query, Kind kind, const Cache& cache, AtenTensorHandle length, i64 key_size,
+    i64 value_size, double scale) {
+  const i64 *shape = sizes(query), *by = strides(query), *context = sizes(cache.key);
+  const i64 batch = context[0], heads = context[1], group = shape[1] / heads, queries = shape[2];
+  const i64 expected[4] = {shape[1] * queries * shape[3], queries * shape[3], shape[3], 1};
+  for (int i = 0; i < 4; ++i) {
+    if (shape[i] == 0 || (shape[i] > 1 && by[i] != expected[i])) return nullptr;
+  }
+  const bool rows_lie = strides(cache.key)[3] == 1 && strides(cache.value)[3] == 1;
+  if (group * queries > kernel.rows || !rows_lie || value_size == 0) return nullptr;
+  i64 end = context[2];
+  if (length != nullptr) {
+    std::int32_t type;
+    i64 dimensions;
+    check(aoti_torch_get_dtype(length, &type), "a length has no type");
+    check(aoti_torch_get_dim(length, &dimensions), "a length has no dimensions");
+    if (type != aoti_torch_dtype_int64() || dimensions != 0) return nullptr;
+    const i64 told = *data<i64>(length);
+    end = told < 0 ? 0 : told < end ? told : end;
+  }
+  const i64 out_shape[4] = {shape[0], shape[1], queries, value_size};
+  AtenTensorHandle y = empty(out_shape, 4, kind);
+  const Attention call = {
+      data(query), data(y), half_of(cache.key, cache.key_scale, key_size),
+      half_of(cache.value, cache.value_scale, value_size), nullptr, 0, 0, 0, 0, batch, heads, group, queries, end,
+      scale, kernel.softcap};
+  kernel.attention(&call, threads_for(batch * heads * end * (key_size + value_size) / kernel.numbers_per_thread));
+  return y;
+}
+
+// attention_plain_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor
+void attention_plain_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  AtenTensorHandle query = from<AtenTensorHandle>(stack[0]), y = nullptr;
+  const Cache cache = {from<AtenTensorHandle>(stack[1]), nullptr, from<AtenTensorHandle>(stack[2]), nullptr};
+  Kind kind;
+  if (given(stack[3]) == nullptr && kind_of(query, &kind)) {
+    if (const Attend* found = attends().find("", kind)) {
+      const i64 key_size = sizes(cache.key)[3], value_size = sizes(cache.value)[3];
+      y = attend(*found, query, kind, cache, given(stack[4]), key_size, value_size, from<double>(stack[5]));
+    }
+  }
+  if (y == nullptr) return pass_on("qcompile::attention_plain_any", stack);
+  for (AtenTensorHandle tensor : {query, cache.key, cache.value}) drop(tensor);
+  drop_optional(stack[4]);
+  stack[0] = to(y);
+}
+
+// attention_cpu(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec, *, Tensor? start,
+//               Tensor? block_table) -> Tensor
+void attention_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
+  AtenTensorHandle query = from<AtenTensorHandle>(stack[0]), y = nullptr;
+  StableListHandle list = from<StableListHandle>(stack[1]);
+  Kind kind;
+  const bool plain = given(stack[2]) == nullptr && given(stack[5]) == nullptr && given(stack[6]) == nullptr;
+  const bool one = sizes(query)[2] == 1;  // of several, each may attend to other positions
+  if (plain && one && kind_of(query, &kind)) {
+    if (const Attend* found = attends().find(text(stack[4]), kind)) {
+      const Cache cache = {item(list, 0), item(list, 1), item(list, 2), item(list, 3)};
+      y = attend(*found, query, kind, cache, given(stack[3]), found->key_size, found->value_size, found->scale);
+    }
+  }
+  if (y == nullptr) return pass_on("qcompile::attention_any", stack);
+  drop(query);
+  drop_list(list);
+  drop_optional(stack[3]);
+  torch_delete_string(from<StringHandle>(stack[4]));
+  stack[0] = to(y);
+}
+
+}  // namespace
+
+// Lets the operators know the kernel of a spec, or "" for caches that are not quantized, for queries of bfloat16 (0) or
+// float32 (1).
+extern "C" void add_attention(const char* spec, int kind, const Attend* attend) { attends().add(spec, kind, *attend); }
