@@ -104,7 +104,7 @@ def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
         return first.as_strided(shape, first.stride())
     with torch.no_grad():
         # Compiled code is guarded by strides, also those of dimensions of size 1, which `torch.cat` may choose anew.
-        merged = huge_pages.empty(shape, first.dtype, first.device).as_strided(shape, first.stride())
+        merged = huge_pages.empty(shape, first).as_strided(shape, first.stride())
         for t, view in zip(tensors, merged.split([t.shape[0] for t in tensors]), strict=True):
             view.copy_(t)
             t.set_(view)

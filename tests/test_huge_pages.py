@@ -25,7 +25,7 @@ def _kilobytes_in_huge_pages() -> int:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.bfloat16])
 def test_tensors_are_as_any_other(dtype: torch.dtype) -> None:
-    tensor = huge_pages.empty((3, 1 << 20), dtype, CPU)
+    tensor = huge_pages.empty((3, 1 << 20), torch.empty(0, dtype=dtype))
     assert (tensor.shape, tensor.dtype, tensor.is_contiguous(), tensor._is_view()) == ((3, 1 << 20), dtype, True, False)
     assert tensor.data_ptr() % huge_pages.PAGE == 0
     tensor.view(torch.uint8)[:] = 3
@@ -52,5 +52,5 @@ def test_a_weight_lies_in_huge_pages_which_go_with_it() -> None:
 
 
 def test_small_tensors_and_other_devices_stay_as_they_are() -> None:
-    assert huge_pages.empty((4, 5), torch.int8, CPU).shape == (4, 5)
-    assert huge_pages.empty((4, 1 << 21), torch.int8, torch.device("meta")).device.type == "meta"
+    assert huge_pages.empty((4, 5), torch.empty(0, dtype=torch.int8)).shape == (4, 5)
+    assert huge_pages.empty((4, 1 << 21), torch.empty(0, dtype=torch.int8, device="meta")).device.type == "meta"

@@ -172,6 +172,14 @@ def scheme_of(kv_cache: Any) -> KVScheme:
     return scheme
 
 
+def layers_of(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """For each layer of a model its kind, and what transformers makes its cache with."""
+    config: Any = model.config
+    kinds, given = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    # Releases up to 5.17 at least have one dictionary for all layers.
+    return list(zip(kinds, [given] * len(kinds) if isinstance(given, dict) else given, strict=True))
+
+
 def attention_scales(model: nn.Module) -> dict[int, KVScales]:
     """The scales that a checkpoint or `calibrate_kv_cache` left on attention modules, by the number of the layer."""
     return {
@@ -197,10 +205,9 @@ class TransformersCache(StaticCache):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module, kv_cache: Any = "fp8", *, max_cache_len: int) -> None:
         scheme = scheme_of(kv_cache)
-        types, arguments = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))  # type: ignore[operator,union-attr]
         scales = attention_scales(model)
         layers = []
-        for index, (kind, given) in enumerate(zip(types, arguments, strict=True)):
+        for index, (kind, given) in enumerate(layers_of(model)):
             if kind in _FULL:
                 layer = QuantizedStaticLayer(max_cache_len, scheme, scales.get(index))
             elif kind in _SLIDING:

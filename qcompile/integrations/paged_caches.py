@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qcompile.caches import PagedKVCache
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.errors import ConfigError
-from qcompile.integrations.caches import attention_scales, scheme_of
+from qcompile.integrations.caches import attention_scales, layers_of, scheme_of
 from qcompile.kv_cache import KVScheme
 from qcompile.pages import PageTable
 
-_WINDOWS = {"full_attention": None, "sliding_attention": "sliding_window"}
-"""Kinds of layers, and the argument that says to how many tokens they attend."""
+_KINDS = {"full_attention", "sliding_attention"}
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -99,18 +98,16 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
     ) -> None:
         scheme = scheme_of(kv_cache)
         config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
-        kinds, arguments = get_layer_types_and_kwargs(config)
-        if unknown := set(kinds) - set(_WINDOWS):
+        layers = layers_of(model)
+        if unknown := {kind for kind, _ in layers} - _KINDS:
             raise ConfigError(f"paged caches are for full and sliding attention; the model has {sorted(unknown)} too")
         device = next(model.parameters()).device
         self.pages = PageTable(batch, max_length, pages=num_pages, page_size=page_size, device=device)
-        self._windows = {
-            kind: given[_WINDOWS[kind]] if _WINDOWS[kind] else 0 for kind, given in zip(kinds, arguments, strict=True)
-        }
+        self._windows = {kind: given["sliding_window"] if kind == "sliding_attention" else 0 for kind, given in layers}
         self._added = config._attn_implementation == "eager"
         self._dtype = next(model.parameters()).dtype
         scales = attention_scales(model)
-        super().__init__(layers=[PagedLayer(self.pages, scheme, scales.get(i)) for i in range(len(kinds))])
+        super().__init__(layers=[PagedLayer(self.pages, scheme, scales.get(i)) for i in range(len(layers))])
 
     @property
     def nbytes(self) -> int:
