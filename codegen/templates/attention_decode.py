@@ -46,9 +46,7 @@ CAUSAL = tl.constexpr(False)
 WINDOW = tl.constexpr(0)
 COMPUTE = tl.constexpr(tl.float16)
 DIVIDE = tl.constexpr(True)
-LARGEST = tl.constexpr(1.0)
 PRECISION = tl.constexpr("tf32x3")
-IMPRECISE = tl.constexpr(0)
 ROWS = tl.constexpr(16)
 BLOCK_K = tl.constexpr(128)
 BLOCK_V = tl.constexpr(128)
@@ -93,7 +91,7 @@ def values_of(codes, HALF: tl.constexpr):
 
 @triton.jit
 def multiplied(left, right):
-    return tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
+    return tl.dot(left, right, input_precision=PRECISION)
 
 
 @triton.jit
@@ -222,7 +220,7 @@ def queries_of(query, places, live):
         greatest = tl.maximum(greatest, tl.max(tl.abs(part.to(tl.float32)), 1))
     unit = greatest * 0.0 + 1.0
     if DIVIDE:  # by a power of two
-        unit = (greatest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * (1.0 / LARGEST)
+        unit = (greatest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         unit = tl.where(unit == 0.0, 1.0, unit)
     queries, query_sums = (), ()
     for piece in tl.static_range(KEY_PIECES):
