@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile.ops  # noqa: F401  (registers the operators)
+from qcompile import memory
 from qcompile.calibrate.assign import choose_schemes
 from qcompile.calibrate.codes import check_codes, choose_codes
 from qcompile.calibrate.report import LayerResult
@@ -177,6 +178,7 @@ def quantize_waiting(
     if parsed is not None and parsed.kv_cache is not None and batches is not None:
         _calibrate_kv_cache(model, parsed.kv_cache, batches)
     _untie_head(model)
+    memory.give_back()
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile import memory
 from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, method_for
@@ -379,9 +380,11 @@ def _fill(
             used |= tensors.taken
         for tensors in reader.layers:
             _check_rest(tensors)
+    memory.give_back()
     if method is not None:
         _load_embeddings(model, method, store, used, device, dtype)
     _load_plain(model, store, used, device, dtype, within)
+    memory.give_back()
 
 
 def _finish(model: nn.Module, store: TensorStore, used: set[str]) -> None:
