@@ -338,7 +338,9 @@ def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
                 continue
             if block_n == 256 and _tensor_memory(like.target):  # of 16 warps, which do not reach it
                 continue
-            for split, stages in itertools.product(_splits(like, k, block_m), (3, 4, 6) if block_m <= 64 else (3, 4)):
+            # Parts of K that are added at the end would spill beside two accumulators of 64 sums.
+            splits = (1,) if like.groups > 1 and block_m > 64 else _splits(like, k, block_m)
+            for split, stages in itertools.product(splits, (3, 4, 6) if block_m <= 64 else (3, 4)):
                 found.append(Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages))
     return found
 

@@ -132,9 +132,9 @@ def test_scales_of_groups_after_a_norm_take_two_kernels(generated):
 def test_gate_and_up_are_one_product_with_nothing_between_it_and_the_next(generated, preset):
     norm, up, down = generated[f"{preset} mlp"]
     assert "rsqrt" in norm
-    assert '"silu(a)*b"' in up
-    assert ('"to_fp8_e4m3"' in up) == (preset == "fp8_static")
-    assert ('"codes_of":"bfloat16"' in down) == (preset == "fp8_static")
+    assert "'silu(a)*b'" in up
+    assert ("'to_fp8_e4m3'" in up) == (preset == "fp8_static")
+    assert ("'codes_of':'bfloat16'" in down) == (preset == "fp8_static")
 
 
 @pytest.mark.parametrize("preset", ["fp8", "fp8_static"])
