@@ -17,6 +17,7 @@ from qcompile.kv_cache import dequantize, parse_kv_cache, quantize
 transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from qcompile.integrations import caches
 from qcompile.integrations.caches import QuantizedSlidingLayer, QuantizedStaticLayer, use_kv_cache
 
 SCHEMES: tuple[Any, ...] = (
@@ -206,3 +207,12 @@ def test_layers_of_other_kinds_stay() -> None:
     cache = qcompile.TransformersCache(model, "fp8", max_cache_len=16)
     assert [type(layer) for layer in cache.layers] == [QuantizedSlidingLayer, QuantizedStaticLayer]
     assert cache.is_sliding == [True, False]
+
+
+def test_both_kinds_of_arguments_that_transformers_gives_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds, window = ["sliding_attention", "full_attention"], {"sliding_window": 4}
+    for given in (window, [window, {}]):
+        monkeypatch.setattr(caches, "get_layer_types_and_kwargs", lambda config, given=given: (kinds, given))
+        full = qcompile.TransformersCache(llama(), "fp8", max_cache_len=8).layers
+        assert [type(layer) for layer in full] == [QuantizedSlidingLayer, QuantizedStaticLayer]
+        assert full[0].max_cache_len == 4
