@@ -4,98 +4,32 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 import struct
 from importlib import resources
 
-import torch
-
 from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
+from qcompile.codegen.decoders import (
+    DTYPES,
+    FIELDS,
+    MAGIC,
+    bits_of,
+    conversion,
+    decode_formula,
+    formula_of,
+    helpers_of,
+    pair_decoder,
+    scale_decoder,
+    word_assembly,
+)
 from qcompile.codegen.nearest import nearest
-from qcompile.codegen.printers import HELPERS, operations, to_triton
+from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
-from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, native_fp8, scales_of, super_last
-from qcompile.expr import Expr, var
+from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, scales_of, super_last
+from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.linear_spec import ACTIVATIONS, GATES, OPERAND_STEPS, STORES
-
-_DTYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
-
-_MAGIC = {"bfloat16": (0x43004300, 128, 7), "float16": (0x64006400, 1024, 8)}
-"""For a type: the bits, twice in a word, of a number whose lowest bits count units; the number; how many bits do."""
-
-_PAIR = """@triton.jit
-def decode_pair(pair):
-    \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
-    return decode(pair & 0xFFFF).to({dtype}), decode((pair >> 16) & 0xFFFF).to({dtype})
-"""
-
-_MAGIC_PAIR = """@triton.jit
-def decode_pair(pair):
-    \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
-    biased = pair | {bits:#x}  # {number} + code in {dtype}
-    low = biased.to(tl.int16).to(tl.{dtype}, bitcast=True) - {offset}
-    high = (biased >> 16).to(tl.int16).to(tl.{dtype}, bitcast=True) - {offset}
-    return low, high
-"""
-
-_MAGIC_ASSEMBLY = """@triton.jit
-def decode_pair(pair):
-    \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
-    # {number} + code in {dtype}, less that number and what the format subtracts
-    low, high = tl.inline_asm_elementwise(
-        "{{ .reg .b32 t, z; or.b32 t, $2, {bits:#x}; mov.b32 z, {negative:#x}; "
-        "add.rn.{packed} t, t, z; mov.b32 {{$0, $1}}, t; }}",
-        "=h,=h,r",
-        [pair],
-        dtype=(tl.int16, tl.int16),
-        is_pure=True,
-        pack=1,
-    )
-    return low.to(tl.{dtype}, bitcast=True), high.to(tl.{dtype}, bitcast=True)
-"""
-
-
-_SIGNED_BYTE_PAIR = """@triton.jit
-def decode_pair(pair):
-    \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
-    biased = (pair & 0x7F007F) | 0x43004300  # 128 + seven bits in bfloat16
-    base = ((pair & 0x800080) ^ 0x800080) | 0x43004300  # 128 if the eighth is set, else 256
-    low = biased.to(tl.int16).to(tl.bfloat16, bitcast=True) - base.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    high = (biased >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return low, high - (base >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-"""
-
-_FIELDS = {"bfloat16": (8, 7), "float16": (5, 10)}
-"""Exponent and mantissa bits."""
-
-
-def _bias_factor(fmt: FloatFormat, dtype: str) -> float:
-    """By how much a format's fields are worth more than in those places of `dtype`: the biases' power of two."""
-    return 2.0 ** ((1 << (_FIELDS[dtype][0] - 1)) - (1 << (fmt.exponent - 1)))
-
-
-def _float_pair(fmt: FloatFormat, dtype: str) -> str:
-    """A Triton function `decode_pair` that works as `FloatFormat.decode` does, on both halves at once."""
-    exponent, mantissa = _FIELDS[dtype]
-    sign = 1 << (fmt.bits - 1)
-    lines = [
-        f"bits = (pair & {(sign - 1) * 0x10001:#x}) << {mantissa - fmt.mantissa}",
-        f"bits |= (pair & {sign * 0x10001:#x}) << {16 - fmt.bits}",
-    ]
-    if fmt.dtype is not None and fmt.exponent < exponent:
-        # Of codes that are not finite, adding the last place that all of them share carries into the sign's bit.
-        ones = 0x7F if fmt.dtype == torch.float8_e4m3fn else 0x7C
-        lines.append(f"special = ((pair & {ones * 0x10001:#x}) + {(0x80 - ones) * 0x10001:#x}) & 0x800080")
-        lines.append(f"bits |= special * {((1 << exponent) - 1 << mantissa) // 0x80:#x}  # all bits of the exponent")
-    factor = _bias_factor(fmt, dtype)
-    for name, half in (("low", "bits"), ("high", "(bits >> 16)")):
-        lines.append(f"{name} = {half}.to(tl.int16).to(tl.{dtype}, bitcast=True) * {factor!r}")
-    body = "".join(f"    {line}\n" for line in [*lines, "return low, high"])
-    text = "Codes in the two halves of an int32, as values: low half, high half."
-    return f'@triton.jit\ndef decode_pair(pair):\n    """{text}"""\n{body}'
 
 
 def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
@@ -106,164 +40,6 @@ def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
     return filled
 
 
-def _formula(value: object) -> Expr:
-    assert isinstance(value, Expr)
-    return value
-
-
-def _function(name: str, body: str) -> str:
-    return f"@triton.jit\ndef {name}\n    return {body}\n"
-
-
-def _helpers(*formulas: Expr) -> str:
-    """The functions that printed formulas call."""
-    needed = set().union(*map(operations, formulas)) if formulas else set()
-    return "".join(HELPERS[name] + "\n\n" for name in HELPERS if name in needed)
-
-
-def decode_formula(fmt: Format) -> str:
-    """A Triton function `decode`: int32 codes to float32 values."""
-    formula = _formula(fmt.decode(var("code")))
-    return _helpers(formula) + _function("decode(code):", to_triton(formula))
-
-
-def pair_decoder(fmt: Format, dtype: str, target: str = "") -> str:
-    """A Triton function `decode_pair`: int32 with a code in each half to two tensors of `dtype`.
-
-    Where a code fits in a type's mantissa, the code is put there with one `or` for both halves, and one exact
-    subtraction leaves its value; floats' fields are moved for both halves at once. Otherwise the format's formula
-    decodes one half after the other.
-    """
-    if isinstance(fmt, IntegerFormat) and dtype in _MAGIC:
-        bits, number, room = _MAGIC[dtype]
-        if fmt.bits <= room:
-            offset = float(number + fmt.offset)
-            if launches_early(target):  # has 16-bit additions of both types
-                negative = _bits(-offset, dtype) * 0x10001
-                packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
-                return _MAGIC_ASSEMBLY.format(bits=bits, number=number, dtype=dtype, negative=negative, packed=packed)
-            return _MAGIC_PAIR.format(bits=bits, number=number, dtype=dtype, offset=offset)
-        if fmt.signed:
-            return _SIGNED_BYTE_PAIR
-    if isinstance(fmt, FloatFormat) and dtype in _FIELDS:
-        return _float_pair(fmt, dtype)
-    return decode_formula(fmt) + "\n\n" + _PAIR.format(dtype=_DTYPES[dtype])
-
-
-def word_values(fmt: Format) -> tuple[float, ...] | None:
-    """The values of a 4-bit format's sixteen codes; None for integers, which need no table."""
-    if isinstance(fmt, TableFormat):
-        return fmt.values
-    if isinstance(fmt, FloatFormat):
-        bias, ones = (1 << (fmt.exponent - 1)) - 1, 1 << fmt.mantissa
-        fields = [divmod(code, ones) for code in range(1 << (fmt.bits - 1))]
-        positive = [math.ldexp(m + (ones if e else 0), max(e, 1) - bias - fmt.mantissa) for e, m in fields]
-        return (*positive, *(-value for value in positive))
-    return None
-
-
-def _look_up(values: tuple[float, ...], dtype: str) -> list[str]:
-    """PTX that puts field j of both halves of word w, as values of `dtype`, into t<j>.
-
-    A byte permutation whose selector is a word of 4-bit codes looks four of them up, in a table of eight bytes: so
-    there is one for the low and one for the high bytes of either half of the table, and the codes' last bits choose.
-    """
-    bits = [_bits(value, dtype) for value in values]
-
-    def table(half: int, byte: int) -> str:
-        entries = bytes(value >> (8 * byte) & 0xFF for value in bits[8 * half : 8 * half + 8])
-        return ", ".join(f"{word:#x}" for word in struct.unpack("<II", entries))
-
-    lines = [".reg .b32 c, m, f, a, b, l0, h0, l1, h1, p, q", "and.b32 c, w, 0x77777777"]
-    lines += ["shr.b32 m, w, 3", "and.b32 m, m, 0x11111111"]
-    for position in (0, 1):
-        if position == 1:
-            lines += ["shr.b32 c, c, 16", "shr.b32 m, m, 16"]
-        lines.append("prmt.b32 f, 0xff00, 0, m")  # 255 in each byte whose code's last bit is set
-        for byte, name in enumerate("lh"):
-            lines += [f"prmt.b32 a, {table(0, byte)}, c", f"prmt.b32 b, {table(1, byte)}, c"]
-            lines.append(f"lop3.b32 {name}{position}, f, a, b, 0xac")  # f ? b : a
-    for fields, order in (((0, 1), "0x5140"), ((2, 3), "0x7362")):
-        lines += [f"prmt.b32 p, l0, h0, {order}", f"prmt.b32 q, l1, h1, {order}"]
-        lines += [f"prmt.b32 t{fields[0]}, p, q, 0x5410", f"prmt.b32 t{fields[1]}, p, q, 0x7632"]
-    return lines
-
-
-def _move_fields(fmt: FloatFormat, dtype: str) -> list[str]:
-    """PTX as that of `_look_up`, for floats: their fields are moved to where `dtype` has its own.
-
-    What that gives is still to be multiplied by `_bias_factor`. Codes whose exponent is zero are subnormal in `dtype`
-    too, so that this makes them right as well.
-    """
-    _, mantissa = _FIELDS[dtype]
-    lines = [".reg .b32 s, m"]
-    for j in range(4):
-        low = fmt.bits * j  # where the code begins in a half
-        sources = []
-        for name, up in (("s", mantissa - fmt.mantissa - low), ("m", 16 - fmt.bits - low)):
-            sources.append(name if up else "w")
-            if up:
-                lines.append(f"sh{'l' if up > 0 else 'r'}.b32 {name}, w, {abs(up)}")
-        fields = ((1 << (fmt.bits - 1)) - 1 << mantissa - fmt.mantissa) * 0x10001
-        lines += [f"and.b32 m, {sources[1]}, 0x80008000", f"lop3.b32 t{j}, {sources[0]}, {fields:#x}, m, 0xea"]
-    return lines
-
-
-def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool) -> str:
-    """PTX that decodes word $8 of eight 4-bit codes: field j of the low half to $<2j>, of the high half to $<2j+1>.
-
-    Fields 0 and 2 are of one row of weights, 1 and 3 of another. $9 and $10 are minus both rows' zero points, less the
-    number of `_MAGIC`, twice in a word each; the next two operands both rows' scales.
-    """
-    packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
-    fused = packed == "bf16x2" and int(target[3:]) < 90  # has no addition and multiplication of its own
-
-    def calculate(operation: str, j: int, by: str) -> str:
-        if fused:
-            return f"fma.rn.{packed} t{j}, t{j}, " + (f"one, {by}" if operation == "add" else f"{by}, none")
-        return f"{operation}.rn.{packed} t{j}, t{j}, {by}"
-
-    lines = [".reg .b32 w, t0, t1, t2, t3", "mov.b32 w, $8"]
-    if fused:
-        lines += [".reg .b32 one, none", "mov.b32 one, 0x3f803f80", "mov.b32 none, 0x80008000"]
-    values = word_values(fmt)
-    if isinstance(fmt, FloatFormat) and int(target[3:]) >= 90:  # others' kernels have no registers left for the factor
-        lines += _move_fields(fmt, dtype)
-        lines.append(f".reg .b32 f; mov.b32 f, {_bits(_bias_factor(fmt, dtype), dtype) * 0x10001:#x}")
-        lines += [calculate("mul", j, "f") for j in range(4)]
-    elif values is not None:
-        lines += _look_up(values, dtype)
-    else:
-        assert isinstance(fmt, IntegerFormat)
-        magic, number, _ = _MAGIC[dtype]
-        lines += [".reg .b32 s, z"]
-        if not zero_points:
-            lines.append(f"mov.b32 z, {_bits(-float(number + fmt.offset), dtype) * 0x10001:#x}")
-        for j in range(4):
-            source = "w"
-            if j:
-                lines.append(f"shr.b32 s, w, {4 * j}")
-                source = "s"
-            lines.append(f"lop3.b32 t{j}, {source}, 0xf000f, {magic:#x}, 0xea")  # (word & mask) | magic
-            lines.append(calculate("add", j, ("$9", "$10")[j % 2] if zero_points else "z"))
-    if scaled:
-        first = 11 if zero_points else 9
-        lines += [calculate("mul", j, f"${first + j % 2}") for j in range(4)]
-    lines += [f"mov.b32 {{$%d, $%d}}, t{j}" % (2 * j, 2 * j + 1) for j in range(4)]
-    return "{ " + " ".join(line + ";" for line in lines) + " }"
-
-
-def _convert(name: str, source: str | None, spec: KernelSpec) -> str:
-    """A Triton function from stored 8-bit values (or activations as they are) to `spec.compute`."""
-    if source is None or spec.compute in ("int8", "fp8"):
-        return _function(f"{name}(x):", "x")
-    dtype = _DTYPES[spec.compute]
-    if source.startswith("fp8") and not native_fp8(spec.target):
-        formula = to_triton(_formula(FORMATS[source].decode(var("code"))))
-        return f"@triton.jit\ndef {name}(x):\n    code = x.to(tl.int32)\n    return {formula}.to({dtype})\n"
-    return _function(f"{name}(x):", f"x.to({dtype})")
-
-
 def _epilogue(spec: KernelSpec) -> str:
     """The functions of an epilogue's formulas, and `epilogue`, which works in float32."""
     formulas = []
@@ -271,7 +47,7 @@ def _epilogue(spec: KernelSpec) -> str:
     operand = 0
 
     def apply(step: str, name: str) -> None:
-        formula = _formula(ACTIVATIONS[step](var(name)))
+        formula = formula_of(ACTIVATIONS[step](var(name)))
         formulas.append(formula)
         lines.append(f"{name} = {to_triton(formula)}")
 
@@ -298,7 +74,7 @@ def _epilogue(spec: KernelSpec) -> str:
             apply(step, "value")
     body = "".join(f"    {line}\n" for line in [*lines, "return value"])
     head = "@triton.jit\ndef epilogue(value, second, bias, operand_0, n, offsets, mask):\n"
-    return f"{_helpers(*formulas)}{head}{body}\n\n"
+    return f"{helpers_of(*formulas)}{head}{body}\n\n"
 
 
 def _store(fmt: Format, scale: str) -> list[str]:
@@ -323,19 +99,11 @@ def _constants(values: dict[str, object]) -> str:
 
 def _holds(dtype: str, fmt: Format) -> bool:
     """Whether a floating-point type holds a format's values exactly."""
-    if dtype not in _FIELDS or not isinstance(fmt, TableFormat):
+    if dtype not in FIELDS or not isinstance(fmt, TableFormat):
         return True
     if dtype == "bfloat16":
-        return all(struct.unpack("<f", struct.pack("<HH", 0, _bits(v, dtype)))[0] == v for v in fmt.values)
+        return all(struct.unpack("<f", struct.pack("<HH", 0, bits_of(v, dtype)))[0] == v for v in fmt.values)
     return all(struct.unpack("<e", struct.pack("<e", value))[0] == value for value in fmt.values)
-
-
-def _bits(value: float, dtype: str) -> int:
-    """The 16 bits of a finite number in bfloat16 or float16. Tracing makes fakes of tensors, so this uses none."""
-    if dtype == "float16":
-        return int.from_bytes(struct.pack("<e", value), "little")
-    bits = int.from_bytes(struct.pack("<f", value), "little")
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
 
 
 def _significant_bits(fmt: Format) -> int:
@@ -353,7 +121,7 @@ def _scale_type(spec: KernelSpec) -> str:
     if spec.compute == "float16" and spec.scale_dtype != "float8_e4m3fn":
         kept = 0  # its exponents are too few
     exact = spec.symmetric and apart and _significant_bits(FORMATS[spec.weight]) + digits <= kept
-    return _DTYPES[spec.compute if exact else "float32"]
+    return DTYPES[spec.compute if exact else "float32"]
 
 
 def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
@@ -366,12 +134,12 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
     words, negative = "", 0
-    if fmt.bits == 4 and decoded in _FIELDS and spec.target.startswith("sm_"):
+    if fmt.bits == 4 and decoded in FIELDS and spec.target.startswith("sm_"):
         zero_points = not spec.symmetric and not spec.offset and scales != "weights"
         scaled = scales == "fragments"
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled)
         if isinstance(fmt, IntegerFormat):
-            negative = _bits(-float(_MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
+            negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
     return {
         "N": spec.n,
         "K": spec.k,
@@ -382,7 +150,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "COLUMNS": spec.columns,
         "SUPER_COLUMNS": spec.super_columns,
         "X_SCALE": spec.activation_scale,
-        "COMPUTE": _DTYPES[spec.compute],
+        "COMPUTE": DTYPES[spec.compute],
         "PRECISION": spec.precision,
         "BLOCK_M": spec.tile.m,
         "BLOCK_N": spec.tile.n,
@@ -406,9 +174,9 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
 def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
     """What fills `gemm_fragment`, some of its constants changed."""
     decoders = (
-        _scale_decoder(spec.scale_dtype, spec.target),
+        scale_decoder(spec.scale_dtype, spec.target),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target),
-        _convert("decode_x", spec.activation, spec),
+        conversion("decode_x", spec.activation, spec),
     )
     constants = _constants(_fragment_constants(spec, decoded) | changed)
     return {"constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
@@ -439,29 +207,11 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "NVIDIA": spec.target.startswith("sm_"),
     }
     decoders = (
-        _scale_decoder(spec.scale_dtype, spec.target),
-        _convert("decode_weight", spec.weight, spec),
-        _convert("decode_x", spec.activation, spec),
+        scale_decoder(spec.scale_dtype, spec.target),
+        conversion("decode_weight", spec.weight, spec),
+        conversion("decode_x", spec.activation, spec),
     )
     return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
-
-
-def _scale_decoder(scale_dtype: str, target: str) -> str:
-    """A Triton function `decode_scale` from the stored type of scales, or bytes where that is an 8-bit float."""
-    head = "@triton.jit\ndef decode_scale(value):\n"
-    if scale_dtype == "float8_e8m0fnu":
-        return head + (
-            "    code = value.to(tl.int32)\n"
-            "    special = (code == 0) | (code == 255)  # the least power of two, which is no normal number, and NaN\n"
-            "    bits = (code << 23) | tl.where(special, 0x400000, 0)\n"
-            "    return bits.to(tl.float32, bitcast=True)\n"
-        )
-    if scale_dtype == "float8_e4m3fn" and not native_fp8(target):
-        formula = to_triton(_formula(FORMATS["fp8_e4m3"].decode(var("code"))))
-        return head + f"    code = value.to(tl.int32)\n    return {formula}\n"
-    if scale_dtype == "float8_e4m3fn":
-        return head + "    return value.to(tl.float8e4nv, bitcast=True).to(tl.float32)\n"
-    return head + "    return value.to(tl.float32)\n"
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
@@ -547,8 +297,8 @@ def _values(spec: AttentionKernelSpec) -> str:
         return _VALUES.format(body="    return codes.to(COMPUTE)")
     fmt = FORMATS[spec.number]
     if isinstance(fmt, IntegerFormat) and spec.compute == "float16" and spec.target.startswith("sm_"):
-        number = _MAGIC["float16"][1]
-        negative = _bits(-float(number + fmt.offset), "float16") * 0x10001
+        number = MAGIC["float16"][1]
+        negative = bits_of(-float(number + fmt.offset), "float16") * 0x10001
         if fmt.bits == 8:
             parts = ["mov.b32 t, $2; "]
         else:

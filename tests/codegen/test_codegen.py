@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.codegen.cost_model import candidates, device_of, rank, seconds, shared_bytes
+from qcompile.codegen.decoders import decode_formula, pair_decoder
 from qcompile.codegen.printers import HELPERS, operations, to_triton
-from qcompile.codegen.render import decode_formula, pair_decoder, render
+from qcompile.codegen.render import render
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
