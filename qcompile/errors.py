@@ -24,7 +24,7 @@ class GradientError(QCompileError, RuntimeError):
 
 
 class DeviceError(QCompileError, RuntimeError):
-    """An operation has no kernel for the device that its tensors are on."""
+    """A device is not there, or there is no kernel for it."""
 
 
 class CacheFullError(QCompileError, RuntimeError):

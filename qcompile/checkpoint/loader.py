@@ -19,7 +19,7 @@ from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, method_for
 from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
-from qcompile.errors import CheckpointError, ConfigError, LayerError, shown
+from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerError, shown
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.linears import linear_modules, quantize_inputs
 from qcompile.modules import PackedModule, QuantizedLinear
@@ -196,7 +196,11 @@ def load(
     Raises:
         CheckpointError: a file that is missing, damaged, hostile or of an unknown kind; names the file and tensor.
         ConfigError: a dtype that the method cannot compute in.
+        DeviceError: a GPU where there is none.
     """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"{path} was to be loaded to {device}, and torch sees no GPU here; choose cpu")
     source = open_checkpoint(path)
     if model is None:
         if source.config is None:
@@ -206,7 +210,7 @@ def load(
         dtype = dtype or getattr(source.config, "dtype", None) or torch.bfloat16
         model = skeleton(source.config, dtype)
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
-    fill(model, source, torch.device(device), dtype, progress=progress)
+    fill(model, source, device, dtype, progress=progress)
     if activation is not None:
         quantize_inputs(model, activation)
     if hasattr(model, "name_or_path"):

@@ -25,7 +25,7 @@ import qcompile
 from qcompile.checkpoint.loader import open_checkpoint, quantization_config
 from qcompile.checkpoint.method import LayerTensors, Method, method_for, register
 from qcompile.checkpoint.store import INDEX, open_store, read_json
-from qcompile.errors import CheckpointError, ConfigError, QCompileError
+from qcompile.errors import CheckpointError, ConfigError, DeviceError, QCompileError
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "a.bias": torch.arange(3.0), "b.weight": torch.zeros(2, 2)}
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -393,3 +393,11 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, package, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda what: None if what == package else found(what))
     with pytest.raises(CheckpointError, match=rf"needs {package}: `pip install \"qcompile\[hf\]\"`"):
         qcompile.load(tmp_path if name == "config.json" else tmp_path / name)
+
+
+def test_a_gpu_that_is_not_there_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="sees no GPU here; choose cpu"):
+        qcompile.load(tmp_path / "nothing", device="cuda")
