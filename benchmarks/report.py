@@ -34,8 +34,8 @@ python benchmarks/attention.py && python benchmarks/decode.py && python benchmar
 python benchmarks/report.py
 ```
 
-and on a CPU `python benchmarks/cpu.py && python benchmarks/attention_cpu.py`; `qcompile bench --shape 4096x14336 --scheme
-int4` measures any shape.
+and on a CPU `python benchmarks/cpu.py && python benchmarks/attention_cpu.py`; `qcompile bench --shape 4096x14336
+--scheme int4` measures any shape.
 
 "The limit" is the longer of reading every byte once and of multiplying, at the rates that the same run reached in a
 large copy and in products of 8192 x 8192; other shapes may multiply a little faster than those, and then have more than
