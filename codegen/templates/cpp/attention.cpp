@@ -562,16 +562,6 @@ static void combine(const Attention& a, i64 pair, const float* partials) {
   }
 }
 
-// Whether the operating system lets this process use what the kernel needs: 0 if so.
-extern "C" int prepare() {
-#if defined(__AMX_BF16__)
-  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return (int)syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-#else
-  return 0;
-#endif
-}
-
 extern "C" void attention(const Attention* given, int threads) {
   const Attention& a = *given;
   const i64 pairs = a.batch * a.heads, parts = a.parts(), part = a.part(), size = partial_size(a);

@@ -288,16 +288,6 @@ static void multiply_by_squares(
 }
 #endif
 
-// Whether the operating system lets this process use what the kernel needs: 0 if so.
-extern "C" int prepare() {
-#if defined(__AMX_BF16__)
-  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return (int)syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-#else
-  return 0;
-#endif
-}
-
 // x is [m, stride], where stride is K rounded up to a multiple of 32 and columns from K on are 0; scratch is of
 // m (stride + groups) floats.
 extern "C" void gemm(

@@ -444,16 +444,6 @@ static void multiply_by_squares(
 }
 #endif
 
-// Whether the operating system lets this process use what the kernel needs: 0 if so.
-extern "C" int prepare() {
-#if defined(__AMX_INT8__)
-  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return (int)syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
-#else
-  return 0;
-#endif
-}
-
 constexpr i64 FEWEST_SQUARE = 5;  // rows of x for which the matrix unit is worth its tiles
 
 static bool by_squares(const Weight& w, i64 m) {

@@ -9,7 +9,7 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
-#if defined(__AMX_BF16__)
+#if defined(__AMX_TILE__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -296,4 +296,14 @@ static inline void each(std::integer_sequence<int, INDEX...>, Body body) {
 template <int COUNT, class Body>
 static inline void each(Body body) {
   each(std::make_integer_sequence<int, COUNT>(), body);
+}
+
+// Whether the operating system lets this process use what the kernel needs: 0 if so.
+extern "C" int prepare() {
+#if defined(__AMX_TILE__)
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return (int)syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+#else
+  return 0;
+#endif
 }
