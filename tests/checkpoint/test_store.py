@@ -379,6 +379,7 @@ def test_methods_of_ones_own(strict, monkeypatch):
     with pytest.raises(ConfigError, match=r"test-strict .*float32; pass dtype=, one of torch\.bfloat16"):
         qcompile.load(strict, model=nn.Linear(2, 2), dtype=torch.float32)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(ConfigError, match=r"compute capability 9\.0, and cuda has 8\.9"):
         qcompile.load(strict, model=nn.Linear(2, 2), device="cuda", dtype=torch.bfloat16)
