@@ -8,8 +8,8 @@ call of each counts, with one thread in time of the processor. torch's attention
 them repeated, as models of transformers do; the quantized caches are also read by plain torch, as without a compiler.
 `error` is that of attention.py.
 
-Rows with `queries` are of prompts, or of their last tokens, causal: torch takes `is_causal` for whole prompts and a mask
-otherwise, keys and values that are repeated beforehand, and does not quantize them.
+Rows with `queries` are of prompts, or of their last tokens, causal: torch takes `is_causal` for whole prompts and else
+a mask, and keys and values of bfloat16 that were repeated beforehand.
 """
 
 from __future__ import annotations
