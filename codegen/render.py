@@ -29,7 +29,8 @@ from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, scales_of, super_last
 from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
-from qcompile.linear_spec import ACTIVATIONS, GATES, OPERAND_STEPS, STORES
+from qcompile.gates import ACTIVATIONS, gate
+from qcompile.linear_spec import OPERAND_STEPS, STORES
 
 
 def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
@@ -45,36 +46,36 @@ def _epilogue(spec: KernelSpec) -> str:
     formulas = []
     lines = []
     operand = 0
-
-    def apply(step: str, name: str) -> None:
-        formula = formula_of(ACTIVATIONS[step](var(name)))
-        formulas.append(formula)
-        lines.append(f"{name} = {to_triton(formula)}")
-
     for step in spec.epilogue:
         if step == "bias":
-            mask = f"n < {spec.width}"
-            lines.append(f"value = value + tl.load(bias + n, mask={mask}, other=0.0).to(tl.float32)")
-            if spec.gated:
-                loaded = f"tl.load(bias + {spec.width} + n, mask={mask}, other=0.0)"
-                lines.append(f"second = second + {loaded}.to(tl.float32)")
+            lines += _bias(spec)
         elif step in OPERAND_STEPS:
             sign = "*" if step == "mul" else "+"
             loaded = f"tl.load(operand_{operand} + offsets, mask=mask, other=0.0)"
             lines.append(f"value = value {sign} {loaded}.to(tl.float32)")
             operand += 1
-        elif step in GATES:
-            for name, function in zip(("value", "second"), GATES[step], strict=True):
-                if function is not None:
-                    apply(function, name)
-            lines.append("value = value * second")
         elif step in STORES:
             lines += _store(FORMATS[STORES[step]], f"operand_{operand}")
         else:
-            apply(step, "value")
+            value = var("value")
+            formula = formula_of(ACTIVATIONS[step](value) if step in ACTIVATIONS else gate(step, value, var("second")))
+            formulas.append(formula)
+            lines.append(f"value = {to_triton(formula)}")
     body = "".join(f"    {line}\n" for line in [*lines, "return value"])
     head = "@triton.jit\ndef epilogue(value, second, bias, operand_0, n, offsets, mask):\n"
     return f"{helpers_of(*formulas)}{head}{body}\n\n"
+
+
+def _bias(spec: KernelSpec) -> list[str]:
+    """Lines that add the bias of each column."""
+    places = {"value": "n"}
+    if spec.gated:
+        first, second = ("2 * n", "2 * n + 1") if spec.paired else ("n", f"{spec.width} + n")
+        places = {"value": first, "second": second}
+    return [
+        f"{name} = {name} + tl.load(bias + {place}, mask=n < {spec.width}, other=0.0).to(tl.float32)"
+        for name, place in places.items()
+    ]
 
 
 def _store(fmt: Format, scale: str) -> list[str]:
@@ -163,6 +164,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "WORDS": words,
         "NEGATIVE": negative,
         "GATED": spec.gated,
+        "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
         "SLAB": spec.tile.form == "slab" and scales != "weights",
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
@@ -202,6 +204,7 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_N": spec.tile.n,
         "BLOCK_K": spec.tile.k,
         "GATED": spec.gated,
+        "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
         "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "NVIDIA": spec.target.startswith("sm_"),
@@ -262,6 +265,7 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
         "X_SCALE": spec.activation_scale,
         "SCALED": spec.rows == 1,
         "GATED": spec.gated,
+        "PAIRED": spec.paired,
         "BLOCK_M": spec.tile.m,
         "BLOCK_N": spec.tile.n,
     }

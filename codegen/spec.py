@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from qcompile.formats import FORMATS, Format
+from qcompile.gates import PAIRS
 from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
 from qcompile.scheme import WHOLE, Granularity
 
@@ -131,8 +132,13 @@ class KernelSpec:
 
     @property
     def gated(self) -> bool:
-        """Whether the first half of a product's columns is multiplied by the second."""
+        """Whether two of a product's columns make one of the output."""
         return gate_of(self.epilogue) is not None
+
+    @property
+    def paired(self) -> bool:
+        """Whether these are neighbours; else they are one of the first half and one of the second."""
+        return (gate_of(self.epilogue) or "").startswith(PAIRS)
 
     @property
     def width(self) -> int:

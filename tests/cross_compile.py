@@ -69,6 +69,7 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         f"operand_{spec.operand_count - 1}": out if spec.stored is None else "*fp32",
         "partial": codes if spec.tile.split == 1 else "*fp32",
         "arrived": codes if spec.tile.split == 1 else "*i32",
+        "bias_stride": "i32",
         "M": "i32",
     }
     return {name: types.get(name, out) for name in names}

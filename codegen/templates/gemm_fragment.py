@@ -6,7 +6,7 @@ last to arrive adds the parts in their order, so results do not depend on timing
 
 With GATED a program multiplies by rows of both halves of the weight, and the epilogue gets both: its tiles of 64 rows
 (or if it has one only, that tile's halves) are those of output columns in the first half of the weight, then the same
-of the second.
+of the second. With PAIRED too, rows that are neighbours in the weight make a column of the output.
 
 A kernel may begin before the one before it has ended: until then it only sends its first weights to the L2 cache. SLAB
 programs then load all their weights before they multiply, others go on in a pipelined loop.
@@ -54,6 +54,7 @@ SUPER_LAST = tl.constexpr(False)
 WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 GATED = tl.constexpr(False)
+PAIRED = tl.constexpr(False)
 SPLIT = tl.constexpr(1)
 SLAB = tl.constexpr(False)
 OVERLAP = tl.constexpr(False)
@@ -79,6 +80,7 @@ ONES = tl.constexpr(((1 << 32) - 1) // FIELD.value)
 """A field of BITS bits, and the lowest bit of each field of a word."""
 ZERO_CODES = tl.constexpr((ONES.value << (BITS.value - 1)) - (1 << 32))
 """The code of 0 in each field."""
+HALVES = tl.constexpr(GATED.value and not PAIRED.value)
 WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
 BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
 """Columns of the output, and of a program's."""
@@ -163,13 +165,13 @@ def in_order(planes):
 @triton.jit
 def first_tile(tile_n):
     """The tile of the weight's rows that holds the first of a program's, whose tiles are counted from `tile_n`."""
-    return tile_n // 2 if GATED else tile_n
+    return tile_n // 2 if HALVES else tile_n
 
 
 @triton.jit
 def place_of(tile_n, index, SIZE: tl.constexpr):
     """For element `index` of a program's tiles, of SIZE elements each: its tile, from the first, and place in it."""
-    if GATED:
+    if HALVES:
         if NT == 1:
             HALF: tl.constexpr = SIZE // 2
             return index // HALF % 2 * (TILES_N // 2), index % HALF + tile_n % 2 * HALF
@@ -537,8 +539,10 @@ def finish(total, x_scale, bias, operand_0, y, first_m, first_n, M):
     if X_SCALE == "token":
         total *= tl.load(x_scale + m, mask=m < M, other=0.0)
     first, second = total, total
-    if GATED:
+    if HALVES:
         first, second = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_WIDTH, BLOCK_M)), (1, 2, 0)))
+    if PAIRED:
+        first, second = tl.split(tl.permute(tl.reshape(total, (BLOCK_WIDTH, 2, BLOCK_M)), (0, 2, 1)))
     mask = (m < M) & (n < WIDTH_N)
     offsets = m.to(tl.int64) * WIDTH_N + n
     value = epilogue(first, second, bias, operand_0, n, offsets, mask)

@@ -12,6 +12,7 @@ import triton.language as tl
 from qcompile.codegen.templates.gemm_fragment import (
     BLOCK_M,
     BLOCK_N,
+    BLOCK_WIDTH,
     GROUPS,
     K_PER_SPLIT,
     SPLIT,
@@ -91,5 +92,5 @@ def kernel(
     )
     bias += expert * N
     tile = block_n * tl.num_programs(0) + tl.program_id(0)
-    first_n = block_n * BLOCK_N
+    first_n = block_n * BLOCK_WIDTH
     finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, end_m)

@@ -211,6 +211,7 @@ def _experts(model: nn.Module, config: QuantConfig | None) -> Iterator[LayerRepo
                 scheme=str(module.scheme),
                 kernel=kernel,
                 bytes_after=module.packed().nbytes,
+                epilogue=decode_spec(module.spec).epilogue,
                 note=f"{module.experts} experts",
             )
     for name in expert_modules(model):

@@ -26,8 +26,9 @@ from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spe
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
+from qcompile.gates import ACTIVATIONS
 from qcompile.layouts import choose_layout
-from qcompile.linear_spec import ACTIVATIONS, LinearSpec
+from qcompile.linear_spec import LinearSpec
 from qcompile.presets import PRESETS, preset
 from qcompile.runtime import cache, gpu, tuning
 from qcompile.runtime import measure as timing
