@@ -21,6 +21,7 @@ from qcompile.codegen.decoders import (
     helpers_of,
     pair_decoder,
     scale_decoder,
+    scale_word_decoder,
     word_assembly,
 )
 from qcompile.codegen.nearest import nearest
@@ -160,7 +161,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "RUN": run,
         "SCALES": scales,
         "SCALE_TYPE": _scale_type(spec),
-        "SUPER_LAST": scales in ("weights", "fragments") and super_last(spec),
+        "SUPER_LAST": scales != "total" and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
         "GATED": spec.gated,
@@ -177,6 +178,7 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
     """What fills `gemm_fragment`, some of its constants changed."""
     decoders = (
         scale_decoder(spec.scale_dtype, spec.target),
+        scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target),
         conversion("decode_x", spec.activation, spec),
     )

@@ -18,7 +18,9 @@ Where scales go (SCALES):
     "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands.
     "weights"    the general way, for narrow blocks of all sorts and for offsets: weights are multiplied in float32,
                  where the offset is added too, so that it cancels nothing that was rounded; or in COMPUTE where that is
-                 exact. One scale above all of a row's may multiply the sum then (SUPER_LAST).
+                 exact.
+
+One scale above all of a row's multiplies the sum (SUPER_LAST) where weights fit without it, unless a row has one scale.
 
 With the first operand in registers, a product that is still under way reads registers, and Triton 3.6 lets it run into
 the next turn of the loop, where they are overwritten. So the sum is `settled` at the end of a turn: all products in it
@@ -107,6 +109,12 @@ PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.v
 def decode_scale(value):
     """From the stored type to float32."""
     return value.to(tl.float32)
+
+
+@triton.jit
+def scale_words(value):
+    """From the stored type to COMPUTE, in both halves of words."""
+    return half_words(decode_scale(value).to(COMPUTE))
 
 
 @triton.jit
@@ -317,7 +325,8 @@ def half_words(value):
 def decode_words(planes, zeros, scales):
     """Weights [BLOCK_N, CHUNK] in COMPUTE (or float32), less zero points and, in fragments, times scales.
 
-    zeros, scales: for both rows of each thread slot, [NT * 128] each, if there are such.
+    zeros, scales: for both rows of each thread slot, [NT * 128] each, if there are such; scales as `scale_words` or as
+        float32.
     """
     if WORDS != "":
         shape: tl.constexpr = (KT, NT, 128, V)
@@ -328,8 +337,7 @@ def decode_words(planes, zeros, scales):
                 words = words + (tl.broadcast_to(tl.reshape(bits, (1, NT, 128, 1)), shape),)
         if SCALES == "fragments":
             for r in tl.static_range(2):
-                bits = half_words(scales[r].to(COMPUTE))
-                words = words + (tl.broadcast_to(tl.reshape(bits, (1, NT, 128, 1)), shape),)
+                words = words + (tl.broadcast_to(tl.reshape(scales[r], (1, NT, 128, 1)), shape),)
         a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
             WORDS,
             CONSTRAINTS,
@@ -408,7 +416,10 @@ def load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, k):
             found = found + (load_scale(scale, super_scale, n, row_mask, first),)
         if SCALES == "fragments":
             r0, r1 = load_slots(scale, tile_n, first // COLUMNS, GROUPS)
-            found = found + (decode_scale(r0), decode_scale(r1))
+            if WORDS != "":
+                found = found + (scale_words(r0), scale_words(r1))
+            else:
+                found = found + (decode_scale(r0), decode_scale(r1))
         if ZERO_SLOTS:
             found = found + load_slots(zero_point, tile_n, first // COLUMNS, GROUPS)
     return found
