@@ -25,6 +25,7 @@ from qcompile.codegen.decoders import (
     word_assembly,
 )
 from qcompile.codegen.nearest import nearest
+from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, scales_of, super_last
@@ -333,6 +334,8 @@ def _holes(spec: AnySpec) -> dict[str, str]:
     """What fills a template."""
     if isinstance(spec, AttentionKernelSpec):
         return _attention(spec)
+    if isinstance(spec, NormKernelSpec):
+        return {"constants": _constants(spec.constants())}
     return _choosing(spec) if isinstance(spec, (ColumnsSpec, RangesSpec)) else _FILL[spec.template](spec)
 
 

@@ -26,10 +26,11 @@ CODEGEN_MAY_IMPORT = {
     "kv_cache",
     "layouts",
     "linear_spec",
+    "norm_spec",
     "scheme",
 }
 PRIVATE_TORCH = {"_C", "_dynamo", "_functorch", "_guards", "_higher_order_ops", "_inductor", "_subclasses"}
-OPERATORS = {"ops", "grouped", "attention"}
+OPERATORS = {"ops", "norms", "grouped", "attention"}
 """What reaches the runtime, inside functions."""
 HEAVY = {"triton", "transformers", "torchao", "gguf", "scipy"}
 """Packages that importing qcompile must not import."""

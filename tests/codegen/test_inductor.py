@@ -129,8 +129,8 @@ def test_activations_are_read_once_and_quantized_once_for_all_that_read_them(gen
         assert f" {name}," in quantize or f"({name}," in quantize
 
 
-def test_scales_of_groups_after_a_norm_take_two_kernels(generated):
-    """Inductor does not join the sum over a row and the maxima of its groups."""
+def test_by_itself_inductor_takes_two_kernels_for_scales_of_groups_after_a_norm(generated):
+    """It does not join the sum over a row and the maxima of its groups: hence the pass `quantize_norms`."""
     norm, quantize, *products = generated["groups"]
     assert "mean" in norm
     assert "amax" in quantize
