@@ -2,8 +2,8 @@
 
 As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
 {"registers", "shared", "spills", "seconds", "mma"} or {"error"}; for NVIDIA "looped" too, which is how many of the
-instructions that spill are in loops, "copies", the bytes of each asynchronous one, and "loads", the types of others. Triton can hang on targets that
-it does not serve, so `measure` runs it as a process with a time limit.
+instructions that spill are in loops, "copies", the bytes of each asynchronous one, and "loads", the types of others.
+Triton can hang on targets that it does not serve, so `measure` runs it as a process with a time limit.
 """
 
 from __future__ import annotations

@@ -287,6 +287,16 @@ def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
         assert found["mma"], f"no matrix instruction in {kernel}"
 
 
+def test_many_rows_on_blackwell_are_summed_in_tensor_memory() -> None:
+    kernels = []
+    for name, shape, m in itertools.product(("int4", "nf4"), ((8192, 4096), (4096, 14336)), (256, 1024)):
+        like = timing.job(name, preset(name), shape, m, torch.bfloat16).like("sm_100")
+        kernels += rank(candidates(like, m), m, keep=1)
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert found["looped"] == 0, (kernel, found)
+        assert found["mma"].startswith("tcgen05"), (kernel, found)
+
+
 def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:
     """The distinct kernels of a shipped table as they were timed, each as its first entry has it."""
     table, found = tuning.shipped(gpu_name), {}
