@@ -184,7 +184,7 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
         conversion("decode_x", spec.activation, spec),
     )
     constants = _constants(_fragment_constants(spec, decoded) | changed)
-    return {"constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
+    return {"constants": constants, "decode": "\n\n".join(decoders) + "\n\n", "ending": _ending()}
 
 
 def _fragment(spec: KernelSpec) -> dict[str, str]:
@@ -217,7 +217,13 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         conversion("decode_weight", spec.weight, spec),
         conversion("decode_x", spec.activation, spec),
     )
-    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
+    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n", "ending": _ending()}
+
+
+def _ending() -> str:
+    """The function of `gemm_ending`."""
+    text = _template("gemm_ending")
+    return text[text.index("@triton.jit\ndef finish_parts") :] + "\n\n"
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) for weights in the `fragment` layout of qcompile/layouts.py.
 
 The weight is the first operand of the product, y^T = weight x^T: its codes go from memory to registers, are decoded
-there, and enter the tensor cores from registers. Programs that share an output tile (SPLIT) each sum a part of K; the
-last to arrive adds the parts in their order, so results do not depend on timing.
+there, and enter the tensor cores from registers. Programs that share an output tile (SPLIT) each sum a part of K, which
+`gemm_ending` adds.
 
 With GATED a program multiplies by rows of both halves of the weight, and the epilogue gets both: its tiles of 64 rows
 (or if it has one only, that tile's halves) are those of output columns in the first half of the weight, then the same
@@ -542,7 +542,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
 
 
 @triton.jit
-def finish(total, x_scale, bias, operand_0, y, first_m, first_n, M):
+def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
     m = first_m + tl.arange(0, BLOCK_M)[None, :]
     n = first_n + tl.arange(0, BLOCK_WIDTH)[:, None]
     if X_SCALE == "tensor":
@@ -560,25 +560,10 @@ def finish(total, x_scale, bias, operand_0, y, first_m, first_n, M):
     tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M):
-    """`finish` with the sum of the parts of all programs of output tile `tile`, in the last that arrives."""
-    if SPLIT == 1:
-        finish(accumulator, x_scale, bias, operand_0, y, first_m, first_n, M)
-    else:
-        m = tl.arange(0, BLOCK_M)
-        place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
-        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
-        there = (first_m + m < M)[None, :]
-        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLIT):
-                part = partial + other * (BLOCK_M * BLOCK_N)
-                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
-            finish(total, x_scale, bias, operand_0, y, first_m, first_n, M)
-            tl.store(arrived + tile, 0)
+# <ending>
+from qcompile.codegen.templates.gemm_ending import finish_parts
+
+# </ending>
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -612,4 +597,4 @@ def kernel(
         first_m + m < M,
     )
     first_n = block_n * BLOCK_WIDTH
-    finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M)
+    finish_parts(accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M)

@@ -93,4 +93,6 @@ def kernel(
     bias += expert * N
     tile = block_n * tl.num_programs(0) + tl.program_id(0)
     first_n = block_n * BLOCK_WIDTH
-    finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, end_m)
+    finish_parts(
+        accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, end_m
+    )

@@ -9,9 +9,8 @@ With GATED a program multiplies by rows of both halves of the weight, first thos
 then the same of the second, and the epilogue gets both. With PAIRED too, rows that are neighbours in the weight make a
 column of the output.
 
-Programs that share an output tile (SPLIT) each sum a part of K; the last to arrive adds the parts in their order. A
-kernel may begin before the one before it has ended: it has sent its first weights to the L2 cache when it waits for its
-activations.
+Programs that share an output tile (SPLIT) each sum a part of K, which `gemm_ending` adds. A kernel may begin before the
+one before it has ended: it has sent its first weights to the L2 cache when it waits for its activations.
 """
 
 # mypy: ignore-errors
@@ -216,25 +215,10 @@ def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
     tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def finish_parts(accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M):
-    """`finish` with the sum of the parts of all programs of output tile `tile`, in the last that arrives."""
-    if SPLIT == 1:
-        finish(accumulator, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
-    else:
-        m = tl.arange(0, BLOCK_M)
-        place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
-        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
-        there = (first_m + m < M)[None, :]
-        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLIT):
-                part = partial + other * (BLOCK_M * BLOCK_N)
-                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
-            finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
-            tl.store(arrived + tile, 0)
+# <ending>
+from qcompile.codegen.templates.gemm_ending import finish_parts
+
+# </ending>
 
 
 @triton.jit(do_not_specialize=["M"])
