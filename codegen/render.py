@@ -176,7 +176,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
 
 
 def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
-    """What fills `gemm_fragment`, some of its constants changed."""
+    """What fills `fragment_weights`, some of its constants changed."""
     decoders = (
         scale_decoder(spec.scale_dtype, spec.target),
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
@@ -184,13 +184,17 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
         conversion("decode_x", spec.activation, spec),
     )
     constants = _constants(_fragment_constants(spec, decoded) | changed)
-    return {"constants": constants, "decode": "\n\n".join(decoders) + "\n\n", "ending": _ending()}
+    return {
+        "weights": _functions_of("fragment_weights"),
+        "constants": constants,
+        "decode": "\n\n".join(decoders) + "\n\n",
+    }
 
 
 def _fragment(spec: KernelSpec) -> dict[str, str]:
     # Values that are scaled before their products are summed are not rounded before.
     exactly = scales_of(spec, spec.tile.scales) == "weights" and not _holds(spec.compute, FORMATS[spec.weight])
-    return _fragment_holes(spec, "float32" if exactly else spec.compute)
+    return _fragment_holes(spec, "float32" if exactly else spec.compute) | _end(spec)
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:
@@ -217,13 +221,13 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         conversion("decode_weight", spec.weight, spec),
         conversion("decode_x", spec.activation, spec),
     )
-    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n", "ending": _ending()}
+    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"} | _end(spec)
 
 
-def _ending() -> str:
-    """The function of `gemm_ending`."""
+def _end(spec: KernelSpec) -> dict[str, str]:
+    """The epilogue, and the function of `gemm_ending`."""
     text = _template("gemm_ending")
-    return text[text.index("@triton.jit\ndef finish_parts") :] + "\n\n"
+    return {"epilogue": _epilogue(spec), "ending": text[text.index("@triton.jit\ndef finish_parts") :] + "\n\n"}
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
@@ -247,7 +251,7 @@ def _experts(spec: KernelSpec) -> str:
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
     # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
-    holes = _fragment_holes(
+    return _fragment_holes(
         spec,
         spec.compute if _holds(spec.compute, FORMATS[spec.weight]) else "float32",
         CHUNK=spec.tile.k,
@@ -258,14 +262,14 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         WORDS="",
         EARLY=False,
     )
-    return {"fragment": _functions_of("gemm_fragment"), **holes}
 
 
 def _functions_of(template: str) -> str:
     """The constants and functions of a template, with its holes."""
     text = _template(template)
-    kernel = text.rindex("@triton.jit", 0, text.index("\ndef kernel("))
-    return text[text.index("# <constants>") : kernel]
+    kernel = text.find("\ndef kernel(")
+    end = len(text) if kernel < 0 else text.rindex("@triton.jit", 0, kernel)
+    return text[text.index("\n# <") + 1 : end].rstrip() + "\n\n\n"
 
 
 def _finish(spec: KernelSpec) -> dict[str, str]:
@@ -278,7 +282,7 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_M": spec.tile.m,
         "BLOCK_N": spec.tile.n,
     }
-    return {"constants": _constants(constants)}
+    return {"constants": _constants(constants), "epilogue": _epilogue(spec)}
 
 
 _VALUES = """@triton.jit
@@ -370,7 +374,6 @@ def render(spec: AnySpec) -> str:
     for name, content in _holes(spec).items():
         text = fill_hole(text, name, content)
     if isinstance(spec, KernelSpec):
-        text = fill_hole(text, "epilogue", _epilogue(spec))
         operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
         text = text.replace("operand_0,", f"{operands},")
     # Profilers and Inductor show the function's own name.

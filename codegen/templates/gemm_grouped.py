@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 # <fragment>
-from qcompile.codegen.templates.gemm_fragment import (
+from qcompile.codegen.templates.fragment_weights import (
     BLOCK_M,
     BLOCK_N,
     BLOCK_WIDTH,
@@ -22,9 +22,8 @@ from qcompile.codegen.templates.gemm_fragment import (
     TILES_N,
     K,
     N,
-    finish_parts,
-    multiply,
 )
+from qcompile.codegen.templates.gemm_fragment import finish_parts, multiply
 
 # </fragment>
 

@@ -24,7 +24,7 @@ from qcompile.codegen.decoders import decode_formula, pair_decoder, scale_decode
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import render
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
-from qcompile.codegen.templates import gemm_fragment
+from qcompile.codegen.templates import fragment_weights
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
@@ -123,7 +123,7 @@ POWERS[-1] = torch.nan
 def test_every_power_of_two(target: str, tmp_path: Path) -> None:
     """Exactly, by both functions that decode scales; words hold them twice."""
     text = "COMPUTE = tl.constexpr(tl.bfloat16)\n\n\n"
-    text += inspect.getsource(gemm_fragment.half_words.fn) + "\n\n"
+    text += inspect.getsource(fragment_weights.half_words.fn) + "\n\n"
     text += scale_decoder("float8_e8m0fnu", target) + "\n\n"
     text += scale_word_decoder("float8_e8m0fnu", "bfloat16", target)
     run = function_of(
