@@ -113,7 +113,7 @@ def _product(
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu_grouped
 
-        if not gpu_grouped.gates(parsed):
+        if gpu_grouped.gate_objection(parsed) is not None:
             alone, gate = _without_gate(parsed)
             y = _multiply(rows, x_scale, offsets, weight, bias, alone, dtype)
             return apply_epilogue(y, None, [], gate).to(dtype)

@@ -178,10 +178,10 @@ def execute(
         return vendor_grouped.finish(product, offsets, bias, spec, kernel, wrap)
 
 
-def gates(spec: LinearSpec) -> bool:
-    """Whether kernels apply the gate of `spec`; else it follows the product."""
+def gate_objection(spec: LinearSpec) -> str | None:
+    """Why the gate of `spec`, if it has one, follows the product; None if kernels apply it."""
     gate = gate_of(spec.epilogue) or PAIRS
-    return gate.startswith(PAIRS) or halves_objection(spec.layout, spec.width, spec.in_features) is None
+    return None if gate.startswith(PAIRS) else halves_objection(spec.layout, spec.width, spec.in_features)
 
 
 def torch_multiplies(x: Tensor, x_scale: Tensor | None, experts: int, spec: LinearSpec, out_dtype: torch.dtype) -> bool:
