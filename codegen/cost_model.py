@@ -327,7 +327,7 @@ def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
     small = like.target.startswith("sm_") and (like.compute, like.target) != ("int8", "sm_90")
     heights = _covers(m, 64 if narrow or like.groups > 1 else 256)
     # Registers hold 64 products a thread beside as many sums and scales of 128 tokens.
-    if m >= 128 and like.groups > 1 and like.compute == "fp8" and like.target == "sm_90" and not like.gated:
+    if m >= 128 and like.groups > 1 and like.compute == "fp8" and like.target == "sm_90":
         heights = (*heights, 128)
     found = []
     for block_m in heights:
