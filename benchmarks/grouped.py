@@ -1,6 +1,7 @@
 """Time of products with stacks of experts on a GPU against torch's own kernels, on weights that come from memory.
 
     python benchmarks/grouped.py [--models mixtral,gpt-oss] [--schemes int4,fp8,mxfp4] [--tokens 1,16,64,256,1024]
+    python benchmarks/grouped.py --gate
 
 Rows go into `benchmarks/results/<machine>.grouped.json` and take the place of those of the same model, shape, scheme
 and tokens. The shapes are the two products of a layer's experts, gate and up merged, and down; every token chooses its
@@ -12,6 +13,9 @@ rows and the products, and of multiplying, at the rates of `timing.ceilings`. Pe
     _grouped_mm          torch's product of bfloat16 rows and stacks
     mm                   a `torch.mm` for each expert that is chosen, which the host knows here, and `torch.cat`
     _scaled_grouped_mm   torch's product of fp8 rows and stacks, and their scales; quantizing is part of the time
+
+With --gate it times the first product alone, with the model's gate behind it: in the product's kernel, and in a kernel
+of Inductor's after it. Rows go into `<machine>.grouped_gate.json`.
 """
 
 from __future__ import annotations
@@ -19,13 +23,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qcompile import compat
+from qcompile import compat, gates
 from qcompile.evaluate.linear import LIMIT, OURS, Candidate, quantize_rows
 from qcompile.evaluate.timing import Call, Row, ceilings, copies, machine_name, microseconds, write_results
 from qcompile.layouts import LAYOUTS, to_layout
@@ -48,11 +52,14 @@ class Model:
     chosen: int
     experts: int
     shapes: tuple[tuple[int, int], ...]
+    gate: str = "silu(a)*b"
 
 
+GPT_OSS = "pairs (min(max(b,-7.0),7.0)+1.0)*(min(a,7.0)*sigmoid(min(a,7.0)*1.702))"
 MODELS = {
     "mixtral": Model(2, 8, ((28672, 4096), (4096, 14336))),
-    "gpt-oss": Model(4, 32, ((5760, 2880), (2880, 2880))),
+    "gpt-oss": Model(4, 32, ((5760, 2880), (2880, 2880)), GPT_OSS),
+    "qwen3": Model(8, 128, ((1536, 2048), (2048, 768))),
     "toy": Model(2, 4, ((128, 256),)),
 }
 
@@ -123,6 +130,24 @@ def quantized(
             yield Candidate("_scaled_grouped_mm" + ", fast accumulation" * fast, name, calls, expected)
 
 
+@torch.compile(dynamic=False)
+def gated(step: str, y: Tensor) -> Tensor:
+    """The gate of a product in 16 bits, computed in float32."""
+    return gates.gate(step, *gates.columns(step, y.float())).to(y.dtype)
+
+
+def gate_candidates(
+    step: str, name: str, given: measure.Job, packed: PackedWeight, x: Tensor, offsets: Tensor, ids: Tensor
+) -> Iterator[Candidate]:
+    """Ours with the gate in the product, and after it."""
+    together = replace(given, spec=given.spec.with_epilogue(step))
+    (within, *_), (apart, *_) = (quantized(name, each, packed, x, offsets, ids) for each in (together, given))
+    expected = gates.gate(step, *gates.columns(step, apart.expected))
+    yield replace(within, impl=f"{OURS}, gate in the product", expected=expected)
+    calls: list[Call] = [lambda call=call: gated(step, call()) for call in apart.calls]  # type: ignore[misc]
+    yield replace(apart, impl=f"{OURS}, gate apart", calls=calls, expected=expected)
+
+
 def floor(
     scheme: Scheme | None, stack_bytes: int, experts: int, n: int, k: int, ids: Tensor, rates: dict[str, float]
 ) -> float:
@@ -134,17 +159,17 @@ def floor(
 
 
 def rows_of(
-    name: str, schemes: list[str], tokens: list[int], rates: dict[str, float], device: torch.device
+    name: str, schemes: list[str], tokens: list[int], rates: dict[str, float], device: torch.device, gate: bool
 ) -> Iterator[Row]:
-    """One row for each shape, number of tokens and candidate.
+    """One row for each shape, number of tokens and candidate; of the first shape alone with its gate.
 
     Raises:
         AssertionError: a result of ours is wrong.
     """
     model = MODELS[name]
     routes = {m: measure.routed(m, model.chosen, model.experts, str(device)) for m in tokens}
-    for n, k in model.shapes:
-        for scheme in [None, *schemes]:
+    for n, k in model.shapes[:1] if gate else model.shapes:
+        for scheme in schemes if gate else [None, *schemes]:
             if scheme is None:
                 stack = torch.randn(model.experts, n, k, device=device, dtype=torch.bfloat16)
                 size, fitted = stack.nbytes, None
@@ -157,24 +182,25 @@ def rows_of(
                 offsets, rows = routes[m], m * model.chosen
                 ids = measure.experts_of(offsets, rows)
                 x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-                found = (
-                    plain(x, stack, offsets, ids)
-                    if scheme is None
-                    else quantized(scheme, given, packed, x, offsets, ids)
-                )
+                if scheme is None:
+                    found = plain(x, stack, offsets, ids)
+                elif gate:
+                    found = gate_candidates(model.gate, scheme, given, packed, x, offsets, ids)
+                else:
+                    found = quantized(scheme, given, packed, x, offsets, ids)
                 for candidate in found:
                     try:
                         y, us = candidate.calls[0](), microseconds(candidate.calls, device)
                     except RuntimeError as failure:
-                        if candidate.impl == OURS:
+                        if candidate.impl.startswith(OURS):
                             raise
                         print(f"{candidate.impl}: {failure}", flush=True)
                         continue
                     error = float((y.double() - candidate.expected).norm() / candidate.expected.norm())
                     wrong = f"{candidate.scheme} {n}x{k} M={m}: error {error:.2g}"
-                    assert candidate.impl != OURS or error <= LIMIT, wrong
+                    assert not candidate.impl.startswith(OURS) or error <= LIMIT, wrong
                     yield {
-                        "bench": "grouped",
+                        "bench": "grouped_gate" if gate else "grouped",
                         "impl": candidate.impl,
                         "scheme": candidate.scheme,
                         "model": name,
@@ -195,20 +221,23 @@ def main() -> None:
     parser.add_argument("--models", default="mixtral,gpt-oss", help=", ".join(MODELS))
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--tokens", default=TOKENS)
+    parser.add_argument("--gate", action="store_true", help="the first product with its gate in it and after it")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
     options = parser.parse_args()
     torch.manual_seed(0)
     compat.allow_recompilations(256)  # a kernel that quantizes for each number of rows
     device = torch.device("cuda")
     rates = ceilings(device)
-    name = f"{machine_name(device)}.grouped.json"
+    kind = "grouped_gate" if options.gate else "grouped"
+    name = f"{machine_name(device)}.{kind}.json"
     path = next((folder / name for folder in (options.out, RESULTS) if (folder / name).exists()), None)
     kept = {key_of(row): row for row in json.loads(path.read_text())["rows"]} if path is not None else {}
     for model in options.models.split(","):
-        for row in rows_of(model, options.schemes.split(","), list(map(int, options.tokens.split(","))), rates, device):
+        schemes, tokens = options.schemes.split(","), list(map(int, options.tokens.split(",")))
+        for row in rows_of(model, schemes, tokens, rates, device, options.gate):
             kept[key_of(row)] = row
             print(json.dumps(row), flush=True)
-            write_results(options.out, "grouped", device, list(kept.values()), rates)
+            write_results(options.out, kind, device, list(kept.values()), rates)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,11 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
             for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
                 if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
                     continue
-                for split, stages in itertools.product(_splits(like, k, block_m), (3, 4)):
+                if warps > 8 and _tensor_memory(like.target):
+                    continue
+                # Parts of K that are added at the end spill beside as many sums that come from tensor memory.
+                whole = _tensor_memory(like.target) and block_m * block_n >= 128 * 128
+                for split, stages in itertools.product((1,) if whole else _splits(like, k, block_m), (3, 4)):
                     tile = Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages)
                     found += [replace(tile, **way) for way in _ways(like, tile)]
     return found + _slabs(like, m)
@@ -296,6 +300,8 @@ def _holds_products(like: KernelSpec, tile: Tile) -> bool:
     if _before_hopper(like.target):
         blocks = 0 < like.super_columns < like.k  # whose scales are loaded too: by more threads, each loads fewer
         return sums == 64 and tile.k <= 64 and tile.warps in ((8,) if blocks else (4, 8))
+    if _tensor_memory(like.target) and tile.split > 1:
+        return False
     return sums == 64 and tile.k <= 128 and tile.warps <= 8
 
 
@@ -321,7 +327,7 @@ def _rows8_tiles(like: KernelSpec, m: int) -> list[Tile]:
     small = like.target.startswith("sm_") and (like.compute, like.target) != ("int8", "sm_90")
     heights = _covers(m, 64 if narrow or like.groups > 1 else 256)
     # Registers hold 64 products a thread beside as many sums and scales of 128 tokens.
-    if m >= 128 and like.groups > 1 and like.compute == "fp8" and like.target == "sm_90" and not like.gated:
+    if m >= 128 and like.groups > 1 and like.compute == "fp8" and like.target == "sm_90":
         heights = (*heights, 128)
     found = []
     for block_m in heights:

@@ -265,10 +265,9 @@ def scale_decoder(scale_dtype: str, target: str) -> str:
     head = "@triton.jit\ndef decode_scale(value):\n"
     if scale_dtype == "float8_e8m0fnu":
         return head + (
-            "    code = value.to(tl.int32)\n"
-            "    special = (code == 0) | (code == 255)  # the least power of two, which is no normal number, and NaN\n"
-            "    bits = (code << 23) | tl.where(special, 0x400000, 0)\n"
-            "    return bits.to(tl.float32, bitcast=True)\n"
+            "    # Code 0 is 2**-127, which is no normal number; of code 255, infinity here, the sum makes NaN.\n"
+            "    power = tl.maximum(value.to(tl.int32) << 23, 0x400000).to(tl.float32, bitcast=True)\n"
+            "    return tl.fma(power, 0.0, power)\n"
         )
     if scale_dtype == "float8_e4m3fn" and not native_fp8(target):
         formula = to_triton(formula_of(FORMATS["fp8_e4m3"].decode(var("code"))))
@@ -276,3 +275,16 @@ def scale_decoder(scale_dtype: str, target: str) -> str:
     if scale_dtype == "float8_e4m3fn":
         return head + "    return value.to(tl.float8e4nv, bitcast=True).to(tl.float32)\n"
     return head + "    return value.to(tl.float32)\n"
+
+
+def scale_word_decoder(scale_dtype: str, compute: str, target: str) -> str:
+    """A Triton function `scale_words`: from the stored type of scales to `compute`, in both halves of words."""
+    head = "@triton.jit\ndef scale_words(value):\n"
+    if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):
+        return head + (
+            "    # As in `decode_scale`, both halves at once.\n"
+            "    powers = tl.maximum(value.to(tl.int32) * 0x800080, 0x400040)\n"
+            '    SUM: tl.constexpr = "{ .reg .b32 z; mov.b32 z, 0; fma.rn.bf16x2 $0, $1, z, $1; }"\n'
+            '    return tl.inline_asm_elementwise(SUM, "=r,r", [powers], dtype=tl.int32, is_pure=True, pack=1)\n'
+        )
+    return head + "    return half_words(decode_scale(value).to(COMPUTE))\n"

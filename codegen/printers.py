@@ -28,6 +28,7 @@ _TRITON: dict[str, Callable[..., str]] = _OPERATORS | {
     "sigmoid": "tl.sigmoid({})".format,
     "tanh": "tanh({})".format,
     "maximum": "maximum({}, {})".format,
+    "minimum": "minimum({}, {})".format,
     "lookup": lambda *operands: f"lookup({', '.join(operands)})",
 }
 
@@ -45,6 +46,11 @@ def tanh(x):
 def maximum(x, least):
     """NaN stays NaN."""
     return tl.where(x < least, least, x)
+''',
+    "minimum": '''@triton.jit
+def minimum(x, most):
+    """NaN stays NaN."""
+    return tl.where(x > most, most, x)
 ''',
     "lookup": '''@triton.jit
 def lookup(code, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15):

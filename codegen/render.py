@@ -21,15 +21,18 @@ from qcompile.codegen.decoders import (
     helpers_of,
     pair_decoder,
     scale_decoder,
+    scale_word_decoder,
     word_assembly,
 )
 from qcompile.codegen.nearest import nearest
+from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, scales_of, super_last
 from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
-from qcompile.linear_spec import ACTIVATIONS, GATES, OPERAND_STEPS, STORES
+from qcompile.gates import ACTIVATIONS, gate
+from qcompile.linear_spec import OPERAND_STEPS, STORES
 
 
 def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
@@ -45,36 +48,36 @@ def _epilogue(spec: KernelSpec) -> str:
     formulas = []
     lines = []
     operand = 0
-
-    def apply(step: str, name: str) -> None:
-        formula = formula_of(ACTIVATIONS[step](var(name)))
-        formulas.append(formula)
-        lines.append(f"{name} = {to_triton(formula)}")
-
     for step in spec.epilogue:
         if step == "bias":
-            mask = f"n < {spec.width}"
-            lines.append(f"value = value + tl.load(bias + n, mask={mask}, other=0.0).to(tl.float32)")
-            if spec.gated:
-                loaded = f"tl.load(bias + {spec.width} + n, mask={mask}, other=0.0)"
-                lines.append(f"second = second + {loaded}.to(tl.float32)")
+            lines += _bias(spec)
         elif step in OPERAND_STEPS:
             sign = "*" if step == "mul" else "+"
             loaded = f"tl.load(operand_{operand} + offsets, mask=mask, other=0.0)"
             lines.append(f"value = value {sign} {loaded}.to(tl.float32)")
             operand += 1
-        elif step in GATES:
-            for name, function in zip(("value", "second"), GATES[step], strict=True):
-                if function is not None:
-                    apply(function, name)
-            lines.append("value = value * second")
         elif step in STORES:
             lines += _store(FORMATS[STORES[step]], f"operand_{operand}")
         else:
-            apply(step, "value")
+            value = var("value")
+            formula = formula_of(ACTIVATIONS[step](value) if step in ACTIVATIONS else gate(step, value, var("second")))
+            formulas.append(formula)
+            lines.append(f"value = {to_triton(formula)}")
     body = "".join(f"    {line}\n" for line in [*lines, "return value"])
     head = "@triton.jit\ndef epilogue(value, second, bias, operand_0, n, offsets, mask):\n"
     return f"{helpers_of(*formulas)}{head}{body}\n\n"
+
+
+def _bias(spec: KernelSpec) -> list[str]:
+    """Lines that add the bias of each column."""
+    places = {"value": "n"}
+    if spec.gated:
+        first, second = ("2 * n", "2 * n + 1") if spec.paired else ("n", f"{spec.width} + n")
+        places = {"value": first, "second": second}
+    return [
+        f"{name} = {name} + tl.load(bias + {place}, mask=n < {spec.width}, other=0.0).to(tl.float32)"
+        for name, place in places.items()
+    ]
 
 
 def _store(fmt: Format, scale: str) -> list[str]:
@@ -159,10 +162,11 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "RUN": run,
         "SCALES": scales,
         "SCALE_TYPE": _scale_type(spec),
-        "SUPER_LAST": scales in ("weights", "fragments") and super_last(spec),
+        "SUPER_LAST": scales != "total" and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
         "GATED": spec.gated,
+        "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
         "SLAB": spec.tile.form == "slab" and scales != "weights",
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
@@ -172,20 +176,25 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
 
 
 def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
-    """What fills `gemm_fragment`, some of its constants changed."""
+    """What fills `fragment_weights`, some of its constants changed."""
     decoders = (
         scale_decoder(spec.scale_dtype, spec.target),
+        scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target),
         conversion("decode_x", spec.activation, spec),
     )
     constants = _constants(_fragment_constants(spec, decoded) | changed)
-    return {"constants": constants, "decode": "\n\n".join(decoders) + "\n\n"}
+    return {
+        "weights": _functions_of("fragment_weights"),
+        "constants": constants,
+        "decode": "\n\n".join(decoders) + "\n\n",
+    }
 
 
 def _fragment(spec: KernelSpec) -> dict[str, str]:
     # Values that are scaled before their products are summed are not rounded before.
     exactly = scales_of(spec, spec.tile.scales) == "weights" and not _holds(spec.compute, FORMATS[spec.weight])
-    return _fragment_holes(spec, "float32" if exactly else spec.compute)
+    return _fragment_holes(spec, "float32" if exactly else spec.compute) | _end(spec)
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:
@@ -202,6 +211,7 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_N": spec.tile.n,
         "BLOCK_K": spec.tile.k,
         "GATED": spec.gated,
+        "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
         "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "NVIDIA": spec.target.startswith("sm_"),
@@ -211,7 +221,13 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         conversion("decode_weight", spec.weight, spec),
         conversion("decode_x", spec.activation, spec),
     )
-    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"}
+    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"} | _end(spec)
+
+
+def _end(spec: KernelSpec) -> dict[str, str]:
+    """The epilogue, and the function of `gemm_ending`."""
+    text = _template("gemm_ending")
+    return {"epilogue": _epilogue(spec), "ending": text[text.index("@triton.jit\ndef finish_parts") :] + "\n\n"}
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
@@ -235,7 +251,7 @@ def _experts(spec: KernelSpec) -> str:
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
     # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
-    holes = _fragment_holes(
+    return _fragment_holes(
         spec,
         spec.compute if _holds(spec.compute, FORMATS[spec.weight]) else "float32",
         CHUNK=spec.tile.k,
@@ -246,14 +262,14 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         WORDS="",
         EARLY=False,
     )
-    return {"fragment": _functions_of("gemm_fragment"), **holes}
 
 
 def _functions_of(template: str) -> str:
     """The constants and functions of a template, with its holes."""
     text = _template(template)
-    kernel = text.rindex("@triton.jit", 0, text.index("\ndef kernel("))
-    return text[text.index("# <constants>") : kernel]
+    kernel = text.find("\ndef kernel(")
+    end = len(text) if kernel < 0 else text.rindex("@triton.jit", 0, kernel)
+    return text[text.index("\n# <") + 1 : end].rstrip() + "\n\n\n"
 
 
 def _finish(spec: KernelSpec) -> dict[str, str]:
@@ -262,10 +278,11 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
         "X_SCALE": spec.activation_scale,
         "SCALED": spec.rows == 1,
         "GATED": spec.gated,
+        "PAIRED": spec.paired,
         "BLOCK_M": spec.tile.m,
         "BLOCK_N": spec.tile.n,
     }
-    return {"constants": _constants(constants)}
+    return {"constants": _constants(constants), "epilogue": _epilogue(spec)}
 
 
 _VALUES = """@triton.jit
@@ -327,6 +344,8 @@ def _holes(spec: AnySpec) -> dict[str, str]:
     """What fills a template."""
     if isinstance(spec, AttentionKernelSpec):
         return _attention(spec)
+    if isinstance(spec, NormKernelSpec):
+        return {"constants": _constants(spec.constants())}
     return _choosing(spec) if isinstance(spec, (ColumnsSpec, RangesSpec)) else _FILL[spec.template](spec)
 
 
@@ -355,7 +374,6 @@ def render(spec: AnySpec) -> str:
     for name, content in _holes(spec).items():
         text = fill_hole(text, name, content)
     if isinstance(spec, KernelSpec):
-        text = fill_hole(text, "epilogue", _epilogue(spec))
         operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
         text = text.replace("operand_0,", f"{operands},")
     # Profilers and Inductor show the function's own name.

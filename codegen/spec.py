@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from qcompile.formats import FORMATS, Format
+from qcompile.gates import PAIRS
 from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
 from qcompile.scheme import WHOLE, Granularity
 
 if TYPE_CHECKING:
     from qcompile.codegen.attention_spec import AttentionKernelSpec
     from qcompile.codegen.columns_spec import ColumnsSpec
+    from qcompile.codegen.norm_kernel_spec import NormKernelSpec
     from qcompile.codegen.ranges_spec import RangesSpec
 
-AnySpec: TypeAlias = "KernelSpec | AttentionKernelSpec | ColumnsSpec | RangesSpec"
+AnySpec: TypeAlias = "KernelSpec | AttentionKernelSpec | ColumnsSpec | NormKernelSpec | RangesSpec"
 
 TEMPLATES = {"fragment": "gemm_fragment", "fragment24": "gemm_fragment", "rows8": "gemm_rows8"}
 """The template that multiplies weights of a layout."""
@@ -131,8 +133,13 @@ class KernelSpec:
 
     @property
     def gated(self) -> bool:
-        """Whether the first half of a product's columns is multiplied by the second."""
+        """Whether two of a product's columns make one of the output."""
         return gate_of(self.epilogue) is not None
+
+    @property
+    def paired(self) -> bool:
+        """Whether these are neighbours; else they are one of the first half and one of the second."""
+        return (gate_of(self.epilogue) or "").startswith(PAIRS)
 
     @property
     def width(self) -> int:
@@ -192,9 +199,12 @@ def decode_kernel_spec(text: str) -> AnySpec:
     """The inverse of `encode` of each kind of spec."""
     from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, PREFILL_TEMPLATE, decode_attention_kernel_spec
     from qcompile.codegen.columns_spec import COLUMNS_TEMPLATE, decode_columns_spec
+    from qcompile.codegen.norm_kernel_spec import NORM_TEMPLATE, decode_norm_kernel_spec
     from qcompile.codegen.ranges_spec import RANGES_TEMPLATE, decode_ranges_spec
 
     given = json.loads(text)
+    if given["template"] == NORM_TEMPLATE:
+        return decode_norm_kernel_spec(text)
     if given["template"] == COLUMNS_TEMPLATE:
         return decode_columns_spec(text)
     if given["template"] == RANGES_TEMPLATE:

@@ -11,6 +11,7 @@ from qcompile.passes.merge_projections import merge_projections
 from qcompile.passes.normalize import normalize
 from qcompile.passes.quantize_attention import quantize_attention
 from qcompile.passes.quantize_linear import quantize_linear
+from qcompile.passes.quantize_norms import quantize_norms
 from qcompile.passes.share_heads import share_heads
 from qcompile.passes.share_quantization import share_quantization
 from qcompile.passes.store_codes import store_codes
@@ -27,6 +28,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_gate,
     fuse_epilogue,
     store_codes,
+    quantize_norms,
     share_quantization,
     verify,
 )

@@ -14,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from qcompile.layouts import LAYOUTS
+from qcompile.layouts import halves_objection
 from qcompile.linear_spec import decode_spec
 from qcompile.passes.context import OP, GraphContext, example
 from qcompile.passes.fuse_epilogue import BINARY, activation_of, fuse
 
 _RULE = "fuse_gate"
 _DIVISIONS = ("split", "chunk", "tensor_split", torch.split, torch.chunk, torch.tensor_split)
-_LARGEST = 2**31
-"""Weights in a half, at most: kernels find the second half by 32-bit numbers."""
 
 
 def _halves(linear: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -77,14 +75,11 @@ def _gate(linear: fx.Node) -> tuple[str, fx.Node, tuple[fx.Node, ...]] | str | N
 def _objection(linear: fx.Node) -> str | None:
     """Why a linear that is divided into halves cannot have a gate."""
     spec = decode_spec(linear.args[-1])  # type: ignore[arg-type]
-    half, tile = spec.out_features // 2, LAYOUTS[spec.layout].tile
     if spec.epilogue not in ((), ("bias",)):
         return "its epilogue comes before it is divided"
-    if half % tile:
-        return f"halves of {half} output features are no multiple of {tile}"
     if spec.scheme.activation is not None and spec.scheme.activation.outlier_threshold is not None:
         return "outlying columns are added to the whole product"
-    return "its weight is too large" if half * spec.in_features >= _LARGEST else None
+    return halves_objection(spec.layout, spec.out_features // 2, spec.in_features)
 
 
 def fuse_gate(context: GraphContext) -> None:

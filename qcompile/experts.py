@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import qcompile.grouped  # noqa: F401  (registers the operator)
 from qcompile.errors import LayerError
+from qcompile.gating import Gating, gate_step
 from qcompile.layouts import Layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.modules import PackedModule
@@ -22,7 +21,7 @@ from qcompile.stacks import expert, stack, stack_layout, stacked_scheme
 
 
 class GroupedLinear(PackedModule):
-    """One projection of all experts: `y[i] = x[i] @ weight[e[i]].T + bias[e[i]]`.
+    """One projection of all experts: `y[i] = x[i] @ weight[e[i]].T + bias[e[i]]`, and a gate behind it if one is set.
 
     Args:
         weights: each expert's, packed [N, K] in the logical layout; all of one scheme.
@@ -51,6 +50,7 @@ class GroupedLinear(PackedModule):
         pre_quant_scale: Tensor | None = None,
         layer: str = "experts",
     ) -> None:
+        self.gate = ""
         self.experts = len(weights)
         self.out_features, self.in_features = weights[0].shape
         perms = [weight.perm for weight in weights if weight.perm is not None]
@@ -69,7 +69,13 @@ class GroupedLinear(PackedModule):
         spec = LinearSpec(
             in_features=self.in_features, out_features=self.out_features, scheme=self.scheme, layout=self.layout
         )
-        return spec if self.bias is None else spec.with_epilogue("bias")
+        steps = [*(["bias"] if self.bias is not None else []), *([self.gate] if self.gate else [])]
+        return spec.with_epilogue(*steps)
+
+    def end_with(self, gate: str) -> None:
+        """Return one column of each two of the product, by a step of `qcompile.gates`."""
+        self.gate = gate
+        self.spec = self._spec().encode()
 
     def expert(self, index: int) -> PackedWeight:
         """One expert's weight [N, K], in the logical layout."""
@@ -88,7 +94,7 @@ class GroupedLinear(PackedModule):
         return decoded.to(self.dtype)
 
     def forward(self, x: Tensor, expert_ids: Tensor) -> Tensor:
-        """x [S, K] and the ascending numbers of its rows' experts, int64 [S], to [S, N]."""
+        """x [S, K] and the ascending numbers of its rows' experts, int64 [S], to [S, N], or [S, N / 2] with a gate."""
         return torch.ops.qcompile.grouped_linear.default(
             x,
             expert_ids,
@@ -103,40 +109,16 @@ class GroupedLinear(PackedModule):
 
     def extra_repr(self) -> str:
         shape = f"{self.experts} x ({self.in_features}, {self.out_features})"
-        return f"{shape}, {self.scheme}, bias={self.bias is not None}"
-
-
-class Gating(nn.Module):
-    """From the product [S, 2 I] of an expert's gate and up projections (or [S, I] of one alone) to [S, I].
-
-    It is the model's own function: the module that held the weights is kept without them.
-    """
-
-    def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
-        memo: dict[int, Any] = {id(parameter): None for parameter in experts.parameters()}
-        config = getattr(experts, "config", None)
-        self.experts = copy.deepcopy(experts, memo | {id(config): config})
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Products of gate and up that were computed apart, arranged as the model has them."""
-        if len(parts) == 1:
-            return parts[0]
-        if self.experts.is_concatenated:
-            return torch.cat(tuple(parts), -1)
-        return torch.stack(tuple(parts), -1).flatten(-2)
-
-    def forward(self, product: Tensor) -> Tensor:
-        function: Any = self.experts._apply_gate if self.experts.has_gate else self.experts.act_fn
-        gated: Tensor = function(product)
-        return gated
+        gate = f", {self.gate}" if self.gate else ""
+        return f"{shape}, {self.scheme}, bias={self.bias is not None}{gate}"
 
 
 class QuantizedExperts(nn.Module):
     """The experts of a mixture, instead of the module of transformers' that held them.
 
-    Rows are sorted by expert, multiplied by one grouped product a projection, and the results added with the router's
-    weights. Shapes do not depend on the router's choice, so the whole compiles and is captured in CUDA graphs.
+    Rows are sorted by expert, multiplied by one grouped product a projection, which applies the gate too if it is a
+    step of `qcompile.gates`, and the results added with the router's weights. Shapes do not depend on the router's
+    choice, so the whole compiles and is captured in CUDA graphs.
 
     Args:
         projections: "down_proj", and "gate_up_proj", or "gate_proj" and "up_proj", or "up_proj" alone.
@@ -151,6 +133,11 @@ class QuantizedExperts(nn.Module):
         for name, projection in projections.items():
             self.add_module(name, projection)
         self.gating = gating
+        self.gated = False
+        step = gate_step(gating, projections[self.first[0]].out_features) if self.first == ("gate_up_proj",) else None
+        if step is not None:
+            projections["gate_up_proj"].end_with(step)
+            self.gated = True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the module that it replaces.
@@ -166,8 +153,8 @@ class QuantizedExperts(nn.Module):
         tokens, top_k = top_k_index.shape
         expert_ids, order = top_k_index.reshape(-1).sort(stable=True)
         rows = hidden_states.index_select(0, order // top_k)
-        product = self.gating.join([self.get_submodule(name)(rows, expert_ids) for name in self.first])
-        y = self.down_proj(self.gating(product), expert_ids)
+        gated = self.gating.join([self.get_submodule(name)(rows, expert_ids) for name in self.first])
+        y = self.down_proj(gated if self.gated else self.gating(gated), expert_ids)
         weighted = y * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(1)
         summed = weighted.index_select(0, order.argsort()).view(tokens, top_k, y.shape[1]).sum(1)
         return summed.to(hidden_states.dtype)

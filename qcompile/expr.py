@@ -127,3 +127,8 @@ sigmoid = _unary("sigmoid", torch.sigmoid)
 def maximum(x: Value, other: float) -> Value:
     """Elementwise maximum with a constant; NaN stays NaN."""
     return _node("maximum", x, other) if isinstance(x, Expr) else x.clamp(min=other)
+
+
+def minimum(x: Value, other: float) -> Value:
+    """Elementwise minimum with a constant; NaN stays NaN."""
+    return _node("minimum", x, other) if isinstance(x, Expr) else x.clamp(max=other)

@@ -1,7 +1,8 @@
 """The operator of mixtures of experts: rows of activations, each multiplied by the weight of one of several experts.
 
 Like `qcompile::linear` it is composite: what is done to the activations is plain torch, and the product is one
-operator, `grouped_gemm` on GPUs, one launch for all experts, or `grouped_gemm_cpu`, a loop over those that are hit.
+operator, `grouped_gemm` on GPUs, one launch for all experts and for a gate behind it, or `grouped_gemm_cpu`, a loop
+over those that are hit.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
-from qcompile.linear_spec import LinearSpec, decode_spec
-from qcompile.ops import quantized_by_product
+from qcompile.linear_spec import LinearSpec, decode_spec, gate_of
+from qcompile.ops import apply_epilogue, quantized_by_product
 from qcompile.reference import quantize_activation
 from qcompile.scheme import Granularity
 
@@ -40,7 +41,7 @@ def _grouped_linear(
     experts: int,
     spec: str,
 ) -> Tensor:
-    """Row i of x [S, K] times the weight of expert `expert_ids[i]`: [S, N].
+    """The epilogue of row i of x [S, K] times the weight of expert `expert_ids[i]`: [S, N], or [S, N / 2] with a gate.
 
     Args:
         expert_ids: int64 [S], ascending, from 0 to `experts` - 1.
@@ -66,13 +67,21 @@ def _grouped_linear(
         return _product(rows, expert_ids, offsets, weight, bias, input_scale, parsed, x.dtype)
     # Outlying columns go through the same codes unquantized.
     outlying = (rows.abs() >= activation.outlier_threshold).any(0)
-    unquantized = replace(parsed, scheme=replace(parsed.scheme, activation=None))
+    alone, gate = _without_gate(parsed)
+    unquantized = replace(alone, scheme=replace(alone.scheme, activation=None))
     outliers = rows.masked_fill(~outlying, 0)
     others = rows.masked_fill(outlying, 0)
-    return (
-        _product(outliers, expert_ids, offsets, weight, bias, None, unquantized, torch.float32)
-        + _product(others, expert_ids, offsets, weight, None, input_scale, replace(parsed, epilogue=()), torch.float32)
-    ).to(x.dtype)
+    y = _product(outliers, expert_ids, offsets, weight, bias, None, unquantized, torch.float32) + _product(
+        others, expert_ids, offsets, weight, None, input_scale, replace(alone, epilogue=()), torch.float32
+    )
+    return apply_epilogue(y, None, [], gate).to(x.dtype)
+
+
+def _without_gate(parsed: LinearSpec) -> tuple[LinearSpec, LinearSpec]:
+    """The same product without its gate, and with its gate alone."""
+    gate = gate_of(parsed.epilogue)
+    rest = tuple(step for step in parsed.epilogue if step != gate)
+    return replace(parsed, epilogue=rest), replace(parsed, epilogue=(gate,) if gate else ())
 
 
 def _product(
@@ -100,18 +109,35 @@ def _product(
             parsed = replace(parsed, scheme=replace(parsed.scheme, activation=activation))
     if rows.device.type == "cpu":
         y = torch.ops.qcompile.grouped_gemm_cpu(rows, x_scale, offsets, weight, parsed.encode())
-        return (y if bias is None else y + bias[expert_ids]).to(dtype)
+        return apply_epilogue(y, None if bias is None else bias[expert_ids], [], parsed).to(dtype)
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu_grouped
 
-        # As in `ops`, compilers see a product of torch's own if the number of rows is known.
-        traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
-        experts = offsets.shape[0] - 1
-        visible = traced and gpu_grouped.torch_multiplies(rows, x_scale, experts, parsed, dtype)
-        operator = gpu_grouped.visible_grouped_gemm() if visible else torch.ops.qcompile.grouped_gemm
-        product: Tensor = operator(rows, x_scale, offsets, weight, bias, parsed.encode(), dtype)
-        return product
+        if gpu_grouped.gate_objection(parsed) is not None:
+            alone, gate = _without_gate(parsed)
+            y = _multiply(rows, x_scale, offsets, weight, bias, alone, dtype)
+            return apply_epilogue(y, None, [], gate).to(dtype)
+        return _multiply(rows, x_scale, offsets, weight, bias, parsed, dtype)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
+
+
+def _multiply(
+    rows: Tensor,
+    x_scale: Tensor | None,
+    offsets: Tensor,
+    weight: list[Tensor],
+    bias: Tensor | None,
+    parsed: LinearSpec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The product on a GPU. As in `ops`, compilers see one of torch's own if the number of rows is known."""
+    from qcompile.runtime import gpu_grouped
+
+    traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
+    visible = traced and gpu_grouped.torch_multiplies(rows, x_scale, offsets.shape[0] - 1, parsed, dtype)
+    operator = gpu_grouped.visible_grouped_gemm() if visible else torch.ops.qcompile.grouped_gemm
+    product: Tensor = operator(rows, x_scale, offsets, weight, bias, parsed.encode(), dtype)
+    return product
 
 
 def _grouped_gemm_cpu(x: Tensor, x_scale: Tensor | None, offsets: Tensor, weight: list[Tensor], spec: str) -> Tensor:
@@ -154,4 +180,4 @@ def _(
     spec: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], decode_spec(spec).out_features), dtype=out_dtype)
+    return x.new_empty((x.shape[0], decode_spec(spec).width), dtype=out_dtype)

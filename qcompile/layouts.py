@@ -350,6 +350,17 @@ def multiplies_integers(scheme: Scheme) -> bool:
     )
 
 
+def halves_objection(layout: str, half: int, columns: int) -> str | None:
+    """Why a kernel cannot join the two halves of a product's columns, of weights of `half` x `columns`; None if it can.
+
+    A program takes whole tiles of both, and finds the second half by 32-bit numbers.
+    """
+    tile = LAYOUTS[layout].tile
+    if half % tile:
+        return f"halves of {half} output features are no multiple of {tile}"
+    return "its weight is too large" if half * columns >= 2**31 else None
+
+
 def choose_layout(scheme: Scheme, shape: tuple[int, int], device_type: str) -> Layout:
     """The layout whose kernel serves a layer best on a kind of device.
 

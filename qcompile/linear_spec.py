@@ -11,24 +11,15 @@ from typing import Any
 
 import torch
 
-from qcompile import expr, spec_text
+from qcompile import spec_text
 from qcompile.errors import ConfigError
 from qcompile.fingerprint import fingerprint
 from qcompile.flags import flags
 from qcompile.formats import FORMATS, Format, get_format
+from qcompile.gates import ACTIVATIONS, is_gate
 from qcompile.methods import ABSMAX, ROUND
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme
 from qcompile.scheme_config import check_keys
-
-ACTIVATIONS: dict[str, Any] = {
-    "relu": lambda x: expr.maximum(x, 0.0),
-    "gelu": lambda x: x * 0.5 * (expr.erf(x * 0.7071067811865476) + 1.0),
-    "gelu_tanh": lambda x: x * 0.5 * (expr.tanh((x + x * x * x * 0.044715) * 0.7978845608028654) + 1.0),
-    "silu": lambda x: x * expr.sigmoid(x),
-    "tanh": expr.tanh,
-    "sigmoid": expr.sigmoid,
-}
-"""Activation functions of an epilogue, as formulas of `qcompile.expr`."""
 
 OPERAND_STEPS = ("mul", "add")
 """Epilogue steps that take a tensor of the output's shape: a gating multiply, a residual."""
@@ -36,21 +27,15 @@ OPERAND_STEPS = ("mul", "add")
 EPILOGUE_STEPS = ("bias", *ACTIVATIONS, *OPERAND_STEPS)
 """Steps that keep the product's shape and stay in float32."""
 
-GATES: dict[str, tuple[str | None, str | None]] = {
-    "a*b": (None, None),
-    **{f"{name}(a)*b": (name, None) for name in ACTIVATIONS},
-    **{f"a*{name}(b)": (None, name) for name in ACTIVATIONS},
-}
-"""Steps that multiply the first half of the columns, a, by the second, b, with the activations of the two: [M, N]
-becomes [M, N / 2]. (N. Shazeer, "GLU variants improve Transformer", arXiv:2002.05202.)"""
-
 STORES = {f"to_{name}": name for name, fmt in FORMATS.items() if fmt.native_dtype is not None}
 """Last steps, which quantize with the static scale that is the last operand, float32 []: the format of the codes."""
 
+_ONE_COLUMN = {*EPILOGUE_STEPS, *STORES}
+
 
 def gate_of(epilogue: tuple[str, ...]) -> str | None:
-    """The step of `GATES` among an epilogue's."""
-    return next((step for step in epilogue if step in GATES), None)
+    """The step among an epilogue's that multiplies columns of the product with others: [M, N] becomes [M, N / 2]."""
+    return next((step for step in epilogue if step not in _ONE_COLUMN and is_gate(step)), None)
 
 
 def stored_by(epilogue: tuple[str, ...]) -> Format | None:
@@ -69,8 +54,8 @@ class LinearSpec:
             default ones.
         layout: name of the packed weight's layout.
         epilogue: steps of `EPILOGUE_STEPS` applied to the product in this order, in float32. "bias" adds the bias;
-            "mul" and "add" each consume the next operand. One step of `GATES` may stand first or after the bias, and
-            one of `STORES` last.
+            "mul" and "add" each consume the next operand. One step of `qcompile.gates` may stand first or after the
+            bias, and one of `STORES` last.
         codes_of: name of the type that the activations had before they were quantized as the scheme says, which is the
             output's type; they come as codes then, with their scale. "" if they come as they are.
 
@@ -86,13 +71,12 @@ class LinearSpec:
     codes_of: str = ""
 
     def __post_init__(self) -> None:
-        if unknown := set(self.epilogue) - {*EPILOGUE_STEPS, *GATES, *STORES}:
-            raise ConfigError(
-                f"unknown epilogue steps {sorted(unknown)}; there are {', '.join((*EPILOGUE_STEPS, *GATES, *STORES))}"
-            )
         gate = gate_of(self.epilogue)
+        if unknown := set(self.epilogue) - {*_ONE_COLUMN, gate}:
+            known = ", ".join((*EPILOGUE_STEPS, *STORES))
+            raise ConfigError(f"unknown epilogue steps {sorted(unknown)}; there are {known}, and one gate: silu(a)*b")
         after = self.epilogue[self.epilogue[:1] == ("bias",) :]
-        if gate is not None and (after[0] != gate or set(after[1:]) & {"bias", *GATES} or self.out_features % 2):
+        if gate is not None and (after[0] != gate or {"bias", gate} & set(after[1:]) or self.out_features % 2):
             raise ConfigError(
                 f"{gate} takes two halves of a product, to which at most a bias was added: {self.epilogue}"
             )

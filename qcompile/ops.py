@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
+from qcompile.gates import ACTIVATIONS, columns, gate
 from qcompile.hadamard import transform
-from qcompile.linear_spec import ACTIVATIONS, GATES, STORES, LinearSpec, decode_spec
+from qcompile.linear_spec import STORES, LinearSpec, decode_spec
 from qcompile.reference import quantize_activation
 from qcompile.scheme import ActivationScheme, Granularity
 
@@ -45,14 +46,12 @@ def apply_epilogue(product: Tensor, bias: Tensor | None, operands: list[Tensor],
             y = y * next(remaining)
         elif step == "add":
             y = y + next(remaining)
-        elif step in GATES:
-            first, second = GATES[step]
-            a, b = y.split(spec.width, -1)
-            y = (ACTIVATIONS[first](a) if first else a) * (ACTIVATIONS[second](b) if second else b)
         elif step in STORES:
             y = store(y, next(remaining), spec)
-        else:
+        elif step in ACTIVATIONS:
             y = ACTIVATIONS[step](y)
+        else:
+            y = gate(step, *columns(step, y))
     return y
 
 

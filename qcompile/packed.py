@@ -189,10 +189,13 @@ def stored_bytes(scheme: WeightScheme, shape: tuple[int, int]) -> int:
     return sum(tensors[name][0].itemsize * math.prod(tensors[name][1]) for name in scheme.fields)
 
 
-def concatenate(weights: list[PackedWeight]) -> PackedWeight:
+def concatenate(weights: list[PackedWeight], *, alternate: bool = False) -> PackedWeight:
     """The weight whose rows are those of all given ones, exactly; they share K, the scheme and the logical layout.
 
     A per-tensor scale becomes one scale a row.
+
+    Args:
+        alternate: the first row of each comes first, then the second of each, of weights of one shape.
 
     Raises:
         ValueError: blocks that would span two weights, or permutations that differ.
@@ -202,7 +205,8 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
     scheme = first.scheme
     block_rows = scheme.granularity.rows
     per_tensor = scheme.granularity == Granularity.tensor()
-    if block_rows != 1 and not per_tensor and not all(w.shape[0] % block_rows == 0 for w in weights[:-1]):
+    spanning = alternate or not all(w.shape[0] % block_rows == 0 for w in weights[:-1])
+    if block_rows != 1 and not per_tensor and spanning:
         raise ValueError("blocks that span two weights cannot be concatenated")
     if first.perm is not None and not all(w.perm is not None and torch.equal(w.perm, first.perm) for w in weights):
         raise ValueError("weights of different act_order cannot be concatenated")
@@ -214,6 +218,9 @@ def concatenate(weights: list[PackedWeight]) -> PackedWeight:
         parts: list[Tensor] = [getattr(w, name) for w in weights]
         if per_tensor and name in ("scale", "zero_point", "offset"):
             parts = [part.expand(w.shape[0], 1) for part, w in zip(parts, weights, strict=True)]
+        if alternate:
+            raw = [part.view(torch.uint8) if part.element_size() == 1 else part for part in parts]
+            return torch.stack(raw, 1).flatten(0, 1).view(parts[0].dtype)
         return torch.cat(parts)
 
     if per_tensor:

@@ -2,8 +2,8 @@
 
 As a program, `python -m tests.cross_compile` reads one encoded `KernelSpec` a line and writes one JSON object a line:
 {"registers", "shared", "spills", "seconds", "mma"} or {"error"}; for NVIDIA "looped" too, which is how many of the
-instructions that spill are in loops, and "copies", the bytes of each asynchronous one. Triton can hang on targets that
-it does not serve, so `measure` runs it as a process with a time limit.
+instructions that spill are in loops, "copies", the bytes of each asynchronous one, and "loads", the types of others.
+Triton can hang on targets that it does not serve, so `measure` runs it as a process with a time limit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
+from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, decode_kernel_spec, native_fp8
+from qcompile.norm_spec import decode_norm
 
 _POINTERS = {
     "bfloat16": "*bf16",
@@ -69,6 +71,7 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         f"operand_{spec.operand_count - 1}": out if spec.stored is None else "*fp32",
         "partial": codes if spec.tile.split == 1 else "*fp32",
         "arrived": codes if spec.tile.split == 1 else "*i32",
+        "bias_stride": "i32",
         "M": "i32",
     }
     return {name: types.get(name, out) for name in names}
@@ -108,11 +111,19 @@ def ranges_signature(spec: RangesSpec, names: list[str]) -> dict[str, str]:
     return {name: types.get(name, "*fp32") for name in names}
 
 
+def norm_signature(spec: NormKernelSpec, names: list[str]) -> dict[str, str]:
+    """Types of arguments as `norm_gpu.launch` passes them; parameters are of the rows' type."""
+    codes = str(decode_norm(spec.norm).activation.dtype).removeprefix("torch.")
+    types = {"codes": _pointer(codes, spec.target), "scale": "*fp32"}
+    return {name: types.get(name, _POINTERS[spec.x_dtype]) for name in names}
+
+
 _SIGNATURES: dict[type, Any] = {
     KernelSpec: signature,
     GroupedSpec: signature,
     AttentionKernelSpec: attention_signature,
     ColumnsSpec: columns_signature,
+    NormKernelSpec: norm_signature,
     RangesSpec: ranges_signature,
 }
 
@@ -170,6 +181,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         "mma": max(set(mma), key=mma.count) if mma else "",
         "order": _order(assembly["ptx"]),
         "copies": sorted(int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*, (0x\w+)", assembly["ptx"])),
+        "loads": sorted(re.findall(r"\bld\.global[.\w]*?\.((?:v\d\.)?[bu]\d+)", assembly["ptx"])),
         "added": len(re.findall(r"\b(?:add|fma)(?:\.rn)?\.f32(?:x2)?\b", assembly["ptx"])),
     }
 

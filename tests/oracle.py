@@ -151,20 +151,32 @@ _FUNCTIONS = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "swish": lambda t: t.clamp(max=7) / (1 + torch.exp(-1.702 * t.clamp(max=7))),
+    "shifted": lambda t: t.clamp(-7, 7) + 1,
 }
+
+GPT_OSS = "(min(max(b,-7.0),7.0)+1.0)*(min(a,7.0)*sigmoid(min(a,7.0)*1.702))"
+"""The gate of gpt-oss: `shifted` of b times `swish` of a."""
 
 
 def gate_functions(step: str) -> tuple[str, str]:
-    """The names of the functions of both halves, "" if there is none: ("silu", "") of "silu(a)*b"."""
-    first, second = step.split("*")
+    """The names of the functions of a and b, "" if there is none: ("silu", "") of "silu(a)*b"."""
+    if step.endswith(GPT_OSS):
+        return "swish", "shifted"
+    first, second = step.removeprefix("pairs ").split("*")
     return first[: -len("(a)")], second[: -len("(b)")]
 
 
-def gate_halves(y: Tensor, step: str) -> tuple[Tensor, Tensor]:
+def gate_columns(y: Tensor, step: str) -> tuple[Tensor, Tensor]:
+    """The columns that are a and those that are b: the halves of [..., N], or after "pairs" every other."""
+    first, second = (y[..., ::2], y[..., 1::2]) if step.startswith("pairs ") else torch.chunk(y, 2, -1)
+    return first, second
+
+
+def gate_factors(y: Tensor, step: str) -> tuple[Tensor, Tensor]:
     """The factors that a gate multiplies, from [..., N]."""
-    halves = torch.chunk(y.to(torch.float64), 2, -1)
-    names = gate_functions(step)
-    first, second = (_FUNCTIONS[name](half) if name else half for name, half in zip(names, halves, strict=True))
+    names, parts = gate_functions(step), gate_columns(y.to(torch.float64), step)
+    first, second = (_FUNCTIONS[name](part) if name else part for name, part in zip(names, parts, strict=True))
     return first, second
 
 
@@ -173,7 +185,8 @@ def epilogue(
 ) -> Tensor:
     """The steps of `qcompile.linear_spec.LinearSpec` in float64; "mul" and "add" take the next operand.
 
-    "f(a)*b" and the like multiply the two halves of the columns, one of them through a function; "to_int8" and the like
+    "f(a)*b" and the like multiply the two halves of the columns, one of them through a function, or after "pairs"
+    every two neighbours; "to_int8" and the like
     divide by the next operand, and bring the quotient within the format's range, unrounded.
     """
     y = product.to(torch.float64)
@@ -187,7 +200,7 @@ def epilogue(
         elif step == "add":
             y = y + waiting.pop(0)
         elif "*" in step:
-            a, b = gate_halves(y, step)
+            a, b = gate_factors(y, step)
             y = a * b
         elif step.startswith("to_"):
             values = decode_values(step.removeprefix("to_"))

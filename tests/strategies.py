@@ -10,9 +10,11 @@ from torch import Tensor
 
 from qcompile.config import QuantConfig, Rule
 from qcompile.formats import FORMATS, IntegerFormat
-from qcompile.linear_spec import EPILOGUE_STEPS, GATES, STORES
+from qcompile.gates import ACTIVATIONS
+from qcompile.linear_spec import EPILOGUE_STEPS, STORES
 from qcompile.presets import PRESETS
 from qcompile.scheme import FLOAT_SCALES, ActivationScheme, Granularity, Scheme, WeightScheme
+from tests.oracle import GPT_OSS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STRIDES = ("contiguous", "transposed", "stepped", "offset")
@@ -127,11 +129,15 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 """Anything a JSON file may hold."""
 
 
+_PLAIN = ("a*b", *(f"{name}(a)*b" for name in ACTIVATIONS), *(f"a*{name}(b)" for name in ACTIVATIONS))
+GATES = (*_PLAIN, GPT_OSS, *(f"pairs {step}" for step in (*_PLAIN, GPT_OSS)))
+
+
 @st.composite
 def epilogues(draw: st.DrawFn) -> tuple[str, ...]:
     """Any epilogue that a `LinearSpec` of an even number of rows takes."""
     steps = draw(st.lists(st.sampled_from(EPILOGUE_STEPS), max_size=4).filter(lambda steps: steps.count("bias") <= 1))
     if draw(st.booleans()):
-        gate = draw(st.sampled_from(sorted(GATES)))
+        gate = draw(st.sampled_from(GATES))
         steps = [*["bias"] * ("bias" in steps), gate, *(step for step in steps if step != "bias")]
     return (*steps, draw(st.sampled_from(sorted(STORES)))) if draw(st.booleans()) else tuple(steps)

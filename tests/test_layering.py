@@ -16,9 +16,21 @@ FOLDERS = {"qcompile": ROOT / "qcompile", "qcompile.passes": ROOT / "passes", "q
 LINKS = {FOLDERS["qcompile"] / "passes", FOLDERS["qcompile"] / "codegen"}
 
 ON_TOP = {"calibrate", "quantize", "decorator", "report", "evaluate", "checkpoint", "integrations", "cli"}
-CODEGEN_MAY_IMPORT = {"codegen", "errors", "expr", "flags", "formats", "kv_cache", "layouts", "linear_spec", "scheme"}
+CODEGEN_MAY_IMPORT = {
+    "codegen",
+    "errors",
+    "expr",
+    "flags",
+    "formats",
+    "gates",
+    "kv_cache",
+    "layouts",
+    "linear_spec",
+    "norm_spec",
+    "scheme",
+}
 PRIVATE_TORCH = {"_C", "_dynamo", "_functorch", "_guards", "_higher_order_ops", "_inductor", "_subclasses"}
-OPERATORS = {"ops", "grouped", "attention"}
+OPERATORS = {"ops", "norms", "grouped", "attention"}
 """What reaches the runtime, inside functions."""
 HEAVY = {"triton", "transformers", "torchao", "gguf", "scipy"}
 """Packages that importing qcompile must not import."""

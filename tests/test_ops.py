@@ -10,9 +10,10 @@ import torch
 import qcompile.ops  # noqa: F401
 from qcompile import spec_text
 from qcompile.errors import ConfigError, DeviceError, GradientError
+from qcompile.gates import ACTIVATIONS
 from qcompile.kv_cache import AttentionSpec, KVSpec, decode_attention_spec, parse_kv_cache
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
-from qcompile.linear_spec import ACTIVATIONS, EPILOGUE_STEPS, LinearSpec, decode_spec
+from qcompile.linear_spec import EPILOGUE_STEPS, LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight

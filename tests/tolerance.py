@@ -106,8 +106,18 @@ def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor) -> Tensor:
     return gamma(3, U32) * (x.to(torch.float64).abs() @ parts.T)
 
 
-SLOPE = {"relu": 1.0, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1, "tanh": 1.0, "sigmoid": 0.25}
-"""Greatest |derivative|: gelu 1.12890 at sqrt(2), gelu_tanh 1.12898, silu 1.09984 at 2.39936."""
+SLOPE = {
+    "relu": 1.0,
+    "gelu": 1.13,
+    "gelu_tanh": 1.13,
+    "silu": 1.1,
+    "tanh": 1.0,
+    "sigmoid": 0.25,
+    "swish": 1.1,
+    "shifted": 1.0,
+}
+"""Greatest |derivative|: gelu 1.12890 at sqrt(2), gelu_tanh 1.12898, silu 1.09984 at 2.39936, and so has
+swish, t sigmoid(c t), at c times that."""
 
 FUNCTION_ERROR = 16 * U32
 """Absolute error of erf, tanh or sigmoid in float32, all of range 1: 4 u for the function in the libraries at hand
@@ -128,9 +138,10 @@ def epilogue_bound(
 
     * adding t: the error stays, plus rounding u32 (|y + t| + error);
     * multiplying by t: the error times |t|, plus rounding u32 |y t|;
-    * a function f: the error times max |f'|, plus evaluation: FUNCTION_ERROR for tanh and sigmoid, FUNCTION_ERROR |y|
-      for gelu and silu (y times a function of range 1), nothing for relu;
-    * a gate a b of halves that err by d and e: |a| e + |b| d + d e, plus rounding u32 (|a b| + that);
+    * a function f: the error times max |f'|, plus evaluation: FUNCTION_ERROR for tanh, sigmoid and
+      `oracle.GPT_OSS`'s sum, of at most 8, FUNCTION_ERROR |y| for gelu, silu and swish (y times a function of range 1),
+      nothing for relu;
+    * a gate a b of columns that err by d and e: |a| e + |b| d + d e, plus rounding u32 (|a b| + that);
     * storing codes: the quotient y / s errs by the error over s, and by 4 u32 for a division within 2 units in the last
       place; bringing it into the range moves no two numbers apart; then rounding to the format.
 
@@ -147,10 +158,14 @@ def epilogue_bound(
         "silu": torch.nn.functional.silu,
         "tanh": torch.tanh,
         "sigmoid": torch.sigmoid,
+        "swish": lambda t: t.clamp(max=7) * torch.sigmoid(1.702 * t.clamp(max=7)),
+        "shifted": lambda t: t.clamp(-7, 7) + 1,
     }
 
     def apply(step: str, y: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        evaluation = FUNCTION_ERROR * (torch.ones_like(y) if step in ("tanh", "sigmoid") else y.abs() + error)
+        evaluation = FUNCTION_ERROR * (
+            torch.ones_like(y) if step in ("tanh", "sigmoid", "shifted") else y.abs() + error
+        )
         return functions[step](y), SLOPE[step] * error + (0 if step == "relu" else evaluation)
 
     for step in steps:
@@ -162,8 +177,9 @@ def epilogue_bound(
             y, error = y * operand, error * operand.abs()
             error = error + U32 * (y.abs() + error) + eta(torch.float32) / 2
         elif "*" in step:
-            halves = zip(oracle.gate_functions(step), y.chunk(2, -1), error.chunk(2, -1), strict=True)
-            (a, d), (b, e) = (apply(name, half, of_half) if name else (half, of_half) for name, half, of_half in halves)
+            columns = oracle.gate_columns(y, step), oracle.gate_columns(error, step)
+            parts = zip(oracle.gate_functions(step), *columns, strict=True)
+            (a, d), (b, e) = (apply(name, part, of_part) if name else (part, of_part) for name, part, of_part in parts)
             y, error = a * b, a.abs() * e + b.abs() * d + d * e
             error = error + U32 * (y.abs() + error) + eta(torch.float32) / 2
         elif step.startswith("to_"):

@@ -1,6 +1,6 @@
 """W [N, K] in a 16-bit type from weights in the `fragment` layout: each code is read once, each element written once.
 
-Codes are decoded and scaled by the functions of `gemm_fragment`, in the order of `reference.dequantize`, and rounded
+Codes are decoded and scaled by the functions of `fragment_weights`, in the order of `reference.dequantize`, and rounded
 once, to W's type.
 """
 
@@ -8,8 +8,8 @@ once, to W's type.
 import triton
 import triton.language as tl
 
-# <fragment>
-from qcompile.codegen.templates.gemm_fragment import (
+# <weights>
+from qcompile.codegen.templates.fragment_weights import (
     BLOCK_N,
     CHUNK,
     TILES_N,
@@ -20,7 +20,7 @@ from qcompile.codegen.templates.gemm_fragment import (
     scale_weights,
 )
 
-# </fragment>
+# </weights>
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """y = epilogue(product [M, N] * x_scale * scale), in float32: what follows a product of torch's.
 
-y is [M, N], or with GATED [M, N / 2]: the epilogue gets a column of the first half and one of the second.
+y is [M, N], or with GATED [M, N / 2]: the epilogue gets a column of the first half and one of the second, or with
+PAIRED too, two neighbours.
 """
 
 # mypy: ignore-errors
@@ -12,6 +13,7 @@ N = tl.constexpr(256)
 X_SCALE = tl.constexpr("token")
 SCALED = tl.constexpr(True)
 GATED = tl.constexpr(False)
+PAIRED = tl.constexpr(False)
 BLOCK_M = tl.constexpr(8)
 BLOCK_N = tl.constexpr(256)
 # </constants>
@@ -43,19 +45,20 @@ def load_product(product, x_scale, scale, m, n, mask, M):
 
 
 @triton.jit(do_not_specialize=["M"])
-def kernel(product, x_scale, scale, bias, operand_0, y, M):
+def kernel(product, x_scale, scale, bias, operand_0, y, bias_stride, M):
     """Grid: (ceil(M / BLOCK_M), ceil(WIDTH_N / BLOCK_N)).
 
-    x_scale: float32 [M] or [1], by X_SCALE; scale: float32 [N] if SCALED. Pointers that the constants make needless are
-    not read.
+    x_scale: float32 [M] or [1], by X_SCALE; scale: float32 [N] if SCALED; bias: [N], or of each row, if bias_stride is
+    N and not 0. Pointers that the constants make needless are not read.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (m < M) & (n < WIDTH_N)
     offsets = m.to(tl.int64) * WIDTH_N + n
-    value = load_product(product, x_scale, scale, m, n, mask, M)
+    bias += tl.minimum(m, M - 1).to(tl.int64) * bias_stride
+    value = load_product(product, x_scale, scale, m, 2 * n if PAIRED else n, mask, M)
     second = value
     if GATED:
-        second = load_product(product, x_scale, scale, m, n + WIDTH_N, mask, M)
+        second = load_product(product, x_scale, scale, m, 2 * n + 1 if PAIRED else n + WIDTH_N, mask, M)
     value = epilogue(value, second, bias, operand_0, n, offsets, mask)
     tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)

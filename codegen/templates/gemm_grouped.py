@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 
 # <fragment>
-from qcompile.codegen.templates.gemm_fragment import (
+from qcompile.codegen.templates.fragment_weights import (
     BLOCK_M,
     BLOCK_N,
+    BLOCK_WIDTH,
     GROUPS,
     K_PER_SPLIT,
     SPLIT,
@@ -21,9 +22,8 @@ from qcompile.codegen.templates.gemm_fragment import (
     TILES_N,
     K,
     N,
-    finish_parts,
-    multiply,
 )
+from qcompile.codegen.templates.gemm_fragment import finish_parts, multiply
 
 # </fragment>
 
@@ -91,5 +91,7 @@ def kernel(
     )
     bias += expert * N
     tile = block_n * tl.num_programs(0) + tl.program_id(0)
-    first_n = block_n * BLOCK_N
-    finish_parts(accumulator, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, end_m)
+    first_n = block_n * BLOCK_WIDTH
+    finish_parts(
+        accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, end_m
+    )

@@ -12,7 +12,17 @@ from qcompile.codegen.templates.gemm_grouped import EXPERTS, find_tile
 
 # </experts>
 # <rows8>
-from qcompile.codegen.templates.gemm_rows8 import BLOCK_M, BLOCK_N, GROUPS, ROWS, SPLIT, K, N, finish_parts, multiply
+from qcompile.codegen.templates.gemm_rows8 import (
+    BLOCK_M,
+    BLOCK_WIDTH,
+    GROUPS,
+    ROWS,
+    SPLIT,
+    K,
+    N,
+    finish_parts,
+    multiply,
+)
 
 # </rows8>
 
@@ -33,7 +43,7 @@ def kernel(x, x_scale, codes, scale, bias, operand_0, y, partial, arrived, offse
         return
     first_m = tl.load(offsets + expert) + tile * BLOCK_M
     end_m = tl.load(offsets + expert + 1)
-    first_n = block_n * BLOCK_N
+    first_n = block_n * BLOCK_WIDTH
     scale += expert * (STACKED // ROWS * GROUPS)
     accumulator = multiply(
         x + first_m.to(tl.int64) * K,

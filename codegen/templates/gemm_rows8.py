@@ -6,11 +6,11 @@ int32, exactly. All others are added in float32 after each BLOCK_K columns, time
 also what keeps fp8 sums accurate on Hopper, whose tensor cores add fp8 products with few bits.
 
 With GATED a program multiplies by rows of both halves of the weight, first those of output columns in the first half,
-then the same of the second, and the epilogue gets both.
+then the same of the second, and the epilogue gets both. With PAIRED too, rows that are neighbours in the weight make a
+column of the output.
 
-Programs that share an output tile (SPLIT) each sum a part of K; the last to arrive adds the parts in their order. A
-kernel may begin before the one before it has ended: it has sent its first weights to the L2 cache when it waits for its
-activations.
+Programs that share an output tile (SPLIT) each sum a part of K, which `gemm_ending` adds. A kernel may begin before the
+one before it has ended: it has sent its first weights to the L2 cache when it waits for its activations.
 """
 
 # mypy: ignore-errors
@@ -29,6 +29,7 @@ BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(64)
 BLOCK_K = tl.constexpr(128)
 GATED = tl.constexpr(False)
+PAIRED = tl.constexpr(False)
 SPLIT = tl.constexpr(1)
 EARLY = tl.constexpr(True)
 NVIDIA = tl.constexpr(True)
@@ -42,7 +43,8 @@ EVEN_K = tl.constexpr(
     and K.value % COLUMNS.value == 0
     and GROUPS.value * STEPS_PER_GROUP.value % SPLIT.value == 0
 )
-ONE_BLOCK = tl.constexpr(ROWS.value % BLOCK_N.value == 0 and not GATED.value)
+HALVES = tl.constexpr(GATED.value and not PAIRED.value)
+ONE_BLOCK = tl.constexpr(ROWS.value % BLOCK_N.value == 0 and not HALVES.value)
 """Whether all rows of a program are in one block of weights."""
 WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
 BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
@@ -101,12 +103,18 @@ def settled(product):
 
 @triton.jit
 def rows_from():
-    """A program's rows of the weight, less its first: [BLOCK_N]."""
+    """A program's rows of the weight, less its first, `first_row`: [BLOCK_N]."""
     i = tl.arange(0, BLOCK_N)
-    if GATED:
+    if HALVES:
         return i % BLOCK_WIDTH + i // BLOCK_WIDTH * WIDTH_N
     else:
         return i
+
+
+@triton.jit
+def first_row(first_n):
+    """The first row of a program whose first column of the output is `first_n`."""
+    return 2 * first_n if PAIRED else first_n
 
 
 @triton.jit
@@ -136,22 +144,23 @@ def load_factors(scale_rows, x_scale_rows, row, token, i):
 
 @triton.jit
 def multiply(x, x_scale, codes, scale, first_n, split, token):
-    """float32 [BLOCK_N, BLOCK_M]: part `split` of the columns of the weight's rows from `first_n`, times x.
+    """float32 [BLOCK_N, BLOCK_M]: part `split` of the columns of the rows for output columns from `first_n`, times x.
 
     x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are.
     """
     m = tl.arange(0, BLOCK_M)
     n = rows_from()
-    row = first_n + n < N
+    first = first_row(first_n)
+    row = first + n < N
     x += m[None, :] * K
-    scale_rows = scale + (first_n if ONE_BLOCK else first_n + n) // ROWS * GROUPS
+    scale_rows = scale + (first if ONE_BLOCK else first + n) // ROWS * GROUPS
     x_scale_rows = x_scale + m * GROUPS
     if EARLY and PREFETCH > 0:
         PTX: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
         first_k = tl.minimum(split * STEPS * BLOCK_K, K - PREFETCH)
-        address = codes + tl.minimum(first_n + n, N - 1).to(tl.int64) * K + first_k
+        address = codes + tl.minimum(first + n, N - 1).to(tl.int64) * K + first_k
         tl.inline_asm_elementwise(PTX, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
-    codes += first_n.to(tl.int64) * K + n[:, None] * K
+    codes += first.to(tl.int64) * K + n[:, None] * K
     wait_for_inputs()
     if GROUPS > 1:
         factors = load_factors(scale_rows, x_scale_rows, row, token, split * STEPS)
@@ -187,7 +196,7 @@ def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
     m = first_m + tl.arange(0, BLOCK_M)[None, :]
     n = first_n + tl.arange(0, BLOCK_WIDTH)[:, None]
     if GROUPS == 1:
-        rows = first_n + rows_from()[:, None]
+        rows = first_row(first_n) + rows_from()[:, None]
         total *= decode_scale(tl.load(scale + rows // ROWS, mask=rows < N, other=0))
         if X_SCALE == "group":
             total *= tl.load(x_scale + m, mask=m < M, other=0.0)
@@ -196,33 +205,20 @@ def finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M):
     if X_SCALE == "token":
         total *= tl.load(x_scale + m, mask=m < M, other=0.0)
     first, second = total, total
-    if GATED:
+    if HALVES:
         first, second = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_WIDTH, BLOCK_M)), (1, 2, 0)))
+    if PAIRED:
+        first, second = tl.split(tl.permute(tl.reshape(total, (BLOCK_WIDTH, 2, BLOCK_M)), (0, 2, 1)))
     mask = (m < M) & (n < WIDTH_N)
     offsets = m.to(tl.int64) * WIDTH_N + n
     value = epilogue(first, second, bias, operand_0, n, offsets, mask)
     tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def finish_parts(accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M):
-    """`finish` with the sum of the parts of all programs of output tile `tile`, in the last that arrives."""
-    if SPLIT == 1:
-        finish(accumulator, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
-    else:
-        m = tl.arange(0, BLOCK_M)
-        place = tl.arange(0, BLOCK_N)[:, None] + m[None, :] * BLOCK_N
-        partial += tile.to(tl.int64) * (SPLIT * BLOCK_M * BLOCK_N) + place
-        there = (first_m + m < M)[None, :]
-        tl.store(partial + split * (BLOCK_M * BLOCK_N), accumulator, mask=there, cache_modifier=".cg")
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            total = tl.load(partial, mask=there, other=0.0, cache_modifier=".cg")
-            for other in tl.static_range(1, SPLIT):
-                part = partial + other * (BLOCK_M * BLOCK_N)
-                total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
-            finish(total, scale, x_scale, bias, operand_0, y, first_m, first_n, M)
-            tl.store(arrived + tile, 0)
+# <ending>
+from qcompile.codegen.templates.gemm_ending import finish_parts
+
+# </ending>
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.calibrate.statistics import InputStatistics
-from qcompile.experts import Gating, projection_shapes
+from qcompile.experts import projection_shapes
+from qcompile.gating import Gating
 
 
 class ExpertStatistics:

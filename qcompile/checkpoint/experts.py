@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
 from qcompile.checkpoint.store import TensorInfo, TensorStore
 from qcompile.errors import CheckpointError, LayerError
-from qcompile.experts import Gating, GroupedLinear, QuantizedExperts, projection_shapes
+from qcompile.experts import GroupedLinear, QuantizedExperts, projection_shapes
+from qcompile.gating import Gating
 from qcompile.packed import concatenate
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,14 +128,21 @@ class Experts:
             found = {name: layers for name, layers in stacked.items() if layers is not None}
             if len(found) == len(names):
                 biases = self._biases(projection, count, shape[0], len(names))
-                return {
-                    name: [_Expert(layer, None if bias is None else bias[i]) for i, layer in enumerate(found[name])]
-                    for name, bias in zip(names, biases, strict=True)
-                }
+                return self._joined(
+                    projection,
+                    {
+                        name: [_Expert(layer, None if bias is None else bias[i]) for i, layer in enumerate(found[name])]
+                        for name, bias in zip(names, biases, strict=True)
+                    },
+                )
         if projection in self.whole or not self._apart:
             return None
         layers = {name: [self._expert(i, name, extent) for i in range(count)] for name, extent in parts.items()}
-        merged = _merged(*layers.values()) if len(layers) == 2 and self.module.is_concatenated else None
+        return self._joined(projection, layers)
+
+    def _joined(self, projection: str, layers: dict[str, list[_Expert]]) -> dict[str, list[_Expert]]:
+        """Gate and up as the one layer that the model has, if one product can serve both."""
+        merged = _merged(*layers.values(), alternate=not self.module.is_concatenated) if len(layers) == 2 else None
         return layers if merged is None else {projection: merged}
 
     def _stacked(self, part: str, count: int, shape: tuple[int, int]) -> list[LoadedLinear] | None:
@@ -181,8 +189,8 @@ class Experts:
         return joined.transpose(1, 2).contiguous() if self.module.is_transposed else joined
 
 
-def _merged(gate: Sequence[_Expert], up: Sequence[_Expert]) -> list[_Expert] | None:
-    """Experts whose rows are the gate's and then the up projection's, if one product can serve both."""
+def _merged(gate: Sequence[_Expert], up: Sequence[_Expert], *, alternate: bool) -> list[_Expert] | None:
+    """Experts whose rows are the gate's and then the up projection's, or every other, if one product can serve both."""
     merged = []
     for one, other in zip(gate, up, strict=True):
         first, second = one.layer, other.layer
@@ -193,10 +201,12 @@ def _merged(gate: Sequence[_Expert], up: Sequence[_Expert]) -> list[_Expert] | N
         ):
             return None
         try:
-            weight = concatenate([first.weight, second.weight])
+            weight = concatenate([first.weight, second.weight], alternate=alternate)
         except ValueError:
             return None
-        bias = None if one.bias is None or other.bias is None else torch.cat([one.bias, other.bias])
+        bias = None
+        if one.bias is not None and other.bias is not None:
+            bias = torch.stack([one.bias, other.bias], 1 if alternate else 0).flatten()
         scheme = replace(first.scheme, weight=weight.scheme)
         merged.append(_Expert(replace(first, weight=weight, scheme=scheme), bias))
     return merged

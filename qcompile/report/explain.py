@@ -201,9 +201,12 @@ def _report(context: GraphContext, node: fx.Node, layer: Layer) -> LayerReport:
 
 def _experts(model: nn.Module, config: QuantConfig | None) -> Iterator[LayerReport]:
     """Experts of mixtures, which no pass touches: those that came quantized, and those that a rule means in vain."""
+    from qcompile.runtime.gpu_grouped import gate_objection
+
     for name, module in model.named_modules():
         if isinstance(module, GroupedLinear):
-            template = TEMPLATES.get(module.layout)
+            template, spec = TEMPLATES.get(module.layout), decode_spec(module.spec)
+            apart = gate_objection(spec) if template is not None else None
             kernel = "a product for each expert that is hit" if template is None else GROUPED_TEMPLATES[template]
             yield LayerReport(
                 name=name,
@@ -211,7 +214,8 @@ def _experts(model: nn.Module, config: QuantConfig | None) -> Iterator[LayerRepo
                 scheme=str(module.scheme),
                 kernel=kernel,
                 bytes_after=module.packed().nbytes,
-                note=f"{module.experts} experts",
+                epilogue=spec.epilogue,
+                note=f"{module.experts} experts" + (f"; the gate follows the product: {apart}" if apart else ""),
             )
     for name in expert_modules(model):
         if config is not None and config.scheme_for(name) is not None:

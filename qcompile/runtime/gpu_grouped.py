@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from qcompile.codegen.spec import GroupedSpec, native_fp8
 from qcompile.flags import flags
-from qcompile.layouts import LAYOUTS
-from qcompile.linear_spec import LinearSpec, decode_spec
+from qcompile.gates import PAIRS
+from qcompile.layouts import LAYOUTS, halves_objection
+from qcompile.linear_spec import LinearSpec, decode_spec, gate_of
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
 from qcompile.runtime import cache, launcher, vendor_grouped
@@ -45,9 +47,9 @@ def launch(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Allocate the output [S, N] and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    """Allocate the output [S, width] and run `function`, the Triton function of `kernel`'s module, over its grid."""
     rows, tile = x.shape[0], kernel.tile
-    y = x.new_empty((rows, kernel.n), dtype=out_dtype)
+    y = x.new_empty((rows, kernel.width), dtype=out_dtype)
     if rows == 0:
         return y
     native = native_fp8(kernel.target)
@@ -93,6 +95,8 @@ def _decoded(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """For layouts without a kernel: every expert's weight is decoded and multiplied by all rows; its own are kept."""
+    from qcompile.ops import apply_epilogue
+
     if x_scale is not None:
         assert spec.scheme.activation is not None
         x = dequantize_activation(x, x_scale, spec.scheme.activation)
@@ -103,7 +107,8 @@ def _decoded(
         product = torch.mm(x.to(torch.float32), matrix.t())
         own = (row >= offsets[index]) & (row < offsets[index + 1])
         y = torch.where(own, product if bias is None else product + bias[index], y)
-    return y.to(out_dtype)
+    steps = spec.epilogue[spec.epilogue[:1] == ("bias",) :]
+    return apply_epilogue(y, None, [], replace(spec, epilogue=steps)).to(out_dtype)
 
 
 def grouped_gemm(
@@ -116,7 +121,7 @@ def grouped_gemm(
     out_dtype: torch.dtype,
     wrap: Callable[[Any], Any] = lambda function: function,
 ) -> Tensor:
-    """Rows `offsets[e]` to `offsets[e + 1]` of x [S, K] times the weight of expert e, with its bias: [S, N].
+    """The epilogue of rows `offsets[e]` to `offsets[e + 1]` of x [S, K] times the weight of expert e: [S, width].
 
     Nothing is read back from the device.
 
@@ -171,6 +176,12 @@ def execute(
             return launch(kernel, function, x, x_scale, offsets, weight, bias, getattr(torch, kernel.out_dtype))
         product = vendor_grouped.PATHS[chosen.vendor](x, x_scale, offsets, weight, kernel, wrap)
         return vendor_grouped.finish(product, offsets, bias, spec, kernel, wrap)
+
+
+def gate_objection(spec: LinearSpec) -> str | None:
+    """Why the gate of `spec`, if it has one, follows the product; None if kernels apply it."""
+    gate = gate_of(spec.epilogue) or PAIRS
+    return None if gate.startswith(PAIRS) else halves_objection(spec.layout, spec.width, spec.in_features)
 
 
 def torch_multiplies(x: Tensor, x_scale: Tensor | None, experts: int, spec: LinearSpec, out_dtype: torch.dtype) -> bool:

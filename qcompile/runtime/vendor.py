@@ -165,6 +165,8 @@ def finish(
 ) -> Tensor:
     """The product times its scales, and the epilogue of `spec`, both in float32: [M, N], or [M, N / 2] with a gate.
 
+    The bias is [N], or one for each row, [M, N].
+
     While a compiler traces, this is plain torch, which it fuses with what follows; else it is one generated kernel.
     """
     y, x_scale, scale = product
@@ -185,6 +187,7 @@ def finish(
         *given,
         *([operand.contiguous() for operand in operands] or [y]),
         finished,
+        0 if bias is None or bias.dim() == 1 else n,
         m,
         num_warps=last.tile.warps,
         num_stages=last.tile.stages,

@@ -121,15 +121,11 @@ def finish(
     kernel: GroupedSpec,
     wrap: Callable[[Any], Any],
 ) -> Tensor:
-    """The product times its scales, plus the bias [experts, N] of each row's expert, both in float32: [S, N].
+    """The product times its scales, and the epilogue of `spec`, with the bias [experts, N] of each row's expert.
 
     See `vendor.finish`.
     """
-    steps: tuple[str, ...] = ()
-    operands = []
     if bias is not None:
         row = torch.arange(product[0].shape[0], device=offsets.device, dtype=offsets.dtype)
-        expert_ids = torch.searchsorted(offsets[1:], row, right=True, out_int32=True)
-        steps, operands = ("add",), [bias.index_select(0, expert_ids)]
-    alone = replace(one_expert(kernel), epilogue=steps)
-    return vendor.finish(product, None, operands, replace(spec, epilogue=steps), alone, wrap)
+        bias = bias.index_select(0, torch.searchsorted(offsets[1:], row, right=True, out_int32=True))
+    return vendor.finish(product, bias, [], spec, one_expert(kernel), wrap)

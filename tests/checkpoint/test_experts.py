@@ -307,3 +307,4 @@ def test_explain_names_experts() -> None:
     qcompile.quantize_(model, EXPERTS_ONLY, progress=False)
     told = {report.name: report for report in qcompile.explain(model, x).layers}
     assert told["experts.down_proj"].note == "4 experts"
+    assert told["experts.gate_up_proj"].epilogue == ("silu(a)*b",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import itertools
 import linecache
 import multiprocessing
@@ -19,15 +20,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.codegen.cost_model import candidates, device_of, rank, seconds, shared_bytes
-from qcompile.codegen.decoders import decode_formula, pair_decoder
+from qcompile.codegen.decoders import decode_formula, pair_decoder, scale_decoder, scale_word_decoder
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import render
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
+from qcompile.codegen.templates import fragment_weights
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
+from qcompile.gates import ACTIVATIONS
 from qcompile.layouts import choose_layout
-from qcompile.linear_spec import ACTIVATIONS, LinearSpec
+from qcompile.linear_spec import LinearSpec
 from qcompile.presets import PRESETS, preset
 from qcompile.runtime import cache, gpu, tuning
 from qcompile.runtime import measure as timing
@@ -109,6 +112,33 @@ def test_pair_decoder_equals_decode(format_name: str, dtype: str, tmp_path: Path
     expected = oracle.decode_values(format_name).to(getattr(torch, dtype)).double()
     for half, values in zip(y.double(), (expected, expected.flip(0)), strict=True):
         assert torch.equal(half.nan_to_num(nan=-1e9), values.nan_to_num(nan=-1e9))
+
+
+POWERS = torch.pow(2.0, torch.arange(-127, 129, dtype=torch.float64))
+POWERS[-1] = torch.nan
+"""The numbers that the 256 codes of E8M0 stand for; the least is subnormal in float32 and bfloat16."""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_power_of_two(target: str, tmp_path: Path) -> None:
+    """Exactly, by both functions that decode scales; words hold them twice."""
+    text = "COMPUTE = tl.constexpr(tl.bfloat16)\n\n\n"
+    text += inspect.getsource(fragment_weights.half_words.fn) + "\n\n"
+    text += scale_decoder("float8_e8m0fnu", target) + "\n\n"
+    text += scale_word_decoder("float8_e8m0fnu", "bfloat16", target)
+    run = function_of(
+        text
+        + RUN.format("decode_scale(value)")
+        + "    word = scale_words(value)\n"
+        + "    for half in tl.static_range(2):\n"
+        + "        found = (word >> 16 * half).to(tl.int16).to(tl.bfloat16, bitcast=True).to(tl.float32)\n"
+        + "        tl.store(y + (half + 1) * COUNT + i, found)\n",
+        tmp_path,
+    )
+    codes, y = torch.arange(256).to(torch.uint8), torch.empty(3, 256)
+    interpret(run)[(1,)](codes, y, 256)
+    for found in y.double():
+        assert torch.equal(found.nan_to_num(nan=-1), POWERS.nan_to_num(nan=-1))
 
 
 def test_unknown_operation_is_refused() -> None:
@@ -255,6 +285,16 @@ def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
         assert found.get("looped", found["spills"]) == 0, (kernel, found)
         assert found["shared"] <= device_of(target).shared, (kernel, found)
         assert found["mma"], f"no matrix instruction in {kernel}"
+
+
+def test_many_rows_on_blackwell_are_summed_in_tensor_memory() -> None:
+    kernels = []
+    for name, shape, m in itertools.product(("int4", "nf4"), ((8192, 4096), (4096, 14336)), (256, 1024)):
+        like = timing.job(name, preset(name), shape, m, torch.bfloat16).like("sm_100")
+        kernels += rank(candidates(like, m), m, keep=1)
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert found["looped"] == 0, (kernel, found)
+        assert found["mma"].startswith("tcgen05"), (kernel, found)
 
 
 def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:

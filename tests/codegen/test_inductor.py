@@ -58,12 +58,21 @@ def test_any_length_takes_one_graph_that_chooses_at_run_time():
 
 @pytest.mark.parametrize("length", ["static", "dynamic"])
 def test_experts_are_one_call_a_projection_and_nothing_is_read_back(length):
-    *_, gather, up, gate, down, combine = calls("mxfp4", length, "experts")
+    *_, gather, up, down, combine = calls("mxfp4", length, "experts")
     assert "index_select" in gather
     assert "torch.ops.qcompile.grouped_gemm" in up
-    assert "silu" in gate
+    assert "'silu(a)*b'" in up
     assert "torch.ops.qcompile.grouped_gemm" in down
     assert "index_select" in combine
+    assert "sum" in combine
+
+
+def test_between_products_of_experts_gated_rows_are_quantized_by_one_kernel():
+    *_, up, quantize, down, combine = calls("fp8", "static", "experts")
+    assert "'silu(a)*b'" in up
+    assert quantize.startswith("triton_")
+    assert "amax" in quantize
+    assert "torch.ops.qcompile.grouped_gemm" in down
     assert "sum" in combine
 
 
@@ -74,7 +83,7 @@ def test_torchs_products_with_experts_are_between_fused_kernels():
     assert "amax" in quantize
     assert up.count("extern_kernels._scaled_grouped_mm(") == down.count("extern_kernels._scaled_grouped_mm(") == 1
     assert "use_fast_accum=False" in up
-    assert "silu" in gate
+    assert "sigmoid" in gate
     assert "amax" in gate
     assert "sum" in combine
     decoding = calls("nf4", "static", "experts", "torch")
@@ -120,8 +129,8 @@ def test_activations_are_read_once_and_quantized_once_for_all_that_read_them(gen
         assert f" {name}," in quantize or f"({name}," in quantize
 
 
-def test_scales_of_groups_after_a_norm_take_two_kernels(generated):
-    """Inductor does not join the sum over a row and the maxima of its groups."""
+def test_by_itself_inductor_takes_two_kernels_for_scales_of_groups_after_a_norm(generated):
+    """It does not join the sum over a row and the maxima of its groups: hence the pass `quantize_norms`."""
     norm, quantize, *products = generated["groups"]
     assert "mean" in norm
     assert "amax" in quantize

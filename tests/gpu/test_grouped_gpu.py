@@ -16,7 +16,7 @@ from qcompile.runtime import cache, gpu, gpu_grouped
 from tests import tolerance
 from tests.checkpoint.moe_files import make_moe
 from tests.gpu.test_gemm_gpu import sample, unit_of
-from tests.kernels.test_grouped import SCHEMES, Problem, problem
+from tests.kernels.test_grouped import GATES, SCHEMES, Problem, problem
 from tests.kernels.test_vendor_grouped import VENDORED
 from tests.kernels.test_vendor_grouped import run as run_vendor
 
@@ -53,18 +53,28 @@ def test_every_candidate(name: str, counts: str) -> None:
     check(problem(scheme, COUNTS[counts], 200, 512, bias=counts == "ragged"), torch.bfloat16)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "nf4", "mxfp4", "nvfp4", "fp8", "fp8_block", "int8"])
+def test_gates_of_every_candidate(name: str, counts: str, gate: str) -> None:
+    scheme = SCHEMES[name].fit("layer", (384, 512))
+    check(problem(scheme, COUNTS[counts], 384, 512, bias=counts == "ragged", gate=gate), torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["int4_asym", "mxfp4", "nf4", "k-quant"])
 def test_other_types(name: str, dtype: torch.dtype) -> None:
     check(problem(SCHEMES[name].fit("layer", (128, 256)), COUNTS["ragged"], 128, 256, dtype), dtype)
 
 
+@pytest.mark.parametrize("gate", ["", *GATES])
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(("path", "name"), VENDORED)
-def test_torchs_products(path: str, name: str, counts: str) -> None:
+def test_torchs_products(path: str, name: str, counts: str, gate: str) -> None:
     if gpu.target_of(torch.device("cuda")) != "sm_90":
         pytest.skip("torch's kernels are for sm_90")
-    given = problem(SCHEMES[name].fit("layer", (208, 512)), COUNTS[counts], 208, 512, bias=counts == "ragged")
+    scheme = SCHEMES[name].fit("layer", (208, 512))
+    given = problem(scheme, COUNTS[counts], 208, 512, bias=counts == "ragged", gate=gate)
     given.check(run_vendor(path, given, "cuda").cpu(), torch.bfloat16, between=torch.bfloat16)
 
 
@@ -108,7 +118,7 @@ def test_one_graph_that_is_captured_and_replayed() -> None:
         graph.replay()
         torch.cuda.synchronize()
         expected = experts(x, chosen, weights)
-        # Either side rounds to bfloat16 four times (two products, their gating, the sum of experts); noises add up.
+        # Either side rounds to bfloat16 at most four times (two products, the gate, the sum of experts); noises add up.
         assert tolerance.sqnr(expected, y) > tolerance.float_sqnr_floor(7) - 10 * math.log10(8)
     torch.cuda.set_sync_debug_mode("error")
     try:

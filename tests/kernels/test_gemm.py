@@ -15,7 +15,7 @@ from qcompile.codegen.spec import Tile
 from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
 from qcompile.layouts import choose_layout
-from qcompile.linear_spec import GATES, STORES
+from qcompile.linear_spec import STORES, gate_of
 from qcompile.presets import PRESETS, preset
 from qcompile.reference import quantize_activation
 from qcompile.runtime import cache
@@ -212,7 +212,7 @@ def test_even_shapes(name: str, tile_m: int, split: int) -> None:
 def test_epilogue(layout: str, steps: tuple[str, ...], dtype: torch.dtype, tile: Tile, seed: int) -> None:
     scheme = preset("int8" if layout == "rows8" else "int4_asym")
     # Halves of weights in fragments are multiples of a tile.
-    n = 128 if layout == "fragment" and not GATES.keys().isdisjoint(steps) else 70
+    n = 128 if layout == "fragment" and gate_of(steps) else 70
     given_ = problem(scheme.fit("layer", (n, 64)), layout, 5, n, 64, dtype, steps, seed=seed)
     given_.check(given_.interpret("sm_90", tile), torch.bfloat16 if scheme.activation else dtype)
 
@@ -240,17 +240,19 @@ def test_a_bad_token_spoils_no_other(layout: str, bad: float) -> None:
 @pytest.mark.parametrize("n", [64, 128, 256])
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("layout", ["fragment", "fragment24", "rows8"])
-def test_a_gate_multiplies_the_halves_of_the_product(layout: str, split: int, n: int) -> None:
+def test_a_gate_multiplies_columns_of_the_product(layout: str, split: int, n: int) -> None:
     """Bit for bit what the same kernel without it returns in float32; the halves need not be multiples of tiles."""
     scheme = shipped({"fragment": "int4", "fragment24": "int4_24", "rows8": "int8"}[layout], (384, 256))
     shape = (180, 256) if layout == "rows8" else (384, 256)
     apart = problem(scheme, layout, 5, *shape)
     apart.out_dtype = torch.float32
-    together = replace(apart, spec=apart.spec.with_epilogue("a*b"))
+    halves, pairs = (replace(apart, spec=apart.spec.with_epilogue(step)) for step in ("a*b", "pairs a*b"))
     for form in ("loop",) if layout == "rows8" else ("loop", "slab"):
         tile = Tile(m=16, n=n, k=128, split=split, warps=4, stages=2, form=form)
-        a, b = apart.interpret("sm_90", tile).chunk(2, -1)
-        assert torch.equal(together.interpret("sm_90", tile), a * b)
+        y = apart.interpret("sm_90", tile)
+        a, b = y.chunk(2, -1)
+        assert torch.equal(halves.interpret("sm_90", tile), a * b)
+        assert torch.equal(pairs.interpret("sm_90", tile), y[:, ::2] * y[:, 1::2])
 
 
 @pytest.mark.parametrize("name", sorted(STORES))

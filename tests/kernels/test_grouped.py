@@ -19,6 +19,7 @@ from qcompile.flags import override
 from qcompile.formats import get_format
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
+from qcompile.ops import apply_epilogue
 from qcompile.packed import PackedWeight
 from qcompile.presets import PRESETS, preset
 from qcompile.reference import dequantize_activation, quantize_activation
@@ -141,7 +142,7 @@ class Problem:
             if packed.offset is not None:
                 scaled = oracle.dequantize(replace(packed, offset=torch.zeros_like(packed.offset)))
                 bound = bound + tolerance.offset_bound(inputs[rows], scaled, weight - scaled)
-            steps = () if self.bias is None else ("bias",)
+            steps = self.spec.epilogue
             bias = None if self.bias is None else self.bias[index]
             bound = tolerance.epilogue_bound(product, bound, bias, steps, out_dtype=y.dtype)
             tolerance.assert_within(y[rows], oracle.epilogue(product, bias, steps), bound)
@@ -157,6 +158,7 @@ def problem(
     bias: bool = False,
     identity: bool = False,
     layout: str | None = None,
+    gate: str = "",
 ) -> Problem:
     """Experts with `counts` rows each.
 
@@ -171,7 +173,7 @@ def problem(
     layout = layout or stack_layout(fitted, (n, k), "cuda").name
     spec = LinearSpec(in_features=k, out_features=n, scheme=fitted, layout=layout)
     return Problem(
-        spec=spec.with_epilogue("bias") if bias else spec,
+        spec=spec.with_epilogue(*["bias"] * bias, *[gate] * bool(gate)),
         x=x.to(dtype),
         expert_ids=torch.repeat_interleave(torch.tensor(counts)),
         offsets=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
@@ -256,6 +258,43 @@ def test_kernel(
     given_.check(y, torch.bfloat16 if given_.spec.scheme.activation else dtype)
 
 
+GATES = ("silu(a)*b", f"pairs {oracle.GPT_OSS}")
+
+
+@given(
+    st.sampled_from([*sorted(SCHEMES), *EIGHT]),
+    counts,
+    st.sampled_from([128, 384]),
+    st.sampled_from(FLOATS),
+    tiles,
+    st.sampled_from(["sm_80", "sm_90", "gfx942"]),
+    st.booleans(),
+    st.sampled_from(GATES),
+)
+def test_gates(
+    name: str, counts: list[int], n: int, dtype: torch.dtype, tile: Tile, target: str, bias: bool, gate: str
+) -> None:
+    given_ = problem(fitted(name, (n, 160)), counts, n, 160, dtype, bias=bias, gate=gate)
+    assert gpu_grouped.gate_objection(given_.spec) is None
+    y = given_.interpret(target, tile, dtype)
+    assert y.shape == (sum(counts), n // 2)
+    given_.check(y, torch.bfloat16 if given_.spec.scheme.activation else dtype)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_block"])
+def test_gates_of_rows_that_are_no_multiple_of_a_tile(name: str, gate: str) -> None:
+    given_ = problem(fitted(name, (140, 256)), [3, 0, 17], 140, 256, bias=True, gate=gate)
+    assert gpu_grouped.gate_objection(given_.spec) is None
+    given_.check(given_.interpret("sm_90", SMALL, torch.bfloat16), torch.bfloat16)
+
+
+def test_kernels_take_pairs_and_halves_of_whole_tiles() -> None:
+    why = "halves of 96 output features are no multiple of 64"
+    for n, gate, reason in ((192, GATES[0], why), (192, GATES[1], None), (256, GATES[0], None)):
+        assert gpu_grouped.gate_objection(problem(fitted("int4", (n, 64)), [1], n, 64, gate=gate).spec) == reason
+
+
 def test_many_experts() -> None:
     given_ = problem(SCHEMES["mxfp4"], torch.randint(0, 3, (70,)).tolist(), 64, 64)
     given_.check(given_.interpret("sm_90", SMALL, torch.bfloat16), torch.bfloat16)
@@ -265,6 +304,29 @@ def test_many_experts() -> None:
 def test_tiles_are_enough(counts: list[int], height: int) -> None:
     needed = sum(-(-count // height) for count in counts)
     assert needed <= gpu_grouped.tile_count(sum(counts), len(counts), height)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", ["int4", "fp8", "int8"])
+def test_cpu_operator_applies_gates(name: str, gate: str) -> None:
+    """Bit for bit the gate of what it returns without one, in float32; of int8 with outlying columns beside."""
+    scheme = SCHEMES[name].fit("layer", (72, 256))
+    if name == "int8":
+        assert scheme.activation is not None
+        scheme = replace(scheme, activation=replace(scheme.activation, outlier_threshold=2.0))
+    given_ = problem(scheme, [5, 0, 3], 72, 256, torch.float32, bias=True, gate=gate)
+    layout = stack_layout(given_.spec.scheme, given_.stacked.shape, "cpu")
+    packed = list(layout.pack(given_.stacked).tensors)
+
+    def multiply(spec: LinearSpec) -> Tensor:
+        y: Tensor = torch.ops.qcompile.grouped_linear(
+            given_.x, given_.expert_ids, packed, given_.bias, None, None, None, 3, spec.encode()
+        )
+        return y
+
+    spec = replace(given_.spec, layout=layout.name)
+    alone = multiply(replace(spec, epilogue=("bias",)))
+    assert torch.equal(multiply(spec), apply_epilogue(alone, None, [], replace(spec, epilogue=(gate,))))
 
 
 @pytest.mark.parametrize(
@@ -340,7 +402,9 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         spec = LinearSpec(in_features=2048, out_features=1536, scheme=scheme, layout=layout).with_epilogue("bias")
         x_dtype = torch.bfloat16 if scheme.activation is None else scheme.activation.format.native_dtype
         assert x_dtype is not None
-        kernels.append(tuning.ours(tuning.any_kernel(spec, x_dtype, torch.bfloat16, target, experts=128), m))
+        for steps in ((), GATES[:1], GATES[1:]):
+            like = tuning.any_kernel(spec.with_epilogue(*steps), x_dtype, torch.bfloat16, target, experts=128)
+            kernels.append(tuning.ours(like, m))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)

@@ -15,7 +15,7 @@ from qcompile.flags import override
 from qcompile.presets import preset
 from qcompile.reference import quantize_activation
 from qcompile.runtime import cache, gpu_grouped, measure, tuning, vendor_grouped
-from tests.kernels.test_grouped import SMALL, Problem, fitted, problem
+from tests.kernels.test_grouped import GATES, SMALL, Problem, fitted, problem
 from tests.triton_interpreter import interpret
 
 BF16 = torch.bfloat16
@@ -68,11 +68,12 @@ def scaled_grouped_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, of
 REAL = torch._scaled_grouped_mm
 
 
+@pytest.mark.parametrize("gate", ["", *GATES])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("path", "name"), VENDORED)
-def test_products(path: str, name: str, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(path: str, name: str, bias: bool, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_scaled_grouped_mm", scaled_grouped_mm)
-    given = problem(fitted(name, (80, 256)), COUNTS, 80, 256, bias=bias)
+    given = problem(fitted(name, (80, 256)), COUNTS, 80, 256, bias=bias, gate=gate)
     given.check(run(path, given), BF16, between=BF16)
 
 

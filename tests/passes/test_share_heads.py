@@ -267,11 +267,15 @@ def test_is_causal_is_taken_for_as_many_queries_as_keys() -> None:
     assert capture(attend, query[:, :, :5], key, value).count(ATTENTION) == 0
 
 
-def test_a_decoding_step_on_a_gpu_launches_few_kernels() -> None:
-    """Of a layer: norms (2), linears (4), rotary and stores (3), attention, SiLU."""
+@pytest.mark.parametrize(("scheme", "kernels"), [("int4", 11), ("fp8_block", 12)])
+def test_a_decoding_step_on_a_gpu_launches_few_kernels(scheme: str, kernels: int) -> None:
+    """Of a layer: norms (2), linears (4), rotary and stores (3), attention, SiLU; quantization of what attention gives.
+
+    Norms quantize in groups too.
+    """
     pytest.importorskip("transformers")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fake_decode", "int4", "3"],
+        [sys.executable, "-m", "tests.fake_decode", scheme, "3"],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -282,4 +286,4 @@ def test_a_decoding_step_on_a_gpu_launches_few_kernels() -> None:
     assert done.returncode == 0, done.stderr
     counted = dict(line.split(" ") for line in done.stdout.splitlines())
     assert (counted["attention"], counted["torch"]) == ("1", "0")
-    assert int(counted["kernels"]) <= 11
+    assert int(counted["kernels"]) <= kernels

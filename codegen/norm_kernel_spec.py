@@ -1,0 +1,84 @@
+"""Everything that decides the source of the kernel that normalizes and quantizes rows, as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+
+from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.norm_spec import NormSpec, decode_norm
+
+NORM_TEMPLATE = "norm_quantize"
+WIDEST = 32768
+"""Columns of a row that a program holds, filled up to a power of two of groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormTile:
+    """How the work is cut: a program takes a row."""
+
+    warps: int
+    stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormKernelSpec:
+    """The kernel for a norm.
+
+    Attributes:
+        norm: the encoded `NormSpec`.
+        x_dtype: torch's name of the rows' type.
+        target: see `KernelSpec`.
+    """
+
+    norm: str
+    x_dtype: str
+    target: str
+    tile: NormTile
+    template: str = NORM_TEMPLATE
+
+    def constants(self) -> dict[str, object]:
+        """Those of the template."""
+        norm = decode_norm(self.norm)
+        fmt = FORMATS[norm.number]
+        return {
+            "K": norm.k,
+            "COLUMNS": norm.columns,
+            "GROUPS_POWER": groups_power(norm),
+            "CENTERED": norm.centered,
+            "EPS": norm.eps,
+            "WEIGHT": norm.weight,
+            "EARLY": norm.early,
+            "BIAS": norm.bias,
+            "RESIDUAL": norm.residual,
+            "KEEP_SUM": norm.keep_sum,
+            "KEEP_NORM": norm.keep_norm,
+            "ABSMAX": fmt.absmax,
+            "INTEGER": isinstance(fmt, IntegerFormat),
+            "POWERS": norm.powers,
+            "ABOVE_ONE": math.frexp(fmt.absmax)[1] - 1,
+        }
+
+    def encode(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def groups_power(norm: NormSpec) -> int:
+    """The groups of a row, filled up to a power of two."""
+    groups: int = -(-norm.k // norm.columns)
+    return 1 << (groups - 1).bit_length()
+
+
+def norm_kernel_spec(norm: NormSpec, x_dtype: str, target: str) -> NormKernelSpec:
+    """The kernel for a norm; a thread holds some 16 elements of the row."""
+    warps = min(max(groups_power(norm) * norm.columns // 512, 1), 16)
+    return NormKernelSpec(norm=norm.encode(), x_dtype=x_dtype, target=target, tile=NormTile(warps=warps))
+
+
+def decode_norm_kernel_spec(text: str) -> NormKernelSpec:
+    """The inverse of `NormKernelSpec.encode`."""
+    given = json.loads(text)
+    return NormKernelSpec(**{**given, "tile": NormTile(**given["tile"])})

@@ -1,0 +1,75 @@
+"""The operator that normalizes rows and quantizes what that gives in groups of columns.
+
+Compilers do not join a sum over a row with the maxima of its groups, so that norm and quantization would be two
+kernels. Here they are one operator: on GPUs a kernel of its own, elsewhere plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.norm_spec import NormSpec, decode_norm
+from qcompile.reference import quantize_activation
+
+_library = torch.library.Library("qcompile", "FRAGMENT")
+_SCHEMA = "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, str spec) -> Tensor[]"
+_library.define(f"norm_quantize{_SCHEMA}")
+_library.define(f"norm_quantize_gpu{_SCHEMA}")
+
+
+def plain(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> list[Tensor]:
+    """Codes [..., K] and scales [..., groups] of the norm, then the sum and the norm where they are kept."""
+    held = x if residual is None else x + residual
+    value = held.to(torch.float32)
+    if spec.centered:
+        value = value - value.mean(-1, keepdim=True)
+    value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + spec.eps)
+    if spec.early:
+        value = value.to(x.dtype).to(torch.float32)
+    if weight is not None:
+        value = value * (weight.to(torch.float32) + (1.0 if spec.weight == "one more" else 0.0))
+    if bias is not None:
+        value = value + bias.to(torch.float32)
+    norm = value.to(x.dtype)
+    codes, scale = quantize_activation(norm, spec.activation)
+    return [codes, scale, *[held] * spec.keep_sum, *[norm] * spec.keep_norm]
+
+
+def _norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: str
+) -> list[Tensor]:
+    parsed = decode_norm(spec)
+    if x.device.type == "cuda":
+        from qcompile.runtime import norm_gpu
+
+        if norm_gpu.objection(parsed, x.device) is None:
+            found: list[Tensor] = torch.ops.qcompile.norm_quantize_gpu(x, residual, weight, bias, spec)
+            return found
+    return plain(x, residual, weight, bias, parsed)
+
+
+def _norm_quantize_gpu(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: str
+) -> list[Tensor]:
+    from qcompile.runtime import norm_gpu
+
+    return norm_gpu.norm_quantize(x, residual, weight, bias, decode_norm(spec))
+
+
+_library.impl("norm_quantize", _norm_quantize, "CompositeImplicitAutograd")
+_library.impl("norm_quantize_gpu", _norm_quantize_gpu, "CUDA")
+
+
+def results(x: Tensor, spec: NormSpec) -> list[Tensor]:
+    """Tensors without values for what `plain` returns."""
+    scale = x.new_empty((*x.shape[:-1], -(-spec.k // spec.columns)), dtype=torch.float32)
+    codes = x.new_empty(x.shape, dtype=spec.activation.dtype)
+    return [codes, scale, *(x.new_empty(x.shape) for _ in range(spec.keep_sum + spec.keep_norm))]
+
+
+@torch.library.register_fake("qcompile::norm_quantize_gpu", lib=_library)
+def _(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: str) -> list[Tensor]:
+    return results(x, decode_norm(spec))

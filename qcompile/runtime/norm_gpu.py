@@ -1,0 +1,70 @@
+"""Norms whose results are quantized in groups, on GPUs: one launch of a generated Triton kernel."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.norm_kernel_spec import WIDEST, NormKernelSpec, groups_power, norm_kernel_spec
+from qcompile.codegen.spec import dtype_name, native_fp8
+from qcompile.norm_spec import NormSpec, decode_norm
+from qcompile.norms import results
+from qcompile.runtime import cache, launcher
+from qcompile.runtime.gpu import stores, target_of
+from qcompile.tensors import by_bytes
+
+
+def objection(norm: NormSpec, device: torch.device) -> str | None:
+    """Why a norm has no kernel; None if it has one."""
+    if norm.columns & (norm.columns - 1):
+        return f"groups of {norm.columns} columns are no power of two"
+    if groups_power(norm) * norm.columns > WIDEST:
+        return f"rows of {norm.k} columns are more than a program holds"
+    return None if stores(norm.activation.held, device) else f"{target_of(device)} does not convert to {norm.number}"
+
+
+def norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: NormSpec
+) -> list[Tensor]:
+    """See `qcompile.norms.plain`."""
+    kernel = norm_kernel_spec(norm, dtype_name(x.dtype), target_of(x.device))
+    # Triton launches on the current device.
+    guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
+    with guard:
+        return launch(kernel, cache.load(kernel).kernel, x, residual, weight, bias)
+
+
+def launch(
+    kernel: NormKernelSpec,
+    function: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> list[Tensor]:
+    """Allocate the results and run `function`, the Triton function of `kernel`'s module, over its grid."""
+    norm = decode_norm(kernel.norm)
+    x = x.contiguous()
+    found = results(x, norm)
+    rows = x.numel() // norm.k
+    if rows:
+        codes, scale, *kept = found
+        total = kept[0] if norm.keep_sum else x
+        # A pointer that the kernel does not use gets the rows, so that one signature serves all.
+        given = [x if tensor is None else tensor.contiguous() for tensor in (residual, weight, bias)]
+        launcher.launch(
+            function,
+            (rows,),
+            x,
+            *given,
+            codes if native_fp8(kernel.target) else by_bytes(codes),
+            scale,
+            total,
+            kept[-1] if norm.keep_norm else x,
+            num_warps=kernel.tile.warps,
+            num_stages=kernel.tile.stages,
+        )
+    return found
