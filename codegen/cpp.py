@@ -243,7 +243,8 @@ def render_cpp(spec: CppSpec) -> str:
             "constexpr bool MASKED = true;\n"
             f"constexpr int BIAS = {found.bias};\n"
             f"constexpr float STEP = {cpp_constant(found.step)};\n"
-            f"constexpr bool GROUPED = {str({'row': False, 'group': True}[spec.integers]).lower()};\n"
+            f"constexpr bool GROUPED = {str(spec.integers != 'row').lower()};\n"
+            f"constexpr int LIMBS = {3 if spec.integers == 'limbs' else 1};\n"
         )
         text = fill_hole(text, "integers", integer_functions(spec), comment="//")
     text = fill_hole(text, "constants", constants, comment="//")

@@ -35,12 +35,6 @@ static inline f32 sums_of(const f32 (&x)[LANES]) {
 #endif
 }
 
-static inline float sum_of(f32 x) {
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
-  return sum;
-}
-
 // Of numbers that are not NaN.
 static inline float highest(f32 x) {
   float top = x[0];
