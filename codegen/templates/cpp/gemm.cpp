@@ -180,13 +180,13 @@ static void multiply(
 // The product by the matrix unit. A tile of x is 16 of its rows [16, UNIT], one of the weight pairs of columns of 16 of
 // its rows [UNIT / 2, 16, 2], as decode_pair has them, and tiles 0 to 3 are sums [16, 16].
 //
-// Up to 16 rows of x are multiplied by four blocks of the weight as those decode. More are multiplied, 32 at a time, by two
-// blocks of a slab of the weight, which was decoded before: sums of groups that are small are too many then, so weights of
-// such groups are decoded with their scale, and rounded to bfloat16.
-constexpr i64 CHUNK = 8;     // blocks of the weight that a thread takes at once
-constexpr i64 SLAB = 256;    // columns of them that are decoded at once
-constexpr i64 BAND = 256;    // rows of x that they are multiplied by
-constexpr i64 SMALL = 128;   // columns of a group: fewer are small
+// Up to 32 rows of x are multiplied by four or two blocks of the weight as those decode. More are multiplied by a slab of
+// the weight that was decoded before. Groups that are small have too many sums then, so weights of such are decoded with
+// their scale, and rounded to bfloat16.
+constexpr i64 CHUNK = 16;     // blocks of the weight that a thread takes at once
+constexpr i64 SLAB = 512;    // columns of them that are decoded at once
+constexpr i64 BAND = 512;    // rows of x that they are multiplied by
+constexpr i64 SMALL = 512;   // columns of a group: fewer are small
 
 static i64 height(i64 m) { return m < 16 ? m : 16; }
 
@@ -199,18 +199,18 @@ static void configure_tiles(i64 rows) {
   tiles.configure();
 }
 
-// x as [blocks of 16 rows, units, height, UNIT].
-static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, Element* to) {
-  constexpr i64 RUN = 512 / UNIT;  // units that are copied from a row at once
-  const i64 units = w.units(), high = height(m);
+// x as [slabs, blocks of 16 rows, units of a slab, height, UNIT], for slabs of `step` units but for the last.
+static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, i64 step, Element* to) {
+  const i64 units = w.units(), high = height(m), padded = (m + high - 1) / high * high, run = step < 16 ? step : 16;
 #pragma omp for schedule(static) collapse(2)
-  for (i64 row = 0; row < m; row += 16) {
-    for (i64 begin = 0; begin < units; begin += RUN) {
-      const i64 end = begin + RUN < units ? begin + RUN : units, last = row + high < m ? row + high : m;
+  for (i64 begin = 0; begin < units; begin += run) {
+    for (i64 row = 0; row < m; row += high) {
+      const i64 slab = begin / step * step, in_slab = units - slab < step ? units - slab : step;
+      const i64 end = begin + run < units ? begin + run : units, last = row + high < m ? row + high : m;
+      Element* here = to + (slab * padded + row * in_slab + (begin - slab) * high) * UNIT;
       for (i64 r = row; r < last; ++r) {
         for (i64 unit = begin; unit < end; ++unit) {
-          std::memcpy(to + ((row / 16 * units + unit) * high + r - row) * UNIT, x + r * stride + unit * UNIT,
-                      UNIT * sizeof(Element));
+          std::memcpy(here + ((unit - begin) * high + r - row) * UNIT, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
         }
       }
     }
@@ -248,8 +248,8 @@ static inline void decode_unit(const std::uint32_t* codes, i64 unit, std::uint32
   });
 }
 
-// The rows of the weight from `first` on times up to 16 rows of x, arranged.
-template <int BLOCKS>
+// The rows of the weight from `first` on times up to 16 HALVES rows of x, arranged.
+template <int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_as_decoded(
     const Weight& weight, const Element* x, i64 rows, const float* sums, i64 first, float* y) {
   const Weight w = weight;
@@ -258,21 +258,22 @@ template <int BLOCKS>
   const std::uint32_t* codes[BLOCKS];
   each<BLOCKS>([&](auto b) { codes[b] = codes_of(w, first + b * BLOCK); });
   alignas(64) std::uint32_t pairs[2][BLOCKS][UNIT / 2][BLOCK];
-  alignas(64) float sum[BLOCKS][16][BLOCK];
-  f32 total[BLOCKS][16] = {};
+  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
+  f32 total[BLOCKS][16 * HALVES] = {};
   each<BLOCKS>([&](auto b) { decode_unit(codes[b], 0, pairs[0][b]); });
   for (i64 unit = 0, group = 0; unit < units; ++group) {
     const i64 end = unit + in_group < units ? unit + in_group : units;
-    zero_tiles<BLOCKS>();
+    zero_tiles<BLOCKS * HALVES>();
     for (; unit < end; ++unit) {
       if (unit + 1 < units) each<BLOCKS>([&](auto b) { decode_unit(codes[b], unit + 1, pairs[(unit + 1) & 1][b]); });
-      add_unit<BLOCKS, 1>(x + unit * rows * UNIT, 0, pairs[unit & 1][0][0], UNIT / 2 * BLOCK);
+      add_unit<BLOCKS, HALVES>(
+          x + unit * height(rows) * UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK);
     }
     store_tiles(sum);
     each<BLOCKS>([&](auto b) {
       const Group g(w, divided, first + b * BLOCK, group);
       for (i64 m = 0; m < rows; ++m) {
-        total[b][m] = g.add(total[b][m], load<f32>(sum[b][m]), sums + m * divided.groups + group);
+        total[b][m] = g.add(total[b][m], load<f32>(sum[b * HALVES][m]), sums + m * divided.groups + group);
       }
     });
   }
@@ -310,24 +311,24 @@ template <bool SCALED>
 // total [blocks of the weight, rows of x, 16] += the product of a slab's units [begin, end).
 template <bool SCALED, int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_slab(
-    const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 row, i64 rows,
+    const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 m, i64 row, i64 rows,
     const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK]) {
   alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
   const i64 units = divided.units, in_group = SCALED ? units : w.columns / UNIT;
-  const Element* x_here = x + row * units * UNIT;
+  const Element* x_here = x + (begin * ((m + 15) / 16 * 16) + row * (end - begin)) * UNIT;
   for (i64 unit = begin, group = begin / in_group; unit < end; ++group) {
     const i64 last = (group + 1) * in_group < end ? (group + 1) * in_group : end;
     zero_tiles<BLOCKS * HALVES>();
     for (; unit < last; ++unit) {
       add_unit<BLOCKS, HALVES>(
-          x_here + unit * 16 * UNIT, units * 16 * UNIT, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK);
+          x_here + (unit - begin) * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK);
     }
     store_tiles(sum);
     each<BLOCKS>([&](auto b) {
       const Group g(w, divided, first + b * BLOCK, SCALED ? 0 : group);
       float(*to)[BLOCK] = total[b] + row % BAND;
       for (i64 m = 0; m < rows; ++m) {
-        f32 here = load<f32>(sum[b * HALVES + m / 16][m % 16]);
+        f32 here = load<f32>(sum[b * HALVES][m]);
         f32 all = load<f32>(to[m]);
         all = SCALED ? all + here : g.add(all, here, sums + (row + m) * divided.groups + group);
         std::memcpy(to[m], &all, sizeof(all));
@@ -335,6 +336,8 @@ template <bool SCALED, int BLOCKS, int HALVES>
     });
   }
 }
+
+static i64 units_of_slab(const Weight& w) { return (w.columns < SLAB ? SLAB / w.columns * w.columns : SLAB) / UNIT; }
 
 // `blocks` blocks of the weight times all rows of x.
 template <bool SCALED>
@@ -344,7 +347,7 @@ static void multiply_chunk(
   alignas(64) float total[CHUNK][BAND][BLOCK];
   const Weight w = weight;
   const Divided divided(w);
-  const i64 units = divided.units, step = w.columns < SLAB ? SLAB / w.columns * w.columns / UNIT : SLAB / UNIT;
+  const i64 units = divided.units, step = units_of_slab(w);
   for (i64 band = 0; band < m; band += BAND) {
     const i64 rows = m - band < BAND ? m - band : BAND;
     for (i64 b = 0; b < blocks; ++b) std::memset(total[b], 0, rows * sizeof(total[0][0]));
@@ -356,7 +359,7 @@ static void multiply_chunk(
         for (i64 b = 0; b < blocks; b += 2) {
           auto of = [&](auto count, auto halves) {
             multiply_slab<SCALED, count, halves>(
-                w, divided, first + b * BLOCK, begin, end, x, row, here, sums, pairs + b, total + b);
+                w, divided, first + b * BLOCK, begin, end, x, m, row, here, sums, pairs + b, total + b);
           };
           if (blocks - b > 1) {
             here > 16 ? of(constant<2>(), constant<2>()) : of(constant<2>(), constant<1>());
@@ -376,29 +379,28 @@ static void multiply_chunk(
 
 static void multiply_by_squares(
     const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
-  const i64 padded = w.padded(), few = m <= 16;
-  const i64 chunk = few ? 4 : padded / BLOCK < 4 * threads * CHUNK ? 2 : CHUNK;
+  const i64 padded = w.padded();
+  const i64 chunk = m <= 16 ? 4 : m <= 32 || padded / BLOCK < 2 * threads * CHUNK ? 4 : CHUNK;
   const std::uintptr_t rest = reinterpret_cast<std::uintptr_t>(scratch + m * w.groups());
   Element* arranged = reinterpret_cast<Element*>((rest + 63) / 64 * 64);
-  const bool scaled = !few && w.columns < SMALL;
+  const bool scaled = m > 32 && w.columns < SMALL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if ((ZERO_POINT || OFFSET) && !scaled) sum_groups(w, x, m, stride, scratch);
-    if (m > 1) arrange(w, x, m, stride, arranged);
+    if (m > 1) arrange(w, x, m, stride, m <= 32 ? w.units() : units_of_slab(w), arranged);
     const Element* given = m > 1 ? arranged : x;
-    few ? configure_tiles<1>(m) : configure_tiles<2>(16);
+    m > 16 ? configure_tiles<2>(16) : configure_tiles<1>(m);
 #pragma omp for schedule(static)
     for (i64 first = 0; first < padded; first += chunk * BLOCK) {
       const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
-      if (scaled) {
-        multiply_chunk<true>(w, first, blocks, given, m, scratch, y);
-      } else if (!few) {
-        multiply_chunk<false>(w, first, blocks, given, m, scratch, y);
-      } else if (blocks == 4) {
-        multiply_as_decoded<4>(w, given, m, scratch, first, y);
-      } else {
-        for (i64 b = 0; b < blocks; ++b) multiply_as_decoded<1>(w, given, m, scratch, first + b * BLOCK, y);
-      }
+      auto few = [&](auto most, auto halves) {
+        if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, scratch, first, y);
+        for (i64 b = 0; b < blocks; ++b) multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, y);
+      };
+      if (m <= 16) few(constant<4>(), constant<1>());
+      else if (m <= 32) few(constant<2>(), constant<2>());
+      else if (scaled) multiply_chunk<true>(w, first, blocks, given, m, scratch, y);
+      else multiply_chunk<false>(w, first, blocks, given, m, scratch, y);
     }
     _tile_release();
   }

@@ -41,6 +41,7 @@ constexpr bool READY = false;            // whether codes of 8 bits are the inte
 
 constexpr i64 PIECE = 1024;  // columns: the sum of so many products of 8 bits is exact in float32
 constexpr i64 RUN = 64;      // columns of x that lie together
+constexpr i64 SLAB = 1024;   // columns of all rows of x that do, and of the weight that are unpacked at a time
 constexpr int OFF = BIAS - SHIFTED<WIDTH>;
 
 // Columns [begin, end) of one group, for whose sum of x there is a place; the group's columns end at `last`.
@@ -67,17 +68,17 @@ struct Pieces {
   }
 };
 
-// x as integers, in LIMBS rows for each of its own: codes [rows / high, runs, high, RUN] with columns 4 t + 0, 2, 1, 3 in
-// this order, as those of a weight; a scale for each row or, if GROUPED, [groups, rows]; and the sum of each piece,
+// x as integers, in LIMBS rows for each of its own: codes [slabs, rows / high, runs, high, RUN] with columns 4 t + 0, 2, 1,
+// 3 in this order, as those of a weight; a scale for each row or, if GROUPED, [groups, rows]; and the sum of each piece,
 // [pieces, rows].
 struct Integers {
-  i64 rows, high, runs;
+  i64 rows, high;
   std::int8_t* codes;
   float* scale;
   std::int32_t* sums;
 
-  std::int8_t* at(i64 row) const { return codes + (row / high * runs * high + row % high) * RUN; }
-  i64 offset(i64 column) const { return column / RUN * high * RUN + column % RUN; }
+  std::int8_t* at(i64 row) const { return codes + (row / high * (SLAB / RUN) * high + row % high) * RUN; }
+  i64 offset(i64 column) const { return column / SLAB * rows * SLAB + column % SLAB / RUN * high * RUN + column % RUN; }
 };
 
 // The greatest magnitude among x [count], a multiple of 16; NaN if there is one.
@@ -370,7 +371,6 @@ static void multiply(
 // columns at a time, more of them by a slab of the weight that was unpacked before.
 constexpr bool SUMS = READY || ZERO_POINT || OFFSET;  // whether the sum of x comes into the product's
 constexpr i64 BLOCKS_MOST = 8;                         // of a thread's chunk of the weight's rows
-constexpr i64 SLAB = 1024;                             // columns that are unpacked at a time, whole pieces
 
 // HALVES is 1 or 2: of 16 rows of x, which has `rows` if they are fewer.
 template <int HALVES>
@@ -450,7 +450,7 @@ template <int BLOCKS, int HALVES>
     for (i64 k = p.begin; k < p.end; k += depth, place ^= 1) {
       if (!READY && k + depth < pieces.width) prepare(k + depth, place ^ 1);
       add_columns<BLOCKS, HALVES>(
-          x.codes + x.offset(k), x.runs * x.high * RUN, integers[place], READY ? k / 4 * BLOCK : 0);
+          x.codes + x.offset(k), SLAB / RUN * x.high * RUN, integers[place], READY ? k / 4 * BLOCK : 0);
     }
     add_piece<BLOCKS, HALVES>(w, divided, p, first, x, 0, rows, totals);
   }
@@ -484,7 +484,7 @@ static void multiply_chunk(
             each<2 * count>([&](auto tile) { zero_tile<tile>(); });
             for (i64 k = p.begin; k < p.end; k += depth) {
               add_columns<count, 2>(
-                  x_rows + x.offset(k), x.runs * x.high * RUN, integers + b, (k - from.begin) / 4 * BLOCK);
+                  x_rows + x.offset(k), SLAB / RUN * x.high * RUN, integers + b, (k - from.begin) / 4 * BLOCK);
             }
             add_piece<count, 2>(w, divided, p, first + b * BLOCK, x, row, m - row < 32 ? m - row : 32, total);
           }
@@ -537,7 +537,7 @@ static bool by_squares(i64 m) {
 
 // Parts of a scratch buffer, in bytes from its begin, each at a multiple of 64.
 struct Parts {
-  i64 rows, high, runs, scale, sums, rest, end;
+  i64 rows, high, scale, sums, rest, end;
 
   Parts(const Weight& w, i64 m, int threads) {
     const Pieces pieces(w);
@@ -546,8 +546,7 @@ struct Parts {
     rows = m * LIMBS;
     if (squares && rows > 16) rows = (rows + 31) / 32 * 32;
     high = squares && rows > 16 ? 16 : rows;
-    runs = (pieces.width + RUN - 1) / RUN;
-    scale = after(0, runs * RUN * rows);
+    scale = after(0, (pieces.width + SLAB - 1) / SLAB * SLAB * rows);
     sums = after(scale, 4 * rows * (GROUPED ? w.groups() : 1));
     rest = after(sums, 4 * rows * pieces.count());
 #if defined(__AMX_INT8__)
@@ -568,7 +567,7 @@ extern "C" void gemm(
     std::uint8_t* scratch, Element* y, int threads) {
   const Parts parts(*weight, m, threads);
   const Integers integers{
-      parts.rows, parts.high, parts.runs, (std::int8_t*)scratch, (float*)(scratch + parts.scale),
+      parts.rows, parts.high, (std::int8_t*)scratch, (float*)(scratch + parts.scale),
       (std::int32_t*)(scratch + parts.sums)};
   std::uint32_t* rest = (std::uint32_t*)(scratch + parts.rest);
   if (given) {
