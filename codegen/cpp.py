@@ -92,9 +92,7 @@ class CppSpec:
         return json.dumps(dataclasses.asdict(self))
 
 
-def cpp_spec(
-    spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool = False, limbs: bool = False
-) -> CppSpec:
+def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool = False, limbs: bool = False) -> CppSpec:
     """The kernel for a linear whose weight is in layout `rows16`, for x of float32 or bfloat16.
 
     Args:

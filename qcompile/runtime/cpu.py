@@ -14,8 +14,8 @@ group stands for is added up in float32.
 (2) above FEW_ROWS int8 codes + aten's mm, for int8 weights with one scale a row or tensor on both sides, on processors
 without products of bytes; and as all others, for groups of 16 columns where floats are multiplied by the matrix unit.
 (3) on processors with products of bytes. Each number of x becomes three int8, 23 bits below the greatest of its group:
-what is above 2^-14 of that is exact, and the rest is off by 2^-23 of it at most. A product of bytes takes a fourth of the
-instructions of four of floats, and codes need no decoding for it.
+what is above 2^-14 of that is exact, and the rest is off by 2^-23 of it at most. Products of bytes take fewer
+instructions than those of floats, and codes need no decoding for them.
 
 The other generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in
 float32. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and
@@ -184,7 +184,7 @@ class _Linear:
         return 2 if self.columns >= 128 else 1
 
     def limbs(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
-        """The kernel that multiplies `m` rows of x as integers though they are not quantized, where that is the fastest."""
+        """The kernel that multiplies `m` rows of x, which are not quantized, as integers where that is the fastest."""
         return self.kernel(dtype, limbs=True) if dtype == torch.bfloat16 and m <= self.limb_rows else None
 
     @functools.cached_property
