@@ -195,7 +195,9 @@ template <int HALVES>
 static void configure_tiles(i64 rows) {
   Tiles tiles;
   for (int tile = 0; tile < 4; ++tile) tiles.set(tile, rows, 64);
-  for (int tile = 4; tile < 8; ++tile) tile < 4 + HALVES ? tiles.set(tile, rows, 2 * UNIT) : tiles.set(tile, UNIT / 2, 64);
+  for (int tile = 4; tile < 8; ++tile) {
+    tile < 4 + HALVES ? tiles.set(tile, rows, 2 * UNIT) : tiles.set(tile, UNIT / 2, 64);
+  }
   tiles.configure();
 }
 
@@ -210,7 +212,8 @@ static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, i64 st
       Element* here = to + (slab * padded + row * in_slab + (begin - slab) * high) * UNIT;
       for (i64 r = row; r < last; ++r) {
         for (i64 unit = begin; unit < end; ++unit) {
-          std::memcpy(here + ((unit - begin) * high + r - row) * UNIT, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
+          Element* place = here + ((unit - begin) * high + r - row) * UNIT;
+          std::memcpy(place, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
         }
       }
     }

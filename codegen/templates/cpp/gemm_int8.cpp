@@ -377,7 +377,9 @@ template <int HALVES>
 static void configure_tiles(i64 rows, i64 depth) {
   Tiles tiles;
   for (int tile = 0; tile < 4; ++tile) tiles.set(tile, rows, 64);
-  for (int tile = 4; tile < 8; ++tile) tile < 4 + HALVES ? tiles.set(tile, rows, depth) : tiles.set(tile, depth / 4, 64);
+  for (int tile = 4; tile < 8; ++tile) {
+    tile < 4 + HALVES ? tiles.set(tile, rows, depth) : tiles.set(tile, depth / 4, 64);
+  }
   tiles.configure();
 }
 
@@ -413,7 +415,8 @@ static inline void add_piece(
 }
 
 // y [rows of x, 16 of the weight] of total [rows], LIMBS of which are one row of y.
-static inline void store_rows(const Weight& w, i64 first, const Integers& x, i64 row, i64 rows, const f32* total, Element* y) {
+static inline void store_rows(
+    const Weight& w, i64 first, const Integers& x, i64 row, i64 rows, const f32* total, Element* y) {
   if (first >= w.n) return;
   for (i64 m = 0; m < rows; m += LIMBS) {
     f32 all = total[m];
@@ -440,7 +443,9 @@ template <int BLOCKS, int HALVES>
   });
   auto prepare = [&](i64 k, i64 place) {
     each<BLOCKS>([&](auto b) {
-      for (i64 unit = 0; unit < depth / UNIT; ++unit) unpack_unit<BIAS>(codes[b], k / UNIT + unit, unpacked[place][b] + unit * (UNIT / 4));
+      for (i64 unit = 0; unit < depth / UNIT; ++unit) {
+        unpack_unit<BIAS>(codes[b], k / UNIT + unit, unpacked[place][b] + unit * (UNIT / 4));
+      }
     });
   };
   if (!READY) prepare(0, 0);
@@ -460,7 +465,8 @@ template <int BLOCKS, int HALVES>
 // `blocks` blocks of the weight times all rows of x; `scratch` has room for a slab of their integers, and their part of y
 // in float32.
 static void multiply_chunk(
-    const Weight& weight, i64 depth, const Integers& x, i64 m, i64 first, i64 blocks, std::uint32_t* scratch, Element* y) {
+    const Weight& weight, i64 depth, const Integers& x, i64 m, i64 first, i64 blocks, std::uint32_t* scratch,
+    Element* y) {
   const Weight w = weight;
   const Pieces pieces(w);
   const Divided divided(w);

@@ -288,9 +288,13 @@ static inline u32 to_pair(f32 low, f32 high) {
 }
 
 static inline float sum_of(f32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float sum = 0;
   for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
   return sum;
+#endif
 }
 
 // Up to LANES numbers to memory.
