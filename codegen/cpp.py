@@ -73,7 +73,8 @@ class CppSpec:
         unit: 32 or 16, a divisor of a group's columns.
         element: "float32" or "bfloat16", of x, y and decoded weights.
         isa: one of `ISAS`.
-        integers: None, or "row" or "group" for the product of integers: what of x, rounded to int8, has a scale.
+        integers: None, or for the product of integers what x becomes: "row" or "group" is int8 with a scale for each,
+            "limbs" three int8 for each number with a scale a group.
     """
 
     weight: str
@@ -91,11 +92,12 @@ class CppSpec:
         return json.dumps(dataclasses.asdict(self))
 
 
-def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool = False) -> CppSpec:
+def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool = False, limbs: bool = False) -> CppSpec:
     """The kernel for a linear whose weight is in layout `rows16`, for x of float32 or bfloat16.
 
     Args:
         integers: whether it rounds x to int8 and multiplies integers (`layouts.multiplies_integers`).
+        limbs: whether it multiplies integers that x is the sum of, with next to nothing lost.
     """
     weight, activation = spec.scheme.weight, spec.scheme.activation
     assert LAYOUTS["rows16"].objection(spec.scheme, spec.shape) is None
@@ -109,7 +111,7 @@ def cpp_spec(spec: LinearSpec, dtype: torch.dtype, isa: str, *, integers: bool =
         unit=32 if weight.granularity.columns == WHOLE or weight.granularity.columns % 32 == 0 else 16,
         element=str(dtype).removeprefix("torch."),
         isa=isa,
-        integers=None if not integers else "group" if grouped else "row",
+        integers="limbs" if limbs else None if not integers else "group" if grouped else "row",
     )
 
 
@@ -243,7 +245,8 @@ def render_cpp(spec: CppSpec) -> str:
             "constexpr bool MASKED = true;\n"
             f"constexpr int BIAS = {found.bias};\n"
             f"constexpr float STEP = {cpp_constant(found.step)};\n"
-            f"constexpr bool GROUPED = {str({'row': False, 'group': True}[spec.integers]).lower()};\n"
+            f"constexpr bool GROUPED = {str(spec.integers != 'row').lower()};\n"
+            f"constexpr int LIMBS = {3 if spec.integers == 'limbs' else 1};\n"
         )
         text = fill_hole(text, "integers", integer_functions(spec), comment="//")
     text = fill_hole(text, "constants", constants, comment="//")

@@ -3,7 +3,9 @@
 | weights, activations                   | few rows of x (M)                | more rows                               |
 | -------------------------------------- | -------------------------------- | --------------------------------------- |
 | `rows16`, integers on both sides (1)   | integers, generated              | the same, or others' way (2)            |
-| `rows16`, all others                   | generated, to M = FEW_ROWS(_AMX) | generated decoder + mm                  |
+| `rows16`, whole numbers, x bfloat16    | integers, generated (3)          | as all others                           |
+| `rows16`, all others                   | generated, to M = FEW_ROWS       | generated decoder + mm; with a matrix   |
+|                                        |                                  | unit and bfloat16 the generated kernel  |
 | other layouts, or no C++ compiler      | torch decodes + mm               | the same                                |
 
 (1) int8 activations, and codes that stand for whole numbers (`layouts.multiplies_integers`). The kernel itself rounds x
@@ -11,6 +13,9 @@ where scales are dynamic, of rows or of groups. Integers are multiplied, and wha
 group stands for is added up in float32.
 (2) above FEW_ROWS int8 codes + aten's mm, for int8 weights with one scale a row or tensor on both sides, on processors
 without products of bytes; and as all others, for groups of 16 columns where floats are multiplied by the matrix unit.
+(3) on processors with products of bytes. Each number of x becomes three int8, 23 bits below the greatest of its group:
+what is above 2^-14 of that is exact, and the rest is off by 2^-23 of it at most. Products of bytes take fewer
+instructions than those of floats, and codes need no decoding for them.
 
 The other generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in
 float32. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and
@@ -32,6 +37,7 @@ from torch import Tensor
 
 from qcompile.codegen.cpp import ISAS, cpp_spec
 from qcompile.errors import DeviceError
+from qcompile.formats.whole import whole_numbers
 from qcompile.layouts import LAYOUTS, integer_product, multiplies_integers
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
@@ -41,10 +47,6 @@ from qcompile.scheme import Granularity
 
 FEW_ROWS = 32
 """Largest M of the generated kernel: its time grows with M while decoding costs the same for any."""
-
-FEW_ROWS_AMX = 1024
-"""Its largest M where it multiplies bfloat16 by the matrix unit, for groups of 128 columns and more; in proportion for
-smaller ones, whose scales take their time for every row."""
 
 ANY_ROWS = 1 << 62
 
@@ -61,9 +63,9 @@ def kernel_name(spec: LinearSpec) -> str:
         if _integers(spec):
             more = ", int8 mm" if integer_product(spec.scheme, spec.shape) and not _dots_bytes() else ""
             return f"C++ for {cpp.isa()}, integers" + more + (f" above M = {FEW_ROWS}" if more else "")
-        few = f"{FEW_ROWS_AMX} (bf16)" if "amx_bf16" in ISAS[cpp.isa()] else str(FEW_ROWS)
         more = "int8 mm" if integer_product(spec.scheme, spec.shape) else "mm"
-        return f"C++ for {cpp.isa()}, decode + {more} above M = {few}"
+        half = " (but bfloat16)" if "amx_bf16" in ISAS[cpp.isa()] else ""
+        return f"C++ for {cpp.isa()}, decode + {more} above M = {FEW_ROWS}{half}"
     return "torch decode + mm" + (" (no C++ compiler)" if spec.layout == "rows16" else "")
 
 
@@ -123,7 +125,7 @@ def gemm(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> 
     m, dtype = x.shape[0], torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     if m == 0:
         return x.new_empty((0, linear.spec.out_features), dtype=dtype)
-    if (kernel := linear.integers(dtype, m)) is not None:
+    if (kernel := linear.integers(dtype, m) or linear.limbs(x.dtype, m)) is not None:
         return _integer_product(x, x_scale, weight, linear, kernel)
     activation = linear.spec.scheme.activation
     if activation is not None and x.element_size() > 1:
@@ -153,7 +155,7 @@ class _Linear:
     def __init__(self, spec: LinearSpec) -> None:
         weight = spec.scheme.weight
         self.spec = spec
-        self.kernels: dict[tuple[torch.dtype, bool], cpp.Kernel | None] = {}
+        self.kernels: dict[tuple[torch.dtype, bool, bool], cpp.Kernel | None] = {}
         self.told: set[torch.dtype] = set()
         self.columns = weight.granularity.block_of((1, -(-spec.in_features // 32) * 32))[1]
         above = spec.in_features if weight.super_scale is None else weight.super_scale.columns
@@ -161,13 +163,29 @@ class _Linear:
         names = [name for name, *_ in cpp.Weight._fields_[:6]]
         self.indices = [(name, weight.fields.index(name)) for name in names if name in weight.fields]
 
-    def kernel(self, dtype: torch.dtype, *, integers: bool = False) -> cpp.Kernel | None:
+    def kernel(self, dtype: torch.dtype, *, integers: bool = False, limbs: bool = False) -> cpp.Kernel | None:
         """For x and decoded weights of this type, or one that multiplies integers; None if there is none."""
-        if (dtype, integers) not in self.kernels:
+        key = (dtype, integers, limbs)
+        if key not in self.kernels:
             there = self.spec.layout == "rows16"
-            wanted = cpp_spec(self.spec, dtype, cpp.isa(), integers=integers) if there else None
-            self.kernels[dtype, integers] = None if wanted is None else cpp.load(wanted)
-        return self.kernels[dtype, integers]
+            wanted = cpp_spec(self.spec, dtype, cpp.isa(), integers=integers, limbs=limbs) if there else None
+            self.kernels[key] = None if wanted is None else cpp.load(wanted)
+        return self.kernels[key]
+
+    @functools.cached_property
+    def limb_rows(self) -> int:
+        """The most rows of bfloat16 x whose product as three integers each is the fastest; 0 if there is none."""
+        weight = self.spec.scheme.weight
+        floats = self.spec.layout == "rows16" and self.spec.scheme.activation is None
+        if not floats or not _dots_bytes() or whole_numbers(weight.format.name) is None:
+            return 0
+        if "amx_int8" in ISAS[cpp.isa()] and weight.format.bits == 8 and self.columns >= 128:
+            return 8
+        return 2 if self.columns >= 128 else 1
+
+    def limbs(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
+        """The kernel that multiplies `m` rows of x, which are not quantized, as integers where that is the fastest."""
+        return self.kernel(dtype, limbs=True) if dtype == torch.bfloat16 and m <= self.limb_rows else None
 
     @functools.cached_property
     def integer_rows(self) -> int:
@@ -192,7 +210,7 @@ class _Linear:
         if found is not None and dtype == torch.bfloat16:
             features = ISAS[found.spec.isa]
             if "amx_bf16" in features:
-                return found, min(FEW_ROWS_AMX, FEW_ROWS_AMX * self.columns // 128)
+                return found, ANY_ROWS
             if "avx512_bf16" not in features:
                 found = self.kernel(torch.float32)
         return found, FEW_ROWS
@@ -208,14 +226,16 @@ class _Linear:
             return
         self.told.add(dtype)
         result = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        if (found := self.integers(result, 1)) is not None:
-            rows = self.integer_rows
+        found: list[tuple[cpp.Kernel | None, int]] = []
+        if self.integer_rows:
+            found = [(self.integers(result, 1), self.integer_rows)]
         elif self.spec.scheme.activation is None:
-            found, rows = self.few(result)
-        if found is not None:
+            found = [(self.limbs(dtype, 1), self.limb_rows), self.few(result)]
+        kernels = [(kernel, rows) for kernel, rows in found if kernel is not None]
+        if kernels:
             places = dict(self.indices)
             indices = [places.get(name, -1) for name, *_ in cpp.Weight._fields_[:6]]
-            cpu_operators.add_linear(spec, dtype, found, rows, self.threads, self.weight(None), indices)
+            cpu_operators.add_linear(spec, dtype, kernels, self.threads, self.weight(None), indices)
 
     @property
     def threads(self) -> int:

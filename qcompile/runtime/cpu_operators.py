@@ -24,13 +24,22 @@ from qcompile.runtime import cpp, cpp_attention
 _KINDS = {torch.bfloat16: 0, torch.float32: 1, torch.int8: 2}
 
 
-class _Linear(ctypes.Structure):
+class _Product(ctypes.Structure):
     """The struct of the same name in the source."""
 
     _fields_ = (
         ("gemm", ctypes.c_void_p),
         ("scratch_bytes", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "single", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "single")),
+    )
+
+
+class _Linear(ctypes.Structure):
+    """The struct of the same name in the source."""
+
+    _fields_ = (
+        ("products", _Product * 2),
+        ("threads", ctypes.c_int64),
         ("places", ctypes.c_int64 * 6),
         ("weight", cpp.Weight),
     )
@@ -70,27 +79,28 @@ def _library() -> Any:
 def add_linear(
     spec: str,
     dtype: torch.dtype,
-    kernel: cpp.Kernel,
-    rows: int,
+    kernels: Sequence[tuple[cpp.Kernel, int]],
     threads: int,
     weight: cpp.Weight,
     places: Sequence[int],
 ) -> None:
-    """Let `qcompile::gemm_cpu` call a kernel for x of `dtype`.
+    """Let `qcompile::gemm_cpu` call kernels for x of `dtype`.
 
     Args:
         spec: as graphs have it.
-        rows: of x, at most.
+        kernels: two at most, each with the most rows of x that it takes, from the fewest.
         threads: at most.
         weight: without addresses.
         places: of the tensors that `cpp.Weight` has addresses of in the weight's list; -1 for those it lacks.
     """
     if (library := _library()) is None or dtype not in _KINDS:
         return
-    gemm = ctypes.cast(kernel.gemm, ctypes.c_void_p)
-    scratch_bytes = None if kernel.spec.integers is None else ctypes.cast(kernel.scratch_bytes, ctypes.c_void_p)
-    single = kernel.spec.element == "float32"
-    linear = _Linear(gemm, scratch_bytes, rows, single, threads, (ctypes.c_int64 * 6)(*places), weight)
+    products = (_Product * 2)()
+    for place, (kernel, rows) in enumerate(kernels):
+        gemm = ctypes.cast(kernel.gemm, ctypes.c_void_p)
+        scratch_bytes = None if kernel.spec.integers is None else ctypes.cast(kernel.scratch_bytes, ctypes.c_void_p)
+        products[place] = _Product(gemm, scratch_bytes, rows, kernel.spec.element == "float32")
+    linear = _Linear(products, threads, (ctypes.c_int64 * 6)(*places), weight)
     library.add_linear(spec.encode(), _KINDS[dtype], linear)
 
 

@@ -266,6 +266,33 @@ def test_integer_products_are_exact(m: int) -> None:
     assert torch.equal(y.double(), oracle.linear(x.double(), oracle.dequantize(ones)))
 
 
+@pytest.mark.parametrize("name", ["int4", "int8_weight_only", "q5_1", "mxfp4"])
+@pytest.mark.parametrize("exponents", [0, 13, 60])
+def test_one_row_as_integers_loses_next_to_nothing(name: str, exponents: int) -> None:
+    """x is off by 2^-23 of the greatest of its group at most, and not at all within 2^-14 of that."""
+    layer = Quantized(SCHEMES[name], torch.randn(SHAPE))
+    linear = cpu._linear(layer.spec.encode())
+    if not linear.limb_rows:
+        pytest.skip("a processor without products of bytes")
+    wide = 2.0 ** torch.randint(0, exponents + 1, (1, SHAPE[1]))
+    x = (torch.randn(1, SHAPE[1]).clamp(-4, 4) * wide).to(torch.bfloat16)
+    weight = layer.weight()
+    y = layer(x).double()
+    groups = x.double().abs().split(linear.columns, -1)
+    lost = torch.cat([part.amax().expand_as(part) for part in groups], -1) * 2.0**-22
+    bound = tolerance.gemm_bound(x, weight, torch.float32, torch.float32) + lost @ weight.abs().T
+    exact = oracle.linear(x, weight)
+    assert ((y - exact).abs() <= bound + tolerance.rounding(exact.abs() + bound, torch.bfloat16)).all()
+
+
+def test_one_row_with_no_number_has_none() -> None:
+    layer = Quantized(PRESETS["int4"], torch.randn(SHAPE))
+    for value in (float("inf"), float("nan")):
+        x = torch.randn(1, SHAPE[1], dtype=torch.bfloat16)
+        x[0, 5] = value
+        assert not layer(x).isfinite().any()
+
+
 @pytest.mark.parametrize("shape", [(64, 32), (1, 64), (130, 336), (2100, 1024)])
 @pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only", "fp8_block", "int4_int8"])
 def test_shapes_that_fill_no_tile_and_those_of_many_chunks(name: str, shape: tuple[int, int]) -> None:
@@ -300,7 +327,7 @@ def test_names_say_which_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         return cpu.kernel_name(Quantized(PRESETS[preset], torch.randn(SHAPE)).spec)
 
     monkeypatch.setattr(cpp, "available", lambda: ("amx", "avx2"))
-    assert name("int4") == name("fp8") == "C++ for amx, decode + mm above M = 1024 (bf16)"
+    assert name("int4") == name("fp8") == "C++ for amx, decode + mm above M = 32 (but bfloat16)"
     with override(cpu_isa="avx2"):
         assert name("int4") == "C++ for avx2, decode + mm above M = 32"
         assert name("int8") == "C++ for avx2, integers, int8 mm above M = 32"

@@ -35,16 +35,6 @@ static inline f32 sums_of(const f32 (&x)[LANES]) {
 #endif
 }
 
-static inline float sum_of(f32 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
-  return sum;
-#endif
-}
-
 // Of numbers that are not NaN.
 static inline float highest(f32 x) {
 #if defined(__AVX512F__)

@@ -40,10 +40,10 @@ static inline u32 decode_pair(u32 codes) {
 struct Group {
   f32 scale, zero_point, offset;
 
-  Group(const Weight& w, i64 row, i64 group) {
-    scale = scale_of(w, w.scale, w.super_scale, row, group);
-    if constexpr (ZERO_POINT) zero_point = values(w.zero_point + of_group(row, group, w.groups()));
-    if constexpr (OFFSET) offset = scale_of(w, w.offset, w.super_offset, row, group);
+  Group(const Weight& w, const Divided& divided, i64 row, i64 group) {
+    scale = scale_of(w.scale, w.super_scale, divided, row, group);
+    if constexpr (ZERO_POINT) zero_point = values(w.zero_point + of_group(row, group, divided.groups));
+    if constexpr (OFFSET) offset = scale_of(w.offset, w.super_offset, divided, row, group);
   }
 
   // total + the product of a group's weights and x, whose product with the codes is sum and whose own sum is x_sum.
@@ -77,11 +77,12 @@ template <int VECTORS, int ROWS>
   const std::uint32_t* codes[VECTORS];
   each<VECTORS>([&](auto v) { codes[v] = codes_of(w, first + v * LANES); });
   f32 total[VECTORS][ROWS] = {};
+  const Divided divided(w);
+  const i64 in_group = w.columns / UNIT;
   i64 unit = 0;
-  for (i64 group = 0; group < w.groups(); ++group) {
+  for (i64 group = 0; group < divided.groups; ++group) {
     f32 sum[VECTORS][ROWS] = {};
-    i64 left = w.units() - unit;
-    i64 end = unit + (left < w.columns / UNIT ? left : w.columns / UNIT);
+    const i64 end = unit + in_group < divided.units ? unit + in_group : divided.units;
     for (; unit < end; ++unit) {
       each<UNIT / 4>([&](auto step) {
         u32 codes_here[VECTORS];
@@ -110,8 +111,8 @@ template <int VECTORS, int ROWS>
       });
     }
     each<VECTORS>([&](auto v) {
-      Group g(w, first + v * LANES, group);
-      each<ROWS>([&](auto m) { total[v][m] = g.add(total[v][m], sum[v][m], sums + m * w.groups() + group); });
+      Group g(w, divided, first + v * LANES, group);
+      each<ROWS>([&](auto m) { total[v][m] = g.add(total[v][m], sum[v][m], sums + m * divided.groups + group); });
     });
   }
   each<VECTORS>([&](auto v) {
@@ -128,10 +129,10 @@ static void sum_groups(const Weight& w, const Element* x, i64 m, i64 stride, flo
 #pragma omp for schedule(static)
   for (i64 row = 0; row < m; ++row) {
     for (i64 group = 0; group < w.groups(); ++group) {
-      i64 end = (group + 1) * w.columns < w.k ? (group + 1) * w.columns : w.k;
-      float sum = 0;
-      for (i64 k = group * w.columns; k < end; ++k) sum += number(x[row * stride + k]);
-      sums[row * w.groups() + group] = sum;
+      const i64 end = (group + 1) * w.columns < stride ? (group + 1) * w.columns : stride;
+      f32 sum{};
+      for (i64 k = group * w.columns; k < end; k += LANES) sum += values(x + row * stride + k);
+      sums[row * w.groups() + group] = sum_of(sum);
     }
   }
 }
@@ -176,112 +177,233 @@ static void multiply(
 }
 
 #if defined(__AMX_BF16__)
-// The product by the matrix unit. Its tiles 0 to 3 are sums [rows of x, 16 rows of the weight], 4 and 5 are up to 32
-// rows of x [rows, UNIT], 6 and 7 pairs of columns of 16 rows of the weight [UNIT / 2, 16, 2], as decode_pair has them.
-static void configure_tiles(int rows) {
-  struct alignas(64) {
-    std::uint8_t palette = 1, start = 0, reserved[14] = {};
-    std::uint16_t bytes[16] = {};
-    std::uint8_t rows[16] = {};
-  } shape;
-  auto set = [&](int tile, int count, int bytes) {
-    shape.rows[tile] = (std::uint8_t)count;
-    shape.bytes[tile] = (std::uint16_t)(count ? bytes : 0);
-  };
-  int low = rows < 16 ? rows : 16;
-  for (int tile : {0, 2}) set(tile, low, 64), set(tile + 1, rows - low, 64);
-  set(4, low, 2 * UNIT), set(5, rows - low, 2 * UNIT);
-  set(6, UNIT / 2, 64), set(7, UNIT / 2, 64);
-  asm volatile("" ::"r"(&shape) : "memory");  // all of it is read
-  _tile_loadconfig(&shape);
+// The product by the matrix unit. A tile of x is 16 of its rows [16, UNIT], one of the weight pairs of columns of 16 of
+// its rows [UNIT / 2, 16, 2], as decode_pair has them, and tiles 0 to 3 are sums [16, 16].
+//
+// Up to 32 rows of x are multiplied by four or two blocks of the weight as those decode. More are multiplied by a slab of
+// the weight that was decoded before. Groups that are small have too many sums then, so weights of such are decoded with
+// their scale, and rounded to bfloat16.
+constexpr i64 CHUNK = 16;     // blocks of the weight that a thread takes at once
+constexpr i64 SLAB = 512;    // columns of them that are decoded at once
+constexpr i64 BAND = 512;    // rows of x that they are multiplied by
+constexpr i64 SMALL = 512;   // columns of a group: fewer are small
+
+static i64 height(i64 m) { return m < 16 ? m : 16; }
+
+// HALVES is 1 or 2: of 16 rows of x; x of `rows` has fewer if there is but one.
+template <int HALVES>
+static void configure_tiles(i64 rows) {
+  Tiles tiles;
+  for (int tile = 0; tile < 4; ++tile) tiles.set(tile, rows, 64);
+  for (int tile = 4; tile < 8; ++tile) {
+    tile < 4 + HALVES ? tiles.set(tile, rows, 2 * UNIT) : tiles.set(tile, UNIT / 2, 64);
+  }
+  tiles.configure();
 }
 
-// As `tile`, for x [units, rows, UNIT].
-template <int BLOCKS, int HALVES>
-[[gnu::flatten]] static void square(
-    const Weight& w, const Element* x, int rows, const float* sums, i64 first, float* y) {
-  const std::uint32_t* codes[BLOCKS];
-  each<BLOCKS>([&](auto b) { codes[b] = codes_of(w, first + b * BLOCK); });
-  alignas(64) std::uint32_t decoded[2][BLOCKS][UNIT / 2][BLOCK];
-  alignas(64) float sum[BLOCKS][16 * HALVES][BLOCK];
-  f32 total[BLOCKS][16 * HALVES] = {};
-  auto decode_unit = [&](i64 unit) {
-    each<BLOCKS>([&](auto b) {
-      each<UNIT / 4>([&](auto step) {
-        u32 here = quad<step>(codes[b], unit);
-        each<2>([&](auto c) {
-          u32 pair = decode_pair(here >> (8 * c));
-          std::memcpy(decoded[unit % 2][b][2 * step + c], &pair, sizeof(pair));
-        });
-      });
-    });
-  };
-  decode_unit(0);
-  i64 unit = 0;
-  for (i64 group = 0; group < w.groups(); ++group) {
-    _tile_zero(0);
-    if constexpr (HALVES > 1) _tile_zero(1);
-    if constexpr (BLOCKS > 1) _tile_zero(2);
-    if constexpr (BLOCKS > 1 && HALVES > 1) _tile_zero(3);
-    i64 left = w.units() - unit;
-    i64 end = unit + (left < w.columns / UNIT ? left : w.columns / UNIT);
-    for (; unit < end; ++unit) {
-      if (unit + 1 < w.units()) decode_unit(unit + 1);
-      asm volatile("" ::"r"(decoded), "r"(x) : "memory");  // tiles read what was stored above
-      const Element* x_here = x + unit * rows * UNIT;
-      _tile_loadd(4, x_here, 2 * UNIT);
-      if constexpr (HALVES > 1) _tile_loadd(5, x_here + 16 * UNIT, 2 * UNIT);
-      _tile_loadd(6, decoded[unit % 2][0], 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (HALVES > 1) _tile_dpbf16ps(1, 5, 6);
-      if constexpr (BLOCKS > 1) {
-        _tile_loadd(7, decoded[unit % 2][1], 64);
-        _tile_dpbf16ps(2, 4, 7);
-        if constexpr (HALVES > 1) _tile_dpbf16ps(3, 5, 7);
+// x as [slabs, blocks of 16 rows, units of a slab, height, UNIT], for slabs of `step` units but for the last.
+static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, i64 step, Element* to) {
+  const i64 units = w.units(), high = height(m), padded = (m + high - 1) / high * high, run = step < 16 ? step : 16;
+#pragma omp for schedule(static) collapse(2)
+  for (i64 begin = 0; begin < units; begin += run) {
+    for (i64 row = 0; row < m; row += high) {
+      const i64 slab = begin / step * step, in_slab = units - slab < step ? units - slab : step;
+      const i64 end = begin + run < units ? begin + run : units, last = row + high < m ? row + high : m;
+      Element* here = to + (slab * padded + row * in_slab + (begin - slab) * high) * UNIT;
+      for (i64 r = row; r < last; ++r) {
+        for (i64 unit = begin; unit < end; ++unit) {
+          Element* place = here + ((unit - begin) * high + r - row) * UNIT;
+          std::memcpy(place, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
+        }
       }
     }
-    asm volatile("" ::"r"(sum) : "memory");
-    _tile_stored(0, sum[0][0], 64);
-    if constexpr (HALVES > 1) _tile_stored(1, sum[0][16], 64);
-    if constexpr (BLOCKS > 1) _tile_stored(2, sum[1][0], 64);
-    if constexpr (BLOCKS > 1 && HALVES > 1) _tile_stored(3, sum[1][16], 64);
+  }
+}
+
+// Adds the product of a unit: of x [HALVES], `distance` apart, and of BLOCKS blocks of the weight, `apart` apart.
+template <int BLOCKS, int HALVES>
+static inline void add_unit(const Element* x, i64 distance, const std::uint32_t* pairs, i64 apart) {
+  each<HALVES>([&](auto h) { load_tile<4 + h>(x + h * distance, 2 * UNIT); });
+  each<BLOCKS>([&](auto b) {
+    constexpr int PAIRS = BLOCKS == 4 ? 5 + b % 3 : 6 + b % 2;
+    load_tile<PAIRS>(pairs + b * apart, 64);
+    each<HALVES>([&](auto h) { dot_tiles_bf16<b * HALVES + h, 4 + h, PAIRS>(); });
+  });
+}
+
+template <int COUNT>
+static inline void zero_tiles() {
+  each<COUNT>([&](auto tile) { zero_tile<tile>(); });
+}
+
+template <int COUNT>
+static inline void store_tiles(float (&to)[COUNT][16][BLOCK]) {
+  each<COUNT>([&](auto tile) { store_tile<tile>(to[tile], 64); });
+}
+
+static inline void decode_unit(const std::uint32_t* codes, i64 unit, std::uint32_t (*to)[BLOCK]) {
+  each<UNIT / 4>([&](auto step) {
+    u32 here = quad<step>(codes, unit);
+    each<2>([&](auto c) {
+      u32 pair = decode_pair(here >> (8 * c));
+      std::memcpy(to[2 * step + c], &pair, sizeof(pair));
+    });
+  });
+}
+
+// The rows of the weight from `first` on times up to 16 HALVES rows of x, arranged.
+template <int BLOCKS, int HALVES>
+[[gnu::flatten]] static void multiply_as_decoded(
+    const Weight& weight, const Element* x, i64 rows, const float* sums, i64 first, float* y) {
+  const Weight w = weight;
+  const Divided divided(w);
+  const i64 units = w.units(), in_group = w.columns / UNIT;
+  const std::uint32_t* codes[BLOCKS];
+  each<BLOCKS>([&](auto b) { codes[b] = codes_of(w, first + b * BLOCK); });
+  alignas(64) std::uint32_t pairs[2][BLOCKS][UNIT / 2][BLOCK];
+  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
+  f32 total[BLOCKS][16 * HALVES] = {};
+  each<BLOCKS>([&](auto b) { decode_unit(codes[b], 0, pairs[0][b]); });
+  for (i64 unit = 0, group = 0; unit < units; ++group) {
+    const i64 end = unit + in_group < units ? unit + in_group : units;
+    zero_tiles<BLOCKS * HALVES>();
+    for (; unit < end; ++unit) {
+      if (unit + 1 < units) each<BLOCKS>([&](auto b) { decode_unit(codes[b], unit + 1, pairs[(unit + 1) & 1][b]); });
+      add_unit<BLOCKS, HALVES>(
+          x + unit * height(rows) * UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK);
+    }
+    store_tiles(sum);
     each<BLOCKS>([&](auto b) {
-      Group g(w, first + b * BLOCK, group);
-      for (int m = 0; m < rows; ++m) {
-        total[b][m] = g.add(total[b][m], load<f32>(sum[b][m]), sums + m * w.groups() + group);
+      const Group g(w, divided, first + b * BLOCK, group);
+      for (i64 m = 0; m < rows; ++m) {
+        total[b][m] = g.add(total[b][m], load<f32>(sum[b * HALVES][m]), sums + m * divided.groups + group);
       }
     });
   }
   each<BLOCKS>([&](auto b) {
-    i64 row = first + b * BLOCK;
-    if (row < w.n) for (int m = 0; m < rows; ++m) store(y + m * w.n + row, total[b][m], w.n - row);
+    const i64 row = first + b * BLOCK;
+    if (row < w.n) for (i64 m = 0; m < rows; ++m) store(y + m * w.n + row, total[b][m], w.n - row);
   });
 }
 
-static void multiply_by_squares(
-    const Element* x, int rows, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
-  const i64 padded = w.padded();
-  Element* arranged = reinterpret_cast<Element*>(scratch + rows * w.groups());
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (ZERO_POINT || OFFSET) sum_groups(w, x, rows, stride, scratch);
-#pragma omp for schedule(static)
-    for (i64 unit = 0; unit < w.units(); ++unit) {
-      for (int m = 0; m < rows; ++m) {
-        std::memcpy(arranged + (unit * rows + m) * UNIT, x + m * stride + unit * UNIT, sizeof(Element) * UNIT);
+// Units [begin, end) of 16 rows of the weight as pairs; SCALED by the scale of their group and rounded, or as they are.
+template <bool SCALED>
+[[gnu::flatten]] static void decode_slab(
+    const Weight& w, const Divided& divided, i64 row, i64 begin, i64 end, std::uint32_t (*to)[BLOCK]) {
+  const std::uint32_t* codes = codes_of(w, row);
+  if constexpr (!SCALED) {
+    for (i64 unit = begin; unit < end; ++unit) decode_unit(codes, unit, to + (unit - begin) * (UNIT / 2));
+  } else {
+    const i64 in_group = w.columns / UNIT;
+    for (i64 unit = begin, group = begin / in_group; unit < end; ++group) {
+      const Group g(w, divided, row, group);
+      const i64 last = (group + 1) * in_group < end ? (group + 1) * in_group : end;
+      for (; unit < last; ++unit) {
+        each<UNIT / 4>([&](auto step) {
+          u32 here = quad<step>(codes, unit);
+          each<2>([&](auto c) {
+            u32 pair = to_pair(g.weight(value<2 * c>(here)), g.weight(value<2 * c + 1>(here)));
+            std::memcpy(to[(unit - begin) * (UNIT / 2) + 2 * step + c], &pair, sizeof(pair));
+          });
+        });
       }
     }
-    configure_tiles(rows);
-#pragma omp for schedule(static)
-    for (i64 first = 0; first < padded; first += 2 * BLOCK) {
-      auto blocks_of = [&](auto blocks, auto halves) {
-        square<blocks, halves>(w, arranged, rows, scratch, first, y);
-      };
-      if (first + 2 * BLOCK <= padded) {
-        rows > 16 ? blocks_of(constant<2>(), constant<2>()) : blocks_of(constant<2>(), constant<1>());
-      } else {
-        rows > 16 ? blocks_of(constant<1>(), constant<2>()) : blocks_of(constant<1>(), constant<1>());
+  }
+}
+
+// total [blocks of the weight, rows of x, 16] += the product of a slab's units [begin, end).
+template <bool SCALED, int BLOCKS, int HALVES>
+[[gnu::flatten]] static void multiply_slab(
+    const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 m, i64 row, i64 rows,
+    const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK]) {
+  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
+  const i64 units = divided.units, in_group = SCALED ? units : w.columns / UNIT;
+  const Element* x_here = x + (begin * ((m + 15) / 16 * 16) + row * (end - begin)) * UNIT;
+  for (i64 unit = begin, group = begin / in_group; unit < end; ++group) {
+    const i64 last = (group + 1) * in_group < end ? (group + 1) * in_group : end;
+    zero_tiles<BLOCKS * HALVES>();
+    for (; unit < last; ++unit) {
+      add_unit<BLOCKS, HALVES>(
+          x_here + (unit - begin) * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK);
+    }
+    store_tiles(sum);
+    each<BLOCKS>([&](auto b) {
+      const Group g(w, divided, first + b * BLOCK, SCALED ? 0 : group);
+      float(*to)[BLOCK] = total[b] + row % BAND;
+      for (i64 m = 0; m < rows; ++m) {
+        f32 here = load<f32>(sum[b * HALVES][m]);
+        f32 all = load<f32>(to[m]);
+        all = SCALED ? all + here : g.add(all, here, sums + (row + m) * divided.groups + group);
+        std::memcpy(to[m], &all, sizeof(all));
       }
+    });
+  }
+}
+
+static i64 units_of_slab(const Weight& w) { return (w.columns < SLAB ? SLAB / w.columns * w.columns : SLAB) / UNIT; }
+
+// `blocks` blocks of the weight times all rows of x.
+template <bool SCALED>
+static void multiply_chunk(
+    const Weight& weight, i64 first, i64 blocks, const Element* x, i64 m, const float* sums, float* y) {
+  alignas(64) std::uint32_t pairs[CHUNK][SLAB / 2][BLOCK];
+  alignas(64) float total[CHUNK][BAND][BLOCK];
+  const Weight w = weight;
+  const Divided divided(w);
+  const i64 units = divided.units, step = units_of_slab(w);
+  for (i64 band = 0; band < m; band += BAND) {
+    const i64 rows = m - band < BAND ? m - band : BAND;
+    for (i64 b = 0; b < blocks; ++b) std::memset(total[b], 0, rows * sizeof(total[0][0]));
+    for (i64 begin = 0; begin < units; begin += step) {
+      const i64 end = begin + step < units ? begin + step : units;
+      for (i64 b = 0; b < blocks; ++b) decode_slab<SCALED>(w, divided, first + b * BLOCK, begin, end, pairs[b]);
+      for (i64 row = band; row < band + rows; row += 32) {
+        const i64 left = band + rows - row, here = left < 32 ? left : 32;
+        for (i64 b = 0; b < blocks; b += 2) {
+          auto of = [&](auto count, auto halves) {
+            multiply_slab<SCALED, count, halves>(
+                w, divided, first + b * BLOCK, begin, end, x, m, row, here, sums, pairs + b, total + b);
+          };
+          if (blocks - b > 1) {
+            here > 16 ? of(constant<2>(), constant<2>()) : of(constant<2>(), constant<1>());
+          } else {
+            here > 16 ? of(constant<1>(), constant<2>()) : of(constant<1>(), constant<1>());
+          }
+        }
+      }
+    }
+    for (i64 b = 0; b < blocks; ++b) {
+      const i64 at = first + b * BLOCK;
+      if (at >= w.n) break;
+      for (i64 r = 0; r < rows; ++r) store(y + (band + r) * w.n + at, load<f32>(total[b][r]), w.n - at);
+    }
+  }
+}
+
+static void multiply_by_squares(
+    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
+  const i64 padded = w.padded();
+  const i64 chunk = m <= 16 ? 4 : m <= 32 || padded / BLOCK < 2 * threads * CHUNK ? 4 : CHUNK;
+  const std::uintptr_t rest = reinterpret_cast<std::uintptr_t>(scratch + m * w.groups());
+  Element* arranged = reinterpret_cast<Element*>((rest + 63) / 64 * 64);
+  const bool scaled = m > 32 && w.columns < SMALL;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if ((ZERO_POINT || OFFSET) && !scaled) sum_groups(w, x, m, stride, scratch);
+    if (m > 1) arrange(w, x, m, stride, m <= 32 ? w.units() : units_of_slab(w), arranged);
+    const Element* given = m > 1 ? arranged : x;
+    m > 16 ? configure_tiles<2>(16) : configure_tiles<1>(m);
+#pragma omp for schedule(static)
+    for (i64 first = 0; first < padded; first += chunk * BLOCK) {
+      const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
+      auto few = [&](auto most, auto halves) {
+        if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, scratch, first, y);
+        for (i64 b = 0; b < blocks; ++b) multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, y);
+      };
+      if (m <= 16) few(constant<4>(), constant<1>());
+      else if (m <= 32) few(constant<2>(), constant<2>());
+      else if (scaled) multiply_chunk<true>(w, first, blocks, given, m, scratch, y);
+      else multiply_chunk<false>(w, first, blocks, given, m, scratch, y);
     }
     _tile_release();
   }
@@ -294,13 +416,8 @@ extern "C" void gemm(
     const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, float* y, int threads) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<Element, bfloat16>) {
-    if (m > 1) {
-      for (i64 row = 0; row < m; row += 32) {
-        int rows = (int)(m - row < 32 ? m - row : 32);
-        multiply_by_squares(x + row * stride, rows, stride, *weight, scratch, y + row * weight->n, threads);
-      }
-      return;
-    }
+    multiply_by_squares(x, m, stride, *weight, scratch, y, threads);
+    return;
   }
 #endif
   multiply(x, m, stride, *weight, scratch, y, threads);
@@ -310,11 +427,12 @@ extern "C" void gemm(
 template <class Out>
 [[gnu::flatten]] static void decode_rows(const Weight& w, i64 row, Out* out, i64 count) {
   const std::uint32_t* codes = codes_of(w, row);
+  const Divided divided(w);
+  const i64 in_group = w.columns / UNIT;
   i64 unit = 0;
-  for (i64 group = 0; group < w.groups(); ++group) {
-    Group g(w, row, group);
-    i64 left = w.units() - unit;
-    i64 end = unit + (left < w.columns / UNIT ? left : w.columns / UNIT);
+  for (i64 group = 0; group < divided.groups; ++group) {
+    Group g(w, divided, row, group);
+    const i64 end = unit + in_group < divided.units ? unit + in_group : divided.units;
     for (; unit < end; ++unit) {
       each<UNIT / 4>([&](auto step) {
         u32 here = quad<step>(codes, unit);

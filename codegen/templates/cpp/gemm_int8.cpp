@@ -25,6 +25,7 @@ constexpr bool MASKED = true;    // codes are multiplied by whole bytes
 constexpr int BIAS = 8;          // what is subtracted from a code, or from its entry in a table
 constexpr float STEP = 1.0f;     // of the integers that codes stand for
 constexpr bool GROUPED = false;  // whether each group of x has a scale
+constexpr int LIMBS = 1;         // int8 that a number of x becomes, if 3 with next to nothing lost
 // </constants>
 
 #include "weight.h"
@@ -40,6 +41,7 @@ constexpr bool READY = false;            // whether codes of 8 bits are the inte
 
 constexpr i64 PIECE = 1024;  // columns: the sum of so many products of 8 bits is exact in float32
 constexpr i64 RUN = 64;      // columns of x that lie together
+constexpr i64 SLAB = 1024;   // columns of all rows of x that do, and of the weight that are unpacked at a time
 constexpr int OFF = BIAS - SHIFTED<WIDTH>;
 
 // Columns [begin, end) of one group, for whose sum of x there is a place; the group's columns end at `last`.
@@ -66,15 +68,17 @@ struct Pieces {
   }
 };
 
-// x as integers: codes [runs, rows, RUN] with columns 4 t + 0, 2, 1, 3 in this order, as those of a weight; a scale for
-// each row or, if GROUPED, [groups, rows]; and the sum of each piece, [pieces, rows]. Rows are padded with zeros.
+// x as integers, in LIMBS rows for each of its own: codes [slabs, rows / high, runs, high, RUN] with columns 4 t + 0, 2, 1,
+// 3 in this order, as those of a weight; a scale for each row or, if GROUPED, [groups, rows]; and the sum of each piece,
+// [pieces, rows].
 struct Integers {
-  i64 rows;
+  i64 rows, high;
   std::int8_t* codes;
   float* scale;
   std::int32_t* sums;
 
-  std::int8_t* at(i64 row, i64 column) const { return codes + (column / RUN * rows + row) * RUN + column % RUN; }
+  std::int8_t* at(i64 row) const { return codes + (row / high * (SLAB / RUN) * high + row % high) * RUN; }
+  i64 offset(i64 column) const { return column / SLAB * rows * SLAB + column % SLAB / RUN * high * RUN + column % RUN; }
 };
 
 // The greatest magnitude among x [count], a multiple of 16; NaN if there is one.
@@ -92,41 +96,83 @@ static float greatest(const Element* x, i64 count) {
 }
 
 // The nearest int8 of x / scale, ties to even.
-static inline i32 nearest(f32 x, float scale) {
+static inline i32 nearest_int8(f32 x, float scale) {
   constexpr float MAGIC = 0x1.8p23f;  // adding it rounds at the last binary place, which is 1
   i32 code = as_i32(x / everywhere(scale) + MAGIC) - 0x4b400000;
   code = code < 127 ? code : i32{} + 127;
   return code > -128 ? code : i32{} - 128;
 }
 
+// x times a power of two as an integer of 23 bits, ties to even.
+static inline i32 nearest(f32 x, float inverse) { return as_i32(x * inverse + 0x1.8p23f) - 0x4b400000; }
+
+// The least power of two of which x up to `top` are multiples below 2^22, exactly where they are above top 2^-14 and of
+// 8 bits; NaN if top is no number.
+static float fine_scale(float top) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &top, sizeof(bits));
+  std::uint32_t exponent = bits >> 23;
+  if (exponent == 255) return __builtin_nanf("");
+  bits = (exponent > 22 ? exponent - 21 : 1) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return scale;
+}
+
+static void store_codes(std::int8_t* to, i32 codes) {
+  i8 narrow = __builtin_convertvector(codes, i8);
+  std::uint32_t quads[LANES / 4];
+  std::memcpy(quads, &narrow, sizeof(narrow));
+  for (auto& q : quads) q = (q & 0xff0000ffu) | (q >> 8 & 0xff00u) | (q << 8 & 0xff0000u);
+  std::memcpy(to, quads, sizeof(quads));
+}
+
+static std::int32_t sum_of(i32 x) {
+  std::int32_t total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+  return total;
+}
+
 // Row `row` of x, from numbers [stride], or as codes with a scale already.
 static void round_row(const Weight& w, const Element* x, const std::int8_t* given, i64 row, const Integers& to) {
   const Pieces pieces(w);
+  std::int8_t* codes[LIMBS];
+  each<LIMBS>([&](auto limb) { codes[limb] = to.at(row * LIMBS + limb); });
   float scale = 1;
   auto choose = [&](i64 begin, i64 end) {
-    float top = greatest(x + begin, end - begin);
-    return scale = top == 0 ? 1 : top / 127.5f;
+    const float top = greatest(x + begin, end - begin);
+    return scale = LIMBS > 1 ? fine_scale(top) : top == 0 ? 1 : top / 127.5f;
   };
   if (!GROUPED && given == nullptr) to.scale[row] = choose(0, pieces.width);
   for (Piece p = pieces.first(); p.begin < pieces.width; p = pieces.after(p)) {
     if (GROUPED && given == nullptr && p.begin == p.group * w.columns) {
-      to.scale[p.group * to.rows + row] = choose(p.begin, p.last);
+      float* scales = to.scale + p.group * to.rows + row * LIMBS;
+      scales[LIMBS - 1] = choose(p.begin, p.last);
+      for (int limb = LIMBS - 1; limb > 0; --limb) scales[limb - 1] = scales[limb] * 256;
     }
-    i32 sum{};
+    i32 sum[LIMBS] = {};
+    const float inverse = 1 / scale;
     for (i64 k = p.begin; k < p.end; k += LANES) {
-      i32 code = given ? __builtin_convertvector(load<i8>(given + k), i32) : nearest(values(x + k), scale);
-      sum += code;
-      i8 narrow = __builtin_convertvector(code, i8);
-      std::uint32_t quads[LANES / 4];
-      std::memcpy(quads, &narrow, sizeof(narrow));
-      for (auto& q : quads) q = (q & 0xff0000ffu) | (q >> 8 & 0xff00u) | (q << 8 & 0xff0000u);
-      std::memcpy(to.at(row, k), quads, sizeof(quads));
+      const i64 offset = to.offset(k);
+      if constexpr (LIMBS > 1) {
+        i32 code = nearest(values(x + k), inverse);
+        for (int limb = LIMBS - 1; limb >= 0; --limb) {
+          const i32 low = limb ? (code << 24) >> 24 : code;
+          store_codes(codes[limb] + offset, low);
+          sum[limb] += low;
+          code = (code - low) >> 8;
+        }
+      } else {
+        const i32 code = given ? __builtin_convertvector(load<i8>(given + k), i32) : nearest_int8(values(x + k), scale);
+        store_codes(codes[0] + offset, code);
+        sum[0] += code;
+      }
     }
-    std::int32_t total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += sum[lane];
-    to.sums[p.index * to.rows + row] = total;
+    for (int limb = 0; limb < LIMBS; ++limb) to.sums[p.index * to.rows + row * LIMBS + limb] = sum_of(sum[limb]);
   }
-  for (i64 k = pieces.width; k % RUN; k += 4) std::memset(to.at(row, k), 0, 4);
+  for (i64 k = pieces.width; k % RUN; k += 4) {
+    for (auto limb : codes) std::memset(limb + to.offset(k), 0, 4);
+  }
 }
 
 // All rows; to be called by all threads of a team.
@@ -143,10 +189,10 @@ struct Group {
   f32 scale, offset;
   i32 zero_point;
 
-  Group(const Weight& w, i64 row, i64 group) {
-    scale = scale_of(w, w.scale, w.super_scale, row, group) * STEP;
-    if constexpr (ZERO_POINT) zero_point = widen(load<u8>(w.zero_point + of_group(row, group, w.groups())));
-    if constexpr (OFFSET) offset = scale_of(w, w.offset, w.super_offset, row, group);
+  Group(const Weight& w, const Divided& divided, i64 row, i64 group) {
+    scale = scale_of(w.scale, w.super_scale, divided, row, group) * STEP;
+    if constexpr (ZERO_POINT) zero_point = widen(load<u8>(w.zero_point + of_group(row, group, divided.groups)));
+    if constexpr (OFFSET) offset = scale_of(w.offset, w.super_offset, divided, row, group);
   }
 
   // total + what the sum of (code - BIAS) q stands for, given the sum of q and the scale of x if its groups have one.
@@ -172,11 +218,13 @@ template <int VECTORS, int ROWS, bool UNPACKED>
     const Weight& w, const Integers& x, i64 row, i64 first, const std::uint32_t* unpacked, i64 distance, Element* y) {
   constexpr int CHAINS = VECTORS * ROWS < 8 ? 2 : 1;  // sums that do not wait for each other
   const Pieces pieces(w);
+  const Divided divided(w);
   const std::uint32_t* codes[VECTORS];
   each<VECTORS>([&](auto v) {
     i64 at = v * LANES;
     codes[v] = UNPACKED ? unpacked + at / BLOCK * distance + at % BLOCK : codes_of(w, first + at);
   });
+  const std::int8_t* x_rows = x.at(row);
   f32 total[VECTORS][ROWS] = {};
   for (Piece p = pieces.first(); p.begin < pieces.width; p = pieces.after(p)) {
     const std::int32_t* sums = x.sums + p.index * x.rows + row;
@@ -185,7 +233,7 @@ template <int VECTORS, int ROWS, bool UNPACKED>
       each<VECTORS>([&](auto v) { sum[v][m][0] = everywhere((std::uint32_t)(-OFF * sums[m])); });
     });
     for (i64 k = p.begin; k < p.end; k += UNIT) {
-      const std::int8_t* x_here = x.at(row, k);
+      const std::int8_t* x_here = x_rows + x.offset(k);
       each<UNIT / 4>([&](auto step) {
         u32 here[VECTORS];
         each<VECTORS>([&](auto v) { here[v] = quad_of<step, UNPACKED>(codes[v], k / UNIT); });
@@ -201,7 +249,7 @@ template <int VECTORS, int ROWS, bool UNPACKED>
       });
     }
     each<VECTORS>([&](auto v) {
-      Group g(w, first + v * LANES, p.group);
+      Group g(w, divided, first + v * LANES, p.group);
       each<ROWS>([&](auto m) {
         u32 all = CHAINS == 1 ? sum[v][m][0] : sum[v][m][0] + sum[v][m][CHAINS - 1];
         total[v][m] = g.add(total[v][m], all, sums[m], GROUPED ? x.scale[p.group * x.rows + row + m] : 1);
@@ -210,8 +258,10 @@ template <int VECTORS, int ROWS, bool UNPACKED>
   }
   each<VECTORS>([&](auto v) {
     i64 at = first + v * LANES;
-    if (at < w.n) each<ROWS>([&](auto m) {
-      store(y + m * w.n + at, GROUPED ? total[v][m] : total[v][m] * x.scale[row + m], w.n - at);
+    if (at < w.n) each<ROWS / LIMBS>([&](auto m) {
+      f32 all = total[v][m * LIMBS];
+      each<LIMBS - 1>([&](auto limb) { all += total[v][m * LIMBS + limb + 1]; });
+      store(y + m * w.n + at, GROUPED ? all : all * x.scale[row + m], w.n - at);
     });
   });
 }
@@ -227,19 +277,24 @@ static inline int thread() {
 template <int VALUE>
 using constant = std::integral_constant<int, VALUE>;
 
-// Integers less LESS, modulo 256, of `blocks` blocks of rows from `first` on, columns [begin, end) of them, as
-// [blocks, columns / 4, BLOCK].
+// Integers less LESS, modulo 256, of a unit of LANES rows, as [columns / 4, BLOCK].
+template <int LESS>
+static inline void unpack_unit(const std::uint32_t* codes, i64 unit, std::uint32_t (*to)[BLOCK]) {
+  each<UNIT / 4>([&](auto step) {
+    u32 found = quad_of<step, false>(codes, unit);
+    if constexpr (LESS) found = (u32)((bytes)found - (std::uint8_t)LESS);
+    std::memcpy(to[step], &found, sizeof(found));
+  });
+}
+
+// Those of `blocks` blocks of rows from `first` on, columns [begin, end) of them, as [blocks, columns / 4, BLOCK].
 template <int LESS>
 static void unpack(const Weight& w, i64 first, i64 blocks, i64 begin, i64 end, std::uint32_t* to) {
-  for (i64 k = begin; k < end; k += UNIT) {
-    for (i64 row = 0; row < blocks * BLOCK; row += LANES) {
-      const std::uint32_t* codes = codes_of(w, first + row);
-      std::uint32_t* here = to + (row / BLOCK * (end - begin) + k - begin) / 4 * BLOCK + row % BLOCK;
-      each<UNIT / 4>([&](auto step) {
-        u32 found = quad_of<step, false>(codes, k / UNIT);
-        if constexpr (LESS) found = (u32)((bytes)found - (std::uint8_t)LESS);
-        std::memcpy(here + step * BLOCK, &found, sizeof(found));
-      });
+  for (i64 row = 0; row < blocks * BLOCK; row += LANES) {
+    const std::uint32_t* codes = codes_of(w, first + row);
+    std::uint32_t* here = to + row / BLOCK * (end - begin) / 4 * BLOCK + row % BLOCK;
+    for (i64 k = begin; k < end; k += UNIT, here += UNIT / 4 * BLOCK) {
+      unpack_unit<LESS>(codes, k / UNIT, reinterpret_cast<std::uint32_t(*)[BLOCK]>(here));
     }
   }
 }
@@ -249,16 +304,17 @@ constexpr i64 CHUNK = 4 * LANES;             // rows of the weight that a thread
 constexpr int TALL = FEW_REGISTERS ? 2 : 6;  // most rows of x in registers beside them
 constexpr i64 FEW = 2 * TALL;                // rows of x for which integers are not unpacked first
 
-// The product of one row of x: eight streams of codes at a time, which memory delivers faster than fewer.
+// The product of one row of x: many streams of codes at a time, which memory delivers faster than fewer.
 static void multiply_row(const Weight& w, const Integers& x, Element* y) {
+  constexpr int VECTORS = FEW_REGISTERS && LIMBS > 1 ? 4 : 8;
   const i64 padded = w.padded();
 #pragma omp for schedule(static)
-  for (i64 first = 0; first < padded; first += 2 * CHUNK) {
-    const i64 end = first + 2 * CHUNK < padded ? first + 2 * CHUNK : padded;
+  for (i64 first = 0; first < padded; first += VECTORS * LANES) {
+    const i64 end = first + VECTORS * LANES < padded ? first + VECTORS * LANES : padded;
     i64 at = first;
-    for (; end - at >= 8 * LANES; at += 8 * LANES) tile<8, 1, false>(w, x, 0, at, nullptr, 0, y);
-    for (; end - at >= 4 * LANES; at += 4 * LANES) tile<4, 1, false>(w, x, 0, at, nullptr, 0, y);
-    for (; at < end; at += LANES) tile<1, 1, false>(w, x, 0, at, nullptr, 0, y);
+    for (; end - at >= VECTORS * LANES; at += VECTORS * LANES) tile<VECTORS, LIMBS, false>(w, x, 0, at, nullptr, 0, y);
+    for (; end - at >= 4 * LANES; at += 4 * LANES) tile<4, LIMBS, false>(w, x, 0, at, nullptr, 0, y);
+    for (; at < end; at += LANES) tile<1, LIMBS, false>(w, x, 0, at, nullptr, 0, y);
   }
 }
 
@@ -269,22 +325,25 @@ static void multiply_rows(const Weight& w, const Integers& x, i64 m, std::uint32
   for (i64 first = 0; first < padded; first += CHUNK) {
     i64 row = 0;
     auto rows_of = [&](auto vectors, auto rows, auto is_unpacked, i64 at) {
-      tile<vectors, rows, is_unpacked>(w, x, row, at, unpacked, width / 4 * BLOCK, y + row * w.n);
+      tile<vectors, rows, is_unpacked>(w, x, row, at, unpacked, width / 4 * BLOCK, y + row / LIMBS * w.n);
     };
     if (first + CHUNK <= padded) {
       constant<4> vectors;
-      if (m > FEW) {
+      if (LIMBS == 1 && m > FEW) {
         unpack<0>(w, first, CHUNK / BLOCK, 0, width, unpacked);
         for (; m - row >= TALL; row += TALL) rows_of(vectors, constant<TALL>(), constant<true>(), first);
       }
       if constexpr (!FEW_REGISTERS) {
-        for (; m - row >= 4; row += 4) rows_of(vectors, constant<4>(), constant<false>(), first);
+        constexpr int MOST = LIMBS > 1 ? 2 * LIMBS : 4;
+        for (; m - row >= MOST; row += MOST) rows_of(vectors, constant<MOST>(), constant<false>(), first);
       }
-      for (; m - row >= 2; row += 2) rows_of(vectors, constant<2>(), constant<false>(), first);
-      for (; m > row; ++row) rows_of(vectors, constant<1>(), constant<false>(), first);
+      if constexpr (LIMBS == 1) {
+        for (; m - row >= 2; row += 2) rows_of(vectors, constant<2>(), constant<false>(), first);
+      }
+      for (; m > row; row += LIMBS) rows_of(vectors, constant<LIMBS>(), constant<false>(), first);
     }
-    for (; row < m; ++row) {
-      for (i64 at = first; at < padded; at += LANES) rows_of(constant<1>(), constant<1>(), constant<false>(), at);
+    for (; row < m; row += LIMBS) {
+      for (i64 at = first; at < padded; at += LANES) rows_of(constant<1>(), constant<LIMBS>(), constant<false>(), at);
     }
   }
 }
@@ -299,156 +358,184 @@ static void multiply(
     if (m == 1) {
       multiply_row(w, integers, y);
     } else {
-      multiply_rows(w, integers, m, scratch + thread() * (CHUNK / 4 * Pieces(w).width), y);
+      multiply_rows(w, integers, m * LIMBS, scratch + thread() * (CHUNK / 4 * Pieces(w).width), y);
     }
   }
 }
 
 #if defined(__AMX_INT8__)
-// The product by the matrix unit. Its tiles 0 to 3 are sums [16 rows of x, 16 rows of the weight], 4 and 5 are 32 rows of
-// x [16, depth], 6 and 7 are integers [depth / 4, 16, 4] of 16 rows of the weight.
-static void configure_tiles(i64 depth) {
-  struct alignas(64) {
-    std::uint8_t palette = 1, start = 0, reserved[14] = {};
-    std::uint16_t bytes[16] = {};
-    std::uint8_t rows[16] = {};
-  } shape;
-  for (int tile = 0; tile < 8; ++tile) {
-    shape.rows[tile] = (std::uint8_t)(tile < 6 ? 16 : depth / 4);
-    shape.bytes[tile] = (std::uint16_t)(tile == 4 || tile == 5 ? depth : 64);
+// The product by the matrix unit. A tile of x is 16 of its rows [16, depth], one of the weight integers of 16 of its rows
+// [depth / 4, 16, 4], and tiles 0 to 3 are sums [16, 16].
+//
+// Integers are multiplied as they lie in memory, or unpacked and without their bias: up to 32 rows of x by those of a few
+// columns at a time, more of them by a slab of the weight that was unpacked before.
+constexpr bool SUMS = READY || ZERO_POINT || OFFSET;  // whether the sum of x comes into the product's
+constexpr i64 BLOCKS_MOST = 8;                         // of a thread's chunk of the weight's rows
+
+// HALVES is 1 or 2: of 16 rows of x, which has `rows` if they are fewer.
+template <int HALVES>
+static void configure_tiles(i64 rows, i64 depth) {
+  Tiles tiles;
+  for (int tile = 0; tile < 4; ++tile) tiles.set(tile, rows, 64);
+  for (int tile = 4; tile < 8; ++tile) {
+    tile < 4 + HALVES ? tiles.set(tile, rows, depth) : tiles.set(tile, depth / 4, 64);
   }
-  asm volatile("" ::"r"(&shape) : "memory");  // all of it is read
-  _tile_loadconfig(&shape);
+  tiles.configure();
 }
 
-// Integers of the weight in the matrix unit: as they lie in memory, or unpacked and without their bias.
-constexpr bool SUMS = READY || ZERO_POINT || OFFSET;  // whether the sum of x comes into the product's
-// A macro, as those of the compiler are, whose arguments are names of tiles.
-#define MULTIPLY_TILES(to, x, codes) \
-  if constexpr (READY) { \
-    _tile_dpbsud(to, x, codes); \
-  } else { \
-    _tile_dpbssd(to, x, codes); \
-  }
-
-// Adds the products of pieces `p` to column `end` to total [BLOCKS, m, 16].
+// Adds the product of `depth` columns: of x [HALVES], `distance` apart, and of BLOCKS blocks of the weight.
 template <int BLOCKS, int HALVES>
-static void square(
-    const Weight& w, const Pieces& pieces, Piece p, i64 end, i64 depth, const Integers& x, i64 row, i64 rows, i64 first,
-    const std::uint32_t* const* integers, i64 from, float* const* total) {
-  alignas(64) std::uint32_t sum[BLOCKS][16 * HALVES][BLOCK];
-  for (; p.begin < end; p = pieces.after(p)) {
-    _tile_zero(0);
-    if constexpr (HALVES > 1) _tile_zero(1);
-    if constexpr (BLOCKS > 1) _tile_zero(2);
-    if constexpr (BLOCKS > 1 && HALVES > 1) _tile_zero(3);
-    for (i64 k = p.begin; k < p.end; k += depth) {
-      const std::int8_t* x_here = x.at(row, k);
-      const i64 at = (k - from) / 4 * BLOCK;
-      _tile_loadd(6, integers[0] + at, 64);
-      _tile_loadd(4, x_here, RUN);
-      MULTIPLY_TILES(0, 4, 6)
-      if constexpr (HALVES > 1) {
-        _tile_loadd(5, x_here + 16 * RUN, RUN);
-        MULTIPLY_TILES(1, 5, 6)
-      }
-      if constexpr (BLOCKS > 1) {
-        _tile_loadd(7, integers[BLOCKS - 1] + at, 64);
-        MULTIPLY_TILES(2, 4, 7)
-        if constexpr (HALVES > 1) {
-          MULTIPLY_TILES(3, 5, 7)
-        }
-      }
+static inline void add_columns(const std::int8_t* x, i64 distance, const std::uint32_t* const* integers, i64 at) {
+  each<HALVES>([&](auto h) { load_tile<4 + h>(x + h * distance, RUN); });
+  each<BLOCKS>([&](auto b) {
+    constexpr int QUADS = BLOCKS == 4 ? 5 + b % 3 : 6 + b % 2;
+    load_tile<QUADS>(integers[b] + at, 64);
+    each<HALVES>([&](auto h) { dot_tiles_int8<b * HALVES + h, 4 + h, QUADS, !READY>(); });
+  });
+}
+
+// Adds what the tiles' sums of a piece stand for to total [BLOCKS][rows of x].
+template <int BLOCKS, int HALVES>
+static inline void add_piece(
+    const Weight& w, const Divided& divided, const Piece& p, i64 first, const Integers& x, i64 row, i64 rows,
+    f32* const* total) {
+  alignas(64) std::uint32_t sum[BLOCKS * HALVES][16][BLOCK];
+  each<BLOCKS * HALVES>([&](auto tile) { store_tile<tile>(sum[tile], 64); });
+  const std::int32_t* x_sums = x.sums + p.index * x.rows + row;
+  const float* x_scale = GROUPED ? x.scale + p.group * x.rows + row : nullptr;
+  each<BLOCKS>([&](auto b) {
+    const Group g(w, divided, first + b * BLOCK, p.group);
+    for (i64 m = 0; m < rows; ++m) {
+      const std::int32_t x_sum = SUMS ? x_sums[m] : 0;
+      u32 all = load<u32>(sum[b * HALVES][m]);
+      if constexpr (READY && BIAS) all -= everywhere((std::uint32_t)(BIAS * x_sum));
+      total[b][m] = g.add(total[b][m], all, x_sum, GROUPED ? x_scale[m] : 1);
     }
-    asm volatile("" ::"r"(sum) : "memory");
-    _tile_stored(0, sum[0][0], 64);
-    if constexpr (HALVES > 1) _tile_stored(1, sum[0][16], 64);
-    if constexpr (BLOCKS > 1) _tile_stored(2, sum[BLOCKS - 1][0], 64);
-    if constexpr (BLOCKS > 1 && HALVES > 1) _tile_stored(3, sum[BLOCKS - 1][16], 64);
-    asm volatile("" ::"r"(sum) : "memory");
+  });
+}
+
+// y [rows of x, 16 of the weight] of total [rows], LIMBS of which are one row of y.
+static inline void store_rows(
+    const Weight& w, i64 first, const Integers& x, i64 row, i64 rows, const f32* total, Element* y) {
+  if (first >= w.n) return;
+  for (i64 m = 0; m < rows; m += LIMBS) {
+    f32 all = total[m];
+    for (int limb = 1; limb < LIMBS; ++limb) all += total[m + limb];
+    store(y + (row + m) / LIMBS * w.n + first, GROUPED ? all : all * x.scale[row + m], w.n - first);
+  }
+}
+
+// The rows of the weight from `first` on times all of x, at most 16 HALVES rows.
+template <int BLOCKS, int HALVES>
+[[gnu::flatten]] static void multiply_as_unpacked(
+    const Weight& weight, i64 depth, const Integers& x, i64 rows, i64 first, Element* y) {
+  const Weight w = weight;
+  const Pieces pieces(w);
+  const Divided divided(w);
+  alignas(64) std::uint32_t unpacked[2][BLOCKS][RUN / 4][BLOCK];
+  f32 total[BLOCKS][16 * HALVES] = {};
+  f32* totals[BLOCKS];
+  const std::uint32_t *codes[BLOCKS], *integers[2][BLOCKS];
+  each<BLOCKS>([&](auto b) {
+    totals[b] = total[b];
+    codes[b] = codes_of(w, first + b * BLOCK);
+    for (int i = 0; i < 2; ++i) integers[i][b] = READY ? codes[b] : unpacked[i][b][0];
+  });
+  auto prepare = [&](i64 k, i64 place) {
     each<BLOCKS>([&](auto b) {
-      const Group g(w, first + b * BLOCK, p.group);
-      const std::int32_t* x_sums = x.sums + p.index * x.rows + row;
-      const float* x_scale = GROUPED ? x.scale + p.group * x.rows + row : nullptr;
-      for (i64 m = 0; m < rows; ++m) {
-        float* here = total[b] + m * BLOCK;
-        const std::int32_t x_sum = SUMS ? x_sums[m] : 0;
-        u32 all = load<u32>(sum[b][m]);
-        if constexpr (READY && BIAS) all -= everywhere((std::uint32_t)(BIAS * x_sum));
-        store(here, g.add(load<f32>(here), all, x_sum, GROUPED ? x_scale[m] : 1), LANES);
+      for (i64 unit = 0; unit < depth / UNIT; ++unit) {
+        unpack_unit<BIAS>(codes[b], k / UNIT + unit, unpacked[place][b] + unit * (UNIT / 4));
       }
     });
+  };
+  if (!READY) prepare(0, 0);
+  i64 place = 0;
+  for (Piece p = pieces.first(); p.begin < pieces.width; p = pieces.after(p)) {
+    each<BLOCKS * HALVES>([&](auto tile) { zero_tile<tile>(); });
+    for (i64 k = p.begin; k < p.end; k += depth, place ^= 1) {
+      if (!READY && k + depth < pieces.width) prepare(k + depth, place ^ 1);
+      add_columns<BLOCKS, HALVES>(
+          x.codes + x.offset(k), SLAB / RUN * x.high * RUN, integers[place], READY ? k / 4 * BLOCK : 0);
+    }
+    add_piece<BLOCKS, HALVES>(w, divided, p, first, x, 0, rows, totals);
   }
+  each<BLOCKS>([&](auto b) { store_rows(w, first + b * BLOCK, x, 0, rows, total[b], y); });
 }
 
-constexpr i64 BLOCKS_MOST = 8;  // of a thread's chunk of the weight's rows
-constexpr i64 SLAB = 1024;      // columns that are unpacked at a time, whole pieces
+// `blocks` blocks of the weight times all rows of x; `scratch` has room for a slab of their integers, and their part of y
+// in float32.
+static void multiply_chunk(
+    const Weight& weight, i64 depth, const Integers& x, i64 m, i64 first, i64 blocks, std::uint32_t* scratch,
+    Element* y) {
+  const Weight w = weight;
+  const Pieces pieces(w);
+  const Divided divided(w);
+  f32* totals = reinterpret_cast<f32*>(scratch + BLOCKS_MOST * BLOCK * (SLAB / 4));
+  std::memset(totals, 0, sizeof(f32) * blocks * x.rows);
+  for (Piece from = pieces.first(); from.begin < pieces.width;) {
+    Piece next = from;
+    do next = pieces.after(next); while (next.begin < pieces.width && next.end - from.begin <= SLAB);
+    const i64 end = next.begin, width = end - from.begin;
+    const std::uint32_t* integers[BLOCKS_MOST];
+    for (i64 b = 0; b < blocks; ++b) {
+      integers[b] = READY ? codes_of(w, first + b * BLOCK) + from.begin / 4 * BLOCK : scratch + b * width / 4 * BLOCK;
+    }
+    if (!READY) unpack<BIAS>(w, first, blocks, from.begin, end, scratch);
+    for (i64 row = 0; row < m; row += 32) {
+      const std::int8_t* x_rows = x.at(row);
+      for (i64 b = 0; b < blocks; b += 2) {
+        f32* total[2] = {totals + b * x.rows + row, totals + (b + 1) * x.rows + row};
+        auto of = [&](auto count) {
+          for (Piece p = from; p.begin < end; p = pieces.after(p)) {
+            each<2 * count>([&](auto tile) { zero_tile<tile>(); });
+            for (i64 k = p.begin; k < p.end; k += depth) {
+              add_columns<count, 2>(
+                  x_rows + x.offset(k), SLAB / RUN * x.high * RUN, integers + b, (k - from.begin) / 4 * BLOCK);
+            }
+            add_piece<count, 2>(w, divided, p, first + b * BLOCK, x, row, m - row < 32 ? m - row : 32, total);
+          }
+        };
+        blocks - b > 1 ? of(constant<2>()) : of(constant<1>());
+      }
+    }
+    from = next;
+  }
+  for (i64 b = 0; b < blocks; ++b) store_rows(w, first + b * BLOCK, x, 0, m, totals + b * x.rows, y);
+}
 
-// `scratch` has room for a thread's SLAB of integers, and its part of y in float32.
 static void multiply_by_squares(
     const Weight& w, const Element* x, const std::int8_t* given, i64 m, i64 stride, const Integers& to,
     std::uint32_t* scratch, Element* y, int threads) {
   const Pieces pieces(w);
-  const i64 padded = w.padded();
+  const i64 padded = w.padded(), rows = m * LIMBS;
   const i64 depth = pieces.columns % RUN == 0 && pieces.width % RUN == 0 && pieces.of_group % RUN == 0 ? RUN : 32;
-  const i64 chunk = padded / BLOCK < 4 * threads * BLOCKS_MOST ? 2 : BLOCKS_MOST;
+  const i64 chunk = rows <= 16 ? 4 : rows <= 32 || padded / BLOCK < 4 * threads * BLOCKS_MOST ? 2 : BLOCKS_MOST;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     round_rows(w, x, given, m, stride, to);
-    configure_tiles(depth);
-    std::uint32_t* unpacked = scratch + thread() * BLOCKS_MOST * BLOCK * (SLAB / 4 + to.rows);
-    float* totals = reinterpret_cast<float*>(unpacked + BLOCKS_MOST * BLOCK * (SLAB / 4));
+    rows > 16 ? configure_tiles<2>(16, depth) : configure_tiles<1>(rows, depth);
+    std::uint32_t* own = scratch + thread() * BLOCKS_MOST * BLOCK * (SLAB / 4 + to.rows);
 #pragma omp for schedule(static)
     for (i64 first = 0; first < padded; first += chunk * BLOCK) {
       const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
-      std::memset(totals, 0, sizeof(float) * blocks * BLOCK * to.rows);
-      for (Piece p = pieces.first(); p.begin < pieces.width;) {
-        const i64 from = p.begin;
-        Piece next = p;
-        do next = pieces.after(next); while (next.begin < pieces.width && next.end - from <= SLAB);
-        const i64 end = next.begin;
-        const std::uint32_t* integers[BLOCKS_MOST];
-        if (!READY) unpack<BIAS>(w, first, blocks, from, end, unpacked);
-        for (i64 b = 0; b < blocks; ++b) {
-          integers[b] = READY ? codes_of(w, first + b * BLOCK) + from / 4 * BLOCK : unpacked + b * (end - from) / 4 * BLOCK;
-        }
-        for (i64 row = 0; row < m; row += 32) {
-          const i64 rows = m - row < 32 ? m - row : 32;
-          for (i64 b = 0; b < blocks; b += 2) {
-            float* total[2];
-            for (i64 i = 0; i < 2; ++i) total[i] = totals + ((b + i) * to.rows + row) * BLOCK;
-            auto blocks_of = [&](auto count, auto halves) {
-              square<count, halves>(
-                  w, pieces, p, end, depth, to, row, rows, first + b * BLOCK, integers + b, from, total);
-            };
-            if (blocks - b > 1) {
-              rows > 16 ? blocks_of(constant<2>(), constant<2>()) : blocks_of(constant<2>(), constant<1>());
-            } else {
-              rows > 16 ? blocks_of(constant<1>(), constant<2>()) : blocks_of(constant<1>(), constant<1>());
-            }
-          }
-        }
-        p = next;
-      }
-      for (i64 b = 0; b < blocks; ++b) {
-        const i64 at = first + b * BLOCK;
-        if (at >= w.n) break;
-        for (i64 row = 0; row < m; ++row) {
-          f32 total = load<f32>(totals + (b * to.rows + row) * BLOCK);
-          store(y + row * w.n + at, GROUPED ? total : total * to.scale[row], w.n - at);
-        }
-      }
+      auto few = [&](auto most, auto halves) {
+        if (blocks == most) return multiply_as_unpacked<most, halves>(w, depth, to, rows, first, y);
+        for (i64 b = 0; b < blocks; ++b) multiply_as_unpacked<1, halves>(w, depth, to, rows, first + b * BLOCK, y);
+      };
+      if (rows <= 16) few(constant<4>(), constant<1>());
+      else if (rows <= 32) few(constant<2>(), constant<2>());
+      else multiply_chunk(w, depth, to, rows, first, blocks, own, y);
     }
     _tile_release();
   }
 }
 #endif
 
-constexpr i64 FEWEST_SQUARE = 5;  // rows of x for which the matrix unit is worth its tiles
+constexpr i64 FEWEST_SQUARE = 5;  // rows of integers for which the matrix unit is worth its tiles
 
-static bool by_squares(const Weight& w, i64 m) {
+static bool by_squares(i64 m) {
 #if defined(__AMX_INT8__)
-  return m >= FEWEST_SQUARE && UNIT == 32;
+  return m * LIMBS >= FEWEST_SQUARE && UNIT == 32;
 #else
   return false;
 #endif
@@ -456,21 +543,22 @@ static bool by_squares(const Weight& w, i64 m) {
 
 // Parts of a scratch buffer, in bytes from its begin, each at a multiple of 64.
 struct Parts {
-  i64 rows, scale, sums, rest, end;
+  i64 rows, high, scale, sums, rest, end;
 
   Parts(const Weight& w, i64 m, int threads) {
     const Pieces pieces(w);
-    const bool squares = by_squares(w, m);
+    const bool squares = by_squares(m);
     auto after = [](i64 begin, i64 bytes) { return begin + (bytes + 63) / 64 * 64; };
-    rows = squares ? (m + 15) / 16 * 16 : m;
-    rows = squares && m > 16 ? (m + 31) / 32 * 32 : rows;
-    scale = after(0, (pieces.width + RUN - 1) / RUN * RUN * rows);
+    rows = m * LIMBS;
+    if (squares && rows > 16) rows = (rows + 31) / 32 * 32;
+    high = squares && rows > 16 ? 16 : rows;
+    scale = after(0, (pieces.width + SLAB - 1) / SLAB * SLAB * rows);
     sums = after(scale, 4 * rows * (GROUPED ? w.groups() : 1));
     rest = after(sums, 4 * rows * pieces.count());
 #if defined(__AMX_INT8__)
-    if (squares) end = after(rest, 4 * threads * BLOCKS_MOST * BLOCK * (SLAB / 4 + rows));
+    if (squares) end = after(rest, rows > 32 ? 4 * threads * BLOCKS_MOST * BLOCK * (SLAB / 4 + rows) : 0);
 #endif
-    if (!squares) end = after(rest, m > FEW ? threads * CHUNK * pieces.width : 0);
+    if (!squares) end = after(rest, LIMBS == 1 && m > FEW ? threads * CHUNK * pieces.width : 0);
   }
 };
 
@@ -485,7 +573,8 @@ extern "C" void gemm(
     std::uint8_t* scratch, Element* y, int threads) {
   const Parts parts(*weight, m, threads);
   const Integers integers{
-      parts.rows, (std::int8_t*)scratch, (float*)(scratch + parts.scale), (std::int32_t*)(scratch + parts.sums)};
+      parts.rows, parts.high, (std::int8_t*)scratch, (float*)(scratch + parts.scale),
+      (std::int32_t*)(scratch + parts.sums)};
   std::uint32_t* rest = (std::uint32_t*)(scratch + parts.rest);
   if (given) {
     const i64 groups = GROUPED ? weight->groups() : 1;
@@ -496,7 +585,7 @@ extern "C" void gemm(
     }
   }
 #if defined(__AMX_INT8__)
-  if (by_squares(*weight, m)) {
+  if (by_squares(m)) {
     multiply_by_squares(*weight, x, given, m, stride, integers, rest, y, threads);
     return;
   }

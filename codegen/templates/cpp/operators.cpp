@@ -21,13 +21,18 @@ using IntegerGemm = void (*)(
     int threads);
 using ScratchBytes = i64 (*)(const Weight*, i64 m, int threads);
 
-// A linear whose x has one type: its kernel, and for how many rows of x that is the one to take.
-struct Linear {
+// A kernel, and for how many rows of x at most that is the one to take.
+struct Product {
   void* gemm;                  // a Gemm, or an IntegerGemm
   ScratchBytes scratch_bytes;  // of an IntegerGemm, else null
   i64 rows;
-  i64 single;     // whether the kernel takes float32 whatever x is
-  i64 threads;    // at most
+  i64 single;  // whether the kernel takes float32 whatever x is
+};
+
+// A linear whose x has one type.
+struct Linear {
+  Product products[2];  // from the fewest rows
+  i64 threads;          // at most
   i64 places[6];  // of a weight's tensors in the operator's list; -1 for those it lacks
   Weight weight;  // without tensors
 };
@@ -55,9 +60,9 @@ std::uint16_t rounded(float value) {
 }
 
 void multiply_floating(
-    const Linear& linear, const Weight& weight, const void* x, i64 m, i64 k, bool half, void* y, int threads) {
+    const Product& product, const Weight& weight, const void* x, i64 m, i64 k, bool half, void* y, int threads) {
   const i64 n = weight.n, groups = (k + weight.columns - 1) / weight.columns;
-  const i64 own = aligned(4 * m * (k + groups)), wide = half && linear.single ? aligned(4 * m * k) : 0;
+  const i64 own = aligned(4 * m * (k + groups)), wide = half && product.single ? aligned(4 * m * k) : 0;
   char* memory = scratch(own + wide + (half ? 4 * m * n : 0));
   float* sums = half ? reinterpret_cast<float*>(memory + own + wide) : static_cast<float*>(y);
   if (wide) {
@@ -65,7 +70,7 @@ void multiply_floating(
     for (i64 i = 0; i < m * k; ++i) values[i] = widened(static_cast<const std::uint16_t*>(x)[i]);
     x = values;
   }
-  reinterpret_cast<Gemm>(linear.gemm)(x, m, k, &weight, memory, sums, threads);
+  reinterpret_cast<Gemm>(product.gemm)(x, m, k, &weight, memory, sums, threads);
   if (half) for (i64 i = 0; i < m * n; ++i) static_cast<std::uint16_t*>(y)[i] = rounded(sums[i]);
 }
 
@@ -77,7 +82,8 @@ AtenTensorHandle multiply(AtenTensorHandle x, StableListHandle list, std::string
   if (linear == nullptr) return nullptr;
   const i64 m = sizes(x)[0], k = sizes(x)[1];
   const bool contiguous = strides(x)[1] == 1 && (m == 1 || strides(x)[0] == k);
-  if (m == 0 || m > linear->rows || k % 32 || !contiguous) return nullptr;
+  const Product& product = linear->products[m > linear->products[0].rows];
+  if (m == 0 || m > product.rows || k % 32 || !contiguous) return nullptr;
   Weight weight = linear->weight;
   for (int i = 0; i < 6; ++i) {
     if (linear->places[i] >= 0) weight.tensors[i] = data(item(list, linear->places[i]));
@@ -85,12 +91,12 @@ AtenTensorHandle multiply(AtenTensorHandle x, StableListHandle list, std::string
   const int threads = threads_for(linear->threads);
   const i64 shape[2] = {m, weight.n}, by[2] = {weight.n, 1};
   AtenTensorHandle y = empty(shape, by, 2, kind);
-  if (linear->scratch_bytes != nullptr) {
+  if (product.scratch_bytes != nullptr) {
     const void *values = kind == INT8 ? nullptr : data(x), *codes = kind == INT8 ? data(x) : nullptr;
-    char* memory = scratch(linear->scratch_bytes(&weight, m, threads));
-    reinterpret_cast<IntegerGemm>(linear->gemm)(values, codes, nullptr, m, k, &weight, memory, data(y), threads);
+    char* memory = scratch(product.scratch_bytes(&weight, m, threads));
+    reinterpret_cast<IntegerGemm>(product.gemm)(values, codes, nullptr, m, k, &weight, memory, data(y), threads);
   } else {
-    multiply_floating(*linear, weight, data(x), m, k, kind == BFLOAT16, data(y), threads);
+    multiply_floating(product, weight, data(x), m, k, kind == BFLOAT16, data(y), threads);
   }
   return y;
 }

@@ -274,6 +274,29 @@ static inline u32 to_bfloat16(f32 x) {
   return x == x ? rounded : everywhere(0x7fc0u);
 }
 
+// The nearest bfloat16, in the halves of each lane.
+static inline u32 to_pair(f32 low, f32 high) {
+#if defined(__AVX512BF16__)
+  typedef std::uint16_t halves __attribute__((vector_size(64)));
+  const halves interleaved = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (u32)_mm512_permutexvar_epi16((__m512i)interleaved, both);
+#else
+  return to_bfloat16(low) | to_bfloat16(high) << 16;
+#endif
+}
+
+static inline float sum_of(f32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
+
 // Up to LANES numbers to memory.
 static inline void store(float* to, f32 x, i64 count) {
   std::memcpy(to, &x, count < LANES ? count * sizeof(float) : sizeof(x));
@@ -297,6 +320,51 @@ template <int COUNT, class Body>
 static inline void each(Body body) {
   each(std::make_integer_sequence<int, COUNT>(), body);
 }
+
+#if defined(__AMX_TILE__)
+// The matrix unit has 8 tiles of at most 16 rows of 64 bytes. GCC 12's own functions keep from the compiler what memory
+// they read.
+struct alignas(64) Tiles {
+  std::uint8_t palette = 1, start = 0, reserved[14] = {};
+  std::uint16_t bytes[16] = {};
+  std::uint8_t rows[16] = {};
+
+  void set(int tile, i64 count, i64 width) {
+    rows[tile] = (std::uint8_t)count;
+    bytes[tile] = (std::uint16_t)width;
+  }
+  void configure() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
+};
+
+template <int TILE>
+static inline void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+template <int TILE>
+static inline void load_tile(const void* from, i64 stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
+}
+template <int TILE>
+static inline void store_tile(void* to, i64 stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
+}
+
+// SUM += X * PAIRS, of bfloat16 [rows, 2 k] and [k, columns, 2].
+template <int SUM, int X, int PAIRS>
+static inline void dot_tiles_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(X), "i"(PAIRS));
+}
+
+// The same for int8 [rows, 4 k] and integers [k, columns, 4], signed or not.
+template <int SUM, int X, int QUADS, bool SIGNED>
+static inline void dot_tiles_int8() {
+  if constexpr (SIGNED) {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(X), "i"(QUADS));
+  } else {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(X), "i"(QUADS));
+  }
+}
+#endif
 
 // Whether the operating system lets this process use what the kernel needs: 0 if so.
 extern "C" int prepare() {

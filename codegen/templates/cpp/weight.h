@@ -23,10 +23,21 @@ static inline i64 of_group(i64 row, i64 group, i64 groups) {
   return (row / BLOCK * groups + group) * BLOCK + row % BLOCK;
 }
 
-static inline f32 scale_of(const Weight& w, const Scale* scale, const SuperScale* above, i64 row, i64 group) {
-  f32 value = values(scale + of_group(row, group, w.groups()));
+// What takes a division of a weight's sizes, so that loops over groups do without.
+struct Divided {
+  i64 units, groups, super_groups;
+  std::uint32_t together;  // groups in a super group
+
+  explicit Divided(const Weight& w)
+      : units(w.units()), groups(w.groups()), super_groups(SUPER_SCALE ? w.super_groups() : 0),
+        together(SUPER_SCALE ? (std::uint32_t)(w.super_columns / w.columns) : 1) {}
+};
+
+static inline f32 scale_of(
+    const Scale* scale, const SuperScale* above, const Divided& divided, i64 row, i64 group) {
+  f32 value = values(scale + of_group(row, group, divided.groups));
   if constexpr (SUPER_SCALE) {
-    value *= values(above + of_group(row, group * w.columns / w.super_columns, w.super_groups()));
+    value *= values(above + of_group(row, (std::uint32_t)group / divided.together, divided.super_groups));
   }
   return value;
 }
