@@ -114,7 +114,7 @@ def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
 def _in_memory_of(first: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor that begins where another does: no view, since compilers describe what a view is of, each anew."""
     memory, strides = first.untyped_storage(), first.stride()
-    return first.new_empty(0).set_(memory, first.storage_offset(), shape, strides)  # type: ignore[call-overload]
+    return first.new_empty(0).set_(memory, first.storage_offset(), shape, strides)
 
 
 def _merge_packed(context: GraphContext, nodes: list[fx.Node], bias: fx.Node | None, name: str) -> fx.Node:
