@@ -308,6 +308,13 @@ def _attention_plain_any(
     return attention_cpu.attention_plain(query, key, value, mask, length, scale)
 
 
+def prepare(dtype: torch.dtype, spec: str | None) -> None:
+    """Have what attention on CPUs calls, over a cache that is quantized if there is a spec, before it is called."""
+    from qcompile.runtime import attention_cpu
+
+    attention_cpu.prepare(dtype, None if spec is None else spec_as_stored(decode_attention_spec(spec)))
+
+
 def _attention_gpu(
     query: Tensor,
     cache: list[Tensor],
