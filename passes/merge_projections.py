@@ -101,14 +101,20 @@ def adjoin(tensors: tuple[Tensor, ...]) -> Tensor:
             break
         offset += t.numel()
     else:
-        return first.as_strided(shape, first.stride())
+        return _in_memory_of(first, shape)
     with torch.no_grad():
         # Compiled code is guarded by strides, also those of dimensions of size 1, which `torch.cat` may choose anew.
         merged = huge_pages.empty(shape, first).as_strided(shape, first.stride())
         for t, view in zip(tensors, merged.split([t.shape[0] for t in tensors]), strict=True):
             view.copy_(t)
             t.set_(view)
-    return merged
+    return _in_memory_of(first, shape)
+
+
+def _in_memory_of(first: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that begins where another does: no view, since compilers describe what a view is of, each anew."""
+    memory, strides = first.untyped_storage(), first.stride()
+    return first.new_empty(0).set_(memory, first.storage_offset(), shape, strides)
 
 
 def _merge_packed(context: GraphContext, nodes: list[fx.Node], bias: fx.Node | None, name: str) -> fx.Node:

@@ -341,6 +341,13 @@ def _attention_plain_any(
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def prepare(dtype: torch.dtype, spec: str | None) -> None:
+    """Have what attention on CPUs calls, over a cache that is quantized if there is a spec, before it is called."""
+    from qcompile.runtime import attention_cpu
+
+    attention_cpu.prepare(dtype, None if spec is None else spec_as_stored(decode_attention_spec(spec)))
+
+
 def _attention_gpu(
     query: Tensor,
     cache: list[Tensor],

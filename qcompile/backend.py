@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qcompile import compat, ops
+from qcompile import attention, compat, ops
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, GradientError
 from qcompile.flags import flags, override
@@ -105,10 +109,33 @@ def backend(
         _tune(context)
     inner: list[Callable[..., Any]] = []
     inputs, call = bind_inputs(context, lambda *args: inner[0](*args))
-    inner.append(compat.compile_with_inductor(context.module, inputs, parsed.inductor))
+    with _building(context):
+        inner.append(compat.compile_with_inductor(context.module, inputs, parsed.inductor))
     if parsed.free_weights:
         _free(context)
     return _tuning(call) if parsed.tune else call
+
+
+@contextmanager
+def _building(context: GraphContext) -> Iterator[None]:
+    """Build what a graph calls on CPUs on the other cores meanwhile: compiling the graph occupies one.
+
+    What fails here fails again when it is called, which then says so.
+    """
+    wanted: dict[Any, Callable[[], None]] = {}
+    for node in context.graph.find_nodes(op="call_function", target=OP):
+        x, spec = example(node.args[0]), node.args[Args.index("spec")]
+        if x.device.type == "cpu":
+            wanted[spec, x.dtype] = functools.partial(ops.prepare, spec, x.dtype)
+    for target in (torch.ops.qcompile.attention.default, torch.ops.qcompile.attention_plain.default):
+        for node in context.graph.find_nodes(op="call_function", target=target):
+            query, spec = example(node.args[0]), next((a for a in node.args if isinstance(a, str)), None)
+            if query.device.type == "cpu":
+                wanted[spec, query.dtype] = functools.partial(attention.prepare, query.dtype, spec)
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1)) as threads:
+        for task in [compat.find_vector_instructions, *wanted.values()] if wanted else []:
+            threads.submit(task)
+        yield
 
 
 def _tune(context: GraphContext) -> None:

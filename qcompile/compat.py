@@ -46,11 +46,24 @@ def compile_with_inductor(graph: fx.GraphModule, inputs: Sequence[Any], options:
     return torch._inductor.compile(graph, list(inputs), options={"size_asserts": False} | options)
 
 
+def find_vector_instructions() -> None:
+    """Have Inductor find out what the processor's vector instructions are, which it keeps.
+
+    It builds and runs a library for each, at its first kernel; in another thread that takes none of its time.
+    """
+    import torch._inductor.cpu_vec_isa
+
+    torch._inductor.cpu_vec_isa.valid_vec_isa_list()
+
+
 def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy whose nodes may be changed: Dynamo goes on reading its own graph after the backend returns.
 
-    Keeps what Inductor and AOTAutograd read beside the graph: the sources of placeholders and of attributes.
+    Keeps what Inductor and AOTAutograd read beside the graph: the sources of placeholders and of attributes. As
+    Dynamo's, its code is made when it is read, not after each change.
     """
+    from torch.fx._lazy_graph_module import _make_graph_module
+
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(graph_module.graph, copies)
@@ -58,7 +71,7 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     for original, copy in copies.items():
         if original.op == "placeholder" and hasattr(original, "_dynamo_source"):
             copy._dynamo_source = original._dynamo_source
-    new = fx.GraphModule(graph_module, graph)
+    new = _make_graph_module(graph_module, graph)
     new.meta = dict(graph_module.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
         if hasattr(graph_module, name):

@@ -145,6 +145,8 @@ def _product(
         from qcompile.runtime import cpu
 
         product = cpu.product(rows, x_scale, weight, parsed)
+        if not parsed.epilogue and product.dtype == dtype:
+            return product
         return apply_epilogue(product, bias, operands, parsed).to(parsed.output_dtype(dtype))
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu
@@ -169,6 +171,14 @@ def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None
 
         parsed = decode_spec(spec).of_turned_inputs()
         gpu.tune(parsed, gpu.bucket(rows), parsed.floating(dtype), device)
+
+
+def prepare(spec: str, dtype: torch.dtype) -> None:
+    """Have what a linear on CPUs calls for x of a type before it is called."""
+    from qcompile.runtime import cpu
+
+    parsed = decode_spec(spec).of_turned_inputs()
+    cpu.prepare(parsed.encode(), parsed.floating(dtype))
 
 
 def _gemm_any(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> Tensor:

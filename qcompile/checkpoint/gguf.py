@@ -445,23 +445,33 @@ class GgufStore(TensorStore):
         return [_pack(tensor, i * rows, rows) for i in range(experts)]
 
     def read(self, name: str) -> Tensor:
+        return self._read(name, torch.float32)
+
+    def copy(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return self._read(name, torch.float32 if self._is_norm_plus_one(name) else dtype).to(device, dtype)
+
+    def _is_norm_plus_one(self, name: str) -> bool:
+        return self.architecture.norm_plus_one and name.endswith("norm.weight")
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """See `_values`."""
         parts = self._parts(name)
-        values = _values(parts[0])
+        values = _values(parts[0], dtype)
         if len(parts) == 2 and self.architecture.paired_experts:
-            values = torch.stack([values, _values(parts[1])], 2).flatten(1, 2)
+            values = torch.stack([values, _values(parts[1], dtype)], 2).flatten(1, 2)
         elif len(parts) == 2:
-            values = torch.cat([values, _values(parts[1])], 1)
+            values = torch.cat([values, _values(parts[1], dtype)], 1)
         if self._is_transposed(name):
             values = values.transpose(1, 2)
         order = self._rows_in_order(name, parts[0])
         if order is not None:
             values = values[order]
-        if self.architecture.norm_plus_one and name.endswith("norm.weight"):
+        if self._is_norm_plus_one(name):
             values = values - 1
         return values.reshape(self.info(name).shape)
 
 
-_DECODED = 1 << 22
+_DECODED = 1 << 20
 """Weights that are decoded at a time."""
 
 
@@ -482,11 +492,11 @@ def _pack(tensor: GgufTensor, first: int, rows: int) -> PackedWeight:
     return weight
 
 
-def _values(tensor: GgufTensor) -> Tensor:
-    """A tensor as the file has it, decoded."""
-    rows, columns, dtype = math.prod(tensor.shape[:-1]), tensor.shape[-1], _dtype(tensor)
+def _values(tensor: GgufTensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as the file has it; if that is quantized, it is decoded to a dtype."""
+    rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
     if tensor.kind in PLAIN_TYPES:
-        return tensor.rows(0, rows).view(dtype).reshape(tensor.shape)
+        return tensor.rows(0, rows).view(PLAIN_TYPES[tensor.kind]).reshape(tensor.shape)
     values = torch.empty(rows, columns, dtype=dtype)
     step = max(1, _DECODED // columns)
     for start in range(0, rows, step):

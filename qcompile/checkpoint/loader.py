@@ -146,6 +146,9 @@ class _RenamedStore(TensorStore):
     def read(self, name: str) -> Tensor:
         return self._store.read(self._names.get(name, name))
 
+    def copy(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return self._store.copy(self._names.get(name, name), device, dtype)
+
 
 def renamed(store: TensorStore, model_type: str) -> TensorStore:
     """The store under the names that transformers' modules have now, where they changed since checkpoints were made."""
@@ -508,7 +511,7 @@ def _load_plain(
                 f"{info.file}: {name} is {info.dtype}, but its module is none that qcompile reads quantized"
             )
         target = dtype if current.is_floating_point() else current.dtype
-        setattr(module, attribute, _like(current, store.read(name).to(device, target, copy=True)))
+        setattr(module, attribute, _like(current, store.copy(name, device, target)))
         used.add(name)
     tie = getattr(model, "tie_weights", None)
     if missing and callable(tie):

@@ -97,6 +97,10 @@ class TensorStore(ABC):
             CheckpointError: no tensor has this name, or its file changed.
         """
 
+    def copy(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tensor in another dtype, in memory of its own on a device; else as `read`."""
+        return self.read(name).to(device, dtype, copy=True)
+
 
 class SafetensorsStore(TensorStore):
     """Files that are opened once, and tensors that are read when they are asked for."""

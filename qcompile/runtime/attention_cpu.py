@@ -141,17 +141,26 @@ def _kernel(dtype: torch.dtype, spec: AttentionSpec | None) -> cpp_attention.Att
 
 @functools.cache
 def kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_attention.AttentionKernel | None:
-    taken = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    if spec is not None:
-        found = cpp_attention_spec(spec, taken, isa)
-    else:
-        number, query = (str(t).removeprefix("torch.") for t in (dtype, taken))
-        found = CppAttentionSpec(number=number, query=query, isa=isa)
+    found = _cpp_spec(dtype, spec, isa)
     kernel = None if found is None else cpp_attention.load(found)
-    if kernel is not None and dtype == taken:
+    if found is not None and kernel is not None and found.query == str(dtype).removeprefix("torch."):
         rows = ANY_ROWS if multiplies_squares(dtype) else MOST_ROWS
         cpu_operators.add_attention(spec, dtype, kernel, rows)
     return kernel
+
+
+def _cpp_spec(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> CppAttentionSpec | None:
+    taken = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if spec is not None:
+        return cpp_attention_spec(spec, taken, isa)
+    number, query = (str(t).removeprefix("torch.") for t in (dtype, taken))
+    return CppAttentionSpec(number=number, query=query, isa=isa)
+
+
+def prepare(dtype: torch.dtype, spec: AttentionSpec | None) -> None:
+    """Build and load the kernel, which a call otherwise does; may run beside other threads."""
+    if cpp.compiler() is not None and (found := _cpp_spec(dtype, spec, cpp.isa())) is not None:
+        cpp_attention.load(found)
 
 
 @functools.cache

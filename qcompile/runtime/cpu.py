@@ -136,6 +136,14 @@ def gemm(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> 
     return (y if x_scale is None else y * x_scale).to(dtype)
 
 
+def prepare(spec: str, dtype: torch.dtype) -> None:
+    """Build and load the kernels for x of a type, which a call otherwise does; may run beside other threads."""
+    linear, result = _linear(spec), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    if linear.integers(result, 1) is None:
+        linear.few(result if linear.spec.scheme.activation is None else torch.bfloat16)
+    cpu_operators.build()
+
+
 def _product(x: Tensor, weight: list[Tensor], linear: _Linear) -> Tensor:
     """x [M, K], whose quantization is done, times the weight: float32 or bfloat16."""
     m = x.shape[0]

@@ -57,18 +57,33 @@ class _Attend(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> Any:
-    """The loaded library; None where it cannot be built, with a warning unless that is for want of a compiler."""
+def build() -> Path | None:
+    """The library's file; None where it cannot be built, with a warning unless that is for want of a compiler."""
     if (command := cpp.compiler()) is None:
         return None
     folder = Path(torch.__file__).parent
     options = ("-std=c++17", "-O3", "-shared", "-fPIC", f"-I{folder / 'include'}")
     linked = (f"-L{folder / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{folder / 'lib'}")
     try:
-        found = ctypes.CDLL(str(cpp.compile_source(operators_source(), (*command, *options, *linked))))
+        return cpp.compile_source(operators_source(), (*command, *options, *linked))
     except (subprocess.SubprocessError, OSError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        warnings.warn(f"kernels on CPUs are called through Python: {said[0]}", stacklevel=2)
+        _warn(getattr(error, "stderr", None) or str(error))
+        return None
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"kernels on CPUs are called through Python: {reason.strip().splitlines()[0]}", stacklevel=3)
+
+
+@functools.cache
+def _library() -> Any:
+    """The loaded library; None where there is none, as `build` says."""
+    if (path := build()) is None:
+        return None
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:
+        _warn(str(error))
         return None
     found.add_linear.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Linear))
     found.add_attention.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Attend))

@@ -248,6 +248,15 @@ def test_tied_heads(tmp_path):
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_copy_in_a_dtype_is_what_is_read_rounded_to_it(name, tmp_path):
+    make_file(make_model(name), tmp_path / "model.gguf", Q.Q8_0)
+    store = gguf_source(tmp_path / "model.gguf", decode=True).store
+    for tensor in store.names():
+        copy = store.copy(tensor, torch.device("cpu"), torch.bfloat16)
+        assert torch.equal(copy, store.read(tensor).to(torch.bfloat16)), tensor
+
+
 def test_experts_one_by_one(tmp_path):
     path = make_file(make_model("qwen3moe"), tmp_path / "model.gguf", Q.Q5_1)
     store = GgufStore(path)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import qcompile.attention
-import qcompile.ops  # noqa: F401
+import qcompile.ops
+from qcompile.flags import override
 from qcompile.kv_cache import AttentionSpec, KVSpec, parse_kv_cache
 from qcompile.layouts import choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.presets import PRESETS
 from qcompile.reference import quantize_weight
-from qcompile.runtime import attention_cpu, cpp, cpu
+from qcompile.runtime import attention_cpu, cpp, cpp_attention, cpu
 
 pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="needs a C++ compiler")
 OPS = torch.ops.qcompile
@@ -133,3 +136,19 @@ def test_the_operators_leak_nothing() -> None:
     for _ in range(10):
         OPS.gemm_cpu(x, None, weight, spec)
     assert [t._use_count() for t in (x, *weight)] == owners
+
+
+@pytest.mark.parametrize("preset", ["int4", "int4_int8", "int8"])
+def test_calls_build_nothing_that_was_prepared(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, spec = weight_of(preset, 80, 192)
+    for kept in (cpp.load, cpp_attention.load, attention_cpu.kernel_of):
+        kept.cache_clear()
+    cpu.forget_kernels()
+    with override(cache_dir=tmp_path):
+        qcompile.ops.prepare(spec, torch.bfloat16)
+        qcompile.attention.prepare(torch.bfloat16, None)
+        assert list(tmp_path.glob("kernels/*/*.so"))
+        monkeypatch.setattr(cpp, "build", no_python)
+        OPS.linear(torch.randn(3, 192, dtype=torch.bfloat16), weight, None, None, None, [], spec)
+        keys = torch.randn(1, 2, 8, 64, dtype=torch.bfloat16)
+        OPS.attention_plain(torch.randn(1, 2, 1, 64, dtype=torch.bfloat16), keys, keys, None, None, 1.0)

@@ -191,6 +191,11 @@ def test_prepared_projections_are_merged_in_place_without_a_copy():
     storages = {m.codes.untyped_storage().data_ptr() for m in (model.q, model.k, model.v)}
     assert len(storages) == 1
     again = capture(model, x)
+    for found in (captured, again):
+        context = found.contexts[0]
+        merged = [context.values[node] for binding in context.bindings for node in binding.inputs]
+        assert merged
+        assert not any(t._is_view() for t in merged)  # which compilers would describe one by one
     for result in (captured.output, again.output):
         for a, b in zip(result, eager, strict=True):
             assert torch.equal(a, b)
