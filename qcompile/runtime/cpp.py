@@ -68,7 +68,7 @@ class Kernel:
             self.scratch_bytes.argtypes = (weight, size, integer)
             self.scratch_bytes.restype = size
             return
-        self.gemm.argtypes = (pointer, size, size, weight, pointer, pointer, integer)
+        self.gemm.argtypes = (pointer, size, size, weight, pointer, pointer, integer, integer)
         self.decode = library.decode
         self.decode.argtypes = (weight, size, size, pointer, integer)
         self.decode.restype = None

@@ -280,7 +280,7 @@ def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Ke
     scratch = torch.empty(m * (stride - (-k // linear.columns)))
     threads = min(torch.get_num_threads(), linear.threads)
     weight = linear.weight(tensors)
-    kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), threads)
+    kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), 0, threads)
     return y
 
 

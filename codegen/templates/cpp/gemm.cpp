@@ -36,6 +36,18 @@ static inline u32 decode_pair(u32 codes) {
 
 #include "weight.h"
 
+// Where the product goes: y [M, N], in bfloat16 or float32.
+struct Result {
+  void* y;
+  bool half;
+  i64 n;
+
+  void put(i64 row, i64 column, f32 x) const {
+    if (half) store((bfloat16*)y + row * n + column, x, n - column);
+    else store((float*)y + row * n + column, x, n - column);
+  }
+};
+
 // What a group's codes are combined with, for LANES rows.
 struct Group {
   f32 scale, zero_point, offset;
@@ -73,7 +85,7 @@ static inline f32 value(u32 quad) {
 // Rows of x times the weight's rows from `first` on.
 template <int VECTORS, int ROWS>
 [[gnu::flatten]] static void tile(
-    const Weight& w, const Element* x, i64 stride, const float* sums, i64 first, float* y) {
+    const Weight& w, const Element* x, i64 stride, const float* sums, i64 first, const Result& result, i64 from) {
   const std::uint32_t* codes[VECTORS];
   each<VECTORS>([&](auto v) { codes[v] = codes_of(w, first + v * LANES); });
   f32 total[VECTORS][ROWS] = {};
@@ -117,7 +129,7 @@ template <int VECTORS, int ROWS>
   }
   each<VECTORS>([&](auto v) {
     i64 row = first + v * LANES;
-    if (row < w.n) each<ROWS>([&](auto m) { store(y + m * w.n + row, total[v][m], w.n - row); });
+    if (row < w.n) each<ROWS>([&](auto m) { result.put(from + m, row, total[v][m]); });
   });
 }
 
@@ -138,31 +150,31 @@ static void sum_groups(const Weight& w, const Element* x, i64 m, i64 stride, flo
 }
 
 // The product of one row of x: eight streams of codes at a time, which memory delivers faster than fewer.
-static void multiply_row(const Weight& w, const Element* x, const float* sums, float* y) {
+static void multiply_row(const Weight& w, const Element* x, const float* sums, const Result& result) {
   const i64 padded = w.padded(), chunk = 8 * LANES;
 #pragma omp for schedule(static)
   for (i64 first = 0; first < padded; first += chunk) {
     const i64 end = first + chunk < padded ? first + chunk : padded;
     i64 at = first;
-    for (; end - at >= 8 * LANES; at += 8 * LANES) tile<8, 1>(w, x, 0, sums, at, y);
-    for (; end - at >= 4 * LANES; at += 4 * LANES) tile<4, 1>(w, x, 0, sums, at, y);
-    for (; at < end; at += LANES) tile<1, 1>(w, x, 0, sums, at, y);
+    for (; end - at >= 8 * LANES; at += 8 * LANES) tile<8, 1>(w, x, 0, sums, at, result, 0);
+    for (; end - at >= 4 * LANES; at += 4 * LANES) tile<4, 1>(w, x, 0, sums, at, result, 0);
+    for (; at < end; at += LANES) tile<1, 1>(w, x, 0, sums, at, result, 0);
   }
 }
 
 // The product by vectors.
 static void multiply(
-    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
+    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, const Result& result, int threads) {
   const i64 groups = w.groups(), padded = w.padded(), chunk = 4 * LANES;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     if (ZERO_POINT || OFFSET) sum_groups(w, x, m, stride, scratch);
-    if (m == 1) multiply_row(w, x, scratch, y);
+    if (m == 1) multiply_row(w, x, scratch, result);
 #pragma omp for schedule(static)
     for (i64 first = 0; first < (m == 1 ? 0 : padded); first += chunk) {
       i64 row = 0;
       auto rows_of = [&](auto vectors, auto rows, i64 at) {
-        tile<vectors, rows>(w, x + row * stride, stride, scratch + row * groups, at, y + row * w.n);
+        tile<vectors, rows>(w, x + row * stride, stride, scratch + row * groups, at, result, row);
       };
       if (first + chunk <= padded) {
         for (; m - row >= 4; row += 4) rows_of(constant<4>(), constant<4>(), first);
@@ -254,7 +266,7 @@ static inline void decode_unit(const std::uint32_t* codes, i64 unit, std::uint32
 // The rows of the weight from `first` on times up to 16 HALVES rows of x, arranged.
 template <int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_as_decoded(
-    const Weight& weight, const Element* x, i64 rows, const float* sums, i64 first, float* y) {
+    const Weight& weight, const Element* x, i64 rows, const float* sums, i64 first, const Result& result) {
   const Weight w = weight;
   const Divided divided(w);
   const i64 units = w.units(), in_group = w.columns / UNIT;
@@ -282,7 +294,7 @@ template <int BLOCKS, int HALVES>
   }
   each<BLOCKS>([&](auto b) {
     const i64 row = first + b * BLOCK;
-    if (row < w.n) for (i64 m = 0; m < rows; ++m) store(y + m * w.n + row, total[b][m], w.n - row);
+    if (row < w.n) for (i64 m = 0; m < rows; ++m) result.put(m, row, total[b][m]);
   });
 }
 
@@ -316,24 +328,30 @@ template <bool SCALED, int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_slab(
     const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 m, i64 row, i64 rows,
     const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK]) {
-  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
-  const i64 units = divided.units, in_group = SCALED ? units : w.columns / UNIT;
   const Element* x_here = x + (begin * ((m + 15) / 16 * 16) + row * (end - begin)) * UNIT;
+  auto add = [&](i64 unit) {
+    add_unit<BLOCKS, HALVES>(
+        x_here + (unit - begin) * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK);
+  };
+  if constexpr (SCALED) {
+    auto tile_of = [&](auto tile) { return total[tile / HALVES] + row % BAND + tile % HALVES * 16; };
+    each<BLOCKS * HALVES>([&](auto tile) { load_tile<tile>(tile_of(tile), 64); });
+    for (i64 unit = begin; unit < end; ++unit) add(unit);
+    each<BLOCKS * HALVES>([&](auto tile) { store_tile<tile>(tile_of(tile), 64); });
+    return;
+  }
+  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
+  const i64 in_group = w.columns / UNIT;
   for (i64 unit = begin, group = begin / in_group; unit < end; ++group) {
     const i64 last = (group + 1) * in_group < end ? (group + 1) * in_group : end;
     zero_tiles<BLOCKS * HALVES>();
-    for (; unit < last; ++unit) {
-      add_unit<BLOCKS, HALVES>(
-          x_here + (unit - begin) * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK);
-    }
+    for (; unit < last; ++unit) add(unit);
     store_tiles(sum);
     each<BLOCKS>([&](auto b) {
-      const Group g(w, divided, first + b * BLOCK, SCALED ? 0 : group);
+      const Group g(w, divided, first + b * BLOCK, group);
       float(*to)[BLOCK] = total[b] + row % BAND;
       for (i64 m = 0; m < rows; ++m) {
-        f32 here = load<f32>(sum[b * HALVES][m]);
-        f32 all = load<f32>(to[m]);
-        all = SCALED ? all + here : g.add(all, here, sums + (row + m) * divided.groups + group);
+        f32 all = g.add(load<f32>(to[m]), load<f32>(sum[b * HALVES][m]), sums + (row + m) * divided.groups + group);
         std::memcpy(to[m], &all, sizeof(all));
       }
     });
@@ -345,7 +363,7 @@ static i64 units_of_slab(const Weight& w) { return (w.columns < SLAB ? SLAB / w.
 // `blocks` blocks of the weight times all rows of x.
 template <bool SCALED>
 static void multiply_chunk(
-    const Weight& weight, i64 first, i64 blocks, const Element* x, i64 m, const float* sums, float* y) {
+    const Weight& weight, i64 first, i64 blocks, const Element* x, i64 m, const float* sums, const Result& result) {
   alignas(64) std::uint32_t pairs[CHUNK][SLAB / 2][BLOCK];
   alignas(64) float total[CHUNK][BAND][BLOCK];
   const Weight w = weight;
@@ -353,7 +371,7 @@ static void multiply_chunk(
   const i64 units = divided.units, step = units_of_slab(w);
   for (i64 band = 0; band < m; band += BAND) {
     const i64 rows = m - band < BAND ? m - band : BAND;
-    for (i64 b = 0; b < blocks; ++b) std::memset(total[b], 0, rows * sizeof(total[0][0]));
+    for (i64 b = 0; b < blocks; ++b) std::memset(total[b], 0, (rows + 15) / 16 * 16 * sizeof(total[0][0]));
     for (i64 begin = 0; begin < units; begin += step) {
       const i64 end = begin + step < units ? begin + step : units;
       for (i64 b = 0; b < blocks; ++b) decode_slab<SCALED>(w, divided, first + b * BLOCK, begin, end, pairs[b]);
@@ -375,15 +393,15 @@ static void multiply_chunk(
     for (i64 b = 0; b < blocks; ++b) {
       const i64 at = first + b * BLOCK;
       if (at >= w.n) break;
-      for (i64 r = 0; r < rows; ++r) store(y + (band + r) * w.n + at, load<f32>(total[b][r]), w.n - at);
+      for (i64 r = 0; r < rows; ++r) result.put(band + r, at, load<f32>(total[b][r]));
     }
   }
 }
 
 static void multiply_by_squares(
-    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, float* y, int threads) {
+    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, const Result& result, int threads) {
   const i64 padded = w.padded();
-  const i64 chunk = m <= 16 ? 4 : m <= 32 || padded / BLOCK < 2 * threads * CHUNK ? 4 : CHUNK;
+  const i64 chunk = m <= 32 ? 4 : padded / BLOCK < 2 * threads * CHUNK ? 2 : CHUNK;
   const std::uintptr_t rest = reinterpret_cast<std::uintptr_t>(scratch + m * w.groups());
   Element* arranged = reinterpret_cast<Element*>((rest + 63) / 64 * 64);
   const bool scaled = m > 32 && w.columns < SMALL;
@@ -397,13 +415,13 @@ static void multiply_by_squares(
     for (i64 first = 0; first < padded; first += chunk * BLOCK) {
       const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
       auto few = [&](auto most, auto halves) {
-        if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, scratch, first, y);
-        for (i64 b = 0; b < blocks; ++b) multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, y);
+        if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, scratch, first, result);
+        for (i64 b = 0; b < blocks; ++b) multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, result);
       };
       if (m <= 16) few(constant<4>(), constant<1>());
       else if (m <= 32) few(constant<2>(), constant<2>());
-      else if (scaled) multiply_chunk<true>(w, first, blocks, given, m, scratch, y);
-      else multiply_chunk<false>(w, first, blocks, given, m, scratch, y);
+      else if (scaled) multiply_chunk<true>(w, first, blocks, given, m, scratch, result);
+      else multiply_chunk<false>(w, first, blocks, given, m, scratch, result);
     }
     _tile_release();
   }
@@ -411,16 +429,17 @@ static void multiply_by_squares(
 #endif
 
 // x is [m, stride], where stride is K rounded up to a multiple of 32 and columns from K on are 0; scratch is of
-// m (stride + groups) floats.
+// m (stride + groups) floats; y is bfloat16 if `half`, else float32.
 extern "C" void gemm(
-    const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, float* y, int threads) {
+    const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, void* y, int half, int threads) {
+  const Result result = {y, half != 0, weight->n};
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<Element, bfloat16>) {
-    multiply_by_squares(x, m, stride, *weight, scratch, y, threads);
+    multiply_by_squares(x, m, stride, *weight, scratch, result, threads);
     return;
   }
 #endif
-  multiply(x, m, stride, *weight, scratch, y, threads);
+  multiply(x, m, stride, *weight, scratch, result, threads);
 }
 
 // weight[first : first + count].T as Element [K, count], or its codes as int8 without scales; count is a multiple of 16.

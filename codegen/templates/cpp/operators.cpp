@@ -13,8 +13,8 @@ struct Weight {
   i64 n, k, columns, super_columns;
 };
 
-// Of gemm.cpp: x and y are as the kernel has them; scratch is of m (stride + groups) floats.
-using Gemm = void (*)(const void* x, i64 m, i64 stride, const Weight*, void* scratch, float* y, int threads);
+// Of gemm.cpp: x is as the kernel has it; scratch is of m (stride + groups) floats.
+using Gemm = void (*)(const void* x, i64 m, i64 stride, const Weight*, void* scratch, void* y, int half, int threads);
 // Of gemm_int8.cpp: x, or its codes and where they have one a group, their scales; y is of the kernel's type.
 using IntegerGemm = void (*)(
     const void* x, const void* codes, const float* scale, i64 m, i64 stride, const Weight*, void* scratch, void* y,
@@ -51,27 +51,17 @@ float widened(std::uint16_t value) {
   return result;
 }
 
-// To the nearest, ties to even.
-std::uint16_t rounded(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  std::uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return (std::uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
-}
-
 void multiply_floating(
     const Product& product, const Weight& weight, const void* x, i64 m, i64 k, bool half, void* y, int threads) {
-  const i64 n = weight.n, groups = (k + weight.columns - 1) / weight.columns;
+  const i64 groups = (k + weight.columns - 1) / weight.columns;
   const i64 own = aligned(4 * m * (k + groups)), wide = half && product.single ? aligned(4 * m * k) : 0;
-  char* memory = scratch(own + wide + (half ? 4 * m * n : 0));
-  float* sums = half ? reinterpret_cast<float*>(memory + own + wide) : static_cast<float*>(y);
+  char* memory = scratch(own + wide);
   if (wide) {
     float* values = reinterpret_cast<float*>(memory + own);
     for (i64 i = 0; i < m * k; ++i) values[i] = widened(static_cast<const std::uint16_t*>(x)[i]);
     x = values;
   }
-  reinterpret_cast<Gemm>(product.gemm)(x, m, k, &weight, memory, sums, threads);
-  if (half) for (i64 i = 0; i < m * n; ++i) static_cast<std::uint16_t*>(y)[i] = rounded(sums[i]);
+  reinterpret_cast<Gemm>(product.gemm)(x, m, k, &weight, memory, y, half, threads);
 }
 
 // y [m, N] of x [m, K]; null where no kernel is the one to take.
