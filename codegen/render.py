@@ -294,7 +294,7 @@ def _values(spec: AttentionKernelSpec) -> str:
     """
     native = spec.constants()["NATIVE"]
     if native:
-        return _VALUES.format(body="    return codes.to(COMPUTE)")
+        return _VALUES.format(body="    return codes" if spec.in_fp8 else "    return codes.to(COMPUTE)")
     fmt = FORMATS[spec.number]
     if isinstance(fmt, IntegerFormat) and spec.compute == "float16" and spec.target.startswith("sm_"):
         number = MAGIC["float16"][1]

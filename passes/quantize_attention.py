@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import qcompile.attention  # noqa: F401  (registers the operators)
 from qcompile import compat
+from qcompile.attention import check_compute
 from qcompile.kv_cache import MOST_QUERIES, AttentionSpec, decode_kv_spec
 from qcompile.passes.context import OP as LINEAR
 from qcompile.passes.context import GraphContext, example, replace
@@ -279,7 +279,9 @@ class _Known:
     starts: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
-def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx.Node], _Places, AttentionSpec]:
+def _check(
+    context: GraphContext, node: fx.Node, match: _Match, layer: str
+) -> tuple[list[fx.Node], _Places, AttentionSpec]:
     """The cache's tensors, what is attended to, and the spec."""
     key_codes, key_scale, length, key_text = match.key.args[:4]
     value_codes, value_scale, value_length, value_text = match.value.args[:4]
@@ -305,6 +307,7 @@ def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx
         if writes(other) and read & set(other.all_input_nodes[:2]):
             raise _No("its cache changes between being read and being attended to")
     spec = AttentionSpec(key=keys, value=values, scale=match.scale, softcap=match.softcap)
+    check_compute(spec, query.device, f"attention of {layer or 'the model'}")
     return cache, _Places(mask=match.mask, length=None if mask is None else length, block_table=table), spec
 
 
@@ -343,7 +346,7 @@ def _narrow(context: GraphContext, query: Tensor, places: _Places, known: _Known
 
 def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, known: _Known) -> None:
     graph = context.graph
-    cache, places, spec = _check(context, node, match)
+    cache, places, spec = _check(context, node, match, layer)
     added = []
     if match.masked_out:
         with graph.inserting_before(node):

@@ -11,6 +11,10 @@ Codes become values in registers, exactly: in float16, which is enough for 8 bit
 queries are divided by a power of two for it. Scales of tokens multiply scores and weights; those of values are divided
 by the greatest so far, so that weights with their scales are at most 2^15.
 
+Or (COMPUTE float8e4nv) codes of FP8 are multiplied as they are, by queries that are divided by a 448th of their
+greatest and by weights of at most 2^8, both rounded to E4M3. NVIDIA's matrix units add products of FP8 with fewer
+digits than float32 has, so that each block's are added to those before outside of them (APART).
+
 The block table of a paged cache says where the tokens of a sequence lie; it is read a turn ahead.
 
 Vectors consist of pieces that are multiplied by themselves: what the lower and the higher halves of bytes hold, or
@@ -45,6 +49,7 @@ PAGE = tl.constexpr(0)
 CAUSAL = tl.constexpr(False)
 WINDOW = tl.constexpr(0)
 COMPUTE = tl.constexpr(tl.float16)
+APART = tl.constexpr(False)
 DIVIDE = tl.constexpr(True)
 PRECISION = tl.constexpr("tf32x3")
 ROWS = tl.constexpr(16)
@@ -72,8 +77,10 @@ AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, 8192 // (KEPT_ROWS.value * BLOCK_
 """Parts that are read at once."""
 LEAST = tl.constexpr(4)
 """Blocks of the context that a program of sequences of unequal length takes at least."""
-SHIFT = tl.constexpr(15.0 if COMPUTE.value == tl.float16 else 0.0)
-"""Weights are multiplied by two to its power: float16 then holds those from 2^-39 of the greatest on."""
+FP8 = tl.constexpr(COMPUTE.value == tl.float8e4nv)
+SHIFT = tl.constexpr(15.0 if COMPUTE.value == tl.float16 else 8.0 if FP8.value else 0.0)
+"""Weights are multiplied by two to its power: float16 then holds those from 2^-39 of the greatest on, E4M3 those from
+2^-17 on."""
 LOG2E = tl.constexpr(1.4426950408889634)
 """Scores are multiplied by it, so that weights are powers of two."""
 FACTOR = tl.constexpr(SCALE.value * (1.0 if SOFTCAP.value else LOG2E.value))
@@ -91,7 +98,11 @@ def values_of(codes, HALF: tl.constexpr):
 
 @triton.jit
 def multiplied(left, right):
-    return tl.dot(left, right, input_precision=PRECISION)
+    product = tl.dot(left, right, input_precision=PRECISION)
+    if APART:  # which keeps additions that follow out of the matrix units
+        MOVE: tl.constexpr = "mov.b32 $0, $1;"
+        product = tl.inline_asm_elementwise(MOVE, "=f,f", [product], dtype=tl.float32, is_pure=True, pack=1)
+    return product
 
 
 @triton.jit
@@ -206,7 +217,7 @@ def finite(top):
 
 @triton.jit
 def queries_of(query, places, live):
-    """Rows' pieces in COMPUTE, divided by units; the units; sums of the pieces' elements, where scales have offsets.
+    """Rows' pieces in COMPUTE, divided by their units; the units; sums of the pieces' elements, where scales have offsets.
 
     places: of the rows' first elements; live: which rows there are.
     """
@@ -219,7 +230,9 @@ def queries_of(query, places, live):
         asked = asked + (part,)
         greatest = tl.maximum(greatest, tl.max(tl.abs(part.to(tl.float32)), 1))
     unit = greatest * 0.0 + 1.0
-    if DIVIDE:  # by a power of two
+    if FP8:
+        unit = tl.maximum(greatest * (1.0 / 448.0), 1e-30)
+    elif DIVIDE:  # by a power of two
         unit = (greatest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         unit = tl.where(unit == 0.0, 1.0, unit)
     queries, query_sums = (), ()
