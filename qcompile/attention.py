@@ -241,11 +241,11 @@ def check_compute(spec: AttentionSpec, device: torch.device, where: str) -> None
         from qcompile.runtime import attention_gpu
 
         name = attention_gpu.target_of(device)
-        if attention_gpu.native_fp8(name):
+        if attention_gpu.multiplies_fp8(name):
             return
     raise DeviceError(
-        f'{where}: the KV cache has "compute": "fp8", and {name} does not multiply FP8 (NVIDIA from sm_89 on, AMD gfx950 '
-        'and gfx12 do); leave "compute" out, and codes are multiplied in 16 bits'
+        f'{where}: the KV cache has "compute": "fp8", and {name} does not multiply FP8 (NVIDIA from sm_89 on, AMD '
+        'gfx950 and gfx12 do); leave "compute" out, and codes are multiplied in 16 bits'
     )
 
 

@@ -185,13 +185,16 @@ class KVScheme:
         if self.compute and not (isinstance(self.format, NumberFormat) and self.format.is_float):
             raise ConfigError(f'kv_cache: "compute": "fp8" multiplies codes of FP8, not of {self.format.name}')
         if self.compute and self.group:
-            raise ConfigError('kv_cache: "compute": "fp8" multiplies whole vectors, which have no groups; leave one out')
+            raise ConfigError(
+                'kv_cache: "compute": "fp8" multiplies whole vectors, which have no groups; leave one out'
+            )
 
     def __str__(self) -> str:
         per = "token and head" if self.scales == "token" else self.scales
         if self.group:
             per += f", one for {self.group} numbers"
-        more = ", with offsets" * (not self.symmetric) + ", rotated" * self.rotate + ", multiplied in FP8" * (self.compute == "fp8")
+        more = ", with offsets" * (not self.symmetric) + ", rotated" * self.rotate
+        more += ", multiplied in FP8" if self.compute else ""
         return f"{self.format.name}, scales per {per}{more}"
 
     @property

@@ -217,7 +217,7 @@ def finite(top):
 
 @triton.jit
 def queries_of(query, places, live):
-    """Rows' pieces in COMPUTE, divided by their units; the units; sums of the pieces' elements, where scales have offsets.
+    """Rows' pieces in COMPUTE, divided by units; the units; sums of the pieces' elements, where scales have offsets.
 
     places: of the rows' first elements; live: which rows there are.
     """

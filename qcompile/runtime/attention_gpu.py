@@ -42,6 +42,11 @@ def has_kernel(spec: AttentionSpec) -> bool:
     return has_number(spec.scheme.format)
 
 
+def multiplies_fp8(target: str) -> bool:
+    """Whether a target has the products of `compute` "fp8"."""
+    return native_fp8(target)
+
+
 def few(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
     """Whether the kernel for few queries takes so many, without spilling registers."""
     wide = x_dtype == torch.float32 and max(spec.key.head_dim, spec.value.head_dim) > 128

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,10 +69,32 @@ class Problem:
         return attention_gpu.launch(kernel, function, self.query, self.cache, self.mask, self.length)
 
     def check_kernel(self, y: Tensor) -> None:
-        """`check` with what the kernel does: codes are multiplied exactly, and weights in float16."""
+        """`check` with what the kernel does: codes are multiplied exactly, and weights in float16 or E4M3."""
+        if self.spec.scheme.compute == "fp8":
+            self.check_fp8(y)
+            return
         half = self.query.dtype != torch.float32
         step = 2.0**-25 if self.query.dtype == torch.bfloat16 else 0.0  # float16's at 1
         self.check(y, torch.float16 if half else torch.float32, step)
+
+    def check_fp8(self, y: Tensor, accumulate: float = tolerance.ACCUMULATE_UNIT) -> None:
+        """`check` of products in FP8; queries are rounded unless they are E4M3 in 448ths of their greatest element."""
+        query = self.query.double()
+        unit = query.abs().amax(-1, keepdim=True) / 448
+        exact = bool(((query / unit).to(torch.float8_e4m3fn).double() * unit == query).all())
+        scale = self.cache[3].double()
+        codes = oracle.kv_values(self.cache[2], torch.ones(()), self.spec.scheme.format.name, self.spec.value.head_dim)
+        greatest = scale.amax(-1)[:, :, None, None] if scale.dim() == 3 else scale.reshape(1, -1, 1, 1)
+        self.check(
+            y,
+            torch.float8_e4m3fn,
+            # Of a unit eta / 2 is lost below the normal numbers, and in the normal ones 2^-4 of each.
+            query_step=0.0 if exact else 2.0**-10 / 448,
+            query_unit=0.0 if exact else tolerance.unit(torch.float8_e4m3fn) * (1 + 2.0**-20),
+            weight_step=2.0**-10 / 256,  # weights are at most 256
+            weighted=codes.abs() * greatest,
+            accumulate_unit=accumulate,
+        )
 
     def check(
         self,
@@ -79,6 +102,7 @@ class Problem:
         weights: torch.dtype = torch.float32,
         query_step: float = 0.0,
         compute: torch.dtype = torch.float32,
+        **more: Any,
     ) -> None:
         """Every element within the derived bound, zeros where nothing is attended to."""
         name, offsets = self.spec.scheme.format.name, not self.spec.scheme.symmetric
@@ -103,6 +127,7 @@ class Problem:
             query_step=query_step,
             magnitudes=(key_parts[0].abs() + key_parts[1].abs(), value_parts[0].abs() + value_parts[1].abs()),
             **options,
+            **more,
         )
         assert y.shape == expected.shape
         assert y.dtype == self.query.dtype
@@ -150,8 +175,9 @@ def problem(
     window: int = 0,
     shared: int = 0,
     symmetric: bool = True,
+    compute: str | None = None,
 ) -> Problem:
-    scheme = KVScheme(format=kv_format(kv), scales=scales, group=shared, symmetric=symmetric)
+    scheme = KVScheme(format=kv_format(kv), scales=scales, group=shared, symmetric=symmetric, compute=compute)
     cache: Cache = []
     for width in (size, value_size or size):
         x = torch.randn(batch, heads, context, width)
