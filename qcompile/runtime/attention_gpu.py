@@ -63,6 +63,7 @@ def tile_of(
     sequences: int = 0,
     integers: bool = False,
     in_fp8: bool = False,
+    page: int = 0,
 ) -> AttentionTile:
     """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
@@ -74,6 +75,7 @@ def tile_of(
         integers: whether codes are integers, whose decoding and scales take registers too: smaller blocks, and more
             programs beside each other.
         in_fp8: see `AttentionKernelSpec`; products then are of 32 tokens and more.
+        page: tokens of a page, of a paged cache; else 0. Of a multiple of 64, a block is in one page.
     """
     rows = max(rows, least_rows(in_fp8, target))
     wide = x_dtype == torch.float32
@@ -82,6 +84,8 @@ def tile_of(
     block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or integers) else 64 if nvidia else 16
     if size > 128:
         block = 32 if in_fp8 or (nvidia and not wide and rows <= 32) else 16
+    if page % 64 == 0 and page > 0:
+        block = min(block, page & -page)
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
     enough, split = device_of(target).processors * (2 if integers else 1), 1
     if sequences:  # of all of them together; each may take one more
@@ -158,7 +162,8 @@ def choose(
     size = max(spec.key.head_dim, spec.value.head_dim)
     sequences = batch if reach.sequences else 0
     integers, in_fp8 = has_integers(spec.scheme.format), spec.scheme.compute == "fp8"
-    tile = tile_of(batch * heads, context, size, group * queries, target, x_dtype, sequences, integers, in_fp8)
+    rows = group * queries
+    tile = tile_of(batch * heads, context, size, rows, target, x_dtype, sequences, integers, in_fp8, reach.page)
     return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
 
 

@@ -155,7 +155,6 @@ def softmax(scores: Tensor, v: Tensor) -> Tensor:
 
 
 NEAR_MISSES: dict[str, tuple[Attend, str]] = {
-    "causal": (lambda q, k, v, m: sdpa(q, repeat(k), repeat(v), None, is_causal=True), "is_causal aligns"),
     "dropout": (lambda q, k, v, m: sdpa(q, repeat(k), repeat(v), m, dropout_p=0.1), "it has dropout"),
     "part of the keys": (
         lambda q, k, v, m: sdpa(q, repeat(k[:, :, :9]), repeat(v[:, :, :9]), m[..., :9]),
