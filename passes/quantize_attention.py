@@ -115,13 +115,16 @@ def _reads(*nodes: object) -> set[fx.Node]:
 def _uncut(node: Any, queries: int, nodes: list[fx.Node]) -> Any:
     """What keys or values are the first of, as many as there are queries; the node is added to `nodes`."""
     whole = slice(None)
-    if is_call(node, (operator.getitem,)) and isinstance(node.args[1], tuple):
-        cut = example(node).shape[2] == queries
-        if cut and node.args[1][:2] == (whole, whole) and all(part == whole for part in node.args[1][3:]):
-            if isinstance(part := node.args[1][2], slice) and part.start in (None, 0) and part.step in (None, 1):
-                nodes.append(node)
-                return node.args[0]
-    return node
+    index = node.args[1] if is_call(node, (operator.getitem,)) else None
+    if not isinstance(index, tuple) or example(node).dim() != 4 or example(node).shape[2] != queries:
+        return node
+    others, part = (*index[:2], *index[3:]), index[2] if len(index) > 2 else None
+    if any(other != whole for other in others) or not isinstance(part, slice):
+        return node
+    if part.start not in (None, 0) or part.step not in (None, 1):
+        return node
+    nodes.append(node)
+    return node.args[0]
 
 
 def _pair(key: object, value: object, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node]:

@@ -257,6 +257,16 @@ def test_the_operator_traces(queries: int) -> None:
     assert torch.equal(y, given_.operator())
 
 
+@pytest.mark.parametrize("page", [64, 128, 192, 256])
+def test_a_block_is_in_one_page(page: int) -> None:
+    """So that the table is read once a block, whatever block suits a cache that is not paged."""
+    for size in (64, 128, 256):
+        for rows in (1, 16, 64):
+            block = attention_gpu.tile_of(64, 16384, size, rows, "sm_90", sequences=8, page=page).context
+            assert page % block == 0
+            assert block <= attention_gpu.tile_of(64, 16384, size, rows, "sm_90", sequences=8).context
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     kernels = []
@@ -266,7 +276,7 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         ("int4", "token", 256, 2, 32),
     ):
         given_ = paged(kv, scales, (5,) * 8, page=page, heads=8, group=group, size=size, dtype=torch.bfloat16)
-        tile = attention_gpu.tile_of(64, 16384, size, group, target, sequences=8)
+        tile = attention_gpu.tile_of(64, 16384, size, group, target, sequences=8, page=page)
         kernels.append(given_.kernel(target, tile))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
