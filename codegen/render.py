@@ -8,7 +8,7 @@ import re
 import struct
 from importlib import resources
 
-from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, AttentionKernelSpec
+from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.decoders import (
     DTYPES,
@@ -252,8 +252,8 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
 def _functions_of(template: str) -> str:
     """The constants and functions of a template, with its holes."""
     text = _template(template)
-    kernel = text.rindex("@triton.jit", 0, text.index("\ndef kernel("))
-    return text[text.index("# <constants>") : kernel]
+    kernel = text.find("\ndef kernel(")
+    return text[text.index("# <constants>") : len(text) if kernel < 0 else text.rindex("@triton.jit", 0, kernel)]
 
 
 def _finish(spec: KernelSpec) -> dict[str, str]:
@@ -287,7 +287,7 @@ _BYTES_TO_FLOAT16 = """    # {number} + code in float16, less that number and wh
 
 
 def _values(spec: AttentionKernelSpec) -> str:
-    """The function `values_of` of `attention_decode`.
+    """The function `values_of` of `attention`.
 
     Of integers four bytes become two pairs of float16 in a few instructions; converting numbers one by one takes longer
     than reading them.
@@ -313,10 +313,8 @@ def _values(spec: AttentionKernelSpec) -> str:
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    holes = {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
-    if spec.template == ATTENTION_TEMPLATE:
-        return holes
-    return {"attention": _functions_of(ATTENTION_TEMPLATE), **holes}
+    constants = _constants(spec.constants())
+    return {"attention": _functions_of("attention"), "constants": constants, "decode": _values(spec) + "\n\n"}
 
 
 def _choosing(spec: ColumnsSpec | RangesSpec) -> dict[str, str]:

@@ -3,7 +3,7 @@
 A program takes ROWS rows, which are all query heads of a head of keys for some tokens, and goes over the context as
 FlashAttention does (T. Dao, 2023): codes are decoded in registers, block by block, and never written. Where positions
 alone say what is attended to, blocks that no row attends to are left out, and only those that some do not attend to are
-masked. Everything else is said in `attention_decode`.
+masked. Everything else is said in `attention`.
 """
 
 # mypy: ignore-errors
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 # <attention>
-from qcompile.codegen.templates.attention_decode import (
+from qcompile.codegen.templates.attention import (
     BLOCK_T,
     CAUSAL,
     EARLY,
