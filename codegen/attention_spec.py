@@ -106,7 +106,7 @@ class AttentionKernelSpec:
     @property
     def part(self) -> int:
         """Numbers that a program leaves for the one that puts parts together."""
-        rows = 1 << (self.group * self.queries - 1).bit_length()
+        rows = self.tile.rows or 1 << (self.group * self.queries - 1).bit_length()
         pieces = self.pieces(self.value_size)
         return rows * (pieces * _power(self.value_size // pieces) + 2)
 

@@ -128,20 +128,34 @@ def prefill_tile_of(
     return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=3, rows=held)
 
 
+def shared_by(tile: AttentionTile, programs: int, context: int, target: str) -> AttentionTile:
+    """A tile for many queries whose programs share the context, until about every processor has one."""
+    split = 1
+    while split < _MOST_SPLITS and 2 * split * programs <= device_of(target).processors:
+        if 8 * split * tile.context > context:
+            break
+        split *= 2
+    return replace(tile, split=split)
+
+
 @functools.cache
 def choose_prefill(
     spec: AttentionSpec,
+    batch: int,
     heads: int,
     group: int,
-    rows: int,
+    queries: int,
+    context: int,
     mask: str,
     reach: Reach,
     x_dtype: torch.dtype,
     target: str,
 ) -> AttentionKernelSpec:
-    """The kernel for many queries; `rows` is a power of two that holds those of a head of keys, or more than 128."""
+    """The kernel for many queries."""
+    rows = min(256, 1 << (queries * group - 1).bit_length())
     size = max(spec.key.head_dim, spec.value.head_dim)
     tile = prefill_tile_of(rows, size, target, x_dtype, spec.scheme.group > 0, spec.scheme.compute == "fp8")
+    tile = shared_by(tile, batch * heads * -(-queries * group // tile.rows), context, target)
     return attention_kernel_spec(spec, heads, group, 0, mask, reach, x_dtype, target, tile)
 
 
@@ -233,17 +247,17 @@ def launch(
     ]
     steps = [*(int(t is not None and t.numel() > 1) for t in (length, start)), *steps]
     pairs, split, tokens = batch * heads, kernel.tile.split, query.shape[2]
-    if kernel.template == PREFILL_TEMPLATE:
-        launcher.launch(
-            function, (-(-kernel.group * tokens // kernel.rows), pairs), *given, context, tokens, *steps, **options
-        )
-        return y
-    grid = (heads * (batch + split),) if kernel.reach.sequences else (pairs, split)
     partial = arrived = key_scale
-    if math.prod(grid) > pairs:
+    shared, grid, counts = pairs, (pairs, split), (batch, context)
+    if kernel.template == PREFILL_TEMPLATE:
+        tiles = -(-kernel.group * tokens // kernel.rows)
+        shared, grid, counts = tiles * pairs, (tiles, pairs, split), (context, tokens)
+    elif kernel.reach.sequences:
+        grid = (heads * (batch + split),)
+    if math.prod(grid) > shared:
         partial = query.new_empty(math.prod(grid) * kernel.part, dtype=torch.float32)
-        arrived = zeros_kept_zero(pairs, query.device)
-    launcher.launch(function, grid, *given, partial, arrived, batch, context, *steps, **options)
+        arrived = zeros_kept_zero(shared, query.device)
+    launcher.launch(function, grid, *given, partial, arrived, *counts, *steps, **options)
     return y
 
 
@@ -271,8 +285,8 @@ def attention(
     if few(spec, queries, group, query.dtype):
         kernel = choose(spec, len(query), heads, group, queries, context, kind, reach, query.dtype, target)
     else:
-        rows = min(256, 1 << (queries * group - 1).bit_length())
-        kernel = choose_prefill(spec, heads, group, rows, kind, replace(reach, sequences=0), query.dtype, target)
+        apart = replace(reach, sequences=0)
+        kernel = choose_prefill(spec, len(query), heads, group, queries, context, kind, apart, query.dtype, target)
     return _run(kernel, query, tensors, mask, length, start, block_table)
 
 

@@ -88,6 +88,16 @@ def test_prefill(kv: str, size: int, dtype: torch.dtype) -> None:
     given.check_kernel(run(given))
 
 
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("queries", [9, 20, 64])
+def test_few_tokens_share_a_long_context(kv: str, queries: int) -> None:
+    given = problem(
+        kv, "token", heads=3, group=4, queries=queries, context=8000, size=128, dtype=torch.bfloat16, mask="none"
+    )
+    given = replace(given, length=torch.tensor(7900), spec=replace(given.spec, causal=True))
+    given.check_kernel(run(given))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("window", [0, 50])
 def test_prefill_masks(mask: str, window: int) -> None:

@@ -233,7 +233,9 @@ def test_every_program_has_a_like_share(page: int) -> None:
 @pytest.mark.parametrize("starts", [None, (3, 0, 1)])
 def test_many_queries(starts: tuple[int, ...] | None) -> None:
     given_ = paged(lengths=(20, 64, 40), queries=12, mask="causal", starts=starts)
-    given_.check_kernel(given_.interpret("sm_90", AttentionTile(context=16, split=1, warps=4, stages=2, rows=16)))
+    for split in (1, 2, 4):
+        tile = AttentionTile(context=16, split=split, warps=4, stages=2, rows=16)
+        given_.check_kernel(given_.interpret("sm_90", tile))
 
 
 def test_formats_that_no_kernel_reads_are_attended_to_by_torch() -> None:
