@@ -1,4 +1,4 @@
-"""Time of attention from one token over a KV cache on a CPU: quantized caches, and torch's own over bfloat16.
+"""Time of attention over a KV cache on a CPU: quantized caches, and torch's own over bfloat16.
 
     python benchmarks/attention_cpu.py [--out FOLDER]
 
@@ -7,6 +7,9 @@ Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3
 call of each counts, with one thread in time of the processor. torch's attention shares heads (`enable_gqa`), or gets
 them repeated, as models of transformers do; the quantized caches are also read by plain torch, as without a compiler.
 `error` is that of attention.py.
+
+Rows with `queries` are of prompts, or of their last tokens, causal: torch takes `is_causal` for whole prompts and a mask
+otherwise, keys and values that are repeated beforehand, and does not quantize them.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +26,7 @@ import torch.nn.functional as F
 from attention import RESULTS, error, filled
 from torch import Tensor
 
+from qcompile.attention import causal_mask
 from qcompile.caches import KVCache
 from qcompile.evaluate.timing import ceilings, copies, write_results
 from qcompile.kv_cache import AttentionSpec, dequantize
@@ -30,6 +35,8 @@ from qcompile.runtime import attention_cpu
 CPU = torch.device("cpu")
 SHAPES = [(8, 4, 128, 1024), (8, 4, 128, 4096), (8, 4, 128, 16384), (3, 3, 64, 512), (3, 3, 64, 2048)]
 """Heads of keys, query heads for each, size, context."""
+PROMPTS = [(8, 4, 128, 512, 512), (8, 4, 128, 512, 4096), (8, 4, 128, 2048, 2048), (3, 3, 64, 512, 512)]
+"""Heads of keys, query heads for each, size, queries, context."""
 CACHES = ["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
 ROUNDS, SECONDS = 60, 4.0
 
@@ -86,6 +93,46 @@ def measure(heads: int, group: int, size: int, context: int) -> Iterator[dict[st
         yield about | {"error": errors[impl, kv], "shape": [heads * group, heads, size]}
 
 
+def prompt(heads: int, group: int, size: int, queries: int, context: int) -> Iterator[dict[str, object]]:
+    """The rows of many queries at the end of a context."""
+    query = torch.randn(1, heads * group, queries, size, dtype=torch.bfloat16)
+    key, value = (torch.randn(1, heads, context, size, dtype=torch.bfloat16) for _ in range(2))
+    repeated = [t.repeat_interleave(group, 1) for t in (key, value)]
+    seen = causal_mask(queries, 0, context, context, 0, CPU)
+    how = {"is_causal": True} if queries == context else {"attn_mask": seen}
+    plain = torch.ops.qcompile.attention_plain
+    kinds: dict[tuple[str, str], tuple[Callable[[], Tensor], list[Tensor]]] = {
+        ("SDPA", "bfloat16"): (partial(F.scaled_dot_product_attention, query, *repeated, **how), [key, value]),
+        ("qcompile", "bfloat16"): (
+            partial(plain, query, key, value, None, None, size**-0.5, True),
+            [key, value],
+        ),
+    }
+    for name in CACHES:
+        tensors, spec = tensors_of(filled(name, key, value))
+        text = replace(spec, causal=True).encode()
+        wanted = [dequantize(codes, scale, spec.scheme, size) for codes, scale in (tensors[:2], tensors[2:])]
+        kinds["qcompile", name] = (
+            partial(torch.ops.qcompile.attention, query, tensors, None, None, text),
+            wanted,
+        )
+    best = dict.fromkeys(kinds, float("inf"))
+    end = time.perf_counter() + SECONDS
+    for turn in range(ROUNDS):
+        for kind, (call, _) in kinds.items():
+            start = time.perf_counter()
+            call()
+            best[kind] = min(best[kind], 1e6 * (time.perf_counter() - start))
+        if turn and time.perf_counter() > end:
+            break
+    for (impl, kv), (call, wanted) in kinds.items():
+        keys, values = (t.double().repeat_interleave(group, 1) for t in wanted)
+        expected = F.scaled_dot_product_attention(query.double(), keys, values, attn_mask=seen)
+        wrong = round(((call().double() - expected).norm() / expected.norm()).item(), 5)
+        about = {"bench": "attention", "impl": impl, "kv": kv, "batch": 1, "queries": queries, "context": context}
+        yield about | {"us": round(best[impl, kv], 2), "error": wrong, "shape": [heads * group, heads, size]}
+
+
 def main() -> None:
     """Measure, write the results and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,9 +140,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = [row for shape in SHAPES for row in measure(*shape)]
+    rows += [row for shape in PROMPTS for row in prompt(*shape)]
     write_results(options.out, "attention", CPU, rows, ceilings(CPU))
     for row in rows:
-        print(*(f"{row[key]!s:>22}" for key in ("shape", "context", "impl", "kv", "us", "error")))
+        print(
+            *(f"{row[key]!s:>22}" for key in ("shape", "queries", "context", "impl", "kv", "us", "error") if key in row)
+        )
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ where K and V are `dequantize_kv` of one layer's cache, each through an optional
 left to Inductor. What is not taken is declined with its reason; the cache is then dequantized for it.
 
 Query i of n may attend to positions up to i, by is_causal or by a mask that says so, as in the first prompt of a cache.
-Then only the first n are dequantized, and torch attends to them, which on GPUs takes half as long:
+Then on GPUs only the first n are dequantized, and torch attends to them, which takes half as long:
 
     scaled_dot_product_attention(q, K[:, :, :n], V[:, :, :n], is_causal=True)
 
-unless the cache asks for products in FP8, or torch's kernels do not take the shape.
+unless the cache asks for products in FP8, or torch's kernels do not take the shape. Else the operator is told n.
 """
 
 from __future__ import annotations
@@ -147,10 +147,10 @@ def _match_sdpa(node: fx.Node) -> _Match:
     first = bool(given.get("is_causal"))
     if given.get("dropout_p"):
         raise _No("it has dropout")
-    read = [given["key"], given["value"]]
+    key, value = given["key"], given["value"]
     if first:
-        read = [_uncut(n, example(given["query"]).shape[2], nodes) for n in read]
-    keys, values = _pair(*read, nodes)
+        key, value = (_uncut(n, example(given["query"]).shape[2], nodes) for n in (key, value))
+    keys, values = _pair(key, value, nodes)
     scale = given.get("scale")
     if scale is None:
         scale = 1 / math.sqrt(example(given["query"]).shape[-1])
@@ -377,8 +377,8 @@ def _narrow(context: GraphContext, query: Tensor, places: _Places, known: _Known
 
 
 def _by_torch(query: Tensor, read: Any, spec: AttentionSpec) -> bool:
-    """Whether torch has kernels for queries and keys of the first positions."""
-    fast = query.device.type == "cpu" or query.dtype in (torch.bfloat16, torch.float16)
+    """Whether torch attends to keys of the first positions faster; on CPUs the operator knows how many there are."""
+    fast = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
     sizes = max(spec.key.head_dim, spec.value.head_dim)
     return fast and query.dtype == read.dtype and sizes <= MOST_SIZE and not (spec.softcap or spec.scheme.compute)
 

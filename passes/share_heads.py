@@ -1,4 +1,4 @@
-"""Attention from a few tokens to keys that heads share -> qcompile.attention_plain, which reads each key once
+"""Attention to keys that heads share -> qcompile.attention_plain, which reads each key once
 
     scaled_dot_product_attention(q, repeat_kv(K), repeat_kv(V), mask)     -> attention_plain(q, K, V, mask, length)
     scaled_dot_product_attention(q, K, V, mask, enable_gqa=True)          -> the same
@@ -7,6 +7,13 @@ for up to 8 tokens. Models write keys and values out once more for each query he
 torch's attention with `enable_gqa` does where there is a mask. `length` is made of a boolean mask, once a graph: one
 more than the last position that any query attends to, so that the empty part of a static cache is not read. A mask of
 one token that says no more than that (`positions <= last`) is left out.
+
+On CPUs with a matrix unit, causal attention from any number of tokens is taken, of heads that share keys or not:
+
+    scaled_dot_product_attention(q, K, V, positions <= own positions)     -> attention_plain(q, K, V, None, length,
+    scaled_dot_product_attention(q, K, V, is_causal=True)                                    causal=True, window)
+
+where the mask is never written, and what it hides is not computed.
 
 Without a mask and with `enable_gqa` torch's own kernels share heads, and such attention is left to them. What is not
 taken is declined with its reason. Attention that reads a quantized cache was taken before, by `quantize_attention`.
@@ -21,18 +28,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import qcompile.attention  # noqa: F401  (registers the operators)
+from qcompile.attention import attends_from_many
 from qcompile.kv_cache import MOST_QUERIES, MOST_ROWS, MOST_SIZE
 from qcompile.passes.context import GraphContext, example, replace
 from qcompile.passes.heads import (
     SDPA_ARGUMENTS,
+    Causal,
     add_call,
     attended_length,
     between,
+    causal,
     is_call,
     is_prefix,
     is_written,
     layer_of,
+    reach_of,
     repeated,
     writes,
 )
@@ -61,16 +71,23 @@ def _source(node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
     return source
 
 
-def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]) -> str | None:
-    """Why an attention over these sources is left alone; None if it is taken."""
+def _reason(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any], *, causal: bool
+) -> str | None:
+    """Why an attention over these sources is left alone; None if it is taken.
+
+    Args:
+        causal: what its mask says can be said by numbers, and there is a kernel for many queries.
+    """
     sizes = (*query.shape, *key.shape, *value.shape)
     if not all(isinstance(size, int) for size in sizes):
         return "its shape is not fixed"
     if query.dim() != 4 or key.dim() != 4 or key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
         return "its query, keys and values are not of one batch, or have other dimensions than four"
-    if query.shape[1] % key.shape[1] != 0 or query.shape[1] == key.shape[1]:
+    if query.shape[1] % key.shape[1] != 0 or (query.shape[1] == key.shape[1] and not causal):
         return "no query heads share its keys"
-    if query.shape[2] > MOST_QUERIES or query.shape[2] * query.shape[1] // key.shape[1] > MOST_ROWS:
+    few = query.shape[2] <= MOST_QUERIES and query.shape[2] * query.shape[1] // key.shape[1] <= MOST_ROWS
+    if not (few or causal):
         return f"it is from {query.shape[2]} tokens, which torch's own kernels are for"
     kinds = DTYPES[query.device.type]
     if not query.dtype == key.dtype == value.dtype or query.dtype not in kinds:
@@ -78,15 +95,23 @@ def _reason(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, give
         return f"its query, keys and values are not {names}"
     if max(key.shape[3], value.shape[3]) > MOST_SIZE:
         return f"its heads have more than {MOST_SIZE} elements"
-    if not (key.is_contiguous() and value.is_contiguous()):
+    on_cpu = query.device.type == "cpu"
+    if not all(t.stride(-1) == 1 if on_cpu else t.is_contiguous() for t in (key, value)):
         return "its keys or values do not lie one after another in memory"
     if mask is not None and mask.dtype not in (torch.bool, query.dtype):
         return "its mask is neither boolean nor of the query's type"
-    if given.get("dropout_p") or given.get("is_causal"):
+    if given.get("dropout_p") or (given.get("is_causal") and not causal):
         return "it has dropout, or is_causal aligns its queries with the first keys"
     if given.get("scale") is not None and not isinstance(given["scale"], (int, float)):
         return "its scale is computed in the graph"
     return None
+
+
+def _causal(query: Tensor, key: Tensor, mask: Any, given: dict[str, Any]) -> Causal | None:
+    """What a mask, or `is_causal` for as many queries as keys, says by numbers; None if it does not."""
+    if mask is not None:
+        return causal(mask)
+    return Causal(None, 0, 0) if given.get("is_causal") and query.shape[2] == key.shape[2] else None
 
 
 def _rewrite(context: GraphContext, node: fx.Node, lengths: dict[fx.Node, fx.Node]) -> str | None:
@@ -94,23 +119,28 @@ def _rewrite(context: GraphContext, node: fx.Node, lengths: dict[fx.Node, fx.Nod
     given: dict[str, Any] = dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
     passed: list[fx.Node] = []
     key, value = (_source(given[name], passed) for name in ("key", "value"))
-    mask = given.get("attn_mask")
-    if not passed and (mask is None or not given.get("enable_gqa")):
+    mask, query = given.get("attn_mask"), example(given["query"])
+    by_numbers = _causal(query, example(key), mask, given) if attends_from_many(query) else None
+    if not passed and by_numbers is None and (mask is None or not given.get("enable_gqa")):
         return None
-    reason = _reason(example(given["query"]), example(key), example(value), example(mask), given)
+    reason = _reason(query, example(key), example(value), example(mask), given, causal=by_numbers is not None)
     if reason is not None:
         return reason
     order = list(context.graph.nodes)
     if passed and any(map(writes, between(min(passed, key=order.index), node))):
         return "something is written between its keys and itself"
-    length = None
-    if mask is not None and example(mask).dtype == torch.bool and not is_written(mask):
+    length, window = None, 0
+    if by_numbers is not None:
+        length = None if mask is None else reach_of(context, mask, by_numbers, lengths)
+        mask, window = None, by_numbers.window
+    elif mask is not None and example(mask).dtype == torch.bool and not is_written(mask):
         length = attended_length(context, mask, lengths)
         mask = None if is_prefix(mask) else mask
     scale = given.get("scale")
-    scale = 1 / math.sqrt(example(given["query"]).shape[-1]) if scale is None else float(scale)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    arguments = (given["query"], key, value, mask, length, scale)
     with context.graph.inserting_before(node):
-        new = add_call(context, ATTENTION, given["query"], key, value, mask, length, scale)
+        new = add_call(context, ATTENTION, *arguments, *(() if by_numbers is None else (True, window)))
     replace(context.graph, node, new)
     while gone := [n for n in dict.fromkeys(passed) if not n.users]:
         for n in gone:

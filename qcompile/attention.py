@@ -50,10 +50,10 @@ for _name in ("attention", "attention_gpu", "attention_cpu", "attention_any"):
     _library.define(
         f"{_name}(Tensor query, Tensor[] cache, Tensor? mask, Tensor? length, str spec, {_PLACES}) -> Tensor"
     )
-for _name in ("attention_plain", "attention_plain_gpu", "attention_plain_cpu", "attention_plain_any"):
-    _library.define(
-        f"{_name}(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor"
-    )
+_PLAIN = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale"
+_library.define(f"attention_plain_gpu({_PLAIN}) -> Tensor")
+for _name in ("attention_plain", "attention_plain_cpu", "attention_plain_any"):
+    _library.define(f"{_name}({_PLAIN}, bool causal=False, int window=0) -> Tensor")
 
 
 def _store_kv(
@@ -238,9 +238,9 @@ def check_compute(spec: AttentionSpec, device: torch.device, where: str) -> None
         return
     name = device.type
     if name == "cuda":
-        from qcompile.runtime import attention_gpu
+        from qcompile.runtime import attention_gpu, gpu
 
-        name = attention_gpu.target_of(device)
+        name = gpu.target_of(device)
         if attention_gpu.multiplies_fp8(name):
             return
     raise DeviceError(
@@ -287,7 +287,14 @@ def _attention(
 
 
 def _attention_plain(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: Tensor | None,
+    scale: float,
+    causal: bool = False,
+    window: int = 0,
 ) -> Tensor:
     """softmax(query key^T * scale) value, each head of keys read once for all query heads that share it.
 
@@ -295,8 +302,9 @@ def _attention_plain(
         query: [B, Hq, Q, D], with key and value of its dtype.
         key, value: [B, H, T, D] and [B, H, T, Dv]; query head h reads head h // (Hq / H).
         mask, length: as in `reference`.
+        causal, window: as in an `AttentionSpec`.
     """
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and not causal:
         from qcompile.runtime import attention_gpu
 
         fixed = isinstance(query.shape[2], int)
@@ -304,19 +312,35 @@ def _attention_plain(
         if fixed and attention_gpu.has_plain_kernel(query.shape[2], group, key.shape[3], value.shape[3], query.dtype):
             return torch.ops.qcompile.attention_plain_gpu(query.contiguous(), key, value, mask, length, scale)
     if query.device.type == "cpu" and query.dtype == key.dtype == value.dtype:
-        return torch.ops.qcompile.attention_plain_cpu(query, key, value, mask, length, scale)
-    mask = combined_mask(query, key.shape[2], mask, length)
+        return torch.ops.qcompile.attention_plain_cpu(query, key, value, mask, length, scale, causal, window)
+    mask = combined_mask(query, key.shape[2], mask, length, causal, window)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
-def combined_mask(query: Tensor, context: int, mask: Tensor | None, length: Tensor | None) -> Tensor | None:
-    """A mask that also leaves out positions from `length` on."""
-    if length is None:
+def combined_mask(
+    query: Tensor, context: int, mask: Tensor | None, length: Tensor | None, causal: bool = False, window: int = 0
+) -> Tensor | None:
+    """A mask that also leaves out positions from `length` on, and those that a causal spec does."""
+    if length is None and not causal:
         return mask
-    inside = torch.arange(context, device=query.device) < length
+    if causal:
+        end: Tensor | int = context if length is None else length.clamp(max=context)
+        inside = causal_mask(query.shape[2], 0, context, end, window, query.device)
+    else:
+        assert length is not None
+        inside = (torch.arange(context, device=query.device) < length).expand(query.shape[2], -1)
     if mask is None or mask.dtype == torch.bool:
-        return inside.expand(query.shape[2], -1) if mask is None else mask & inside
+        return inside if mask is None else mask & inside
     return mask.masked_fill(~inside, -torch.inf)
+
+
+def attends_from_many(query: Tensor) -> bool:
+    """Whether there is a kernel of attention from many tokens of such a query to keys that are not quantized."""
+    if query.device.type != "cpu":
+        return False
+    from qcompile.runtime import attention_cpu
+
+    return attention_cpu.multiplies_squares(query.dtype)
 
 
 def _attention_any(
@@ -333,16 +357,25 @@ def _attention_any(
     from qcompile.runtime import attention_cpu
 
     parsed = decode_attention_spec(spec)
-    return attention_cpu.attention(query, cache, mask, length, parsed, start=start, block_table=block_table)
+    y = attention_cpu.attention(query, cache, mask, length, parsed, start=start, block_table=block_table)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _attention_plain_any(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: Tensor | None,
+    scale: float,
+    causal: bool = False,
+    window: int = 0,
 ) -> Tensor:
     """What `_attention_any` is, for `attention_plain_cpu`."""
     from qcompile.runtime import attention_cpu
 
-    return attention_cpu.attention_plain(query, key, value, mask, length, scale)
+    y = attention_cpu.attention_plain(query, key, value, mask, length, scale, causal, window)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _attention_gpu(
@@ -383,7 +416,19 @@ _library.impl("attention_gpu", _attention_gpu, "CUDA")
 _library.impl("attention_plain_gpu", _attention_plain_gpu, "CUDA")
 
 
+def empty_result(query: Tensor, size: int) -> Tensor:
+    """Where attention on CPUs puts its result [B, Hq, Q, size]: all heads of a token together, as readers want them."""
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, size)).transpose(1, 2)
+
+
 @torch.library.register_fake("qcompile::attention_cpu", lib=_library)
+def _(
+    query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str, **places: Tensor | None
+) -> Tensor:
+    return empty_result(query, decode_attention_spec(spec).value.head_dim)
+
+
 @torch.library.register_fake("qcompile::attention_gpu", lib=_library)
 def _(
     query: Tensor, cache: list[Tensor], mask: Tensor | None, length: Tensor | None, spec: str, **places: Tensor | None
@@ -392,6 +437,10 @@ def _(
 
 
 @torch.library.register_fake("qcompile::attention_plain_cpu", lib=_library)
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    return empty_result(query, value.shape[3])
+
+
 @torch.library.register_fake("qcompile::attention_plain_gpu", lib=_library)
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))

@@ -1,8 +1,9 @@
-"""Attention over a cache on CPUs: a generated C++ kernel for few queries, torch for many or without a compiler.
+"""Attention over a cache on CPUs: a generated C++ kernel, or torch.
 
-Torch's own attention takes many queries of a quantized cache, once that is dequantized. For few, without a compiler,
-torch takes a stretch of the context at a time, with a running softmax; scales multiply scores and weights, of which
-there are fewer than keys and values.
+Where the kernel multiplies by a matrix unit it takes any number of queries, elsewhere few: of many, torch's own
+attention takes those over a quantized cache, once that is dequantized. Without a compiler torch takes few queries a
+stretch of the context at a time, with a running softmax; scales multiply scores and weights, of which there are fewer
+than keys and values.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.attention import causal_mask, combined_mask, paged_out, scores_of
+from qcompile.codegen.cpp import ISAS
 from qcompile.codegen.cpp_attention import CppAttentionSpec, cpp_attention_spec
 from qcompile.kv_cache import MOST_ROWS, AttentionSpec, KVSpec, NumberFormat, dequantize_rotated
 from qcompile.runtime import cpp, cpp_attention, cpu_operators
@@ -21,9 +23,11 @@ from qcompile.runtime import cpp, cpp_attention, cpu_operators
 BLOCK = 512
 """Positions that torch decodes at once: their keys stay in the second-level cache."""
 
+ANY_ROWS = 1 << 62
+
 MANY_ROWS = 512
 """Queries of a head of keys above which dequantizing the cache takes less time than torch's attention then saves: it
-costs about what the kernel takes for 400 to 550 queries."""
+costs about what the kernel takes for 400 to 550 queries, where that has no matrix unit."""
 
 
 def attention(
@@ -75,8 +79,15 @@ def _attend(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: Atten
     key, key_scale, value, value_scale = cache
     context, queries = key.shape[2], query.shape[2]
     rows = query.shape[1] // key.shape[1] * queries
-    kernel = _kernel(query.dtype, spec) if rows <= MANY_ROWS or spec.softcap else None
-    if kernel is None and (rows <= MOST_ROWS or spec.softcap):
+    many = rows > MANY_ROWS and not multiplies_squares(query.dtype)
+    kernel = None if many and not spec.softcap else _kernel(query.dtype, spec)
+    if kernel is not None:
+        halves = (key, key_scale, spec.key.head_dim), (value, value_scale, spec.value.head_dim)
+        y = kernel(
+            _narrow(query), *halves, mask, context, spec.scale, spec.softcap, causal=spec.causal, window=spec.window
+        )
+        return y.to(query.dtype)
+    if rows <= MOST_ROWS or spec.softcap:
         return in_stretches(query, cache, mask, spec)
     if spec.causal and queries > 1:
         seen = causal_mask(queries, 0, context, context, spec.window, query.device)
@@ -84,23 +95,33 @@ def _attend(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: Atten
             mask = seen if mask is None else mask & seen
         else:
             mask = mask.masked_fill(~seen, -torch.inf)
-    if kernel is None:
-        return dequantized(query, cache, mask, spec)
-    halves = (key, key_scale, spec.key.head_dim), (value, value_scale, spec.value.head_dim)
-    y = kernel(_narrow(query), *halves, mask, context, spec.scale, spec.softcap)
-    return y.to(query.dtype)
+    return dequantized(query, cache, mask, spec)
 
 
 def attention_plain(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, length: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    length: Tensor | None,
+    scale: float,
+    causal: bool = False,
+    window: int = 0,
 ) -> Tensor:
     """Attention over keys and values of the queries' type; see `qcompile.attention`."""
-    few = query.shape[1] // key.shape[1] * query.shape[2] <= MOST_ROWS
-    if not few or (kernel := _kernel(query.dtype, None)) is None:
-        return _by_torch(query, key, value, combined_mask(query, key.shape[2], mask, length), scale)
+    taken = query.shape[1] // key.shape[1] * query.shape[2] <= MOST_ROWS or multiplies_squares(query.dtype)
+    if not taken or (kernel := _kernel(query.dtype, None)) is None:
+        mask = combined_mask(query, key.shape[2], mask, length, causal, window)
+        return _by_torch(query, key, value, mask, scale)
     halves = (key, None, key.shape[3]), (value, None, value.shape[3])
-    y = kernel(_narrow(query), *halves, mask, _end(key.shape[2], length), scale, 0.0)
+    end = _end(key.shape[2], length)
+    y = kernel(_narrow(query), *halves, mask, end, scale, 0.0, causal=causal, window=window)
     return y.to(query.dtype)
+
+
+def multiplies_squares(dtype: torch.dtype) -> bool:
+    """Whether the kernels for queries of a type multiply by a matrix unit, as fast for many as torch's."""
+    return dtype == torch.bfloat16 and cpp.compiler() is not None and "amx_bf16" in ISAS[cpp.isa()]
 
 
 def _end(context: int, length: Tensor | None) -> int:
@@ -115,11 +136,11 @@ def _narrow(query: Tensor) -> Tensor:
 
 def _kernel(dtype: torch.dtype, spec: AttentionSpec | None) -> cpp_attention.AttentionKernel | None:
     """The kernel for queries of a type, over a cache that is quantized if there is a spec."""
-    return None if cpp.compiler() is None else _kernel_of(dtype, spec, cpp.isa())
+    return None if cpp.compiler() is None else kernel_of(dtype, spec, cpp.isa())
 
 
 @functools.cache
-def _kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_attention.AttentionKernel | None:
+def kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_attention.AttentionKernel | None:
     taken = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     if spec is not None:
         found = cpp_attention_spec(spec, taken, isa)
@@ -128,7 +149,8 @@ def _kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_
         found = CppAttentionSpec(number=number, query=query, isa=isa)
     kernel = None if found is None else cpp_attention.load(found)
     if kernel is not None and dtype == taken:
-        cpu_operators.add_attention(spec, dtype, kernel, MOST_ROWS)
+        rows = ANY_ROWS if multiplies_squares(dtype) else MOST_ROWS
+        cpu_operators.add_attention(spec, dtype, kernel, rows)
     return kernel
 
 
@@ -182,9 +204,7 @@ def _decoded(codes: Tensor, scale: Tensor, half: KVSpec) -> Tensor:
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """torch's attention, in the order that operators give their results in."""
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
-    return y.contiguous()
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 def in_stretches(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: AttentionSpec) -> Tensor:

@@ -248,7 +248,8 @@ def launch(
     steps = [*(int(t is not None and t.numel() > 1) for t in (length, start)), *steps]
     pairs, split, tokens = batch * heads, kernel.tile.split, query.shape[2]
     partial = arrived = key_scale
-    shared, grid, counts = pairs, (pairs, split), (batch, context)
+    shared, counts = pairs, (batch, context)
+    grid: tuple[int, ...] = (pairs, split)
     if kernel.template == PREFILL_TEMPLATE:
         tiles = -(-kernel.group * tokens // kernel.rows)
         shared, grid, counts = tiles * pairs, (tiles, pairs, split), (context, tokens)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qcompile.attention import empty_result
 from qcompile.codegen.cpp_attention import CppAttentionSpec
 from qcompile.runtime import cpp
 
@@ -29,17 +30,23 @@ class _Half(ctypes.Structure):
     )
 
 
+class _Rows(ctypes.Structure):
+    """The template's struct of the same name."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "query")))
+
+
 class _Attention(ctypes.Structure):
     """The template's struct of the same name."""
 
     _fields_ = (
-        ("query", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
+        ("query", _Rows),
+        ("y", _Rows),
         ("key", _Half),
         ("value", _Half),
         ("mask", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_query")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "length")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "length", "causal", "window")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
     )
@@ -83,6 +90,9 @@ class AttentionKernel:
         length: int,
         scale: float,
         softcap: float,
+        *,
+        causal: bool,
+        window: int,
     ) -> Tensor:
         """softmax(query key^T) value, as `qcompile.attention.reference` has it: [B, Hq, Q, Dv] of query's dtype.
 
@@ -91,19 +101,20 @@ class AttentionKernel:
             key, value: codes or numbers [B, H, T, width], their scale, and their size.
             mask: broadcast to [B, Hq, Q, T].
             length: positions that are attended to, at most T.
+            causal, window: as in an `AttentionSpec`.
         """
         codes, key_scale, key_size = key
         batch, heads, context, _ = codes.shape
-        query, codes, value_codes = query.contiguous(), _rows(codes), _rows(value[0])
-        y = query.new_empty((*query.shape[:3], value[2]))
+        query, codes, value_codes = _rows(query), _rows(codes), _rows(value[0])
+        y = empty_result(query, value[2])
         masks = [None, 0, 0, 0, 0]
         if mask is not None:
             mask = mask if mask.dtype in _MASKS else mask.to(torch.float32)
             mask = _rows(mask.expand(*query.shape[:3], context))
             masks = [mask.data_ptr(), _MASKS[mask.dtype], *mask.stride()[:3]]
         given = _Attention(
-            query.data_ptr(),
-            y.data_ptr(),
+            _Rows(query.data_ptr(), *query.stride()[:3]),
+            _Rows(y.data_ptr(), *y.stride()[:3]),
             _half(codes, key_scale, key_size),
             _half(value_codes, *value[1:]),
             *masks,
@@ -112,6 +123,8 @@ class AttentionKernel:
             query.shape[1] // heads,
             query.shape[2],
             length,
+            causal,
+            window,
             scale,
             softcap,
         )

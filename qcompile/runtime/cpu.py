@@ -36,7 +36,7 @@ from qcompile.layouts import LAYOUTS, integer_product, multiplies_integers
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation
-from qcompile.runtime import cpp, cpu_operators
+from qcompile.runtime import attention_cpu, cpp, cpu_operators
 from qcompile.scheme import Granularity
 
 FEW_ROWS = 32
@@ -238,7 +238,8 @@ def _linear(spec: str) -> _Linear:
 def forget_kernels() -> None:
     """Have kernels chosen anew, where `flags.cpu_isa` has changed; no product may be under way."""
     _linear.cache_clear()
-    cpu_operators.forget_linears()
+    attention_cpu.kernel_of.cache_clear()
+    cpu_operators.forget_kernels()
 
 
 def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Kernel) -> Tensor:

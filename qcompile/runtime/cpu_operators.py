@@ -63,7 +63,7 @@ def _library() -> Any:
         return None
     found.add_linear.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Linear))
     found.add_attention.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Attend))
-    found.add_linear.restype = found.add_attention.restype = found.forget_linears.restype = None
+    found.add_linear.restype = found.add_attention.restype = found.forget_kernels.restype = None
     return found if found.prepare() == 0 else None
 
 
@@ -111,7 +111,7 @@ def add_attention(
     library.add_attention(text.encode(), _KINDS[dtype], _Attend(address, rows, numbers, *known))
 
 
-def forget_linears() -> None:
-    """Let `qcompile::gemm_cpu` know no kernels any more."""
+def forget_kernels() -> None:
+    """Let the operators know no kernels any more."""
     if (library := _library()) is not None:
-        library.forget_linears()
+        library.forget_kernels()

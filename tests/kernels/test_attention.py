@@ -487,6 +487,8 @@ class Plain:
     mask: Tensor | None
     length: Tensor | None
     scale: float
+    causal: bool = False
+    window: int = 0
 
     def kernel(self, target: str, tile: AttentionTile | None = None) -> AttentionKernelSpec:
         batch, heads, context, size = self.key.shape
@@ -516,14 +518,16 @@ class Plain:
     def operator(self) -> Tensor:
         """What `qcompile.attention_plain` gives where the tensors are."""
         y: Tensor = torch.ops.qcompile.attention_plain(
-            self.query, self.key, self.value, self.mask, self.length, self.scale
+            self.query, self.key, self.value, self.mask, self.length, self.scale, self.causal, self.window
         )
         return y
 
     def check(self, y: Tensor) -> None:
         """Every element within the derived bound, zeros where nothing is attended to."""
         length = None if self.length is None else int(self.length)
-        expected, p, s = oracle.attention(self.query, self.key, self.value, self.mask, length=length, scale=self.scale)
+        positions = {"length": length, "causal": self.causal, "window": self.window}
+        given_ = (self.query, self.key, self.value, self.mask)
+        expected, p, s = oracle.attention(*given_, scale=self.scale, **positions)
         bound = tolerance.attention_bound(
             self.query,
             self.key.double(),
@@ -551,6 +555,8 @@ def plain_problem(
     dtype: torch.dtype = torch.bfloat16,
     mask: str = "causal",
     length: int | None = None,
+    causal: bool = False,
+    window: int = 0,
 ) -> Plain:
     return Plain(
         query=torch.randn(batch, heads * group, queries, size).to(dtype),
@@ -559,6 +565,8 @@ def plain_problem(
         mask=make_mask(mask, batch, heads * group, queries, context, dtype),
         length=None if length is None else torch.tensor(length),
         scale=size**-0.5,
+        causal=causal,
+        window=window,
     )
 
 

@@ -17,7 +17,7 @@ from qcompile.codegen.cost_model import device_of
 from qcompile.errors import ConfigError, DeviceError
 from qcompile.flags import override
 from qcompile.kv_cache import SCALES, decode_attention_spec, parse_kv_cache
-from qcompile.runtime import attention_gpu, cache
+from qcompile.runtime import attention_gpu, cache, gpu
 from tests import oracle
 from tests.cross_compile import measure
 from tests.kernels.test_attention import MASKS, Problem, problem
@@ -188,7 +188,7 @@ def test_devices_without_such_products_are_refused(monkeypatch: pytest.MonkeyPat
     ):
         torch.ops.qcompile.attention(given_.query, given_.cache, given_.mask, None, given_.spec.encode())
     for target, served in (("sm_80", False), ("sm_89", True), ("gfx942", False), ("gfx950", True)):
-        monkeypatch.setattr(attention_gpu, "target_of", lambda _, target=target: target)
+        monkeypatch.setattr(gpu, "target_of", lambda _, target=target: target)
         if served:
             check_compute(given_.spec, torch.device("cuda"), "attention")
             continue

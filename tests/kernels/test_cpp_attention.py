@@ -18,7 +18,7 @@ from qcompile.codegen.cpp import ISAS, template_text
 from qcompile.codegen.cpp_attention import CppAttentionSpec, render_attention
 from qcompile.flags import override
 from qcompile.kv_cache import SCALES
-from qcompile.runtime import attention_cpu, cpp, cpp_attention
+from qcompile.runtime import attention_cpu, cpp, cpp_attention, cpu
 from tests import oracle, tolerance
 from tests.kernels.test_attention import FORMATS, MASKS, Plain, Problem, plain_problem, problem
 
@@ -36,6 +36,9 @@ BEST = HERE[0]
 QUANTIZED = [(isa, kv, dtype) for isa in HERE for kv, dtype in KERNELS[isa] if kv != "plain"]
 LENGTHS = st.one_of(st.sampled_from([1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 300]), st.integers(1, 300))
 SIZES = st.sampled_from([2, 16, 24, 64, 80, 128, 130])
+QUERIES = st.sampled_from([1, 1, 2, 5, 8, 70])
+reaches = st.sampled_from([{}, {}, {"causal": True}, {"causal": True, "window": 1}, {"causal": True, "window": 150}])
+WITHOUT_SQUARES = next(isa for isa in HERE if "amx_bf16" not in ISAS[isa])
 
 pytestmark = pytest.mark.skipif(cpp.compiler() is None, reason="needs a C++ compiler")
 
@@ -45,7 +48,7 @@ def kernels_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with override(cache_dir=tmp_path_factory.mktemp("cache")):
         yield
     cpp_attention.load.cache_clear()
-    attention_cpu._kernel_of.cache_clear()
+    cpu.forget_kernels()
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def problems(draw: st.DrawFn, isa: str) -> Problem:
         batch=draw(st.integers(1, 2)),
         heads=draw(st.integers(1, 3)),
         group=draw(st.sampled_from([1, 2, 3, 7, 8])),
-        queries=draw(st.sampled_from([1, 1, 2, 5, 8])),
+        queries=draw(QUERIES),
         context=context,
         size=draw(SIZES),
         value_size=draw(st.none() | SIZES),
@@ -89,6 +92,7 @@ def problems(draw: st.DrawFn, isa: str) -> Problem:
         mask=draw(st.sampled_from(MASKS)),
         length=draw(st.none() | st.integers(0, context)),
         softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
+        **draw(reaches),
     )
 
 
@@ -99,13 +103,14 @@ def plain_problems(draw: st.DrawFn, isa: str) -> Plain:
         batch=draw(st.integers(1, 2)),
         heads=draw(st.integers(1, 3)),
         group=draw(st.sampled_from([1, 3, 8])),
-        queries=draw(st.sampled_from([1, 1, 2, 8])),
+        queries=draw(QUERIES),
         context=context,
         size=draw(SIZES),
         value_size=draw(st.none() | SIZES),
         dtype=draw(st.sampled_from([dtype for kv, dtype in KERNELS[isa] if kv == "plain"])),
         mask=draw(st.sampled_from(MASKS)),
         length=draw(st.none() | st.integers(0, context)),
+        **draw(reaches),
     )
 
 
@@ -206,7 +211,7 @@ def refuse(*_: object) -> None:
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "compiler", lambda: None)
-    monkeypatch.setattr(attention_cpu, "_kernel_of", refuse)
+    monkeypatch.setattr(attention_cpu, "kernel_of", refuse)
     for kv in FORMATS:
         for queries in (3, 40):
             given_ = problem(kv, context=50, queries=queries, dtype=BF16)
@@ -219,18 +224,36 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_many_queries_go_to_torch(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_cpu, "_kernel_of", refuse)
+    monkeypatch.setattr(attention_cpu, "kernel_of", refuse)
     for length in (None, 0, 70):
         given_ = problem("fp8_e4m3", "head", context=90, queries=80, group=7, dtype=BF16, mask=mask, length=length)
-        given_.check(run(given_), weights=BF16, compute=BF16)
-        assert run(given_).is_contiguous()
-    plain = plain_problem(context=50, queries=40, length=45, mask=mask)
-    plain.check(run(plain))
-    assert run(plain).is_contiguous()
+        y = run(given_, WITHOUT_SQUARES)
+        given_.check(y, weights=BF16, compute=BF16)
+        assert y.transpose(1, 2).is_contiguous()
+    for causal in (False, True):
+        plain = plain_problem(context=50, queries=40, length=45, mask=mask, causal=causal, window=7 if causal else 0)
+        y = run(plain, WITHOUT_SQUARES)
+        plain.check(y)
+        assert y.transpose(1, 2).is_contiguous()
 
 
-def test_more_queries_than_tiles_hold() -> None:
-    check(problem("fp8_e4m3", context=150, queries=30, group=7, size=64, dtype=BF16))
+def test_queries_lie_as_a_projection_leaves_them() -> None:
+    given_ = problem("int8", queries=3, size=64, dtype=BF16)
+    expected = run(given_)
+    turned = replace(given_, query=given_.query.transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(run(turned), expected)
+    assert torch.equal(run(replace(given_, query=given_.query.mT.contiguous().mT)), expected)
+
+
+@pytest.mark.parametrize("window", [0, 60])
+@pytest.mark.parametrize("group", [1, 7, 130])
+def test_blocks_of_queries(group: int, window: int) -> None:
+    """A last block of fewer queries, blocks of single ones, and queries before the first position."""
+    for length in (150, 20):
+        options = {"context": 150, "queries": 41, "group": group, "heads": 1, "causal": True, "window": window}
+        check(problem("fp8_e4m3", size=64, dtype=BF16, length=length, **options))
+        plain = plain_problem(size=64, length=length, mask="none", **options)
+        plain.check(run(plain))
 
 
 def test_specs_name_registered_things_only() -> None:

@@ -83,6 +83,9 @@ def test_attention_is_that_of_python_without_it(
     mask = torch.rand(2, 1, 1, 80) < 0.5
     masked = OPS.attention_plain_any(query, key, value, mask, None, 0.125)
     assert torch.equal(OPS.attention_plain_cpu(query, key, value, mask, None, 0.125), masked)
+    many = torch.randn(2, 70, 6, 64, dtype=dtype).transpose(1, 2)
+    causal = (many, key, value, None, end, 0.125, True, 30)
+    assert torch.equal(OPS.attention_plain_cpu(*causal), OPS.attention_plain_any(*causal))
     monkeypatch.setattr(attention_cpu, "attention_plain", no_python)
     assert torch.equal(OPS.attention_plain_cpu(query, key, value, None, end, 0.125), expected)
 

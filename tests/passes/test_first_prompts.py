@@ -18,6 +18,7 @@ from qcompile.passes.quantize_attention import ATTENTION, RULE, _of_first
 from tests import tolerance
 from tests.capture import Captured, capture
 
+MODULE = sys.modules[_of_first.__module__]
 BATCH, HEADS, SIZE, LENGTH, COUNT = 2, 2, 16, 32, 10
 READ = torch.ops.qcompile.dequantize_kv
 
@@ -35,6 +36,12 @@ SPELLINGS: dict[str, Callable[..., Tensor]] = {
         q, k[:, :, : q.shape[2]], v[:, :, : q.shape[2], :], is_causal=True, enable_gqa=True
     ),
 }
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where torch's kernels are faster."""
+    monkeypatch.setattr(MODULE, "_by_torch", lambda _, read, spec: not spec.scheme.compute)
 
 
 class Prompt(nn.Module):
@@ -56,6 +63,7 @@ def calls(captured: Captured, target: Any) -> list[fx.Node]:
     return [n for c in captured.contexts for n in c.graph.nodes if n.target is target]
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("kv_cache", ["int8", "int4", "fp8", {"format": "fp8", "scales": "head"}], ids=str)
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -71,6 +79,7 @@ def test_torch_attends_to_the_first_tokens(spelling: str, kv_cache: Any, group: 
     assert tolerance.sqnr(plain, captured.output) > tolerance.rewrite_sqnr_floor(4, LENGTH * SIZE)
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_a_prompt_of_any_length_is_taken() -> None:
     prompt = Prompt(SPELLINGS["is_causal"])
     for states in prompt.inputs:
@@ -81,14 +90,27 @@ def test_a_prompt_of_any_length_is_taken() -> None:
     assert tolerance.sqnr(prompt(*prompt.inputs), captured.output) > tolerance.rewrite_sqnr_floor(4, LENGTH * SIZE)
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_on_cpus_the_operator_knows_how_many_there_are(spelling: str) -> None:
+    prompt = Prompt(SPELLINGS[spelling])
+    plain = prompt(*prompt.inputs)
+    captured = capture(prompt, *prompt.inputs)
+    assert captured.declined(RULE) == []
+    (node,) = calls(captured, ATTENTION)
+    assert decode_attention_spec(node.args[4]).causal
+    assert node.args[2] is None
+    assert tolerance.sqnr(plain, captured.output) > tolerance.rewrite_sqnr_floor(4, LENGTH * SIZE)
+
+
 def test_other_positions_are_attended_to_by_the_kernel() -> None:
     prompt = Prompt(lambda q, k, v: by_position(q, k, v, 3))
     captured = capture(prompt, *prompt.inputs)
     assert captured.count(ATTENTION) == 1
 
 
+@pytest.mark.usefixtures("by_torch")
 def test_products_in_fp8_stay_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[_of_first.__module__], "check_compute", lambda *_: None)
+    monkeypatch.setattr(MODULE, "check_compute", lambda *_: None)
     monkeypatch.setattr("qcompile.attention.check_compute", lambda *_: None)
     prompt = Prompt(SPELLINGS["is_causal"], {"format": "fp8", "compute": "fp8"})
     captured = capture(prompt, *prompt.inputs)
@@ -118,6 +140,7 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("again", [False, True])
 def test_a_first_prompt_of_transformers(again: bool) -> None:
     """After early initialization, and after a reset; a second prompt reads the codes behind the first."""

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile.attention import attends_from_many
 from qcompile.passes.share_heads import ATTENTION, RULE
 from tests import tolerance
 from tests.capture import capture
 
 BATCH, HEADS, GROUP, SIZE, LENGTH = 2, 2, 4, 16, 12
+SQUARES = attends_from_many(torch.empty(0, dtype=torch.bfloat16))
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -106,7 +108,7 @@ def test_a_mask_that_only_ends_the_context_is_left_out(tokens: int) -> None:
     given = query, key, value, torch.tensor(5)
     captured = capture(prefix, *given)
     (node,) = (n for c in captured.contexts for n in c.graph.nodes if n.target is ATTENTION)
-    assert (node.args[3] is None) == (tokens == 1)
+    assert (node.args[3] is None) == (tokens == 1 or SQUARES)
     assert node.args[4] is not None
     assert close(captured.output, prefix(*given))
 
@@ -222,9 +224,47 @@ def test_a_decoding_step_of_transformers() -> None:
         captured = capture(model, ids[:, :1], past_key_values=cache())
     assert captured.declined(RULE) == []
     assert captured.count(ATTENTION) == 2
-    assert captured.count(torch.amax) == 1
+    assert captured.count(torch.amax) == (0 if SQUARES else 1)
     # Every step of two layers rounds to bfloat16, about ten in each branch; see `half_sqnr_floor`.
     assert tolerance.sqnr(expected, captured.output.logits) > -20 * torch.tensor(40 * 2.0**-8).log10().item()
+
+
+@pytest.mark.skipif(not SQUARES, reason="needs a processor with a matrix unit")
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_prompt_of_transformers(heads: int, window: int | None) -> None:
+    """Neither heads are repeated nor a mask is written."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=heads,
+        vocab_size=64,
+        sliding_window=window,
+    )
+    model = transformers.MistralForCausalLM(config).to(torch.bfloat16).eval().requires_grad_(False)
+    ids = torch.randint(0, 64, (2, 11))
+    with torch.no_grad():
+        expected = model(ids).logits
+        captured = capture(model, ids, past_key_values=transformers.StaticCache(config=config, max_cache_len=16))
+    assert captured.declined(RULE) == []
+    calls = [n for c in captured.contexts for n in c.graph.nodes if n.target is ATTENTION]
+    assert [(n.args[3], *n.args[6:]) for n in calls] == [(None, True, window or 0)] * 2
+    assert tolerance.sqnr(expected, captured.output.logits) > -20 * torch.tensor(40 * 2.0**-8).log10().item()
+
+
+def test_is_causal_is_taken_for_as_many_queries_as_keys() -> None:
+    query, key, value, _ = tensors(LENGTH)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, repeat(k), repeat(v), None, is_causal=True)
+
+    captured = capture(attend, query, key, value)
+    assert captured.count(ATTENTION) == (1 if SQUARES else 0)
+    assert close(captured.output, attend(query, key, value))
+    assert capture(attend, query[:, :, :5], key, value).count(ATTENTION) == 0
 
 
 def test_a_decoding_step_on_a_gpu_launches_few_kernels() -> None:

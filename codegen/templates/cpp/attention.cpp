@@ -1,8 +1,8 @@
-// y [B, heads * group, Q, Dv] = softmax(query key^T * scale + mask) value over a cache of keys and values, for few queries.
+// y [B, heads * group, Q, Dv] = softmax(query key^T * scale + mask) value over a cache of keys and values.
 //
-// All queries of a head of keys (`rows` of them) share one read of it. The context is cut into parts, as many as the
-// shape says, whatever the number of threads; a thread takes a part STRETCH positions at a time, with a running softmax
-// in float32, and parts are added in their order at the end:
+// Queries are cut into blocks of up to MOST_ROWS, counting all query heads of a head of keys; a block shares one read of it.
+// The context is cut into parts, as many as the shape says, whatever the number of threads; a thread takes a part
+// STRETCH positions at a time, with a running softmax in float32, and parts are added in their order at the end:
 //
 //     scores [rows, STRETCH] -> weights, with the values' scales -> output [rows, Dv] and, a row, top and total
 //
@@ -49,8 +49,9 @@ constexpr bool SQUARES = PAIRED;  // whether the matrix unit multiplies
 constexpr bool SQUARES = false;
 #endif
 constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded at a time
-constexpr i64 UNIT = SQUARES ? 64 : 32;     // and whose values are
-constexpr i64 PARTS = 64;                        // all heads of all sequences together, if the context is long enough
+constexpr i64 UNIT = SQUARES ? STRETCH : 32;     // and whose values are
+constexpr i64 PARTS = 64;  // all blocks together, if the context is long enough
+constexpr i64 MOST_ROWS = 128;  // of a block
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 quotient(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -105,24 +106,53 @@ struct Half {
 
 enum Mask : i64 { NONE, BOOLEAN, FLOAT32, BFLOAT16, FLOAT16 };
 
+// Where rows of queries, or of results, lie: strides of [batch, heads * group, queries, size] in elements.
+template <class T>
+struct Rows {
+  T* data;
+  i64 batch, head, query;
+};
+
 struct Attention {
-  const Query* query;  // [batch, heads, rows, key.size], where row r is query r % queries of head r / queries
-  Query* y;            // [batch, heads, rows, value.size]
+  Rows<const Query> query;
+  Rows<Query> y;
   Half key, value;
   const void* mask;
   i64 mask_kind, mask_batch, mask_head, mask_query;  // strides in elements; that of positions is 1
   i64 batch, heads, group, queries;
   i64 length;  // positions that are attended to
+  i64 causal;  // whether queries are at the last of these positions, and attend to none after their own
+  i64 window;  // of the last positions before and with its own that a query attends to; 0 if to all
   double scale, softcap;
 
-  i64 rows() const { return group * queries; }
-  // As many as there is memory for.
-  i64 held() const { return SQUARES && rows() > 16 ? quotient(rows(), 16) * 16 : rows(); }
+  i64 block() const { return group * queries <= MOST_ROWS ? queries : group < MOST_ROWS ? MOST_ROWS / group : 1; }
+  i64 blocks() const { return quotient(queries, block()); }
+  i64 tasks() const { return batch * heads * blocks(); }
   i64 part() const {
-    i64 steps = quotient(length, STRETCH), parts = least(steps, quotient(PARTS, batch * heads));
+    i64 steps = quotient(length, STRETCH), parts = least(steps, quotient(PARTS, tasks()));
     return parts > 1 ? quotient(steps, parts) * STRETCH : length > 0 ? length : 1;
   }
   i64 parts() const { return length > 0 ? quotient(length, part()) : 1; }
+};
+
+// Queries of a block, for all query heads of a head of keys: row r is query `first + r % queries` of head r / queries.
+struct Block {
+  i64 b, h, first, queries, group;
+  i64 length;  // positions that the last query attends to
+
+  Block(const Attention& a, i64 task)
+      : b(task / a.blocks() / a.heads), h(task / a.blocks() % a.heads), first(task % a.blocks() * a.block()),
+        queries(least(a.block(), a.queries - first)), group(a.group),
+        length(a.causal ? a.length - a.queries + first + queries : a.length) {}
+
+  i64 rows() const { return group * queries; }
+  template <class T>
+  T* row(const Rows<T>& all, i64 r) const {
+    return all.data + b * all.batch + (h * group + r / queries) * all.head + (first + r % queries) * all.query;
+  }
+  // As many as there is memory for.
+  i64 held() const { return SQUARES && rows() > 16 ? quotient(rows(), 16) * 16 : rows(); }
+  i64 lines() const { return quotient(rows(), LANES) * LANES; }
 };
 
 // `from`, or where the LANES numbers from there on would go past `count`, a copy of what is there.
@@ -229,11 +259,15 @@ static inline To converted(From x) {
 }
 
 // A row of queries as keys are decoded, with zeros where they have no column.
-static inline void arrange_query(const Query* row, i64 size, Element* to) {
+template <class T>
+static inline void arrange_query(const T* row, i64 size, Element* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
-  std::memset(to, 0, sizeof(Element) * padded(size));
   for (i64 h = 0; h < HALVES; ++h, row += columns, to += half) {
-    for (i64 d = 0; d < columns; ++d) to[d] = converted<Element>(row[d]);
+    if constexpr (PAIRED) {
+      for (i64 d = 0; d < half; d += STEP) put(to + d, neighbours(row + d, columns - d));
+    } else {
+      for (i64 d = 0; d < half; ++d) to[d] = d < columns ? converted<Element>(row[d]) : Element{};
+    }
   }
 }
 
@@ -241,13 +275,14 @@ static inline void arrange_query(const Query* row, i64 size, Element* to) {
 struct Workspace {
   Array<Element> queries, weights, keys;
   Array<Word> words;
-  Array<float> scores;
+  Array<float> scores, higher, rescale;
 
-  explicit Workspace(const Attention& a)
-      : queries((SQUARES ? quotient(a.rows(), 16) * 16 : a.rows()) * padded(a.key.size)),
-        weights(a.held() * STRETCH), keys(KEYS * padded(a.key.size)),
-        words(UNIT / DEPTH * padded(a.value.size)), scores(a.rows() * STRETCH) {
-    if (SQUARES) std::memset(weights, 0, sizeof(Element) * a.held() * STRETCH);
+  Workspace(const Attention& a, const Block& largest)
+      : queries((SQUARES ? quotient(largest.rows(), 16) * 16 : largest.rows()) * padded(a.key.size)),
+        weights(largest.held() * STRETCH), keys(KEYS * padded(a.key.size)),
+        words(UNIT / DEPTH * padded(a.value.size)), scores(largest.rows() * STRETCH),
+        higher(largest.lines()), rescale(largest.lines()) {
+    if (SQUARES) std::memset(weights, 0, sizeof(Element) * largest.held() * STRETCH);
   }
 };
 
@@ -270,7 +305,8 @@ static inline f32 products(const Element* query, const Element* keys, i64 stride
 #if defined(__AMX_BF16__)
 // Tiles 0 and 1 are sums [16 positions, 16 rows], 2 and 7 keys of as many positions [16, 32 columns], 3 pairs of columns
 // of queries [16, 16 rows, 2]; 4 and 5 are outputs [up to 16 rows, 16 columns], 6 weights [rows, 32 positions], 3 and 7
-// then pairs of positions of values [16, 16 columns, 2].
+// then pairs of positions of values [16, 16 columns, 2]. Of more than 16 rows two tiles are taken at a time, so that
+// each load serves two products: those of the second are sums 4 and 5 of queries 6, and outputs 0 and 1 of weights 2.
 static void configure_tiles(i64 rows) {
   struct alignas(64) {
     std::uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -285,10 +321,31 @@ static void configure_tiles(i64 rows) {
   _tile_loadconfig(&shape);
 }
 
-// Rows of queries as tiles: [rows / 16, columns / 32, 16 pairs of columns, 16 rows].
-static void arrange_squares(i64 row, i64 columns, const Element* query, Element* to) {
-  std::uint32_t* tiles = (std::uint32_t*)to + row / 16 * (columns / 2) * 16 + row % 16;
-  for (i64 pair = 0; pair < columns / 2; ++pair) std::memcpy(tiles + pair * 16, query + 2 * pair, 4);
+// 16 rows of queries as tiles: [columns / 32, 16 pairs of columns, 16 rows].
+static void arrange_squares(const Element* rows, i64 columns, Element* to) {
+  for (i64 d = 0; d < columns; d += 32, to += 16 * 32) {
+    __m512i x[16], y[16];
+    each<16>([&](auto i) { x[i] = (__m512i)get<u32>(rows + i * columns + d); });
+    each<8>([&](auto i) {
+      y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+      y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    });
+    each<4>([&](auto i) {
+      each<2>([&](auto j) {
+        x[4 * i + 2 * j] = _mm512_unpacklo_epi64(y[4 * i + j], y[4 * i + 2 + j]);
+        x[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(y[4 * i + j], y[4 * i + 2 + j]);
+      });
+    });
+    each<4>([&](auto j) {  // x[4 i + j] holds pairs j, j + 4, j + 8, j + 12 of rows 4 i to 4 i + 3
+      __m512i low = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), high = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
+      __m512i low2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
+      __m512i high2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
+      put(to + j * 32, _mm512_shuffle_i32x4(low, low2, 0x88));
+      put(to + (8 + j) * 32, _mm512_shuffle_i32x4(low, low2, 0xdd));
+      put(to + (4 + j) * 32, _mm512_shuffle_i32x4(high, high2, 0x88));
+      put(to + (12 + j) * 32, _mm512_shuffle_i32x4(high, high2, 0xdd));
+    });
+  }
 }
 
 // scores [row + 0 to 3, 16] = sums [16, row + 0 to 3]
@@ -313,24 +370,39 @@ static inline void turn(const float (*sums)[16], float* scores, i64 rows) {
 // Products of all rows and 32 keys.
 static void multiply_squares(
     const Element* queries, i64 rows, const Element* keys, i64 stride, i64 columns, float* scores) {
-  alignas(64) float sums[32][16];
-  for (i64 r = 0; r < rows; r += 16, queries += 16 * columns) {
+  alignas(64) float sums[64][16];
+  for (i64 r = 0; r < rows; r += 32, queries += 32 * columns) {
+    const bool two = rows - r > 16;
     _tile_zero(0);
     _tile_zero(1);
+    if (two) {
+      _tile_zero(4);
+      _tile_zero(5);
+    }
     for (i64 d = 0; d < columns; d += 32) {
       _tile_loadd(3, queries + d * 16, 64);
       _tile_loadd(2, keys + d, 2 * stride);
       _tile_dpbf16ps(0, 2, 3);
       _tile_loadd(7, keys + 16 * stride + d, 2 * stride);
       _tile_dpbf16ps(1, 7, 3);
+      if (two) {
+        _tile_loadd(6, queries + (columns + d) * 16, 64);
+        _tile_dpbf16ps(4, 2, 6);
+        _tile_dpbf16ps(5, 7, 6);
+      }
     }
     asm volatile("" ::"r"(sums) : "memory");
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[16], 64);
+    if (two) {
+      _tile_stored(4, sums[32], 64);
+      _tile_stored(5, sums[48], 64);
+    }
     asm volatile("" ::"r"(sums) : "memory");
-    for (i64 quad = r; quad < least(r + 16, rows); quad += 4) {
+    for (i64 quad = r; quad < least(r + 32, rows); quad += 4) {
       for (i64 t = 0; t < 32; t += 16) {
-        turn((const float (*)[16])(sums[t] + quad % 16), scores + quad * STRETCH + t, rows - quad);
+        const float* from = sums[(quad - r) / 16 * 32 + t] + quad % 16;
+        turn((const float (*)[16])from, scores + quad * STRETCH + t, rows - quad);
       }
     }
   }
@@ -339,19 +411,34 @@ static void multiply_squares(
 // output [held rows, columns] += weights times words of `count` positions, a multiple of 32.
 static void add_squares(const Element* weights, i64 rows, const Word* words, i64 count, i64 columns, float* output) {
   asm volatile("" ::"r"(weights), "r"(words), "r"(output) : "memory");
-  for (i64 r = 0; r < rows; r += 16, weights += 16 * STRETCH, output += 16 * columns) {
+  for (i64 r = 0; r < rows; r += 32, weights += 32 * STRETCH, output += 32 * columns) {
+    const bool two = rows - r > 16;
+    float* second = output + 16 * columns;
     for (i64 d = 0; d < columns; d += 32) {
       _tile_loadd(4, output + d, 4 * columns);
       _tile_loadd(5, output + d + 16, 4 * columns);
+      if (two) {
+        _tile_loadd(0, second + d, 4 * columns);
+        _tile_loadd(1, second + d + 16, 4 * columns);
+      }
       for (i64 t = 0; t < count; t += 32) {
         _tile_loadd(6, weights + t, 2 * STRETCH);
         _tile_loadd(3, words + t / 2 * columns + d, 4 * columns);
         _tile_dpbf16ps(4, 6, 3);
         _tile_loadd(7, words + t / 2 * columns + d + 16, 4 * columns);
         _tile_dpbf16ps(5, 6, 7);
+        if (two) {
+          _tile_loadd(2, weights + 16 * STRETCH + t, 2 * STRETCH);
+          _tile_dpbf16ps(0, 2, 3);
+          _tile_dpbf16ps(1, 2, 7);
+        }
       }
       _tile_stored(4, output + d, 4 * columns);
       _tile_stored(5, output + d + 16, 4 * columns);
+      if (two) {
+        _tile_stored(0, second + d, 4 * columns);
+        _tile_stored(1, second + d + 16, 4 * columns);
+      }
     }
   }
   asm volatile("" ::: "memory");
@@ -359,7 +446,7 @@ static void add_squares(const Element* weights, i64 rows, const Word* words, i64
 #endif
 
 // Products of all rows and `count` keys from position `first` on: scores [rows, STRETCH].
-static void multiply_keys(const Attention& a, const Workspace& w, const Strip& keys, i64 first, i64 count) {
+static void multiply_keys(const Block& block, const Workspace& w, const Strip& keys, i64 first, i64 count) {
   const i64 columns = padded(keys.size);
   for (i64 t = 0; t < count; t += KEYS) {
     const Element* here = w.keys;
@@ -374,11 +461,11 @@ static void multiply_keys(const Attention& a, const Workspace& w, const Strip& k
 #if defined(__AMX_BF16__)
     if constexpr (SQUARES) {
       asm volatile("" ::"r"(here) : "memory");
-      multiply_squares(w.queries, a.rows(), here, stride, columns, w.scores + t);
+      multiply_squares(w.queries, block.rows(), here, stride, columns, w.scores + t);
       continue;
     }
 #endif
-    for (i64 r = 0; r < a.rows(); ++r) {
+    for (i64 r = 0; r < block.rows(); ++r) {
       put(w.scores + r * STRETCH + t, products(w.queries + r * columns, here, stride, columns));
     }
   }
@@ -400,33 +487,90 @@ static inline f32 scales(const Strip& strip, i64 at, i64 count) {
   return strip.scale_stride == 0 ? everywhere(*strip.scale) : some<float>(strip.scale, at, count);
 }
 
-// Scores of a row to weights: the greatest so far and the sum of weights move on.
-static inline void soften(const Attention& a, const Workspace& w, const Strip& keys, const Strip& values, i64 row,
-                          i64 mask, i64 first, i64 count, float* output, float* top, float* total) {
-  float* scores = w.scores + row * STRETCH;
-  i32 lane;
-  for (int i = 0; i < LANES; ++i) lane[i] = i;
-  f32 tops = everywhere(*top);
+// The positions of a stretch from `first` on that a row attends to, counted from there.
+struct Seen {
+  i64 begin, end;
+
+  Seen(const Attention& a, const Block& block, i64 row, i64 first, i64 count) {
+    const i64 last = a.causal ? block.length - block.queries + row % block.queries : block.length - 1;
+    begin = a.window ? last + 1 - a.window - first : 0;
+    end = least(count, last + 1 - first);
+  }
+
+  // Of the LANES from `t` on.
+  bool none(i64 t) const { return t >= end || t + LANES <= begin; }
+  i32 those(i64 t) const {
+    i32 lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    return (lane < (std::int32_t)least(end - t, LANES)) & (lane >= (std::int32_t)(begin > t ? begin - t : 0));
+  }
+  bool all(i64 t) const { return t >= begin && t + LANES <= end; }
+};
+
+// The scores of a row, scaled, capped and masked, and the greatest of them.
+static inline float finish_scores(
+    const Attention& a, const Block& block, const Strip& keys, const Seen& seen, i64 row, i64 first, i64 count,
+    float* scores) {
+  const i64 query = block.first + row % block.queries, head = block.h * a.group + row / block.queries;
+  const i64 mask = block.b * a.mask_batch + head * a.mask_head + query * a.mask_query;
+  const float lowest = -__builtin_inff();
+  f32 tops = everywhere(lowest);
   for (i64 t = 0; t < count; t += LANES) {
+    if (seen.none(t)) continue;
     f32 s = load<f32>(scores + t) * scales(keys, first + t, count - t) * (float)a.scale;
     if (a.softcap != 0) s = (float)a.softcap * tanh_of(s / (float)a.softcap);
-    s = add_mask(a, s, mask + first + t, count - t);
-    s = where(lane < (std::int32_t)(count - t), s, everywhere(-__builtin_inff()));
+    if (a.mask_kind != NONE) s = add_mask(a, s, mask + first + t, count - t);
+    if (!seen.all(t)) s = where(seen.those(t), s, everywhere(lowest));
     put(scores + t, s);
     tops = where(s > tops, s, tops);
   }
-  const float higher = highest(tops), base = higher == -__builtin_inff() ? 0.0f : higher;
-  const float rescale = exp_of(*top - base);
+  return highest(tops);
+}
+
+static inline void put_weights(float* to, f32 x) { put(to, x); }
+static inline void put_weights(bfloat16* to, f32 x) {
+#if defined(__AVX512BF16__)
+  put(to, _mm512_cvtneps_pbh((__m512)x));  // 0 below 2^-126
+#else
+  store(to, x, LANES);
+#endif
+}
+
+// The weights of a row, times the scales of values: the sum of those before.
+static inline float weigh(
+    const Strip& values, const Seen& seen, i64 first, i64 count, float base, const float* scores, Element* weights) {
   f32 sum{};
   for (i64 t = 0; t < count; t += LANES) {
-    f32 weight = exp_of(load<f32>(scores + t) - base);
+    f32 weight = seen.none(t) ? f32{} : exp_of(load<f32>(scores + t) - base);
     sum += weight;
-    store(w.weights + row * STRETCH + t, weight * scales(values, first + t, count - t), LANES);
+    put_weights(weights + t, weight * scales(values, first + t, count - t));
   }
-  *total = *total * rescale + sum_of(sum);
-  *top = higher;
-  if (rescale == 1.0f) return;
-  for (i64 d = 0; d < padded(values.size); d += LANES) put(output + d, load<f32>(output + d) * rescale);
+  return sum_of(sum);
+}
+
+// Scores of all rows to weights: the greatest so far and the sums of weights move on, and outputs with them.
+static void soften(const Attention& a, const Block& block, const Workspace& w, const Strip& keys, const Strip& values,
+                   i64 first, i64 count, float* output, float* top, float* total) {
+  const i64 out = padded(values.size);
+  for (i64 r = 0; r < block.rows(); ++r) {
+    const Seen seen(a, block, r, first, count);
+    const float here = finish_scores(a, block, keys, seen, r, first, count, w.scores + r * STRETCH);
+    w.higher[r] = here > top[r] ? here : top[r];
+  }
+  for (i64 r = 0; r < block.rows(); r += LANES) {
+    f32 higher = load<f32>(w.higher + r), base = where(higher == -__builtin_inff(), 0.0f, higher);
+    put(w.rescale + r, exp_of(load<f32>(top + r) - base));
+    put(top + r, higher);
+    put(w.higher + r, base);
+  }
+  for (i64 r = 0; r < block.rows(); ++r) {
+    const Seen seen(a, block, r, first, count);
+    const i64 at = r * STRETCH;
+    const float rescale = w.rescale[r];
+    total[r] = total[r] * rescale + weigh(values, seen, first, count, w.higher[r], w.scores + at, w.weights + at);
+    if (rescale == 1.0f) continue;
+    for (i64 d = 0; d < out; d += LANES) put(output + r * out + d, load<f32>(output + r * out + d) * rescale);
+  }
 }
 
 // output [ROWS, VECTORS * LANES] += weights times words, of `count` positions.
@@ -462,7 +606,7 @@ static void add_rows(const Element* weights, const Word* words, i64 stride, i64 
 
 // output [rows, columns] += weights [rows, STRETCH] times the values of `count` positions from `first` on.
 static void add_values(
-    const Attention& a, const Workspace& w, const Strip& values, i64 first, i64 count, float* output) {
+    const Block& block, const Workspace& w, const Strip& values, i64 first, i64 count, float* output) {
   const i64 columns = padded(values.size);
   for (i64 t = 0; t < count; t += UNIT) {
     const i64 end = least(UNIT, count - t);
@@ -481,7 +625,7 @@ static void add_values(
     if constexpr (SQUARES) {
       const i64 there = quotient(end, DEPTH), whole = quotient(end, 32) * 32 / DEPTH;
       std::memset(w.words + there * columns, 0, sizeof(Word) * (whole - there) * columns);
-      add_squares(w.weights + t, a.rows(), words, whole * DEPTH, columns, output);
+      add_squares(w.weights + t, block.rows(), words, whole * DEPTH, columns, output);
       continue;
     }
 #endif
@@ -490,52 +634,51 @@ static void add_values(
       add_rows<rows>(w.weights + r * STRETCH + t, words, stride, end, columns, output + r * columns);
       r += rows;
     };
-    while (a.rows() - r >= 4) rows_of(std::integral_constant<int, 4>());
-    while (a.rows() - r >= 2) rows_of(std::integral_constant<int, 2>());
-    if (r < a.rows()) rows_of(std::integral_constant<int, 1>());
+    while (block.rows() - r >= 4) rows_of(std::integral_constant<int, 4>());
+    while (block.rows() - r >= 2) rows_of(std::integral_constant<int, 2>());
+    if (r < block.rows()) rows_of(std::integral_constant<int, 1>());
   }
 }
 
-// What a part gives: output [rows, columns], then the top and the total of each row.
-static inline i64 partial_size(const Attention& a) { return a.held() * padded(a.value.size) + 2 * a.rows(); }
+// What a part of a block gives: output [rows, columns], then the top and the total of each row.
+static inline i64 partial_size(const Attention& a, const Block& block) {
+  return block.held() * padded(a.value.size) + 2 * block.lines();
+}
 
-static void attend(const Attention& a, const Workspace& w, i64 pair, i64 begin, i64 end, float* partial) {
-  const i64 rows = a.rows(), b = pair / a.heads, h = pair % a.heads;
-  const Strip keys = a.key.strip(b, h), values = a.value.strip(b, h);
+static void attend(const Attention& a, const Block& block, const Workspace& w, i64 begin, i64 end, float* partial) {
+  const i64 rows = block.rows();
+  const Strip keys = a.key.strip(block.b, block.h), values = a.value.strip(block.b, block.h);
   const i64 columns = padded(keys.size), out = padded(values.size);
-  float *top = partial + a.held() * out, *total = top + rows;
-  std::memset(partial, 0, sizeof(float) * partial_size(a));
+  float *top = partial + block.held() * out, *total = top + block.lines();
+  std::memset(partial, 0, sizeof(float) * partial_size(a, block));
   for (i64 r = 0; r < rows; ++r) {
-    const Query* query = a.query + (pair * rows + r) * keys.size;
-#if defined(__AMX_BF16__)
-    if constexpr (SQUARES) {
-      arrange_query(query, keys.size, w.keys);
-      arrange_squares(r, columns, w.keys, w.queries);
-    } else
-#endif
-    arrange_query(query, keys.size, w.queries + r * columns);
+    Element* to = SQUARES ? w.keys + r % 16 * columns : w.queries + r * columns;
+    arrange_query(block.row(a.query, r), keys.size, to);
     top[r] = -__builtin_inff();
+#if defined(__AMX_BF16__)
+    if (SQUARES && (r % 16 == 15 || r + 1 == rows)) arrange_squares(w.keys, columns, w.queries + r / 16 * 16 * columns);
+#endif
+  }
+  end = least(end, block.length);
+  if (a.window) {
+    i64 unseen = block.length - block.queries + 1 - a.window - begin;
+    if (unseen > 0) begin += unseen / STRETCH * STRETCH;
   }
   for (i64 first = begin; first < end; first += STRETCH) {
     const i64 count = least(STRETCH, end - first);
-    multiply_keys(a, w, keys, first, count);
-    for (i64 r = 0; r < rows; ++r) {
-      i64 head = h * a.group + r / a.queries;
-      i64 mask = b * a.mask_batch + head * a.mask_head + r % a.queries * a.mask_query;
-      soften(a, w, keys, values, r, mask, first, count, partial + r * out, top + r, total + r);
-    }
-    add_values(a, w, values, first, count, partial);
+    multiply_keys(block, w, keys, first, count);
+    soften(a, block, w, keys, values, first, count, partial, top, total);
+    add_values(block, w, values, first, count, partial);
   }
 }
 
-// The parts of a head of keys, in their order, to y.
-static void combine(const Attention& a, i64 pair, const float* partials) {
-  const i64 rows = a.rows(), out = padded(a.value.size), size = partial_size(a), parts = a.parts();
+// The parts of a block, in their order, to y; each part has `size` numbers.
+static void combine(const Attention& a, const Block& block, const float* partials, i64 size) {
+  const i64 out = padded(a.value.size), parts = a.parts();
   const i64 columns = a.value.size / HALVES, half = out / HALVES;
-  partials += pair * parts * size;
   Array<float> scale(parts);
-  for (i64 r = 0; r < rows; ++r) {
-    const float *output = partials + r * out, *top = partials + a.held() * out + r, *sum = top + rows;
+  for (i64 r = 0; r < block.rows(); ++r) {
+    const float *output = partials + r * out, *top = partials + block.held() * out + r, *sum = top + block.lines();
     float higher = -__builtin_inff(), total = 0;
     for (i64 p = 0; p < parts; ++p) higher = top[p * size] > higher ? top[p * size] : higher;
     const float base = higher == -__builtin_inff() ? 0.0f : higher;
@@ -548,7 +691,7 @@ static void combine(const Attention& a, i64 pair, const float* partials) {
       for (i64 p = 0; p < parts; ++p) y += load<f32>(output + p * size + column) * scale[p];
       return y / (total == 0 ? 1.0f : total);
     };
-    Query* y = a.y + (pair * rows + r) * a.value.size;
+    Query* y = block.row(a.y, r);
     for (i64 h = 0; h < HALVES; ++h, y += columns) {
       for (i64 d = 0; d < columns; d += STEP) {
         if constexpr (PAIRED) {
@@ -564,21 +707,26 @@ static void combine(const Attention& a, i64 pair, const float* partials) {
 
 extern "C" void attention(const Attention* given, int threads) {
   const Attention& a = *given;
-  const i64 pairs = a.batch * a.heads, parts = a.parts(), part = a.part(), size = partial_size(a);
-  Array<float> partials(pairs * parts * size);
+  const Block largest(a, 0);
+  const i64 tasks = a.tasks(), parts = a.parts(), part = a.part(), size = partial_size(a, largest);
+  Array<float> partials(tasks * parts * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Workspace w(a);
+    Workspace w(a, largest);
 #if defined(__AMX_BF16__)
-    if (SQUARES) configure_tiles(a.rows());
+    i64 configured = 0;
 #endif
-#pragma omp for schedule(static)
-    for (i64 task = 0; task < pairs * parts; ++task) {
-      i64 begin = task % parts * part;
-      attend(a, w, task / parts, begin, least(begin + part, a.length), partials + task * size);
+#pragma omp for schedule(dynamic)
+    for (i64 item = tasks * parts - 1; item >= 0; --item) {  // blocks of the last queries take the longest
+      const Block block(a, item / parts);
+      const i64 begin = item % parts * part;
+#if defined(__AMX_BF16__)
+      if (SQUARES && configured != block.rows()) configure_tiles(configured = block.rows());
+#endif
+      attend(a, block, w, begin, least(begin + part, a.length), partials + item * size);
     }
 #pragma omp for schedule(static)
-    for (i64 pair = 0; pair < pairs; ++pair) combine(a, pair, partials);
+    for (i64 task = 0; task < tasks; ++task) combine(a, Block(a, task), partials + task * parts * size, size);
 #if defined(__AMX_BF16__)
     if (SQUARES) _tile_release();
 #endif

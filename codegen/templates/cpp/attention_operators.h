@@ -1,4 +1,4 @@
-// Attention from few tokens to a cache.
+// Attention to a cache.
 
 // The structs that attention.cpp takes.
 struct Half {
@@ -7,13 +7,17 @@ struct Half {
   i64 batch, head, position, scale_batch, scale_head, scale_position, size;
 };
 
+struct Rows {
+  void* data;
+  i64 batch, head, query;
+};
+
 struct Attention {
-  const void* query;
-  void* y;
+  Rows query, y;
   Half key, value;
   const void* mask;
   i64 mask_kind, mask_batch, mask_head, mask_query;
-  i64 batch, heads, group, queries, length;
+  i64 batch, heads, group, queries, length, causal, window;
   double scale, softcap;
 };
 
@@ -53,14 +57,13 @@ struct Cache {
 // y [B, Hq, Q, Dv] of queries [B, Hq, Q, D]; null where no kernel is the one to take.
 AtenTensorHandle attend(
     const Attend& kernel, AtenTensorHandle query, Kind kind, const Cache& cache, AtenTensorHandle length, i64 key_size,
-    i64 value_size, double scale) {
+    i64 value_size, double scale, bool causal, i64 window) {
   const i64 *shape = sizes(query), *by = strides(query), *context = sizes(cache.key);
   const i64 batch = context[0], heads = context[1], group = shape[1] / heads, queries = shape[2];
-  const i64 expected[4] = {shape[1] * queries * shape[3], queries * shape[3], shape[3], 1};
   for (int i = 0; i < 4; ++i) {
-    if (shape[i] == 0 || (shape[i] > 1 && by[i] != expected[i])) return nullptr;
+    if (shape[i] == 0) return nullptr;
   }
-  const bool rows_lie = strides(cache.key)[3] == 1 && strides(cache.value)[3] == 1;
+  const bool rows_lie = by[3] == 1 && strides(cache.key)[3] == 1 && strides(cache.value)[3] == 1;
   if (group * queries > kernel.rows || !rows_lie || value_size == 0) return nullptr;
   i64 end = context[2];
   if (length != nullptr) {
@@ -72,17 +75,20 @@ AtenTensorHandle attend(
     const i64 told = *data<i64>(length);
     end = told < 0 ? 0 : told < end ? told : end;
   }
+  // All heads of a token lie together, as the projection after it reads them.
   const i64 out_shape[4] = {shape[0], shape[1], queries, value_size};
-  AtenTensorHandle y = empty(out_shape, 4, kind);
+  const i64 out_by[4] = {queries * shape[1] * value_size, value_size, shape[1] * value_size, 1};
+  AtenTensorHandle y = empty(out_shape, out_by, 4, kind);
   const Attention call = {
-      data(query), data(y), half_of(cache.key, cache.key_scale, key_size),
+      {data(query), by[0], by[1], by[2]}, {data(y), out_by[0], out_by[1], out_by[2]}, half_of(cache.key, cache.key_scale, key_size),
       half_of(cache.value, cache.value_scale, value_size), nullptr, 0, 0, 0, 0, batch, heads, group, queries, end,
-      scale, kernel.softcap};
+      causal, window, scale, kernel.softcap};
   kernel.attention(&call, threads_for(batch * heads * end * (key_size + value_size) / kernel.numbers_per_thread));
   return y;
 }
 
-// attention_plain_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale) -> Tensor
+// attention_plain_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? length, float scale, bool causal,
+//                     int window) -> Tensor
 void attention_plain_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   AtenTensorHandle query = from<AtenTensorHandle>(stack[0]), y = nullptr;
   const Cache cache = {from<AtenTensorHandle>(stack[1]), nullptr, from<AtenTensorHandle>(stack[2]), nullptr};
@@ -90,7 +96,9 @@ void attention_plain_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   if (given(stack[3]) == nullptr && kind_of(query, &kind)) {
     if (const Attend* found = attends().find("", kind)) {
       const i64 key_size = sizes(cache.key)[3], value_size = sizes(cache.value)[3];
-      y = attend(*found, query, kind, cache, given(stack[4]), key_size, value_size, from<double>(stack[5]));
+      y = attend(
+          *found, query, kind, cache, given(stack[4]), key_size, value_size, from<double>(stack[5]),
+          from<bool>(stack[6]), from<i64>(stack[7]));
     }
   }
   if (y == nullptr) return pass_on("qcompile::attention_plain_any", stack);
@@ -110,7 +118,7 @@ void attention_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   if (plain && one && kind_of(query, &kind)) {
     if (const Attend* found = attends().find(text(stack[4]), kind)) {
       const Cache cache = {item(list, 0), item(list, 1), item(list, 2), item(list, 3)};
-      y = attend(*found, query, kind, cache, given(stack[3]), found->key_size, found->value_size, found->scale);
+      y = attend(*found, query, kind, cache, given(stack[3]), found->key_size, found->value_size, found->scale, false, 0);
     }
   }
   if (y == nullptr) return pass_on("qcompile::attention_any", stack);

@@ -36,16 +36,24 @@ static inline f32 sums_of(const f32 (&x)[LANES]) {
 }
 
 static inline float sum_of(f32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float sum = 0;
   for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
   return sum;
+#endif
 }
 
 // Of numbers that are not NaN.
 static inline float highest(f32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float top = x[0];
   for (int lane = 1; lane < LANES; ++lane) top = x[lane] > top ? x[lane] : top;
   return top;
+#endif
 }
 
 // e to the power of x <= 0, with a relative error below (3 + 2 |x|) 2^-24; 0 below -87, and NaN of NaN.
@@ -57,14 +65,18 @@ static inline f32 exp_of(f32 x) {
   f32 t = where(x < LEAST, LEAST, x) * 0x1.715476p0f;
   f32 whole = (t + TO_INTEGER) - TO_INTEGER;
   f32 rest = t - whole;
-  f32 power = as_f32((__builtin_convertvector(whole, i32) + 127) << 23);
   f32 y = 0x1.5f48c0p-10f + rest * 0x1.444000p-13f;
   y = 0x1.3b2a1cp-7f + rest * y;
   y = 0x1.c6aeccp-5f + rest * y;
   y = 0x1.ebfbe0p-3f + rest * y;
   y = 0x1.62e430p-1f + rest * y;
   y = 1.0f + rest * y;
-  return where(x < LEAST, 0.0f, y * power);
+#if defined(__AVX512F__)
+  f32 power = (f32)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
+  f32 power = y * as_f32((__builtin_convertvector(whole, i32) + 127) << 23);
+#endif
+  return where(x < LEAST, 0.0f, power);
 }
 
 static inline float exp_of(float x) { return exp_of(everywhere(x))[0]; }

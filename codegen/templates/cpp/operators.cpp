@@ -83,8 +83,8 @@ AtenTensorHandle multiply(AtenTensorHandle x, StableListHandle list, std::string
     if (linear->places[i] >= 0) weight.tensors[i] = data(item(list, linear->places[i]));
   }
   const int threads = threads_for(linear->threads);
-  const i64 shape[2] = {m, weight.n};
-  AtenTensorHandle y = empty(shape, 2, kind);
+  const i64 shape[2] = {m, weight.n}, by[2] = {weight.n, 1};
+  AtenTensorHandle y = empty(shape, by, 2, kind);
   if (linear->scratch_bytes != nullptr) {
     const void *values = kind == INT8 ? nullptr : data(x), *codes = kind == INT8 ? data(x) : nullptr;
     char* memory = scratch(linear->scratch_bytes(&weight, m, threads));
@@ -112,8 +112,11 @@ void gemm_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
 // Lets the operator know the kernel of a spec for x of bfloat16 (0), float32 (1) or int8 (2).
 extern "C" void add_linear(const char* spec, int kind, const Linear* linear) { linears().add(spec, kind, *linear); }
 
-// Forgets them all; no call may be under way.
-extern "C" void forget_linears() { linears().forget(); }
+// Forgets all kernels; no call may be under way.
+extern "C" void forget_kernels() {
+  linears().forget();
+  attends().forget();
+}
 
 // Registers the operators for CPUs: 0 if torch took them.
 extern "C" int prepare() {

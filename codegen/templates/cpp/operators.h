@@ -94,9 +94,7 @@ int threads_for(i64 most) {
 }
 
 // Contiguous; float32 or bfloat16.
-AtenTensorHandle empty(const i64* sizes, int dimensions, Kind kind) {
-  i64 strides[4] = {1, 1, 1, 1};
-  for (int i = dimensions - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+AtenTensorHandle empty(const i64* sizes, const i64* strides, int dimensions, Kind kind) {
   const std::int32_t type = kind == BFLOAT16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
   AtenTensorHandle found;
   check(
