@@ -25,14 +25,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 import qcompile
+from qcompile.attention import reference
 from qcompile.calibrate.assign import label
 from qcompile.calibrate.rotate_heads import rotate_heads_
 from qcompile.calibrate.stream import Batch
 from qcompile.checkpoint.gguf import smollm2_path
 from qcompile.config import QuantConfig, Rule, parse_config
 from qcompile.evaluate import compare, load_language_model, sample_text, weight_bytes
+from qcompile.kv_cache import AttentionSpec
 from qcompile.linears import linear_modules
 from qcompile.presets import PRESETS
 from qcompile.scheme import Scheme
@@ -104,19 +108,44 @@ ROWS: dict[str, Any] = {
     "Q4_K RTN, importance matrix": {"preset": "q4_k", "method": "importance"},
     "Q4_K GPTQ": {"preset": "q4_k", "method": "gptq"},
 }
-CACHES = {"KV fp8": "fp8", "KV int8": "int8", "KV int4": "int4", "KV int4, Hadamard": "int4"}
+CACHES: dict[str, Any] = {
+    "KV fp8": "fp8",
+    "KV fp8, FP8 compute": {"format": "fp8_e4m3", "compute": "fp8"},
+    "KV int8": "int8",
+    "KV int4": "int4",
+    "KV int4, Hadamard": "int4",
+}
 """The last of a model whose values are rotated (R2)."""
 
 
 class WithCache:
-    """A model that reads a text through a quantized KV cache."""
+    """A model that reads a text through a quantized KV cache.
 
-    def __init__(self, model: torch.nn.Module, kind: str) -> None:
+    Where the cache says how attention multiplies, that is done as `qcompile.attention.reference` has it.
+    """
+
+    def __init__(self, model: torch.nn.Module, kind: Any) -> None:
         self.model, self.kind = model, kind
+        AttentionInterface.register("codes", self.attend)
+        AttentionMaskInterface.register("codes", sdpa_mask)
 
     def __call__(self, ids: torch.Tensor) -> Any:
-        cache = qcompile.TransformersCache(self.model, self.kind, max_cache_len=ids.shape[1])
-        return self.model(ids, past_key_values=cache)
+        self.cache = qcompile.TransformersCache(self.model, self.kind, max_cache_len=ids.shape[1])
+        model: Any = self.model
+        model.set_attn_implementation("codes" if "compute" in self.kind else "sdpa")
+        try:
+            return model(ids, past_key_values=self.cache)
+        finally:
+            model.set_attn_implementation("sdpa")
+
+    def attend(
+        self, module: Any, query: torch.Tensor, key: Any, value: Any, mask: Any, scaling: float, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Attention to the codes of a layer, for transformers."""
+        layer: Any = self.cache.layers[module.layer_idx]
+        spec = AttentionSpec(key=layer.key_spec, value=layer.value_spec, scale=scaling, causal=mask is None)
+        tensors = [layer.keys, layer.key_scale, layer.values, layer.value_scale]
+        return reference(query, tensors, mask, None, spec.encode()).transpose(1, 2), None
 
 
 class Remembered:
@@ -164,13 +193,13 @@ def main() -> None:
         "window": WINDOW,
         "rows": [],
     }
-    reference = Remembered(language_model.model)
+    remembered = Remembered(language_model.model)
     if path.is_file():
         result["rows"] = json.loads(path.read_text())["rows"]
     for name in [*ROWS, *CACHES]:
         if (chosen.only and name not in chosen.only) or any(row["name"] == name for row in result["rows"]):
             continue
-        result["rows"].append(row(name, language_model.model, reference, ids, batches))
+        result["rows"].append(row(name, language_model.model, remembered, ids, batches))
         order = [*ROWS, *CACHES]
         result["rows"].sort(key=lambda r: order.index(r["name"]))
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -179,7 +208,7 @@ def main() -> None:
 
 
 def row(
-    name: str, original: torch.nn.Module, reference: Remembered, ids: torch.Tensor, batches: list[torch.Tensor]
+    name: str, original: torch.nn.Module, remembered: Remembered, ids: torch.Tensor, batches: list[torch.Tensor]
 ) -> dict[str, Any]:
     """Quantize a copy of the model, and measure it."""
     results: list[Any] = []
@@ -202,7 +231,7 @@ def row(
             model = copy.deepcopy(original)
             rotate_heads_(model, Batch((ids[:WINDOW][None],), {"use_cache": False}), list(linear_modules(model)), 0)
         model = WithCache(model, CACHES[name])
-    quality = compare(model, reference, ids, WINDOW)
+    quality = compare(model, remembered, ids, WINDOW)
     errors = [result.error for result in results if result.error is not None]
     return {
         "name": name,

@@ -39,13 +39,14 @@ PROMPTS = [(1, 2048, 2048), (1, 8192, 8192), (8, 2048, 2048), (1, 512, 16384), (
 """Sequences, queries and context."""
 CACHES: dict[str, Any] = {
     "fp8_e4m3": "fp8_e4m3",
+    "fp8_e4m3, FP8 compute": {"format": "fp8_e4m3", "compute": "fp8"},
     "fp8_e5m2": "fp8_e5m2",
     "int8": "int8",
     "int4": "int4",
     "int4, offsets": {"format": "int4", "symmetric": False},
     "int4, groups of 32, offsets": {"format": "int4", "group": 32, "symmetric": False},
 }
-PREFILL = {name: CACHES[name] for name in ("fp8_e4m3", "int8", "int4")}
+PREFILL = {name: CACHES[name] for name in ("fp8_e4m3", "fp8_e4m3, FP8 compute", "int8", "int4")}
 PAGED, PAGE = ("fp8_e4m3", "int4"), 64
 
 

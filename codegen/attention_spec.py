@@ -14,6 +14,8 @@ from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
 
 ATTENTION_TEMPLATE = "attention_decode"
 PREFILL_TEMPLATE = "attention_prefill"
+WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
+"""Targets whose matrix units take operands from shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ class AttentionKernelSpec:
         mask: "none", "boolean" or "added".
         reach: of positions.
         x_dtype: of queries and results.
+        in_fp8: whether queries and weights are rounded to E4M3, and codes multiplied as they are.
         target: see `KernelSpec`.
     """
 
@@ -88,12 +91,13 @@ class AttentionKernelSpec:
     x_dtype: str
     target: str
     tile: AttentionTile
+    in_fp8: bool = False
     template: str = ATTENTION_TEMPLATE
 
     @property
     def rows(self) -> int:
         """Queries of a program, rounded up to what matrix units take."""
-        return self.tile.rows or _power(self.group * self.queries)
+        return self.tile.rows or _power(self.group * self.queries, least_rows(self.in_fp8, self.target))
 
     def pieces(self, size: int) -> int:
         """Parts of a vector that are multiplied by themselves."""
@@ -102,13 +106,15 @@ class AttentionKernelSpec:
     @property
     def part(self) -> int:
         """Numbers that a program leaves for the one that puts parts together."""
-        rows = 1 << (self.group * self.queries - 1).bit_length()
+        rows = self.tile.rows or 1 << (self.group * self.queries - 1).bit_length()
         pieces = self.pieces(self.value_size)
         return rows * (pieces * _power(self.value_size // pieces) + 2)
 
     @property
     def compute(self) -> str:
-        """The type that values are multiplied in: of 8 bits and less float16, which holds them exactly."""
+        """The type of queries and weights in products: of 8 bits and less float16, which holds their values exactly."""
+        if self.in_fp8:
+            return "float8e4nv"
         return self.x_dtype if self.plain or self.x_dtype == "float32" else "float16"
 
     @property
@@ -142,10 +148,11 @@ class AttentionKernelSpec:
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "COMPUTE": f"tl.{self.compute}",
-            "DIVIDE": self.x_dtype == "bfloat16" and not self.plain,
+            "APART": self.in_fp8 and self.target.startswith("sm_"),
+            "DIVIDE": (self.x_dtype == "bfloat16" and not self.plain) or self.in_fp8,
             "PRECISION": "tf32x3" if self.target.startswith("sm_") else "ieee",
             "ROWS": self.rows,
-            "BLOCK_K": _power(self.key_size // keys),
+            "BLOCK_K": _power(self.key_size // keys, 32 if self.in_fp8 else 16),
             "BLOCK_V": _power(self.value_size // values),
             "BLOCK_T": self.tile.context,
             "WAYS": self.tile.ways,
@@ -158,9 +165,14 @@ class AttentionKernelSpec:
         return json.dumps(dataclasses.asdict(self))
 
 
-def _power(size: int) -> int:
-    """The power of two from 16 on that holds a size."""
-    return max(16, 1 << (size - 1).bit_length())
+def least_rows(in_fp8: bool, target: str) -> int:
+    """Rows that matrix units take: where warp groups multiply FP8, only they do."""
+    return 64 if in_fp8 and target in WARP_GROUPS else 16
+
+
+def _power(size: int, least: int = 16) -> int:
+    """The power of two that holds a size, from the least that matrix units take on."""
+    return max(least, 1 << (size - 1).bit_length())
 
 
 def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
@@ -217,6 +229,7 @@ def attention_kernel_spec(
         x_dtype=dtype_name(x_dtype),
         target=target,
         tile=tile,
+        in_fp8=spec.scheme.compute == "fp8",
         template=PREFILL_TEMPLATE if tile.rows else ATTENTION_TEMPLATE,
     )
 

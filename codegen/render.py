@@ -8,7 +8,7 @@ import re
 import struct
 from importlib import resources
 
-from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, AttentionKernelSpec
+from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.decoders import (
     DTYPES,
@@ -304,14 +304,14 @@ _BYTES_TO_FLOAT16 = """    # {number} + code in float16, less that number and wh
 
 
 def _values(spec: AttentionKernelSpec) -> str:
-    """The function `values_of` of `attention_decode`.
+    """The function `values_of` of `attention`.
 
     Of integers four bytes become two pairs of float16 in a few instructions; converting numbers one by one takes longer
     than reading them.
     """
     native = spec.constants()["NATIVE"]
     if native:
-        return _VALUES.format(body="    return codes.to(COMPUTE)")
+        return _VALUES.format(body="    return codes" if spec.in_fp8 else "    return codes.to(COMPUTE)")
     fmt = FORMATS[spec.number]
     if isinstance(fmt, IntegerFormat) and spec.compute == "float16" and spec.target.startswith("sm_"):
         number = MAGIC["float16"][1]
@@ -330,10 +330,8 @@ def _values(spec: AttentionKernelSpec) -> str:
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    holes = {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
-    if spec.template == ATTENTION_TEMPLATE:
-        return holes
-    return {"attention": _functions_of(ATTENTION_TEMPLATE), **holes}
+    constants = _constants(spec.constants())
+    return {"attention": _functions_of("attention"), "constants": constants, "decode": _values(spec) + "\n\n"}
 
 
 def _choosing(spec: ColumnsSpec | RangesSpec) -> dict[str, str]:

@@ -282,7 +282,7 @@ def add_call(context: GraphContext, target: Callable[..., Any], *args: Any, **kw
     """A call at the place of insertion, with its example value."""
     node = context.graph.call_function(target, args, kwargs)
     with context.fake_mode, torch.no_grad():
-        node.meta["example_value"] = target(*fx.node.map_arg(args, example), **kwargs)
+        node.meta["example_value"] = target(*fx.node.map_arg(args, example), **fx.node.map_arg(kwargs, example))
     return node
 
 

@@ -6,6 +6,13 @@
 
 where K and V are `dequantize_kv` of one layer's cache, each through an optional `repeat_kv`. Attention to other keys is
 left to Inductor. What is not taken is declined with its reason; the cache is then dequantized for it.
+
+Query i of n may attend to positions up to i, by is_causal or by a mask that says so, as in the first prompt of a cache.
+Then on GPUs only the first n are dequantized, and torch attends to them, which takes half as long:
+
+    scaled_dot_product_attention(q, K[:, :, :n], V[:, :, :n], is_causal=True)
+
+unless the cache asks for products in FP8, or torch's kernels do not take the shape. Else the operator is told n.
 """
 
 from __future__ import annotations
@@ -20,13 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import qcompile.attention  # noqa: F401  (registers the operators)
 from qcompile import compat
-from qcompile.kv_cache import MOST_QUERIES, AttentionSpec, decode_kv_spec
+from qcompile.attention import check_compute
+from qcompile.kv_cache import MOST_QUERIES, MOST_SIZE, AttentionSpec, decode_kv_spec
 from qcompile.passes.context import OP as LINEAR
 from qcompile.passes.context import GraphContext, example, replace
 from qcompile.passes.heads import (
     SDPA_ARGUMENTS,
+    add_call,
     attended_length,
     attended_start,
     between,
@@ -67,6 +75,7 @@ class _Match:
     value: fx.Node
     mask: Any = None
     masked_out: bool = False
+    first: bool = False
     scale: float = 1.0
     softcap: float = 0.0
     nodes: list[fx.Node] = field(default_factory=list)
@@ -103,6 +112,21 @@ def _reads(*nodes: object) -> set[fx.Node]:
     return {node for node in seen if is_call(node, _READS)}
 
 
+def _uncut(node: Any, queries: int, nodes: list[fx.Node]) -> Any:
+    """What keys or values are the first of, as many as there are queries; the node is added to `nodes`."""
+    whole = slice(None)
+    index = node.args[1] if is_call(node, (operator.getitem,)) else None
+    if not isinstance(index, tuple) or example(node).dim() != 4 or example(node).shape[2] != queries:
+        return node
+    others, part = (*index[:2], *index[3:]), index[2] if len(index) > 2 else None
+    if any(other != whole for other in others) or not isinstance(part, slice):
+        return node
+    if part.start not in (None, 0) or part.step not in (None, 1):
+        return node
+    nodes.append(node)
+    return node.args[0]
+
+
 def _pair(key: object, value: object, nodes: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
     keys, values = _read(key, nodes), _read(value, nodes)
     if keys is None or values is None:
@@ -120,15 +144,18 @@ def _number(value: object, what: str) -> float:
 def _match_sdpa(node: fx.Node) -> _Match:
     given: dict[str, Any] = dict(zip(SDPA_ARGUMENTS, node.args, strict=False)) | node.kwargs
     nodes = [node]
-    if given.get("is_causal"):
-        raise _No("is_causal aligns queries with the cache's first keys, not its last; give a mask")
+    first = bool(given.get("is_causal"))
     if given.get("dropout_p"):
         raise _No("it has dropout")
-    keys, values = _pair(given["key"], given["value"], nodes)
+    key, value = given["key"], given["value"]
+    if first:
+        key, value = (_uncut(n, example(given["query"]).shape[2], nodes) for n in (key, value))
+    keys, values = _pair(key, value, nodes)
     scale = given.get("scale")
     if scale is None:
         scale = 1 / math.sqrt(example(given["query"]).shape[-1])
-    return _Match(given["query"], keys, values, given.get("attn_mask"), scale=_number(scale, "scale"), nodes=nodes)
+    scale = _number(scale, "scale")
+    return _Match(given["query"], keys, values, given.get("attn_mask"), first=first, scale=scale, nodes=nodes)
 
 
 def _only_reader(node: fx.Node, reader: fx.Node) -> None:
@@ -269,6 +296,7 @@ class _Places:
     block_table: Any = None
     causal: bool = False
     window: int = 0
+    first: bool = False
 
 
 @dataclass
@@ -279,7 +307,9 @@ class _Known:
     starts: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
-def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx.Node], _Places, AttentionSpec]:
+def _check(
+    context: GraphContext, node: fx.Node, match: _Match, layer: str
+) -> tuple[list[fx.Node], _Places, AttentionSpec]:
     """The cache's tensors, what is attended to, and the spec."""
     key_codes, key_scale, length, key_text = match.key.args[:4]
     value_codes, value_scale, value_length, value_text = match.value.args[:4]
@@ -299,13 +329,17 @@ def _check(context: GraphContext, node: fx.Node, match: _Match) -> tuple[list[fx
         raise _No("its mask is not boolean")
     if match.mask is None and table is not None:
         raise _No("it has no mask, and sequences in a paged cache have lengths of their own; give it pages.mask(...)")
+    if match.first and query.shape[2] > example(key_codes).shape[2]:
+        raise _No("is_causal is of more queries than its cache has positions")
     read = {n for n in (*cache, length, table) if isinstance(n, fx.Node)}
     first = min((match.key, match.value), key=list(context.graph.nodes).index)
     for other in between(first, node):
         if writes(other) and read & set(other.all_input_nodes[:2]):
             raise _No("its cache changes between being read and being attended to")
     spec = AttentionSpec(key=keys, value=values, scale=match.scale, softcap=match.softcap)
-    return cache, _Places(mask=match.mask, length=None if mask is None else length, block_table=table), spec
+    check_compute(spec, query.device, f"attention of {layer or 'the model'}")
+    places = _Places(mask=match.mask, length=None if mask is None else length, block_table=table, first=match.first)
+    return cache, places, spec
 
 
 def _hidden_by(mask: Any) -> Any:
@@ -334,6 +368,7 @@ def _narrow(context: GraphContext, query: Tensor, places: _Places, known: _Known
     elif (form := causal(mask)) is not None:
         places.length, places.mask = reach_of(context, mask, form, known.lengths), None
         places.causal, places.window = True, form.window
+        places.first = form.offset is None and form.number == 0 and not form.window
     elif few and is_interval(mask):
         places.length = attended_length(context, mask, known.lengths)
         places.start, places.mask = attended_start(context, mask, known.starts, alike=True), None
@@ -341,9 +376,42 @@ def _narrow(context: GraphContext, query: Tensor, places: _Places, known: _Known
         places.start = attended_start(context, mask, known.starts, alike=value.shape[0] == 1)
 
 
-def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, known: _Known) -> None:
+def _by_torch(query: Tensor, read: Any, spec: AttentionSpec) -> bool:
+    """Whether torch attends to keys of the first positions faster; on CPUs the operator knows how many there are."""
+    fast = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+    sizes = max(spec.key.head_dim, spec.value.head_dim)
+    return fast and query.dtype == read.dtype and sizes <= MOST_SIZE and not (spec.softcap or spec.scheme.compute)
+
+
+def _count(context: GraphContext, query: fx.Node) -> Any:
+    """How many queries there are: a number, or a node."""
+    count = example(query).shape[2]
+    return count if isinstance(count, int) else add_call(context, torch.ops.aten.sym_size.int, query, 2)
+
+
+def _of_first(context: GraphContext, match: _Match, cache: list[Any], spec: AttentionSpec) -> fx.Node:
+    """torch's attention of n queries to the first n positions of a cache, none to positions behind its own."""
+    part = (slice(None), slice(None), slice(None, _count(context, match.query)))
+    halves = []
+    for read, (codes, scale) in ((match.key, cache[:2]), (match.value, cache[2:])):
+        first = [add_call(context, operator.getitem, t, part) if example(t).dim() > 2 else t for t in (codes, scale)]
+        halves.append(add_call(context, _READS[0], *first, None, *read.args[3:]))
+    shared = example(match.query).shape[1] != example(cache[0]).shape[1]
+    return add_call(
+        context,
+        F.scaled_dot_product_attention,
+        match.query,
+        *halves,
+        is_causal=True,
+        scale=spec.scale,
+        enable_gqa=shared,
+    )
+
+
+def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, known: _Known) -> list[Any]:
+    """Take an attention; what it gives are reads of the cache that stay."""
     graph = context.graph
-    cache, places, spec = _check(context, node, match)
+    cache, places, spec = _check(context, node, match, layer)
     added = []
     if match.masked_out:
         with graph.inserting_before(node):
@@ -353,27 +421,37 @@ def _rewrite(context: GraphContext, node: fx.Node, match: _Match, layer: str, kn
     elif places.mask is not None:
         _narrow(context, example(match.query), places, known)
         spec = replace_fields(spec, causal=places.causal, window=places.window)
-    parts = {name: part for name in ("start", "block_table") if (part := getattr(places, name)) is not None}
+    query = example(match.query)
+    by_torch = places.first and _by_torch(query, example(match.key), spec)
     with graph.inserting_before(node):
-        arguments = (match.query, cache, places.mask, places.length, spec.encode())
-        new = graph.call_function(ATTENTION, arguments, parts)
-    with context.fake_mode, torch.no_grad():
-        made = ATTENTION(*fx.node.map_arg(new.args, example), **fx.node.map_arg(new.kwargs, example))
-    result = example(node)
+        if by_torch:
+            new = _of_first(context, match, cache, spec)
+        else:
+            if match.first:
+                count = _count(context, match.query)
+                places.length = add_call(context, torch.full, (), count, device=query.device, dtype=torch.int64)
+                spec = replace_fields(spec, causal=True)
+            parts = {name: part for name in ("start", "block_table") if (part := getattr(places, name)) is not None}
+            new = add_call(context, ATTENTION, match.query, cache, places.mask, places.length, spec.encode(), **parts)
+    made, result = example(new), example(node)
     if isinstance(result, Tensor) and (made.shape != result.shape or made.dtype != result.dtype):
         for extra in (new, *added):
             graph.erase_node(extra)
         raise _No(f"it gives {result.dtype} {tuple(result.shape)}, not {made.dtype} {tuple(made.shape)}")
-    new.meta["example_value"] = made
     replace(graph, node, new)
     dead = [n for n in dict.fromkeys(match.nodes) if n is not node]
     while gone := [n for n in dead if not n.users]:
         for n in gone:
             graph.erase_node(n)
             dead.remove(n)
+    if by_torch:
+        what = f"reads the first tokens of its {spec.scheme.format.name} cache for torch to attend to"
+        context.rewrote(RULE, layer, what)
+        return list(new.args[1:3])
     paged = "paged " if places.block_table is not None else ""
     cap = f", soft cap {spec.softcap:g}" if spec.softcap else ""
     context.rewrote(RULE, layer, f"reads its {paged}{spec.scheme.format.name} cache directly{cap}")
+    return []
 
 
 def quantize_attention(context: GraphContext) -> None:
@@ -400,7 +478,7 @@ def quantize_attention(context: GraphContext) -> None:
             if flex:
                 raise _No("flex_attention is compiled to a kernel of its own")
             match = _match_sdpa(node) if sdpa else _match_written_out(node)
-            _rewrite(context, node, match, layer, known)
+            told.update(_rewrite(context, node, match, layer, known))
         except _No as why:
             context.declined(RULE, layer, str(why))
             told |= reads

@@ -151,6 +151,11 @@ def scores_of(products: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Ten
     return scores + mask.to(torch.float32)
 
 
+def rounded_to_e4m3(x: Tensor, unit: Tensor | float) -> Tensor:
+    """Float32 numbers of at most 448 units, as E4M3 codes of them have them."""
+    return (x / unit).to(torch.float8_e4m3fn).to(torch.float32) * unit
+
+
 def reference(
     query: Tensor,
     cache: list[Tensor],
@@ -162,6 +167,9 @@ def reference(
     block_table: Tensor | None = None,
 ) -> Tensor:
     """What `attention` means, in float32 over the whole dequantized cache.
+
+    With `compute` "fp8" the elements of a query are rounded to E4M3, in 448ths of their greatest, and weights, of which
+    the greatest is 1, in 256ths.
 
     Args:
         query: [B, Hq, Q, D].
@@ -182,6 +190,8 @@ def reference(
     value = dequantize(value_codes, value_scale, parsed.scheme, parsed.value.head_dim)
     batch, heads, context, _ = key.shape
     grouped = query.to(torch.float32).unflatten(1, (heads, -1)).flatten(2, 3)
+    if parsed.scheme.compute == "fp8":
+        grouped = rounded_to_e4m3(grouped, (grouped.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-30))
     products = torch.matmul(grouped, key.transpose(-1, -2))
     scores = scores_of(products.reshape(*query.shape[:3], context), mask, parsed)
     outside = outside_of(context, length, start, query.device)
@@ -195,6 +205,8 @@ def reference(
     top = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0.0))
     total = weights.sum(-1, keepdim=True)
+    if parsed.scheme.compute == "fp8":
+        weights = rounded_to_e4m3(weights, 2.0**-8)
     y = torch.matmul(weights.reshape(batch, heads, -1, context), value).reshape(*query.shape[:3], value.shape[-1])
     return (y / total.masked_fill(total == 0, 1.0)).to(query.dtype)
 
@@ -213,6 +225,30 @@ def spec_as_stored(spec: AttentionSpec) -> AttentionSpec:
     return replace(spec, key=key, value=value)
 
 
+def check_compute(spec: AttentionSpec, device: torch.device, where: str) -> None:
+    """Refuse to multiply in FP8 where nothing does.
+
+    Args:
+        where: what the message begins with.
+
+    Raises:
+        DeviceError: the cache asks for it, and the device has no such products.
+    """
+    if spec.scheme.compute != "fp8":
+        return
+    name = device.type
+    if name == "cuda":
+        from qcompile.runtime import attention_gpu, gpu
+
+        name = gpu.target_of(device)
+        if attention_gpu.multiplies_fp8(name):
+            return
+    raise DeviceError(
+        f'{where}: the KV cache has "compute": "fp8", and {name} does not multiply FP8 (NVIDIA from sm_89 on, AMD '
+        'gfx950 and gfx12 do); leave "compute" out, and codes are multiplied in 16 bits'
+    )
+
+
 def _attention(
     query: Tensor,
     cache: list[Tensor],
@@ -228,7 +264,8 @@ def _attention(
             "attention over a quantized KV cache is for inference only, and autograd is recording: call the model "
             "under torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False) first"
         )
-    if (parsed := decode_attention_spec(spec)).scheme.rotate:
+    check_compute(parsed := decode_attention_spec(spec), query.device, "attention")
+    if parsed.scheme.rotate:
         as_stored = spec_as_stored(parsed).encode()
         y = _attention(
             rotated(query).to(query.dtype), cache, mask, length, as_stored, start=start, block_table=block_table

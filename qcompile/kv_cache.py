@@ -74,6 +74,11 @@ class NumberFormat(KVFormat):
 
     number: Format
 
+    @property
+    def is_float(self) -> bool:
+        """Whether codes are bytes of one of torch's types."""
+        return self.number.native_dtype is not None and self.number.native_dtype.is_floating_point
+
     def width(self, head_dim: int) -> int:
         if head_dim * self.number.bits % 8 != 0:
             raise ConfigError(f"{self.name} keys and values need an even head size, not {head_dim}")
@@ -88,7 +93,7 @@ class NumberFormat(KVFormat):
 
     def decode(self, codes: Tensor, head_dim: int) -> Tensor:
         dtype = self.number.native_dtype
-        if dtype is not None and dtype.is_floating_point:
+        if dtype is not None and self.is_float:
             return codes.view(dtype).to(torch.float32)
         if dtype is not None:
             return (codes ^ 128).view(dtype).to(torch.float32)
@@ -144,6 +149,8 @@ class KVScheme:
         group: numbers of a vector that share a scale, or 0 for all of it.
         symmetric: whether a number is its code's value times the scale; else an offset is added.
         rotate: whether vectors are multiplied by a Hadamard matrix first, which spreads numbers that stand out.
+        compute: "fp8" if attention rounds queries and weights to E4M3 and multiplies codes as they are; else codes are
+            multiplied in a type that holds them exactly.
     """
 
     format: KVFormat
@@ -151,6 +158,7 @@ class KVScheme:
     group: int = 0
     symmetric: bool = True
     rotate: bool = False
+    compute: str | None = None
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -172,12 +180,21 @@ class KVScheme:
             raise ConfigError(
                 f'kv_cache: "rotate" needs "scales": "token", since {self.scales} scales are of vectors as they are'
             )
+        if self.compute not in (None, "fp8"):
+            raise ConfigError(f'kv_cache: compute must be "fp8" or null, not {shown(self.compute)}')
+        if self.compute and not (isinstance(self.format, NumberFormat) and self.format.is_float):
+            raise ConfigError(f'kv_cache: "compute": "fp8" multiplies codes of FP8, not of {self.format.name}')
+        if self.compute and self.group:
+            raise ConfigError(
+                'kv_cache: "compute": "fp8" multiplies whole vectors, which have no groups; leave one out'
+            )
 
     def __str__(self) -> str:
         per = "token and head" if self.scales == "token" else self.scales
         if self.group:
             per += f", one for {self.group} numbers"
         more = ", with offsets" * (not self.symmetric) + ", rotated" * self.rotate
+        more += ", multiplied in FP8" if self.compute else ""
         return f"{self.format.name}, scales per {per}{more}"
 
     @property
@@ -214,6 +231,8 @@ class KVScheme:
             given["symmetric"] = False
         if self.rotate:
             given["rotate"] = True
+        if self.compute:
+            given["compute"] = self.compute
         return self.format.name if len(given) == 1 else given
 
 
@@ -230,7 +249,7 @@ def parse_kv_cache(given: object) -> KVScheme | None:
         return KVScheme(format=fmt, scales=fmt.scales)
     if not isinstance(given, Mapping):
         raise ConfigError(f"kv_cache must be a name, a mapping or null, not {shown(given)}")
-    options = ("group", "symmetric", "rotate")
+    options = ("group", "symmetric", "rotate", "compute")
     check_keys("kv_cache", given, ("format", "scales", *options))
     if "format" not in given:
         raise ConfigError('kv_cache needs a format, as in {"format": "fp8_e4m3", "scales": "head"}')
@@ -357,6 +376,7 @@ class KVSpec:
         scheme = self.scheme
         given = {"format": scheme.format.name, "scales": scheme.scales, "head_dim": self.head_dim}
         given |= {"group": scheme.group, "symmetric": scheme.symmetric, "rotate": scheme.rotate}
+        given |= {"compute": scheme.compute}
         return {**given, "code": fingerprint()}
 
 
@@ -367,7 +387,7 @@ def decode_kv_spec(text: str) -> KVSpec:
 
 
 def _kv_spec(given: dict[str, Any]) -> KVSpec:
-    options = {name: given[name] for name in ("group", "symmetric", "rotate")}
+    options = {name: given[name] for name in ("group", "symmetric", "rotate", "compute")}
     scheme = KVScheme(format=kv_format(given["format"]), scales=given["scales"], **options)
     return KVSpec(scheme=scheme, head_dim=given["head_dim"])
 

@@ -41,6 +41,8 @@ class PageTable:
         max_length: the most tokens of a sequence.
         pages: of all sequences together; unless given, as many as all of them can need.
         page_size: tokens of a page. On GPUs 64 and more are read with the fewest instructions.
+        window: to how many tokens a token attends at most in every layer, itself among them; 0 for all before it.
+            Pages that lie wholly before it are free again, and page 0 stands for them.
 
     Raises:
         ValueError: sizes below 1.
@@ -53,13 +55,17 @@ class PageTable:
         *,
         pages: int | None = None,
         page_size: int = 64,
+        window: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         most = -(-max_length // page_size) if page_size > 0 else 0
         pages = batch * most if pages is None else pages
         if min(batch, max_length, page_size, pages) < 1:
             raise ValueError(f"a page table of {batch} rows, {pages} pages and {page_size} tokens a page holds nothing")
+        if window < 0:
+            raise ValueError(f"a window is a number of tokens, or 0 for all, not {window}")
         self.batch, self.max_length, self.page_size, self.pages = batch, max_length, page_size, pages
+        self.window = window
         self.block_table = torch.zeros(batch, most, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         compat.mark_static(self.block_table, self.lengths)
@@ -132,7 +138,7 @@ class PageTable:
         """
         shared = self._pages_of(row)
         new = self.add()
-        for page in shared:
+        for page in filter(None, shared):
             self._users[page] += 1
         self._pages[new], self._counts[new] = list(shared), self._counts[row]
         self._publish([new])
@@ -145,10 +151,16 @@ class PageTable:
         self._publish([row])
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget a sequence's tokens from `length` on, as after drafts that were refused."""
+        """Forget a sequence's tokens from `length` on, as after drafts that were refused.
+
+        Raises:
+            ValueError: it has fewer tokens, or pages that those that stay attend to are free already.
+        """
         pages, count = self._pages_of(row), self._counts[row]
         if not 0 <= length <= count:
             raise ValueError(f"row {row} has {count} tokens and cannot be cut to {length}")
+        if 0 in pages[self._passed(length) : -(-length // self.page_size)]:
+            raise ValueError(f"row {row} cannot be cut to {length} tokens: pages of the window before them are free")
         kept = -(-length // self.page_size)
         self._release(pages[kept:])
         del pages[kept:]
@@ -163,11 +175,13 @@ class PageTable:
             rows: all that have a sequence, unless given.
 
         Raises:
-            CacheFullError: there are not enough pages, or a sequence would exceed `max_length`; nothing changed.
+            CacheFullError: there are not enough pages, or a sequence would exceed `max_length`; no sequence changed.
         """
         rows = self.rows if rows is None else list(rows)
         counts = [tokens] * len(rows) if isinstance(tokens, int) else list(tokens)
         needed, writers = 0, Counter[int]()
+        if passed := [row for row in rows if self._free_passed(row)]:
+            self._publish(passed)
         for row, count in zip(rows, counts, strict=True):
             pages, length = self._pages_of(row), self._counts[row] + count
             if length > self.max_length:
@@ -208,6 +222,19 @@ class PageTable:
             raise ValueError(f"row {row} of the page table has no sequence; those that do are {self.rows}")
         return pages
 
+    def _passed(self, position: int) -> int:
+        """Pages that lie wholly before what the token at a position attends to."""
+        return max(0, position + 1 - self.window) // self.page_size if self.window else 0
+
+    def _free_passed(self, row: int) -> bool:
+        """Give back the pages that no further token of a sequence attends to; whether there were any."""
+        pages = self._pages_of(row)
+        passed = range(self._passed(self._counts[row]))
+        dead = [page for page in pages[passed.start : passed.stop] if page]
+        self._release(dead)
+        pages[passed.start : passed.stop] = [0] * len(passed)
+        return bool(dead)
+
     def _writes_shared(self, row: int, count: int) -> bool:
         """Whether new tokens would go into a page that other sequences have too."""
         pages = self._pages_of(row)
@@ -219,7 +246,7 @@ class PageTable:
         return page
 
     def _release(self, pages: list[int]) -> None:
-        for page in pages:
+        for page in filter(None, pages):
             self._users[page] -= 1
             if self._users[page] == 0:
                 self._free.append(page)

@@ -223,22 +223,27 @@ def attention_bound(
     weight_dtype: torch.dtype = torch.float32,
     out_dtype: torch.dtype = torch.float32,
     query_step: float = 0.0,
+    query_unit: float = 0.0,
+    weight_step: float | None = None,
+    weighted: Tensor | None = None,
+    accumulate_unit: float = ACCUMULATE_UNIT,
     magnitudes: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Greatest error of softmax(query key^T) value against float64 for the same keys: float64 [B, Hq, Q, Dv].
 
     * A score errs by e: `gemm_bound` of its product times the scale, and where queries are rounded to multiples of a
-      part of their greatest element (`query_step` is half that part), that times sum |k|; gamma32(5) |s| for the scales
-      and the factor that makes exp a power of two; for a soft cap c,
-      whose slope is at most 1, FUNCTION_ERROR c and gamma32(3) |s| more; u32 (|s| + e) where a mask is added. (A finite
-      mask that leaves no weight is like -inf.)
+      part of their greatest element (`query_step` is half that part), that times sum |k|; where their elements are
+      rounded with the unit roundoff `query_unit`, that times sum |q| |k|; gamma32(5) |s| for the scales and the factor
+      that makes exp a power of two; for a soft cap c, whose slope is at most 1, FUNCTION_ERROR c and gamma32(3) |s|
+      more; u32 (|s| + e) where a mask is added. (A finite mask that leaves no weight is like -inf.)
     * A weight is exp(s) / sum exp(s). If all scores err by at most E, it errs by a factor of at most exp(2 E).
     * exp in float32: 4 u32 (|s - max| + 2), for numerator and denominator. Sums are rescaled when the greatest score so
       far changes; along T / 16 + 64 blocks and splits these factors add up to 4 u32 (R + 2 blocks), R the range of
       scores that have weight.
     * Weights are rounded to `weight_dtype`, of which the greatest is 1 and the sum at least that, so that what is
-      subnormal loses at most eta_w / 2 of the sum; values are dequantized with 3 roundings; both sums take T + blocks
-      additions.
+      subnormal loses at most `weight_step`, eta_w / 2 unless given, of the sum; values are dequantized with 3
+      roundings; both sums take T + blocks additions. With an `accumulate_unit` of their own, products add up in blocks
+      of at most 128 tokens, and those in float32.
 
     So |error| <= (exp(2 E) (1 + exp parts)^2 (1 + u_w) (1 + gamma32(3)) / (1 - gamma(T + blocks))^2 - 1) sum p |v|,
     and eta_w / 2 sum |v|, then rounding.
@@ -247,6 +252,9 @@ def attention_bound(
         key, value: float64 as the oracle dequantized them; weights, scores: the oracle's.
         magnitudes: what roundings in keys and values are relative to, if not to themselves: sums of the magnitudes of
             parts that are multiplied apart.
+        weighted: what `weight_step` is a part of, if not values: those of codes times the greatest scale, where scales
+            multiply weights.
+        accumulate_unit: see `gemm_bound`.
     """
     key_magnitude, value_magnitude = (key.abs(), value.abs()) if magnitudes is None else magnitudes
     query, key, value = (t.to(torch.float64).cpu() for t in (query, key, value))
@@ -254,12 +262,18 @@ def attention_bound(
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3)
     products = torch.stack(
         [
-            torch.stack([gemm_bound(rows[b, h], key_magnitude[b, h], compute_dtype) for h in range(heads)])
+            torch.stack(
+                [
+                    gemm_bound(rows[b, h], key_magnitude[b, h], compute_dtype, accumulate_unit=accumulate_unit)
+                    for h in range(heads)
+                ]
+            )
             for b in range(batch)
         ]
     )
     step = rows.abs().amax(-1, keepdim=True) * query_step
-    products = (products + step * key_magnitude.sum(-1)[:, :, None]).reshape(scores.shape)
+    products = products + step * key_magnitude.sum(-1)[:, :, None] + query_unit * (rows.abs() @ key_magnitude.mT)
+    products = products.reshape(scores.shape)
     live = weights > 0
     s = scores.where(live, torch.zeros_like(scores))
     raw = (rows @ key.mT).reshape(scores.shape).abs() * abs(scale)
@@ -273,12 +287,16 @@ def attention_bound(
     blocks = context / 16 + 64
     evaluated = 1 + 4 * U32 * (2 * spread + 2 + 2 * blocks)
     sums = (1 - gamma(int(context + blocks))) ** 2
+    if accumulate_unit != ACCUMULATE_UNIT:
+        sums *= 1 - gamma(min(context, 128), accumulate_unit)
     factor = torch.exp(2 * worst) * evaluated**2 * (1 + unit(weight_dtype)) * (1 + gamma(3, U32)) / sums - 1
     group = query.shape[1] // heads
     spread_heads = torch.arange(query.shape[1]) // group
     total = weights @ value_magnitude[:, spread_heads]
     result = (weights @ value[:, spread_heads]).abs()
-    bound = factor * total + eta(weight_dtype) / 2 * (live.to(torch.float64) @ value_magnitude[:, spread_heads])
+    weight_step = eta(weight_dtype) / 2 if weight_step is None else weight_step
+    weighted = value_magnitude if weighted is None else weighted
+    bound = factor * total + weight_step * (live.to(torch.float64) @ weighted[:, spread_heads])
     return bound + rounding(result + bound, out_dtype)
 
 

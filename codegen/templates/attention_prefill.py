@@ -3,7 +3,8 @@
 A program takes ROWS rows, which are all query heads of a head of keys for some tokens, and goes over the context as
 FlashAttention does (T. Dao, 2023): codes are decoded in registers, block by block, and never written. Where positions
 alone say what is attended to, blocks that no row attends to are left out, and only those that some do not attend to are
-masked. Everything else is said in `attention_decode`.
+masked. Where a few tokens of few sequences attend to a long context, programs share it (SPLIT), and the last to arrive
+puts their parts together in their order. Everything else is said in `attention`.
 """
 
 # mypy: ignore-errors
@@ -11,8 +12,9 @@ import triton
 import triton.language as tl
 
 # <attention>
-from qcompile.codegen.templates.attention_decode import (
+from qcompile.codegen.templates.attention import (
     BLOCK_T,
+    BLOCK_V,
     CAUSAL,
     EARLY,
     FACTOR,
@@ -27,6 +29,7 @@ from qcompile.codegen.templates.attention_decode import (
     PAGE,
     ROWS,
     SCALES,
+    SPLIT,
     START,
     VALUE_PIECE,
     VALUE_PIECES,
@@ -35,7 +38,9 @@ from qcompile.codegen.templates.attention_decode import (
     WINDOW,
     attend,
     beginning,
+    column,
     finish,
+    finite,
     queries_of,
     scaled,
     scales_ahead,
@@ -43,6 +48,10 @@ from qcompile.codegen.templates.attention_decode import (
 )
 
 # </attention>
+
+SUMS = tl.constexpr(VALUE_PIECES.value * ROWS.value * BLOCK_V.value)
+PART = tl.constexpr(SUMS.value + 2 * ROWS.value)
+"""What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
 
 
 @triton.jit(
@@ -59,6 +68,8 @@ def kernel(
     start,
     block_table,
     y,
+    partial,
+    arrived,
     context,
     tokens,
     length_step,
@@ -67,9 +78,10 @@ def kernel(
     mask_head,
     mask_query,
 ):
-    """Grid: (ceil(GROUP * tokens / ROWS), B * HEADS).
+    """Grid: (ceil(GROUP * tokens / ROWS), B * HEADS, SPLIT).
 
-    tokens: Q. The others are as in `attention_decode`.
+    tokens: Q. partial: float32, PART a program, and arrived: int32, 0 for each tile of a head, and 0 again at the end;
+    both only with SPLIT. The others are as in `attention_decode`.
     """
     if EARLY:  # this kernel may begin before the one before has ended, and the next before this one has
         PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
@@ -119,6 +131,11 @@ def kernel(
         if CAUSAL:
             seen = tl.maximum(before + first_token + 1, 0) // BLOCK_T
     blocks = (tl.maximum(stop, 0) + BLOCK_T - 1) // BLOCK_T
+    if SPLIT > 1:
+        share = (tl.maximum(blocks - first, 0) + SPLIT - 1) // SPLIT
+        first += tl.program_id(2) * share
+        blocks = tl.minimum(first + share, blocks)
+        seen = tl.maximum(tl.minimum(seen, blocks), first)
     token = tl.arange(0, BLOCK_T)
     top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
     # Scales and the block table are read a turn ahead.
@@ -162,6 +179,37 @@ def kernel(
     if SCALES == "token":
         value_factor = value_unit
     sums = scaled(sums, value_factor, shifts)
-    for piece in tl.static_range(VALUE_PIECES):
-        place = y + rows * VALUE_SIZE
-        finish(place, sums[piece], total, row * VALUE_SIZE, live, piece * VALUE_PIECE)
+    y += rows * VALUE_SIZE
+    if SPLIT == 1:
+        for piece in tl.static_range(VALUE_PIECES):
+            finish(y, sums[piece], total, row * VALUE_SIZE, live, piece * VALUE_PIECE)
+    else:
+        sharers = tl.num_programs(0) * pair + tile
+        partial += sharers.to(tl.int64) * (SPLIT * PART)
+        own = partial + tl.program_id(2) * PART
+        place = tl.arange(0, ROWS)
+        cells = column(place) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+        for piece in tl.static_range(VALUE_PIECES):
+            tl.store(own + piece * ROWS * BLOCK_V + cells, sums[piece], cache_modifier=".cg")
+        tl.store(own + SUMS + place, top, cache_modifier=".cg")
+        tl.store(own + SUMS + ROWS + place, total, cache_modifier=".cg")
+        tl.debug_barrier()  # all stores of this program come before its arrival
+        if tl.atomic_add(arrived + sharers, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
+            best = top
+            for part in tl.range(SPLIT):
+                best = tl.maximum(best, tl.load(partial + part * PART + SUMS + place, cache_modifier=".cg"))
+            best = finite(best)
+            whole = total * 0.0
+            for part in tl.range(SPLIT):
+                ends = partial + part * PART + SUMS + place
+                factor = tl.exp2(tl.load(ends, cache_modifier=".cg") - best)
+                whole += tl.load(ends + ROWS, cache_modifier=".cg") * factor
+            for piece in tl.static_range(VALUE_PIECES):
+                added = sums[piece] * 0.0
+                for part in tl.range(SPLIT):
+                    theirs = partial + part * PART
+                    factor = tl.exp2(tl.load(theirs + SUMS + place, cache_modifier=".cg") - best)
+                    its_sums = tl.load(theirs + piece * ROWS * BLOCK_V + cells, cache_modifier=".cg")
+                    added += its_sums * column(factor)
+                finish(y, added, whole, row * VALUE_SIZE, live, piece * VALUE_PIECE)
+            tl.store(arrived + sharers, 0)

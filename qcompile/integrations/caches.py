@@ -36,11 +36,18 @@ class QuantizedStaticLayer(StaticLayer):  # type: ignore[misc]
 
     `update` quantizes what it stores, and returns the whole cache dequantized. That is how eager attention sees it; a
     graph compiled by qcompile reads the codes.
+
+    Attributes:
+        empty: whether nothing was stored since it was made or reset. A graph then knows the positions of a prompt.
     """
 
     def __init__(self, max_cache_len: int, kv_cache: KVScheme, scales: KVScales | None = None, **kwargs: Any) -> None:
         super().__init__(max_cache_len, **kwargs)
-        self.kv_cache, self.scales = kv_cache, scales
+        self.kv_cache, self.scales, self.empty = kv_cache, scales, True
+
+    def get_seq_length(self) -> Any:
+        """Tokens that are stored: a number where a graph may know it, else a tensor."""
+        return 0 if self.empty else super().get_seq_length()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, heads, sizes, dtype and device of the first keys and values."""
@@ -72,6 +79,7 @@ class QuantizedStaticLayer(StaticLayer):  # type: ignore[misc]
         count = key_states.shape[-2]
         position = torch.arange(count, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(count)
+        self.empty = False
         torch.ops.qcompile.store_kv(self.keys, self.key_scale, key_states, position, self.key_text)
         torch.ops.qcompile.store_kv(self.values, self.value_scale, value_states, position, self.value_text)
 
@@ -95,6 +103,7 @@ class QuantizedStaticLayer(StaticLayer):  # type: ignore[misc]
             clear_half(self.keys, self.key_scale, self.key_spec)
             clear_half(self.values, self.value_scale, self.value_spec)
         self.cumulative_length.zero_()
+        self.empty = True
 
     def _per_token(self) -> list[Tensor]:
         """The tensors that differ between sequences and tokens."""
@@ -127,6 +136,7 @@ class QuantizedSlidingLayer(QuantizedStaticLayer, StaticSlidingWindowLayer):  # 
             self.lazy_initialization(key_states, value_states)
         count, before = key_states.shape[-2], self.cumulative_length_int
         self.cumulative_length_int += count
+        self.empty = False
         if before + count <= self.max_cache_len:
             self._store(key_states, value_states)
             return self._read(self.cumulative_length)

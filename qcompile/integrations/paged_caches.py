@@ -72,7 +72,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
     """A paged quantized cache for a transformers model.
 
     Make room with `cache.pages.append`, then call `model(ids, **cache.inputs(tokens))`. Layers that attend to a sliding
-    window read that window; pages before it stay the sequence's.
+    window read that window. Where all do, pages before the longest are free again; else the others read them.
 
     Attributes:
         pages: the rows, and which pages their sequences have.
@@ -102,8 +102,10 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
         if unknown := {kind for kind, _ in layers} - _KINDS:
             raise ConfigError(f"paged caches are for full and sliding attention; the model has {sorted(unknown)} too")
         device = next(model.parameters()).device
-        self.pages = PageTable(batch, max_length, pages=num_pages, page_size=page_size, device=device)
         self._windows = {kind: given["sliding_window"] if kind == "sliding_attention" else 0 for kind, given in layers}
+        windows = list(self._windows.values())
+        window = max(windows) if all(windows) else 0
+        self.pages = PageTable(batch, max_length, pages=num_pages, page_size=page_size, window=window, device=device)
         self._added = config._attn_implementation == "eager"
         self._dtype = next(model.parameters()).dtype
         scales = attention_scales(model)

@@ -15,16 +15,18 @@ from torch import Tensor
 from qcompile.attention import causal_mask, outside_of, paged_out, reference
 from qcompile.codegen.attention_spec import (
     PREFILL_TEMPLATE,
+    WARP_GROUPS,
     AttentionKernelSpec,
     AttentionTile,
     Reach,
     attention_kernel_spec,
     has_integers,
     has_number,
+    least_rows,
     plain_kernel_spec,
 )
 from qcompile.codegen.cost_model import device_of
-from qcompile.codegen.spec import launches_early
+from qcompile.codegen.spec import launches_early, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.kv_cache import MOST_QUERIES, MOST_ROWS, MOST_SIZE, AttentionSpec, dequantize
 from qcompile.runtime import cache, launcher
@@ -33,13 +35,16 @@ from qcompile.runtime.gpu import target_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SPLITS = 64
-_WARP_GROUPS = ("sm_90", "sm_100", "sm_103")
-"""Targets whose matrix units take operands from shared memory."""
 
 
 def has_kernel(spec: AttentionSpec) -> bool:
     """Whether the templates decode a cache."""
     return has_number(spec.scheme.format)
+
+
+def multiplies_fp8(target: str) -> bool:
+    """Whether a target has the products of `compute` "fp8"."""
+    return native_fp8(target)
 
 
 def few(spec: AttentionSpec, queries: int, group: int, x_dtype: torch.dtype) -> bool:
@@ -57,6 +62,8 @@ def tile_of(
     x_dtype: torch.dtype = torch.bfloat16,
     sequences: int = 0,
     integers: bool = False,
+    in_fp8: bool = False,
+    page: int = 0,
 ) -> AttentionTile:
     """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
@@ -67,13 +74,18 @@ def tile_of(
         sequences: how many, if their lengths differ; else 0.
         integers: whether codes are integers, whose decoding and scales take registers too: smaller blocks, and more
             programs beside each other.
+        in_fp8: see `AttentionKernelSpec`; products then are of 32 tokens and more.
+        page: tokens of a page, of a paged cache; else 0. Of a multiple of 64, a block is in one page.
     """
+    rows = max(rows, least_rows(in_fp8, target))
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
     block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or integers) else 64 if nvidia else 16
     if size > 128:
-        block = 32 if nvidia and not wide and rows <= 32 else 16
+        block = 32 if in_fp8 or (nvidia and not wide and rows <= 32) else 16
+    if page % 64 == 0 and page > 0:
+        block = min(block, page & -page)
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
     enough, split = device_of(target).processors * (2 if integers else 1), 1
     if sequences:  # of all of them together; each may take one more
@@ -87,46 +99,63 @@ def tile_of(
     return AttentionTile(context=block, split=split, warps=warps, stages=3)
 
 
-def prefill_tile_of(rows: int, size: int, target: str, x_dtype: torch.dtype, grouped: bool = False) -> AttentionTile:
+def prefill_tile_of(
+    rows: int, size: int, target: str, x_dtype: torch.dtype, grouped: bool = False, in_fp8: bool = False
+) -> AttentionTile:
     """As many queries as registers hold results of.
 
     Args:
         rows: tokens times query heads for each head of keys.
         size: of a key or a value, whichever is greater.
         grouped: whether a vector has several scales.
+        in_fp8: see `AttentionKernelSpec`; the type of queries then does not matter.
     """
-    least = max(16, 1 << (rows - 1).bit_length())
+    least = max(least_rows(in_fp8, target), 1 << (rows - 1).bit_length())
     if not target.startswith("sm_"):
         return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
-    if x_dtype == torch.float32:
+    if x_dtype == torch.float32 and not in_fp8:
         most, block = (32, 32) if size <= 64 else (32, 16) if size <= 128 else (16, 16)
         return AttentionTile(context=block, split=1, warps=8, stages=2, rows=min(least, most))
     # Where matrix units take operands from registers only, decoded keys and values are there as well.
     if grouped:
         most = 64 if target == "sm_90" else 32
-        block = 16 if target in _WARP_GROUPS and target != "sm_90" else 32
+        block = 16 if target in WARP_GROUPS and target != "sm_90" else 32
         return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
-    if size > 128 or target not in _WARP_GROUPS:
+    if size > 128 or target not in WARP_GROUPS:
         return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
     held = min(least, 128)
     block = 64 if target == "sm_90" else 32
     return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=3, rows=held)
 
 
+def shared_by(tile: AttentionTile, programs: int, context: int, target: str) -> AttentionTile:
+    """A tile for many queries whose programs share the context, until about every processor has one."""
+    split = 1
+    while split < _MOST_SPLITS and 2 * split * programs <= device_of(target).processors:
+        if 8 * split * tile.context > context:
+            break
+        split *= 2
+    return replace(tile, split=split)
+
+
 @functools.cache
 def choose_prefill(
     spec: AttentionSpec,
+    batch: int,
     heads: int,
     group: int,
-    rows: int,
+    queries: int,
+    context: int,
     mask: str,
     reach: Reach,
     x_dtype: torch.dtype,
     target: str,
 ) -> AttentionKernelSpec:
-    """The kernel for many queries; `rows` is a power of two that holds those of a head of keys, or more than 128."""
+    """The kernel for many queries."""
+    rows = min(256, 1 << (queries * group - 1).bit_length())
     size = max(spec.key.head_dim, spec.value.head_dim)
-    tile = prefill_tile_of(rows, size, target, x_dtype, spec.scheme.group > 0)
+    tile = prefill_tile_of(rows, size, target, x_dtype, spec.scheme.group > 0, spec.scheme.compute == "fp8")
+    tile = shared_by(tile, batch * heads * -(-queries * group // tile.rows), context, target)
     return attention_kernel_spec(spec, heads, group, 0, mask, reach, x_dtype, target, tile)
 
 
@@ -146,9 +175,9 @@ def choose(
     """The kernel for a shape."""
     size = max(spec.key.head_dim, spec.value.head_dim)
     sequences = batch if reach.sequences else 0
-    tile = tile_of(
-        batch * heads, context, size, group * queries, target, x_dtype, sequences, has_integers(spec.scheme.format)
-    )
+    integers, in_fp8 = has_integers(spec.scheme.format), spec.scheme.compute == "fp8"
+    rows = group * queries
+    tile = tile_of(batch * heads, context, size, rows, target, x_dtype, sequences, integers, in_fp8, reach.page)
     return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
 
 
@@ -218,17 +247,18 @@ def launch(
     ]
     steps = [*(int(t is not None and t.numel() > 1) for t in (length, start)), *steps]
     pairs, split, tokens = batch * heads, kernel.tile.split, query.shape[2]
-    if kernel.template == PREFILL_TEMPLATE:
-        launcher.launch(
-            function, (-(-kernel.group * tokens // kernel.rows), pairs), *given, context, tokens, *steps, **options
-        )
-        return y
-    grid = (heads * (batch + split),) if kernel.reach.sequences else (pairs, split)
     partial = arrived = key_scale
-    if math.prod(grid) > pairs:
+    shared, counts = pairs, (batch, context)
+    grid: tuple[int, ...] = (pairs, split)
+    if kernel.template == PREFILL_TEMPLATE:
+        tiles = -(-kernel.group * tokens // kernel.rows)
+        shared, grid, counts = tiles * pairs, (tiles, pairs, split), (context, tokens)
+    elif kernel.reach.sequences:
+        grid = (heads * (batch + split),)
+    if math.prod(grid) > shared:
         partial = query.new_empty(math.prod(grid) * kernel.part, dtype=torch.float32)
-        arrived = zeros_kept_zero(pairs, query.device)
-    launcher.launch(function, grid, *given, partial, arrived, batch, context, *steps, **options)
+        arrived = zeros_kept_zero(shared, query.device)
+    launcher.launch(function, grid, *given, partial, arrived, *counts, *steps, **options)
     return y
 
 
@@ -256,8 +286,8 @@ def attention(
     if few(spec, queries, group, query.dtype):
         kernel = choose(spec, len(query), heads, group, queries, context, kind, reach, query.dtype, target)
     else:
-        rows = min(256, 1 << (queries * group - 1).bit_length())
-        kernel = choose_prefill(spec, heads, group, rows, kind, replace(reach, sequences=0), query.dtype, target)
+        apart = replace(reach, sequences=0)
+        kernel = choose_prefill(spec, len(query), heads, group, queries, context, kind, apart, query.dtype, target)
     return _run(kernel, query, tensors, mask, length, start, block_table)
 
 

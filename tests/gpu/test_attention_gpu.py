@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from qcompile.codegen.spec import native_fp8
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
 from tests import tolerance
 from tests.kernels.test_attention import FORMATS, MASKS, Plain, Problem, plain_problem, problem
+from tests.kernels.test_attention_fp8 import e4m3_queries
 
 pytestmark = pytest.mark.gpu
 
@@ -86,6 +88,16 @@ def test_prefill(kv: str, size: int, dtype: torch.dtype) -> None:
     given.check_kernel(run(given))
 
 
+@pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("queries", [9, 20, 64])
+def test_few_tokens_share_a_long_context(kv: str, queries: int) -> None:
+    given = problem(
+        kv, "token", heads=3, group=4, queries=queries, context=8000, size=128, dtype=torch.bfloat16, mask="none"
+    )
+    given = replace(given, length=torch.tensor(7900), spec=replace(given.spec, causal=True))
+    given.check_kernel(run(given))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("window", [0, 50])
 def test_prefill_masks(mask: str, window: int) -> None:
@@ -112,6 +124,29 @@ def test_groups_with_offsets(kv: str, queries: int, shared: int) -> None:
         symmetric=False,
     )
     given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("queries", [1, 8, 150])
+@pytest.mark.parametrize(("kv", "scales"), [("fp8_e4m3", "tensor"), ("fp8_e5m2", "head"), ("fp8_e4m3", "token")])
+def test_products_in_fp8(kv: str, scales: str, queries: int, size: int, exact: bool) -> None:
+    if not native_fp8(target_of(torch.device("cuda", 0))):
+        pytest.skip("the device does not multiply FP8")
+    given = problem(
+        kv,
+        scales,
+        queries=queries,
+        context=400,
+        size=size,
+        dtype=torch.bfloat16,
+        mask="none",
+        length=380,
+        compute="fp8",
+    )
+    given = replace(given, spec=replace(given.spec, causal=True))
+    given = e4m3_queries(given) if exact else given
+    given.check_fp8(run(given), accumulate=2.0**-13)
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 8])

@@ -233,7 +233,9 @@ def test_every_program_has_a_like_share(page: int) -> None:
 @pytest.mark.parametrize("starts", [None, (3, 0, 1)])
 def test_many_queries(starts: tuple[int, ...] | None) -> None:
     given_ = paged(lengths=(20, 64, 40), queries=12, mask="causal", starts=starts)
-    given_.check_kernel(given_.interpret("sm_90", AttentionTile(context=16, split=1, warps=4, stages=2, rows=16)))
+    for split in (1, 2, 4):
+        tile = AttentionTile(context=16, split=split, warps=4, stages=2, rows=16)
+        given_.check_kernel(given_.interpret("sm_90", tile))
 
 
 def test_formats_that_no_kernel_reads_are_attended_to_by_torch() -> None:
@@ -257,6 +259,16 @@ def test_the_operator_traces(queries: int) -> None:
     assert torch.equal(y, given_.operator())
 
 
+@pytest.mark.parametrize("page", [64, 128, 192, 256])
+def test_a_block_is_in_one_page(page: int) -> None:
+    """So that the table is read once a block, whatever block suits a cache that is not paged."""
+    for size in (64, 128, 256):
+        for rows in (1, 16, 64):
+            block = attention_gpu.tile_of(64, 16384, size, rows, "sm_90", sequences=8, page=page).context
+            assert page % block == 0
+            assert block <= attention_gpu.tile_of(64, 16384, size, rows, "sm_90", sequences=8).context
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     kernels = []
@@ -266,7 +278,7 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         ("int4", "token", 256, 2, 32),
     ):
         given_ = paged(kv, scales, (5,) * 8, page=page, heads=8, group=group, size=size, dtype=torch.bfloat16)
-        tile = attention_gpu.tile_of(64, 16384, size, group, target, sequences=8)
+        tile = attention_gpu.tile_of(64, 16384, size, group, target, sequences=8, page=page)
         kernels.append(given_.kernel(target, tile))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found

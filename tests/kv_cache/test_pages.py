@@ -135,6 +135,44 @@ def test_room_that_runs_out_says_so_and_changes_nothing() -> None:
         PageTable(2, 0)
 
 
+def test_pages_before_a_window_are_free_again() -> None:
+    """Eager and compiled steps give what they give where all pages stay."""
+    table = {"page_size": 8, "pages": 12}
+    kept, freed = caches(2, 48, **table), caches(2, 48, window=10, **table)
+    steps = [(30, (0,)), (3, (0,)), (1, (0, 1)), (9, (0,)), (1, (0, 1))]
+    for pages, _ in (kept, freed):
+        pages.add(), pages.add()
+    for tokens, rows in steps:
+        query, given_ = torch.randn(len(rows), HEADS * GROUP, tokens, SIZE), states(len(rows), tokens)
+        results = []
+        for pages, cache in (kept, freed):
+            pages.append(tokens, rows=rows)
+            which = torch.tensor(rows)
+
+            def attend(query: Tensor, key: Tensor, value: Tensor, pages: Any = pages, cache: Any = cache) -> Tensor:
+                keys, values = cache.update(key, value, rows=which)  # noqa: B023
+                mask = pages.mask(query.shape[2], which, window=10)  # noqa: B023
+                return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+
+            results += [attend(query, *given_), capture(attend, query, *given_).output]
+        for other in results[1:]:
+            assert tolerance.sqnr(results[0], other) > tolerance.rewrite_sqnr_floor(4, 64 * SIZE)
+    pages = freed[0]
+    assert (pages.length(0), kept[0].length(0)) == (44, 44)
+    assert pages.block_table[0, :4].tolist() == [0] * 4  # the last token attends from position 34 on
+    assert pages.block_table[0, 4:6].all()
+    assert pages.free_pages == kept[0].free_pages + 4
+    pages.free(1)
+    pages.append(1, rows=[pages.fork(0), 0])
+    with pytest.raises(ValueError, match="cannot be cut to 40 tokens: pages of the window before them are free"):
+        pages.truncate(0, 40)
+    pages.truncate(0, 43)
+    pages.free(0), pages.free(1)
+    assert pages.free_pages == 12
+    with pytest.raises(ValueError, match="a window is a number of tokens"):
+        PageTable(1, 8, window=-1)
+
+
 @given(st.lists(st.tuples(st.sampled_from(["add", "append", "fork", "free", "truncate"]), st.integers(0, 40))))
 def test_no_page_has_two_owners_that_write(steps: list[tuple[str, int]]) -> None:
     """Random histories: sequences keep what they stored, and all pages come back."""

@@ -123,6 +123,22 @@ def test_as_many_query_heads_as_key_heads(attend: Attend) -> None:
     assert tolerance.sqnr(plain, captured.output) > tolerance.rewrite_sqnr_floor(4, LENGTH * SIZE)
 
 
+def test_products_that_a_device_has_not_are_an_error_with_the_layers_name() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention(sdpa, 1, {"format": "fp8", "compute": "fp8"})
+            self.inputs = self.attention.inputs
+
+        def forward(self, *given: Tensor) -> Tensor:
+            out: Tensor = self.attention(*given)
+            return out
+
+    block = Block()
+    with pytest.raises(Exception, match=r'attention of attention: .* "compute": "fp8", and cpu .* leave "compute" out'):
+        capture(block, *block.inputs, torch.arange(LENGTH)[None, None, None] <= 7)
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -139,7 +155,6 @@ def softmax(scores: Tensor, v: Tensor) -> Tensor:
 
 
 NEAR_MISSES: dict[str, tuple[Attend, str]] = {
-    "causal": (lambda q, k, v, m: sdpa(q, repeat(k), repeat(v), None, is_causal=True), "is_causal aligns"),
     "dropout": (lambda q, k, v, m: sdpa(q, repeat(k), repeat(v), m, dropout_p=0.1), "it has dropout"),
     "part of the keys": (
         lambda q, k, v, m: sdpa(q, repeat(k[:, :, :9]), repeat(v[:, :, :9]), m[..., :9]),
