@@ -139,8 +139,11 @@ def gemm(x: Tensor, x_scale: Tensor | None, weight: list[Tensor], spec: str) -> 
 def prepare(spec: str, dtype: torch.dtype) -> None:
     """Build and load the kernels for x of a type, which a call otherwise does; may run beside other threads."""
     linear, result = _linear(spec), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    floating = linear.spec.scheme.activation is None
     if linear.integers(result, 1) is None:
-        linear.few(result if linear.spec.scheme.activation is None else torch.bfloat16)
+        linear.few(result if floating else torch.bfloat16)
+    if floating:
+        linear.limbs(dtype, 1)
     cpu_operators.build()
 
 

@@ -58,7 +58,7 @@ int main() {
 """
 CALLS = {
     False: "std::vector<float> scratch(sizes[5]); "
-    "gemm(rows, sizes[0], sizes[2], &weight, scratch.data(), y.data(), 1);",
+    "gemm(rows, sizes[0], sizes[2], &weight, scratch.data(), y.data(), 0, 1);",
     True: "std::vector<std::uint8_t> scratch(scratch_bytes(&weight, sizes[0], 1) + 64); "
     "gemm(rows, nullptr, nullptr, sizes[0], sizes[2], &weight, scratch.data(), y.data(), 1);",
 }

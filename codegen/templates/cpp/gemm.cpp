@@ -195,8 +195,8 @@ static void multiply(
 // Up to 32 rows of x are multiplied by four or two blocks of the weight as those decode. More are multiplied by a slab of
 // the weight that was decoded before. Groups that are small have too many sums then, so weights of such are decoded with
 // their scale, and rounded to bfloat16.
-constexpr i64 CHUNK = 16;     // blocks of the weight that a thread takes at once
-constexpr i64 SLAB = 512;    // columns of them that are decoded at once
+constexpr i64 CHUNK = 16;    // blocks of the weight that a thread takes at once
+constexpr i64 SLAB = 768;    // columns of them that are decoded at once
 constexpr i64 BAND = 512;    // rows of x that they are multiplied by
 constexpr i64 SMALL = 512;   // columns of a group: fewer are small
 
@@ -215,7 +215,9 @@ static void configure_tiles(i64 rows) {
 
 // x as [slabs, blocks of 16 rows, units of a slab, height, UNIT], for slabs of `step` units but for the last.
 static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, i64 step, Element* to) {
-  const i64 units = w.units(), high = height(m), padded = (m + high - 1) / high * high, run = step < 16 ? step : 16;
+  const i64 units = w.units(), high = height(m), padded = (m + high - 1) / high * high;
+  i64 run = step < 16 ? step : 16;
+  while (step % run) --run;  // so that none crosses the end of a slab
 #pragma omp for schedule(static) collapse(2)
   for (i64 begin = 0; begin < units; begin += run) {
     for (i64 row = 0; row < m; row += high) {
@@ -327,12 +329,26 @@ template <bool SCALED>
 template <bool SCALED, int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_slab(
     const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 m, i64 row, i64 rows,
-    const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK]) {
+    const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK],
+    const Result& result) {
+  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
   const Element* x_here = x + (begin * ((m + 15) / 16 * 16) + row * (end - begin)) * UNIT;
   auto add = [&](i64 unit) {
     add_unit<BLOCKS, HALVES>(
         x_here + (unit - begin) * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK);
   };
+  if (SCALED && end - begin == divided.units) {
+    zero_tiles<BLOCKS * HALVES>();
+    for (i64 unit = begin; unit < end; ++unit) add(unit);
+    store_tiles(sum);
+    for (i64 r = 0; r < rows; ++r) {
+      each<BLOCKS>([&](auto b) {
+        const i64 column = first + b * BLOCK;
+        if (column < w.n) result.put(row + r, column, load<f32>(sum[b * HALVES][r]));
+      });
+    }
+    return;
+  }
   if constexpr (SCALED) {
     auto tile_of = [&](auto tile) { return total[tile / HALVES] + row % BAND + tile % HALVES * 16; };
     each<BLOCKS * HALVES>([&](auto tile) { load_tile<tile>(tile_of(tile), 64); });
@@ -340,7 +356,6 @@ template <bool SCALED, int BLOCKS, int HALVES>
     each<BLOCKS * HALVES>([&](auto tile) { store_tile<tile>(tile_of(tile), 64); });
     return;
   }
-  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
   const i64 in_group = w.columns / UNIT;
   for (i64 unit = begin, group = begin / in_group; unit < end; ++group) {
     const i64 last = (group + 1) * in_group < end ? (group + 1) * in_group : end;
@@ -371,16 +386,16 @@ static void multiply_chunk(
   const i64 units = divided.units, step = units_of_slab(w);
   for (i64 band = 0; band < m; band += BAND) {
     const i64 rows = m - band < BAND ? m - band : BAND;
-    for (i64 b = 0; b < blocks; ++b) std::memset(total[b], 0, (rows + 15) / 16 * 16 * sizeof(total[0][0]));
+    for (i64 b = 0; b < blocks && step < units; ++b) std::memset(total[b], 0, (rows + 15) / 16 * 16 * sizeof(total[0][0]));
     for (i64 begin = 0; begin < units; begin += step) {
       const i64 end = begin + step < units ? begin + step : units;
       for (i64 b = 0; b < blocks; ++b) decode_slab<SCALED>(w, divided, first + b * BLOCK, begin, end, pairs[b]);
-      for (i64 row = band; row < band + rows; row += 32) {
-        const i64 left = band + rows - row, here = left < 32 ? left : 32;
-        for (i64 b = 0; b < blocks; b += 2) {
+      for (i64 b = 0; b < blocks; b += 2) {
+        for (i64 row = band; row < band + rows; row += 32) {
+          const i64 left = band + rows - row, here = left < 32 ? left : 32;
           auto of = [&](auto count, auto halves) {
             multiply_slab<SCALED, count, halves>(
-                w, divided, first + b * BLOCK, begin, end, x, m, row, here, sums, pairs + b, total + b);
+                w, divided, first + b * BLOCK, begin, end, x, m, row, here, sums, pairs + b, total + b, result);
           };
           if (blocks - b > 1) {
             here > 16 ? of(constant<2>(), constant<2>()) : of(constant<2>(), constant<1>());
@@ -390,10 +405,11 @@ static void multiply_chunk(
         }
       }
     }
-    for (i64 b = 0; b < blocks; ++b) {
-      const i64 at = first + b * BLOCK;
-      if (at >= w.n) break;
-      for (i64 r = 0; r < rows; ++r) result.put(band + r, at, load<f32>(total[b][r]));
+    if (SCALED && step >= units) continue;
+    for (i64 r = 0; r < rows; ++r) {  // a row at a time: its columns lie together
+      for (i64 b = 0; b < blocks && first + b * BLOCK < w.n; ++b) {
+        result.put(band + r, first + b * BLOCK, load<f32>(total[b][r]));
+      }
     }
   }
 }

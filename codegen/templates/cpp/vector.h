@@ -298,17 +298,21 @@ static inline float sum_of(f32 x) {
 }
 
 // Up to LANES numbers to memory.
-static inline void store(float* to, f32 x, i64 count) {
-  std::memcpy(to, &x, count < LANES ? count * sizeof(float) : sizeof(x));
+template <class To, class Vector>
+static inline void store_some(To* to, const Vector& x, i64 count) {
+  static_assert(sizeof(x) == LANES * sizeof(To));
+  if (count >= LANES) std::memcpy(to, &x, sizeof(x));  // of a constant size: no call
+  else std::memcpy(to, &x, count * sizeof(To));
 }
+static inline void store(float* to, f32 x, i64 count) { store_some(to, x, count); }
 static inline void store(bfloat16* to, f32 x, i64 count) {
   u16 bits = __builtin_convertvector(to_bfloat16(x), u16);
-  std::memcpy(to, &bits, count < LANES ? count * sizeof(bfloat16) : sizeof(bits));
+  store_some(to, bits, count);
 }
 
 static inline void store(std::int8_t* to, f32 x, i64 count) {
   i8 bits = __builtin_convertvector(__builtin_convertvector(x, i32), i8);
-  std::memcpy(to, &bits, count < LANES ? count : sizeof(bits));
+  store_some(to, bits, count);
 }
 
 // body(0) to body(COUNT - 1) with constants for arguments, so that all that is indexed by them stays in registers.
