@@ -294,28 +294,41 @@ def attention(folder: Path) -> str:
     text = ""
     for file in load(folder, "attention"):
         rows, peers = file["rows"], peers_of(folder, file["machine"], "attention")
-        text += f"## Attention from one token on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += f"## Attention over caches on {file['machine']}\n\n{run_of(file)}\n\n"
         limited = any("floor_us" in row for row in rows)
         share = ", and in brackets the share of the limit, which is reading the cache once" if limited else ""
-        for shape in dict.fromkeys(map(_shape, rows)):
-            text += _attention_table([row for row in rows if _shape(row) == shape], peers, shape, share)
+        steps, prompts = ([row for row in rows if ("queries" in row) == many] for many in (False, True))
+        for shape in dict.fromkeys(map(_shape, steps)):
+            title = "Microseconds by batch x context {heads}, caches from memory" + share
+            of_shape = [row for row in steps if _shape(row) == shape]
+            text += _attention_table(of_shape, peers, shape, title, lambda row: (row["batch"], row["context"]))
+        for shape in dict.fromkeys(map(_shape, prompts)):
+            title = "Microseconds of prompts, or of their last tokens, by queries x context {heads}"
+            title += ", and in brackets the share of the limit, which is the products" if limited else ""
+            of_shape = [row for row in prompts if _shape(row) == shape and row["batch"] == 1]
+            text += _attention_table(of_shape, [], shape, title, lambda row: (row["queries"], row["context"]))
         if limited:
             text += f"\n![Share of the limit](performance/{file['machine']}.attention-limit.svg)\n\n"
     return text
 
 
-def _attention_table(rows: list[Row], peers: list[Row], shape: tuple[int, int, int], share: str) -> str:
-    """Of query heads, key heads and size; `share` says what is in brackets."""
-    queries, keys, size = shape
+def _attention_table(
+    rows: list[Row],
+    peers: list[Row],
+    shape: tuple[int, int, int],
+    title: str,
+    place: Callable[[Row], tuple[int, int]],
+) -> str:
+    """Of query heads, key heads and size; a column is what `place` says of a row."""
+    heads = "({} query heads, {} key heads of {})".format(*shape)
     text = filled(
-        f"Microseconds by batch x context ({queries} query heads, {keys} key heads of {size}), caches from memory"
-        f"{share}. The error is relative, to float64 attention over what the cache stands for."
+        f"{title.format(heads=heads)}. The error is relative, to float64 attention over what the cache stands for."
     )
-    places = list(dict.fromkeys(map(_place, rows)))
+    places = list(dict.fromkeys(map(place, rows)))
     worst: dict[str, float] = {}
     for row in [*rows, *peers]:
         worst[_attention_name(row)] = max(row["error"], worst.get(_attention_name(row), 0.0))
-    lines = lines_of(rows, peers, _attention_name, _place, places, time_of)
+    lines = lines_of(rows, peers, _attention_name, place, places, time_of)
     lines = [[*line, f"{worst[line[0].removesuffix(' †').strip('*')]:.1g}"] for line in lines]
     return text + table(["cache, kernel", *(f"{b} x {context(c)}" for b, c in places), "error"], lines) + "\n"
 
@@ -327,10 +340,6 @@ def _shape(row: Row) -> tuple[int, int, int]:
 
 def _attention_name(row: Row) -> str:
     return f"{row['kv']}, {row['impl']}"
-
-
-def _place(row: Row) -> tuple[int, int]:
-    return row["batch"], row["context"]
 
 
 # ---- CPUs
@@ -510,8 +519,9 @@ def plot_attention(folder: Path, out: Path) -> None:
         if not any("floor_us" in row for row in file["rows"]):
             continue
         figure, axes = _axes("Attention from one token", "share of the limit")
-        for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in file["rows"]):
-            mine = [row for row in file["rows"] if (row["kv"], row["impl"]) == (kv, impl)]
+        steps = [row for row in file["rows"] if "queries" not in row]
+        for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in steps):
+            mine = [row for row in steps if (row["kv"], row["impl"]) == (kv, impl)]
             names = [f"{row['batch']} x {context(row['context'])}" for row in mine]
             axes.plot(names, [row["floor_us"] / row["us"] for row in mine], marker="o", label=f"{kv}, {impl}")
         axes.set_ylim(0, 1.05)
@@ -550,7 +560,8 @@ def measured(folder: Path = RESULTS) -> str:
         for row in file["rows"]
         if not row["name"].startswith("KV ")
     ]
-    caches = {row["config"]: entry(row) for row in file["rows"] if row["name"].startswith("KV ")}
+    # Caches by the names of their presets; others are known by a configuration.
+    caches = {row["config"]: entry(row) for row in file["rows"] if row["name"] == f"KV {row['config']}"}
     between = [
         (row["step_us"] - row["linear_us"]) / row["layers"]
         for decoded in load(folder, "decode")
