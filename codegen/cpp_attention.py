@@ -69,7 +69,7 @@ def render_attention(spec: CppAttentionSpec) -> str:
     )
     text = fill_hole(template_text("attention.cpp"), "constants", constants, comment="//")
     text = fill_hole(text, "decode", decode, comment="//")
-    for header in ("vector.h", "functions.h"):
+    for header in ("vector.h", "functions.h", "attention_call.h", "attention_squares.h"):
         text = text.replace(f'#include "{header}"\n', template_text(header))
     encoded = spec.encode()
     assert encoded.isprintable()

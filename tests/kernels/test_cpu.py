@@ -293,7 +293,7 @@ def test_one_row_with_no_number_has_none() -> None:
         assert not layer(x).isfinite().any()
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (1, 64), (130, 336), (2100, 1024)])
+@pytest.mark.parametrize("shape", [(64, 32), (1, 64), (130, 336), (96, 640), (2100, 1024)])
 @pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only", "fp8_block", "int4_int8"])
 def test_shapes_that_fill_no_tile_and_those_of_many_chunks(name: str, shape: tuple[int, int]) -> None:
     layer = Quantized(PRESETS[name], torch.randn(shape))

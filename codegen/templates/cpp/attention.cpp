@@ -1,6 +1,7 @@
 // y [B, heads * group, Q, Dv] = softmax(query key^T * scale + mask) value over a cache of keys and values.
 //
-// Queries are cut into blocks of up to MOST_ROWS, counting all query heads of a head of keys; a block shares one read of it.
+// Queries are cut into blocks of up to MOST_ROWS, counting all query heads of a head of keys; a block shares one read
+// of it.
 // The context is cut into parts, as many as the shape says, whatever the number of threads; a thread takes a part
 // STRETCH positions at a time, with a running softmax in float32, and parts are added in their order at the end:
 //
@@ -82,78 +83,7 @@ struct Array {
   operator T*() const { return data; }
 };
 
-// Keys or values of one head of one sequence.
-struct Strip {
-  const Stored* rows;
-  const float* scale;
-  i64 stride, scale_stride, size;
-
-  const Stored* row(i64 position) const { return rows + position * stride; }
-};
-
-// Keys or values of all: strides are in elements, those of scales 0 where a scale is shared.
-struct Half {
-  const Stored* codes;
-  const float* scale;
-  i64 batch, head, position;
-  i64 scale_batch, scale_head, scale_position;
-  i64 size;
-
-  Strip strip(i64 b, i64 h) const {
-    return {codes + b * batch + h * head, scale + b * scale_batch + h * scale_head, position, scale_position, size};
-  }
-};
-
-enum Mask : i64 { NONE, BOOLEAN, FLOAT32, BFLOAT16, FLOAT16 };
-
-// Where rows of queries, or of results, lie: strides of [batch, heads * group, queries, size] in elements.
-template <class T>
-struct Rows {
-  T* data;
-  i64 batch, head, query;
-};
-
-struct Attention {
-  Rows<const Query> query;
-  Rows<Query> y;
-  Half key, value;
-  const void* mask;
-  i64 mask_kind, mask_batch, mask_head, mask_query;  // strides in elements; that of positions is 1
-  i64 batch, heads, group, queries;
-  i64 length;  // positions that are attended to
-  i64 causal;  // whether queries are at the last of these positions, and attend to none after their own
-  i64 window;  // of the last positions before and with its own that a query attends to; 0 if to all
-  double scale, softcap;
-
-  i64 block() const { return group * queries <= MOST_ROWS ? queries : group < MOST_ROWS ? MOST_ROWS / group : 1; }
-  i64 blocks() const { return quotient(queries, block()); }
-  i64 tasks() const { return batch * heads * blocks(); }
-  i64 part() const {
-    i64 steps = quotient(length, STRETCH), parts = least(steps, quotient(PARTS, tasks()));
-    return parts > 1 ? quotient(steps, parts) * STRETCH : length > 0 ? length : 1;
-  }
-  i64 parts() const { return length > 0 ? quotient(length, part()) : 1; }
-};
-
-// Queries of a block, for all query heads of a head of keys: row r is query `first + r % queries` of head r / queries.
-struct Block {
-  i64 b, h, first, queries, group;
-  i64 length;  // positions that the last query attends to
-
-  Block(const Attention& a, i64 task)
-      : b(task / a.blocks() / a.heads), h(task / a.blocks() % a.heads), first(task % a.blocks() * a.block()),
-        queries(least(a.block(), a.queries - first)), group(a.group),
-        length(a.causal ? a.length - a.queries + first + queries : a.length) {}
-
-  i64 rows() const { return group * queries; }
-  template <class T>
-  T* row(const Rows<T>& all, i64 r) const {
-    return all.data + b * all.batch + (h * group + r / queries) * all.head + (first + r % queries) * all.query;
-  }
-  // As many as there is memory for.
-  i64 held() const { return SQUARES && rows() > 16 ? quotient(rows(), 16) * 16 : rows(); }
-  i64 lines() const { return quotient(rows(), LANES) * LANES; }
-};
+#include "attention_call.h"
 
 // `from`, or where the LANES numbers from there on would go past `count`, a copy of what is there.
 template <class T>
@@ -302,148 +232,7 @@ static inline f32 products(const Element* query, const Element* keys, i64 stride
   return sums_of(sum);
 }
 
-#if defined(__AMX_BF16__)
-// Tiles 0 and 1 are sums [16 positions, 16 rows], 2 and 7 keys of as many positions [16, 32 columns], 3 pairs of columns
-// of queries [16, 16 rows, 2]; 4 and 5 are outputs [up to 16 rows, 16 columns], 6 weights [rows, 32 positions], 3 and 7
-// then pairs of positions of values [16, 16 columns, 2]. Of more than 16 rows two tiles are taken at a time, so that
-// each load serves two products: those of the second are sums 4 and 5 of queries 6, and outputs 0 and 1 of weights 2.
-static void configure_tiles(i64 rows) {
-  struct alignas(64) {
-    std::uint8_t palette = 1, start = 0, reserved[14] = {};
-    std::uint16_t bytes[16] = {};
-    std::uint8_t rows[16] = {};
-  } shape;
-  for (int tile = 0; tile < 8; ++tile) {
-    shape.bytes[tile] = 64;
-    shape.rows[tile] = (std::uint8_t)(4 <= tile && tile <= 6 ? least(rows, 16) : 16);
-  }
-  asm volatile("" ::"r"(&shape) : "memory");  // all of it is read
-  _tile_loadconfig(&shape);
-}
-
-// 16 rows of queries as tiles: [columns / 32, 16 pairs of columns, 16 rows].
-static void arrange_squares(const Element* rows, i64 columns, Element* to) {
-  for (i64 d = 0; d < columns; d += 32, to += 16 * 32) {
-    __m512i x[16], y[16];
-    each<16>([&](auto i) { x[i] = (__m512i)get<u32>(rows + i * columns + d); });
-    each<8>([&](auto i) {
-      y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-      y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-    });
-    each<4>([&](auto i) {
-      each<2>([&](auto j) {
-        x[4 * i + 2 * j] = _mm512_unpacklo_epi64(y[4 * i + j], y[4 * i + 2 + j]);
-        x[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(y[4 * i + j], y[4 * i + 2 + j]);
-      });
-    });
-    each<4>([&](auto j) {  // x[4 i + j] holds pairs j, j + 4, j + 8, j + 12 of rows 4 i to 4 i + 3
-      __m512i low = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), high = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd);
-      __m512i low2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88);
-      __m512i high2 = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd);
-      put(to + j * 32, _mm512_shuffle_i32x4(low, low2, 0x88));
-      put(to + (8 + j) * 32, _mm512_shuffle_i32x4(low, low2, 0xdd));
-      put(to + (4 + j) * 32, _mm512_shuffle_i32x4(high, high2, 0x88));
-      put(to + (12 + j) * 32, _mm512_shuffle_i32x4(high, high2, 0xdd));
-    });
-  }
-}
-
-// scores [row + 0 to 3, 16] = sums [16, row + 0 to 3]
-static inline void turn(const float (*sums)[16], float* scores, i64 rows) {
-  __m512 x[4], y[4];
-  for (int i = 0; i < 4; ++i) {
-    x[i] = _mm512_castps128_ps512(_mm_loadu_ps(sums[i]));
-    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 4]), 1);
-    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 8]), 2);
-    x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(sums[i + 12]), 3);
-  }
-  for (int i = 0; i < 2; ++i) {
-    y[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
-    y[i + 2] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
-  }
-  for (int i = 0; i < 4 && i < rows; ++i) {
-    __m512d low = (__m512d)y[i / 2 * 2], high = (__m512d)y[i / 2 * 2 + 1];
-    put(scores + i * STRETCH, i % 2 ? _mm512_unpackhi_pd(low, high) : _mm512_unpacklo_pd(low, high));
-  }
-}
-
-// Products of all rows and 32 keys.
-static void multiply_squares(
-    const Element* queries, i64 rows, const Element* keys, i64 stride, i64 columns, float* scores) {
-  alignas(64) float sums[64][16];
-  for (i64 r = 0; r < rows; r += 32, queries += 32 * columns) {
-    const bool two = rows - r > 16;
-    _tile_zero(0);
-    _tile_zero(1);
-    if (two) {
-      _tile_zero(4);
-      _tile_zero(5);
-    }
-    for (i64 d = 0; d < columns; d += 32) {
-      _tile_loadd(3, queries + d * 16, 64);
-      _tile_loadd(2, keys + d, 2 * stride);
-      _tile_dpbf16ps(0, 2, 3);
-      _tile_loadd(7, keys + 16 * stride + d, 2 * stride);
-      _tile_dpbf16ps(1, 7, 3);
-      if (two) {
-        _tile_loadd(6, queries + (columns + d) * 16, 64);
-        _tile_dpbf16ps(4, 2, 6);
-        _tile_dpbf16ps(5, 7, 6);
-      }
-    }
-    asm volatile("" ::"r"(sums) : "memory");
-    _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[16], 64);
-    if (two) {
-      _tile_stored(4, sums[32], 64);
-      _tile_stored(5, sums[48], 64);
-    }
-    asm volatile("" ::"r"(sums) : "memory");
-    for (i64 quad = r; quad < least(r + 32, rows); quad += 4) {
-      for (i64 t = 0; t < 32; t += 16) {
-        const float* from = sums[(quad - r) / 16 * 32 + t] + quad % 16;
-        turn((const float (*)[16])from, scores + quad * STRETCH + t, rows - quad);
-      }
-    }
-  }
-}
-
-// output [held rows, columns] += weights times words of `count` positions, a multiple of 32.
-static void add_squares(const Element* weights, i64 rows, const Word* words, i64 count, i64 columns, float* output) {
-  asm volatile("" ::"r"(weights), "r"(words), "r"(output) : "memory");
-  for (i64 r = 0; r < rows; r += 32, weights += 32 * STRETCH, output += 32 * columns) {
-    const bool two = rows - r > 16;
-    float* second = output + 16 * columns;
-    for (i64 d = 0; d < columns; d += 32) {
-      _tile_loadd(4, output + d, 4 * columns);
-      _tile_loadd(5, output + d + 16, 4 * columns);
-      if (two) {
-        _tile_loadd(0, second + d, 4 * columns);
-        _tile_loadd(1, second + d + 16, 4 * columns);
-      }
-      for (i64 t = 0; t < count; t += 32) {
-        _tile_loadd(6, weights + t, 2 * STRETCH);
-        _tile_loadd(3, words + t / 2 * columns + d, 4 * columns);
-        _tile_dpbf16ps(4, 6, 3);
-        _tile_loadd(7, words + t / 2 * columns + d + 16, 4 * columns);
-        _tile_dpbf16ps(5, 6, 7);
-        if (two) {
-          _tile_loadd(2, weights + 16 * STRETCH + t, 2 * STRETCH);
-          _tile_dpbf16ps(0, 2, 3);
-          _tile_dpbf16ps(1, 2, 7);
-        }
-      }
-      _tile_stored(4, output + d, 4 * columns);
-      _tile_stored(5, output + d + 16, 4 * columns);
-      if (two) {
-        _tile_stored(0, second + d, 4 * columns);
-        _tile_stored(1, second + d + 16, 4 * columns);
-      }
-    }
-  }
-  asm volatile("" ::: "memory");
-}
-#endif
+#include "attention_squares.h"
 
 // Products of all rows and `count` keys from position `first` on: scores [rows, STRETCH].
 static void multiply_keys(const Block& block, const Workspace& w, const Strip& keys, i64 first, i64 count) {
@@ -460,7 +249,6 @@ static void multiply_keys(const Block& block, const Workspace& w, const Strip& k
     }
 #if defined(__AMX_BF16__)
     if constexpr (SQUARES) {
-      asm volatile("" ::"r"(here) : "memory");
       multiply_squares(w.queries, block.rows(), here, stride, columns, w.scores + t);
       continue;
     }

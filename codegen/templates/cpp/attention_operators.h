@@ -80,8 +80,8 @@ AtenTensorHandle attend(
   const i64 out_by[4] = {queries * shape[1] * value_size, value_size, shape[1] * value_size, 1};
   AtenTensorHandle y = empty(out_shape, out_by, 4, kind);
   const Attention call = {
-      {data(query), by[0], by[1], by[2]}, {data(y), out_by[0], out_by[1], out_by[2]}, half_of(cache.key, cache.key_scale, key_size),
-      half_of(cache.value, cache.value_scale, value_size), nullptr, 0, 0, 0, 0, batch, heads, group, queries, end,
+      {data(query), by[0], by[1], by[2]}, {data(y), out_by[0], out_by[1], out_by[2]},
+      half_of(cache.key, cache.key_scale, key_size), half_of(cache.value, cache.value_scale, value_size), nullptr, 0, 0, 0, 0, batch, heads, group, queries, end,
       causal, window, scale, kernel.softcap};
   kernel.attention(&call, threads_for(batch * heads * end * (key_size + value_size) / kernel.numbers_per_thread));
   return y;
@@ -118,7 +118,8 @@ void attention_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   if (plain && one && kind_of(query, &kind)) {
     if (const Attend* found = attends().find(text(stack[4]), kind)) {
       const Cache cache = {item(list, 0), item(list, 1), item(list, 2), item(list, 3)};
-      y = attend(*found, query, kind, cache, given(stack[3]), found->key_size, found->value_size, found->scale, false, 0);
+      y = attend(
+          *found, query, kind, cache, given(stack[3]), found->key_size, found->value_size, found->scale, false, 0);
     }
   }
   if (y == nullptr) return pass_on("qcompile::attention_any", stack);

@@ -334,8 +334,9 @@ template <bool SCALED, int BLOCKS, int HALVES>
   alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
   const Element* x_here = x + (begin * ((m + 15) / 16 * 16) + row * (end - begin)) * UNIT;
   auto add = [&](i64 unit) {
+    const i64 at = unit - begin;
     add_unit<BLOCKS, HALVES>(
-        x_here + (unit - begin) * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK);
+        x_here + at * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][at * (UNIT / 2)], SLAB / 2 * BLOCK);
   };
   if (SCALED && end - begin == divided.units) {
     zero_tiles<BLOCKS * HALVES>();
@@ -384,9 +385,12 @@ static void multiply_chunk(
   const Weight w = weight;
   const Divided divided(w);
   const i64 units = divided.units, step = units_of_slab(w);
+  const bool summed = !SCALED || step < units;  // else tiles go to the result
   for (i64 band = 0; band < m; band += BAND) {
     const i64 rows = m - band < BAND ? m - band : BAND;
-    for (i64 b = 0; b < blocks && step < units; ++b) std::memset(total[b], 0, (rows + 15) / 16 * 16 * sizeof(total[0][0]));
+    if (summed) {
+      for (i64 b = 0; b < blocks; ++b) std::memset(total[b], 0, (rows + 15) / 16 * 16 * sizeof(total[0][0]));
+    }
     for (i64 begin = 0; begin < units; begin += step) {
       const i64 end = begin + step < units ? begin + step : units;
       for (i64 b = 0; b < blocks; ++b) decode_slab<SCALED>(w, divided, first + b * BLOCK, begin, end, pairs[b]);
@@ -405,7 +409,7 @@ static void multiply_chunk(
         }
       }
     }
-    if (SCALED && step >= units) continue;
+    if (!summed) continue;
     for (i64 r = 0; r < rows; ++r) {  // a row at a time: its columns lie together
       for (i64 b = 0; b < blocks && first + b * BLOCK < w.n; ++b) {
         result.put(band + r, first + b * BLOCK, load<f32>(total[b][r]));
@@ -432,7 +436,9 @@ static void multiply_by_squares(
       const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
       auto few = [&](auto most, auto halves) {
         if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, scratch, first, result);
-        for (i64 b = 0; b < blocks; ++b) multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, result);
+        for (i64 b = 0; b < blocks; ++b) {
+          multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, result);
+        }
       };
       if (m <= 16) few(constant<4>(), constant<1>());
       else if (m <= 32) few(constant<2>(), constant<2>());
