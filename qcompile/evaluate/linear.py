@@ -95,8 +95,11 @@ def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: 
     text = spec.encode()
 
     def call(weight: tuple[Tensor, ...]) -> Tensor:
-        if x.device.type == "cpu":  # what compiled graphs call, which fuse the rest with what comes next
-            y: Tensor = torch.ops.qcompile.gemm_cpu(x, None, list(weight), text)
+        if x.device.type == "cpu":
+            if steps:
+                y: Tensor = torch.ops.qcompile.linear(x, list(weight), None, None, None, [], text)
+            else:  # what compiled graphs call
+                y = torch.ops.qcompile.gemm_cpu(x, None, list(weight), text)
             return y
         from qcompile.runtime import gpu
 
