@@ -36,7 +36,7 @@ BEST = HERE[0]
 QUANTIZED = [(isa, kv, dtype) for isa in HERE for kv, dtype in KERNELS[isa] if kv != "plain"]
 LENGTHS = st.one_of(st.sampled_from([1, 2, 15, 16, 17, 31, 33, 127, 128, 129, 300]), st.integers(1, 300))
 SIZES = st.sampled_from([2, 16, 24, 64, 80, 128, 130])
-QUERIES = st.sampled_from([1, 1, 2, 5, 8, 70])
+QUERIES = st.sampled_from([1, 1, 2, 5, 8, 60])  # of groups of 8 not too many for kernels without a matrix unit
 reaches = st.sampled_from([{}, {}, {"causal": True}, {"causal": True, "window": 1}, {"causal": True, "window": 150}])
 WITHOUT_SQUARES = next(isa for isa in HERE if "amx_bf16" not in ISAS[isa])
 
@@ -251,7 +251,8 @@ def test_blocks_of_queries(group: int, window: int) -> None:
     """A last block of fewer queries, blocks of single ones, and queries before the first position."""
     for length in (150, 20):
         options = {"context": 150, "queries": 41, "group": group, "heads": 1, "causal": True, "window": window}
-        check(problem("fp8_e4m3", size=64, dtype=BF16, length=length, **options))
+        given_ = problem("fp8_e4m3", size=64, dtype=BF16, length=length, **options)
+        given_.check(run(given_), weights=BF16, compute=BF16)  # torch's, without a matrix unit
         plain = plain_problem(size=64, length=length, mask="none", **options)
         plain.check(run(plain))
 
