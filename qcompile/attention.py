@@ -19,6 +19,7 @@ page may be anything.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -361,20 +362,11 @@ def _attention_any(
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _attention_plain_any(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    length: Tensor | None,
-    scale: float,
-    causal: bool = False,
-    window: int = 0,
-) -> Tensor:
+def _attention_plain_any(*given: Any) -> Tensor:
     """What `_attention_any` is, for `attention_plain_cpu`."""
     from qcompile.runtime import attention_cpu
 
-    y = attention_cpu.attention_plain(query, key, value, mask, length, scale, causal, window)
+    y = attention_cpu.attention_plain(*given)
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 

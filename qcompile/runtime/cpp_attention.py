@@ -15,9 +15,6 @@ from qcompile.runtime import cpp
 
 _MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
-NUMBERS_PER_THREAD = 1 << 16
-"""Numbers of a cache: fewer are read sooner than another thread starts."""
-
 
 class _Half(ctypes.Structure):
     """The template's struct of the same name."""
@@ -129,8 +126,7 @@ class AttentionKernel:
             softcap,
         )
         if y.numel():
-            numbers = batch * heads * length * (key_size + value[2])
-            self.attention(given, max(1, min(torch.get_num_threads(), numbers // NUMBERS_PER_THREAD)))
+            self.attention(given, torch.get_num_threads())
         return y
 
 

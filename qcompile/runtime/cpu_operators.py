@@ -50,7 +50,7 @@ class _Attend(ctypes.Structure):
 
     _fields_ = (
         ("attention", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("rows", "numbers_per_thread", "key_size", "value_size")),
+        *((name, ctypes.c_int64) for name in ("rows", "key_size", "value_size")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
     )
@@ -130,10 +130,9 @@ def add_attention(
     if (library := _library()) is None or dtype not in _KINDS or (spec is not None and spec.window):
         return
     address = ctypes.cast(kernel.attention, ctypes.c_void_p)
-    numbers = cpp_attention.NUMBERS_PER_THREAD
     known = (0, 0, 0.0, 0.0) if spec is None else (spec.key.head_dim, spec.value.head_dim, spec.scale, spec.softcap)
     text = "" if spec is None else spec.encode()
-    library.add_attention(text.encode(), _KINDS[dtype], _Attend(address, rows, numbers, *known))
+    library.add_attention(text.encode(), _KINDS[dtype], _Attend(address, rows, *known))
 
 
 def forget_kernels() -> None:

@@ -53,6 +53,7 @@ constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded 
 constexpr i64 UNIT = SQUARES ? STRETCH : 32;     // and whose values are
 constexpr i64 PARTS = 64;  // all blocks together, if the context is long enough
 constexpr i64 MOST_ROWS = 128;  // of a block
+constexpr i64 NUMBERS_PER_THREAD = 1 << 16;  // as many are read sooner than another thread starts
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 quotient(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -493,9 +494,10 @@ static void combine(const Attention& a, const Block& block, const float* partial
   }
 }
 
-extern "C" void attention(const Attention* given, int threads) {
+extern "C" void attention(const Attention* given, int most_threads) {
   const Attention& a = *given;
   const Block largest(a, 0);
+  const int threads = (int)least(most_threads, 1 + a.numbers() / NUMBERS_PER_THREAD);
   const i64 tasks = a.tasks(), parts = a.parts(), part = a.part(), size = partial_size(a, largest);
   Array<float> partials(tasks * parts * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)

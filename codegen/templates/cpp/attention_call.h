@@ -46,6 +46,8 @@ struct Attention {
   i64 block() const { return group * queries <= MOST_ROWS ? queries : group < MOST_ROWS ? MOST_ROWS / group : 1; }
   i64 blocks() const { return quotient(queries, block()); }
   i64 tasks() const { return batch * heads * blocks(); }
+  // Of keys and values, that all blocks read.
+  i64 numbers() const { return tasks() * length * (key.size + value.size); }
   i64 part() const {
     i64 steps = quotient(length, STRETCH), parts = least(steps, quotient(PARTS, tasks()));
     return parts > 1 ? quotient(steps, parts) * STRETCH : length > 0 ? length : 1;

@@ -25,7 +25,6 @@ struct Attention {
 struct Attend {
   void (*attention)(const Attention*, int threads);
   i64 rows;                // queries times query heads a head of keys, at most
-  i64 numbers_per_thread;  // of the cache
   i64 key_size, value_size;
   double scale, softcap;
 };
@@ -83,7 +82,7 @@ AtenTensorHandle attend(
       {data(query), by[0], by[1], by[2]}, {data(y), out_by[0], out_by[1], out_by[2]},
       half_of(cache.key, cache.key_scale, key_size), half_of(cache.value, cache.value_scale, value_size), nullptr, 0, 0, 0, 0, batch, heads, group, queries, end,
       causal, window, scale, kernel.softcap};
-  kernel.attention(&call, threads_for(batch * heads * end * (key_size + value_size) / kernel.numbers_per_thread));
+  kernel.attention(&call, threads_for(batch * heads * queries));
   return y;
 }
 

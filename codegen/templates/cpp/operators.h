@@ -93,7 +93,7 @@ int threads_for(i64 most) {
   return (int)(most < 1 ? 1 : (i64)count < most ? (i64)count : most);
 }
 
-// Contiguous; float32 or bfloat16.
+// Of float32 or bfloat16.
 AtenTensorHandle empty(const i64* sizes, const i64* strides, int dimensions, Kind kind) {
   const std::int32_t type = kind == BFLOAT16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float32();
   AtenTensorHandle found;
