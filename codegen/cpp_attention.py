@@ -7,14 +7,20 @@ import json
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qcompile.codegen.cpp import ISAS, decode_functions, template_text
+from qcompile.codegen.printers import cpp_constant
 from qcompile.codegen.render import fill_hole
-from qcompile.formats import FORMATS
+from qcompile.formats import FORMATS, FloatFormat, IntegerFormat
 from qcompile.kv_cache import AttentionSpec, NumberFormat
 
 _NUMBERS = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
-_DECLARED = "static inline f32 decode(i32 code);\nstatic inline u32 decode_pair(u32 codes);\n"
+_DECLARED = "static inline f32 decode(i32 code);\nstatic inline Pairs decode_four(u32 codes);\n"
+_FOUR = """static inline Pairs decode_four(u32 codes) {{
+  return {};
+}}
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +60,35 @@ def cpp_attention_spec(spec: AttentionSpec, query: torch.dtype, isa: str) -> Cpp
     return CppAttentionSpec(number=fmt.number.name, query=str(query).removeprefix("torch."), isa=isa)
 
 
+def _decode_four(spec: CppAttentionSpec) -> str:
+    """The function that decodes the codes in the bytes of each lane to bfloat16.
+
+    Bytes of bfloat16 come from tables where the processor looks up 64 in one instruction, for floats of 8 bits of the
+    codes without a sign.
+    """
+    fmt = FORMATS[spec.number]
+    if isinstance(fmt, IntegerFormat) and fmt.bits == 8:
+        return _FOUR.format(f"integers_of(codes, {cpp_constant(float(fmt.offset))})")
+    signs = isinstance(fmt, FloatFormat) and fmt.bits == 8
+    if "avx512vbmi" not in ISAS[spec.isa] or not (signs or fmt.bits == 4):
+        return _FOUR.format("{decode_pair(codes & 0x00ff00ffu), decode_pair(codes >> 8 & 0x00ff00ffu)}")
+    entries = 128 if signs else 64
+    values = fmt.decode(torch.arange(entries, dtype=torch.int32) % (1 << fmt.bits))
+    assert isinstance(values, Tensor)
+    words = values.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+    parts = [", ".join(map(str, part.tolist())) for part in (words & 255, words >> 8 & 255)]
+    return f"constexpr ByteTables<{entries}> BYTES = {{{{{parts[0]}}},\n{{{parts[1]}}}}};\n" + _FOUR.format(
+        "lookup(codes, BYTES)"
+    )
+
+
 def render_attention(spec: CppAttentionSpec) -> str:
     """The kernel's source, one file without includes of its own."""
     plain = spec.number in _NUMBERS
     decode, masked = (_DECLARED, False)
     if not plain:
         decode, masked = decode_functions(spec.number, "bfloat16" if spec.pairs else "float32", spec.isa)
+        decode += "\n" + _decode_four(spec)
     constants = (
         f"using Query = {_NUMBERS[spec.query]};\n"
         f"using Stored = {_NUMBERS[spec.number] if plain else 'std::uint8_t'};\n"

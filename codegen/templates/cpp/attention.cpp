@@ -7,8 +7,9 @@
 //
 //     scores [rows, STRETCH] -> weights, with the values' scales -> output [rows, Dv] and, a row, top and total
 //
-// With PAIRED, products are of pairs of bfloat16: neighbours in a row of keys, and neighbouring positions of values, of
-// which the even columns of STEP come before the odd ones. Otherwise all numbers are float32.
+// With PAIRED, products are of pairs of bfloat16: neighbours in a row of keys, and neighbouring positions of values.
+// Columns lie as decoding leaves them: of STEP columns of values those that leave the least remainder by STEP / LANES
+// come first, and of 8-bit keys the even ones. Otherwise all numbers are float32.
 //
 // Stands for itself where the markers are: codes of 8-bit integers, queries of float32.
 #include "vector.h"
@@ -32,6 +33,11 @@ static inline u32 decode_pair(u32 codes) {
   u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
   return low >> 16 | (high & 0xffff0000u);
 }
+
+// Four codes, in the bytes of each lane, as bfloat16: those of bytes 0 and 2, and of bytes 1 and 3.
+static inline Pairs decode_four(u32 codes) {
+  return {decode_pair(codes & 0x00ff00ffu), decode_pair(codes >> 8 & 0x00ff00ffu)};
+}
 // </decode>
 
 constexpr bool PLAIN = !std::is_same_v<Stored, std::uint8_t>;
@@ -40,8 +46,8 @@ using Element = std::conditional_t<PAIRED, bfloat16, float>;  // what is multipl
 using Word = std::conditional_t<PAIRED, std::uint32_t, float>;  // values of a column: of two positions, or of one
 using Vector = std::conditional_t<PAIRED, u32, f32>;            // LANES of them
 
-constexpr int STEP = PAIRED ? 2 * LANES : LANES;  // columns that are decoded at a time
-constexpr int HALVES = BITS == 4 ? 2 : 1;        // low and high halves of bytes
+constexpr int HALVES = BITS == 4 ? 2 : 1;                             // low and high halves of bytes
+constexpr int STEP = (PAIRED ? BITS == 8 ? 4 : 2 : 1) * LANES;        // columns of a half that are decoded at a time
 constexpr int DEPTH = PAIRED ? 2 : 1;             // positions of a word
 constexpr i64 STRETCH = 128;                     // positions of a step of the running softmax
 #if defined(__AMX_BF16__)
@@ -74,6 +80,21 @@ static inline From get(const void* from) {
 
 static inline f32 dot(f32 sum, f32 x, f32 other) { return sum + x * other; }
 
+// The even and the odd ones of the halves of all lanes of two vectors.
+static inline Pairs apart(u32 a, u32 b) {
+  std::uint16_t from[4 * LANES], to[4 * LANES];
+  put(from, a), put(from + 2 * LANES, b);
+  for (int i = 0; i < 4 * LANES; ++i) to[i % 2 * 2 * LANES + i / 2] = from[i];
+  return {get<u32>(to), get<u32>(to + 2 * LANES)};
+}
+
+// The lanes of two vectors by turns.
+static inline Pairs together(u32 a, u32 b) {
+  std::uint32_t to[2 * LANES];
+  for (int i = 0; i < LANES; ++i) to[2 * i] = a[i], to[2 * i + 1] = b[i];
+  return {get<u32>(to), get<u32>(to + LANES)};
+}
+
 template <class T>
 struct Array {
   T* data;
@@ -86,16 +107,16 @@ struct Array {
 
 #include "attention_call.h"
 
-// `from`, or where the LANES numbers from there on would go past `count`, a copy of what is there.
-template <class T>
+// `from`, or where the COUNT numbers from there on would go past `count`, a copy of what is there.
+template <class T, int COUNT = LANES>
 struct Some {
-  T copy[LANES];
+  T copy[COUNT];
   const T* from;
 
   Some(const T* given, i64 count) : from(given) {
-    if (count >= LANES) return;
+    if (count >= COUNT) return;
     std::memset(copy, 0, sizeof(copy));
-    std::memcpy(copy, given, count * sizeof(T));
+    if (count > 0) std::memcpy(copy, given, count * sizeof(T));
     from = copy;
   }
 };
@@ -105,37 +126,33 @@ static inline f32 some(const void* from, i64 first, i64 count) {
   return values(Some<T>((const T*)from + first, count).from);
 }
 
-// STEP numbers of a row, of which `count` are there, in 16 bits each: neighbours in the halves of a lane.
-static inline u32 neighbours(const std::uint16_t* from, i64 count) {
+// STEP numbers or bytes of a row, of which `count` are there: numbers, and bytes of two codes, in 16 bits each.
+static inline u32 neighbours(const bfloat16* from, i64 count) {
   if (count >= STEP) return get<u32>(from);
   u32 found{};
   std::memcpy(&found, from, count * sizeof(*from));
   return found;
 }
-static inline u32 neighbours(const bfloat16* from, i64 count) { return neighbours(&from->bits, count); }
 static inline u32 neighbours(const std::uint8_t* from, i64 count) {
   typedef std::uint8_t bytes __attribute__((vector_size(2 * LANES)));
   typedef std::uint16_t words __attribute__((vector_size(4 * LANES)));
-  bytes found{};
-  if (count >= STEP) found = get<bytes>(from);
-  else std::memcpy(&found, from, count);
+  if (BITS == 8 && count >= STEP) return get<u32>(from);
+  u32 found{};
+  if (count < STEP) std::memcpy(&found, from, count);
+  if (BITS == 8) return found;
+  bytes some = count >= STEP ? get<bytes>(from) : get<bytes>(&found);
 #if defined(__AVX512BW__)
-  return (u32)_mm512_cvtepu8_epi16((__m256i)found);  // compilers make two instructions and their joining
+  return (u32)_mm512_cvtepu8_epi16((__m256i)some);  // compilers make two instructions and their joining
 #else
-  return (u32)__builtin_convertvector(found, words);
+  return (u32)__builtin_convertvector(some, words);
 #endif
 }
 
-// The bfloat16 of codes, or of numbers as they are; of 4-bit codes those of one half.
-template <int HALF>
-static inline u32 pair_of(u32 stored) {
-  if constexpr (PLAIN) {
-    return stored;
-  } else {
-    u32 codes = stored >> (4 * HALF);
-    if constexpr (HALVES > 1 && MASKED) codes &= 0x000f000fu;
-    return decode_pair(codes);
-  }
+// The bfloat16 of what `neighbours` gives, of which all low halves are even and all high ones odd.
+static inline Pairs pairs_of(u32 stored) {
+  if constexpr (HALVES == 1) return decode_four(stored);
+  stored |= stored << 4;
+  return decode_four(MASKED ? stored & 0x0f0f0f0fu : stored);
 }
 
 template <int HALF, class T>
@@ -155,9 +172,12 @@ template <class T>
 static inline void decode_key(const T* row, i64 size, Element* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
   for (i64 d = 0; d < columns; d += STEP) {
-    if constexpr (PAIRED) {
-      u32 stored = neighbours(row + d, columns - d);
-      each<HALVES>([&](auto h) { put(to + h * half + d, pair_of<h>(stored)); });
+    if constexpr (PAIRED && PLAIN) {
+      put(to + d, neighbours(row + d, columns - d));
+    } else if constexpr (PAIRED) {
+      Pairs pairs = pairs_of(neighbours(row + d, columns - d));
+      put(to + d, pairs.even);
+      put(to + d + (HALVES == 1 ? 2 * LANES : half), pairs.odd);
     } else {
       each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
     }
@@ -173,10 +193,17 @@ static inline void decode_value(const T* row, const T* next, i64 size, Word* to)
       u32 first = neighbours(row + d, columns - d), second{};
       if (next != nullptr) second = neighbours(next + d, columns - d);
       u32 even = (first & 0xffffu) | second << 16, odd = first >> 16 | (second & 0xffff0000u);
-      each<HALVES>([&](auto h) {
-        put(to + h * half + d, pair_of<h>(even));
-        put(to + h * half + d + LANES, pair_of<h>(odd));
-      });
+      if constexpr (PLAIN) {
+        put(to + d, even);
+        put(to + d + LANES, odd);
+      } else {
+        const i64 other = HALVES == 1 ? LANES : half, rest = HALVES == 1 ? 2 * LANES : LANES;
+        Pairs pairs = pairs_of(even), after = pairs_of(odd);
+        put(to + d, pairs.even);
+        put(to + d + other, pairs.odd);
+        put(to + d + rest, after.even);
+        put(to + d + rest + other, after.odd);
+      }
     } else {
       each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
     }
@@ -194,8 +221,15 @@ template <class T>
 static inline void arrange_query(const T* row, i64 size, Element* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
   for (i64 h = 0; h < HALVES; ++h, row += columns, to += half) {
-    if constexpr (PAIRED) {
-      for (i64 d = 0; d < half; d += STEP) put(to + d, neighbours(row + d, columns - d));
+    if constexpr (PAIRED && BITS == 8) {
+      for (i64 d = 0; d < half; d += STEP) {
+        Some<T, STEP> there(row + d, columns - d);
+        Pairs words = apart(get<u32>(there.from), get<u32>(there.from + 2 * LANES));
+        put(to + d, words.even);
+        put(to + d + 2 * LANES, words.odd);
+      }
+    } else if constexpr (PAIRED) {
+      for (i64 d = 0; d < half; d += STEP) put(to + d, get<u32>(Some<T, STEP>(row + d, columns - d).from));
     } else {
       for (i64 d = 0; d < half; ++d) to[d] = d < columns ? converted<Element>(row[d]) : Element{};
     }
@@ -226,7 +260,7 @@ static inline bool as_it_is(i64 size) {
 // The products of a query and LANES keys.
 static inline f32 products(const Element* query, const Element* keys, i64 stride, i64 columns) {
   f32 sum[LANES] = {};
-  for (i64 d = 0; d < columns; d += STEP) {
+  for (i64 d = 0; d < columns; d += sizeof(Vector) / sizeof(Element)) {
     Vector q = get<Vector>(query + d);
     each<LANES>([&](auto t) { sum[t] = dot(sum[t], get<Vector>(keys + t * stride + d), q); });
   }
@@ -484,8 +518,14 @@ static void combine(const Attention& a, const Block& block, const float* partial
     for (i64 h = 0; h < HALVES; ++h, y += columns) {
       for (i64 d = 0; d < columns; d += STEP) {
         if constexpr (PAIRED) {
-          u32 both = to_bfloat16(result(h * half + d)) | to_bfloat16(result(h * half + d + LANES)) << 16;
-          std::memcpy(y + d, &both, sizeof(Query) * least(STEP, columns - d));
+          const i64 at = h * half + d;
+          auto rounded = [&](i64 at) { return to_bfloat16(result(at)) | to_bfloat16(result(at + LANES)) << 16; };
+          u32 words[2] = {rounded(at)};
+          if constexpr (BITS == 8) {
+            Pairs both = together(words[0], rounded(at + 2 * LANES));
+            words[0] = both.even, words[1] = both.odd;
+          }
+          std::memcpy(y + d, words, sizeof(Query) * least(STEP, columns - d));
         } else {
           store(y + d, result(h * half + d), columns - d);
         }
