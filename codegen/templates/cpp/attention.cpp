@@ -56,10 +56,11 @@ constexpr bool SQUARES = PAIRED;  // whether the matrix unit multiplies
 constexpr bool SQUARES = false;
 #endif
 constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded at a time
-constexpr i64 UNIT = SQUARES ? STRETCH : 32;     // and whose values are
+constexpr i64 UNIT = SQUARES ? 64 : 32;     // and whose values are
 constexpr i64 PARTS = 64;  // all blocks together, if the context is long enough
 constexpr i64 MOST_ROWS = 128;  // of a block
 constexpr i64 NUMBERS_PER_THREAD = 1 << 16;  // as many are read sooner than another thread starts
+constexpr i64 ALL = i64(1) << 40;            // more positions than there are
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 quotient(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -236,25 +237,78 @@ static inline void arrange_query(const T* row, i64 size, Element* to) {
   }
 }
 
+// Where rows are, and their scales.
+struct Found {
+  const Stored* rows[STRETCH + LANES];
+  float scales[STRETCH + LANES];
+};
+
+// A stretch of keys or values.
+struct Places {
+  Strip of;
+  Found* found;
+  i64 count = 0;
+
+  Places(const Strip& strip, Found& place) : of(strip), found(&place) {}
+
+  void find(i64 first, i64 end) {
+    typedef i64 several __attribute__((vector_size(4 * LANES)));
+    constexpr i64 SEVERAL = LANES / 2;
+    several lane;
+    for (int i = 0; i < SEVERAL; ++i) lane[i] = i;
+    count = least(STRETCH, end - first);
+    for (i64 t = 0; t < count;) {
+      const bool before = first + t < of.first;  // what is there may be anything; the weight is 0
+      const i64 at = before ? of.first : first + t, page = of.pages[at / of.page], inside = at % of.page;
+      const i64 there = least(count - t, before ? of.first - first - t : of.page - inside);
+      const i64 step = before ? 0 : of.position, scale_step = before ? 0 : of.scale_position;
+      several row = (i64)(of.codes + page * of.batch + inside * of.position) + lane * step * (i64)sizeof(Stored);
+      for (i64 i = 0; i < there; i += SEVERAL, row += SEVERAL * step * (i64)sizeof(Stored)) {
+        put(found->rows + t + i, row);
+      }
+      if (!PLAIN && !of.shared()) {
+        const float* scale = of.scale + page * of.scale_batch + inside * of.scale_position;
+        for (i64 i = 0; i < there; ++i) found->scales[t + i] = scale[i * scale_step];
+      }
+      t += there;
+    }
+    if (count > 0) put(found->scales + count, f32{});  // of the rest of a vector
+  }
+
+  const Stored* row(i64 t) const { return found->rows[t]; }
+  f32 scale(i64 t) const {
+    if constexpr (PLAIN) return everywhere(1.0f);
+    return of.shared() ? everywhere(*of.scale) : load<f32>(found->scales + t);
+  }
+  // A row that is worked on later.
+  void fetch(i64 t) const {
+    if (t >= count) return;
+    for (i64 byte = 0; byte < of.size / HALVES * (i64)sizeof(Stored); byte += 64) {
+      __builtin_prefetch((const char*)row(t) + byte, 0, 2);
+    }
+  }
+};
+
 // What a thread works with.
 struct Workspace {
   Array<Element> queries, weights, keys;
   Array<Word> words;
   Array<float> scores, higher, rescale;
+  Array<Found> places;  // of keys, of values, and of the keys after these
 
   Workspace(const Attention& a, const Block& largest)
       : queries((SQUARES ? quotient(largest.rows(), 16) * 16 : largest.rows()) * padded(a.key.size)),
         weights(largest.held() * STRETCH), keys(KEYS * padded(a.key.size)),
         words(UNIT / DEPTH * padded(a.value.size)), scores(largest.rows() * STRETCH),
-        higher(largest.lines()), rescale(largest.lines()) {
+        higher(largest.lines()), rescale(largest.lines()), places(3) {
     if (SQUARES) std::memset(weights, 0, sizeof(Element) * largest.held() * STRETCH);
   }
 };
 
 // Whether rows are multiplied from where they lie.
 template <class To>
-static inline bool as_it_is(i64 size) {
-  return PLAIN && std::is_same_v<Stored, To> && size % STEP == 0;
+static inline bool as_it_is(const Strip& strip) {
+  return PLAIN && std::is_same_v<Stored, To> && strip.size % STEP == 0 && strip.page % 32 == 0;
 }
 
 // The products of a query and LANES keys.
@@ -269,18 +323,18 @@ static inline f32 products(const Element* query, const Element* keys, i64 stride
 
 #include "attention_squares.h"
 
-// Products of all rows and `count` keys from position `first` on: scores [rows, STRETCH].
-static void multiply_keys(const Block& block, const Workspace& w, const Strip& keys, i64 first, i64 count) {
-  const i64 columns = padded(keys.size);
-  for (i64 t = 0; t < count; t += KEYS) {
+// Products of all rows and the keys of a stretch: scores [rows, STRETCH].
+static void multiply_keys(const Block& block, const Workspace& w, const Places& keys, const Places& ahead) {
+  const i64 size = keys.of.size, columns = padded(size);
+  for (i64 t = 0; t < keys.count; t += KEYS) {
     const Element* here = w.keys;
-    i64 stride = columns;
-    if (as_it_is<Element>(keys.size) && t + KEYS <= count) {
-      here = (const Element*)keys.row(first + t);
-      stride = keys.stride;
+    i64 stride = columns, end = least(KEYS, keys.count - t);
+    for (i64 i = 0; i < KEYS; ++i) ahead.fetch(t + i);
+    if (as_it_is<Element>(keys.of) && end == KEYS) {
+      here = (const Element*)keys.row(t);
+      stride = keys.of.position;
     } else {
-      i64 end = least(KEYS, count - t);
-      for (i64 i = 0; i < end; ++i) decode_key(keys.row(first + t + i), keys.size, w.keys + i * columns);
+      for (i64 i = 0; i < end; ++i) decode_key(keys.row(t + i), size, w.keys + i * columns);
     }
 #if defined(__AMX_BF16__)
     if constexpr (SQUARES) {
@@ -305,18 +359,14 @@ static inline f32 add_mask(const Attention& a, f32 scores, i64 at, i64 count) {
   return scores;
 }
 
-static inline f32 scales(const Strip& strip, i64 at, i64 count) {
-  if constexpr (PLAIN) return everywhere(1.0f);
-  return strip.scale_stride == 0 ? everywhere(*strip.scale) : some<float>(strip.scale, at, count);
-}
-
 // The positions of a stretch from `first` on that a row attends to, counted from there.
 struct Seen {
   i64 begin, end;
 
   Seen(const Attention& a, const Block& block, i64 row, i64 first, i64 count) {
-    const i64 last = a.causal ? block.length - block.queries + row % block.queries : block.length - 1;
-    begin = a.window ? last + 1 - a.window - first : 0;
+    const i64 last = a.causal ? block.end - block.queries + row % block.queries : block.end - 1;
+    begin = block.start - first;
+    if (a.window && begin < last + 1 - a.window - first) begin = last + 1 - a.window - first;
     end = least(count, last + 1 - first);
   }
 
@@ -332,17 +382,16 @@ struct Seen {
 
 // The scores of a row, scaled, capped and masked, and the greatest of them.
 static inline float finish_scores(
-    const Attention& a, const Block& block, const Strip& keys, const Seen& seen, i64 row, i64 first, i64 count,
-    float* scores) {
+    const Attention& a, const Block& block, const Places& keys, const Seen& seen, i64 row, i64 first, float* scores) {
   const i64 query = block.first + row % block.queries, head = block.h * a.group + row / block.queries;
   const i64 mask = block.b * a.mask_batch + head * a.mask_head + query * a.mask_query;
   const float lowest = -__builtin_inff();
   f32 tops = everywhere(lowest);
-  for (i64 t = 0; t < count; t += LANES) {
+  for (i64 t = 0; t < keys.count; t += LANES) {
     if (seen.none(t)) continue;
-    f32 s = load<f32>(scores + t) * scales(keys, first + t, count - t) * (float)a.scale;
+    f32 s = load<f32>(scores + t) * keys.scale(t) * (float)a.scale;
     if (a.softcap != 0) s = (float)a.softcap * tanh_of(s / (float)a.softcap);
-    if (a.mask_kind != NONE) s = add_mask(a, s, mask + first + t, count - t);
+    if (a.mask_kind != NONE) s = add_mask(a, s, mask + first + t, keys.count - t);
     if (!seen.all(t)) s = where(seen.those(t), s, everywhere(lowest));
     put(scores + t, s);
     tops = where(s > tops, s, tops);
@@ -361,23 +410,23 @@ static inline void put_weights(bfloat16* to, f32 x) {
 
 // The weights of a row, times the scales of values: the sum of those before.
 static inline float weigh(
-    const Strip& values, const Seen& seen, i64 first, i64 count, float base, const float* scores, Element* weights) {
+    const Places& values, const Seen& seen, float base, const float* scores, Element* weights) {
   f32 sum{};
-  for (i64 t = 0; t < count; t += LANES) {
+  for (i64 t = 0; t < values.count; t += LANES) {
     f32 weight = seen.none(t) ? f32{} : exp_of(load<f32>(scores + t) - base);
     sum += weight;
-    put_weights(weights + t, weight * scales(values, first + t, count - t));
+    put_weights(weights + t, weight * values.scale(t));
   }
   return sum_of(sum);
 }
 
 // Scores of all rows to weights: the greatest so far and the sums of weights move on, and outputs with them.
-static void soften(const Attention& a, const Block& block, const Workspace& w, const Strip& keys, const Strip& values,
-                   i64 first, i64 count, float* output, float* top, float* total) {
-  const i64 out = padded(values.size);
+static void soften(const Attention& a, const Block& block, const Workspace& w, const Places& keys, const Places& values,
+                   i64 first, float* output, float* top, float* total) {
+  const i64 out = padded(values.of.size), count = keys.count;
   for (i64 r = 0; r < block.rows(); ++r) {
     const Seen seen(a, block, r, first, count);
-    const float here = finish_scores(a, block, keys, seen, r, first, count, w.scores + r * STRETCH);
+    const float here = finish_scores(a, block, keys, seen, r, first, w.scores + r * STRETCH);
     w.higher[r] = here > top[r] ? here : top[r];
   }
   for (i64 r = 0; r < block.rows(); r += LANES) {
@@ -390,7 +439,7 @@ static void soften(const Attention& a, const Block& block, const Workspace& w, c
     const Seen seen(a, block, r, first, count);
     const i64 at = r * STRETCH;
     const float rescale = w.rescale[r];
-    total[r] = total[r] * rescale + weigh(values, seen, first, count, w.higher[r], w.scores + at, w.weights + at);
+    total[r] = total[r] * rescale + weigh(values, seen, w.higher[r], w.scores + at, w.weights + at);
     if (rescale == 1.0f) continue;
     for (i64 d = 0; d < out; d += LANES) put(output + r * out + d, load<f32>(output + r * out + d) * rescale);
   }
@@ -427,21 +476,23 @@ static void add_rows(const Element* weights, const Word* words, i64 stride, i64 
   for (; d < columns; d += LANES) add_tile<ROWS, 1>(weights, words + d, stride, count, columns, output + d);
 }
 
-// output [rows, columns] += weights [rows, STRETCH] times the values of `count` positions from `first` on.
+// output [rows, columns] += weights [rows, STRETCH] times the values of a stretch.
 static void add_values(
-    const Block& block, const Workspace& w, const Strip& values, i64 first, i64 count, float* output) {
-  const i64 columns = padded(values.size);
-  for (i64 t = 0; t < count; t += UNIT) {
-    const i64 end = least(UNIT, count - t);
+    const Block& block, const Workspace& w, const Places& values, const Places& ahead, float* output) {
+  const i64 columns = padded(values.of.size);
+  for (i64 t = 0; t < values.count; t += UNIT) {
+    const i64 end = least(UNIT, values.count - t);
     const Word* words = w.words;
     i64 stride = columns;
-    if (as_it_is<Word>(values.size)) {
-      words = (const Word*)values.row(first + t);
-      stride = values.stride;
+    if (as_it_is<Word>(values.of)) {
+      for (i64 i = 0; i < end; ++i) ahead.fetch(t + i);
+      words = (const Word*)values.row(t);
+      stride = values.of.position;
     } else {
       for (i64 i = 0; i < end; i += DEPTH) {
-        const Stored* next = i + 1 < end ? values.row(first + t + i + 1) : nullptr;
-        decode_value(values.row(first + t + i), next, values.size, w.words + i / DEPTH * columns);
+        for (i64 j = i; j < i + DEPTH; ++j) ahead.fetch(t + j);
+        const Stored* next = i + 1 < end ? values.row(t + i + 1) : nullptr;
+        decode_value(values.row(t + i), next, values.of.size, w.words + i / DEPTH * columns);
       }
     }
 #if defined(__AMX_BF16__)
@@ -470,34 +521,38 @@ static inline i64 partial_size(const Attention& a, const Block& block) {
 
 static void attend(const Attention& a, const Block& block, const Workspace& w, i64 begin, i64 end, float* partial) {
   const i64 rows = block.rows();
-  const Strip keys = a.key.strip(block.b, block.h), values = a.value.strip(block.b, block.h);
-  const i64 columns = padded(keys.size), out = padded(values.size);
+  const Strip key = a.strip(a.key, block.b, block.h), value = a.strip(a.value, block.b, block.h);
+  const i64 columns = padded(key.size), out = padded(value.size);
   float *top = partial + block.held() * out, *total = top + block.lines();
   std::memset(partial, 0, sizeof(float) * partial_size(a, block));
   for (i64 r = 0; r < rows; ++r) {
     Element* to = SQUARES ? w.keys + r % 16 * columns : w.queries + r * columns;
-    arrange_query(block.row(a.query, r), keys.size, to);
+    arrange_query(block.row(a.query, r), key.size, to);
     top[r] = -__builtin_inff();
 #if defined(__AMX_BF16__)
     if (SQUARES && (r % 16 == 15 || r + 1 == rows)) arrange_squares(w.keys, columns, w.queries + r / 16 * 16 * columns);
 #endif
   }
-  end = least(end, block.length);
+  end = least(end, block.end);
   if (a.window) {
-    i64 unseen = block.length - block.queries + 1 - a.window - begin;
+    i64 unseen = block.end - block.queries + 1 - a.window - begin;
     if (unseen > 0) begin += unseen / STRETCH * STRETCH;
   }
+  Places keys(key, w.places[0]), values(value, w.places[1]), after(key, w.places[2]);
+  keys.find(begin, end);
   for (i64 first = begin; first < end; first += STRETCH) {
-    const i64 count = least(STRETCH, end - first);
-    multiply_keys(block, w, keys, first, count);
-    soften(a, block, w, keys, values, first, count, partial, top, total);
-    add_values(block, w, values, first, count, partial);
+    values.find(first, end);
+    after.find(first + STRETCH, end);
+    multiply_keys(block, w, keys, values);
+    soften(a, block, w, keys, values, first, partial, top, total);
+    add_values(block, w, values, after, partial);
+    std::swap(keys, after);
   }
 }
 
 // The parts of a block, in their order, to y; each part has `size` numbers.
-static void combine(const Attention& a, const Block& block, const float* partials, i64 size) {
-  const i64 out = padded(a.value.size), parts = a.parts();
+static void combine(const Attention& a, const Block& block, const float* partials, i64 parts, i64 size) {
+  const i64 out = padded(a.value.size);
   const i64 columns = a.value.size / HALVES, half = out / HALVES;
   Array<float> scale(parts);
   for (i64 r = 0; r < block.rows(); ++r) {
@@ -537,8 +592,9 @@ static void combine(const Attention& a, const Block& block, const float* partial
 extern "C" void attention(const Attention* given, int most_threads) {
   const Attention& a = *given;
   const Block largest(a, 0);
-  const int threads = (int)least(most_threads, 1 + a.numbers() / NUMBERS_PER_THREAD);
-  const i64 tasks = a.tasks(), parts = a.parts(), part = a.part(), size = partial_size(a, largest);
+  const Plan plan(a);
+  const int threads = (int)least(most_threads, 1 + plan.numbers / NUMBERS_PER_THREAD);
+  const i64 tasks = a.tasks(), parts = plan.parts, size = partial_size(a, largest);
   Array<float> partials(tasks * parts * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -549,14 +605,19 @@ extern "C" void attention(const Attention* given, int most_threads) {
 #pragma omp for schedule(dynamic)
     for (i64 item = tasks * parts - 1; item >= 0; --item) {  // blocks of the last queries take the longest
       const Block block(a, item / parts);
-      const i64 begin = item % parts * part;
+      const i64 begin = block.begin + item % parts * plan.part;
+      if (begin >= block.end) continue;
 #if defined(__AMX_BF16__)
       if (SQUARES && configured != block.rows()) configure_tiles(configured = block.rows());
 #endif
-      attend(a, block, w, begin, least(begin + part, a.length), partials + item * size);
+      attend(a, block, w, begin, begin + plan.part, partials + item * size);
     }
 #pragma omp for schedule(static)
-    for (i64 task = 0; task < tasks; ++task) combine(a, Block(a, task), partials + task * parts * size, size);
+    for (i64 task = 0; task < tasks; ++task) {
+      const Block block(a, task);
+      const i64 own = block.end > block.begin ? quotient(block.end - block.begin, plan.part) : 0;
+      combine(a, block, partials + task * parts * size, own, size);
+    }
 #if defined(__AMX_BF16__)
     if (SQUARES) _tile_release();
 #endif
