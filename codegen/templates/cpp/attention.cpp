@@ -56,7 +56,6 @@ constexpr bool SQUARES = PAIRED;  // whether the matrix unit multiplies
 constexpr bool SQUARES = false;
 #endif
 constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded at a time
-constexpr i64 UNIT = SQUARES ? 64 : 32;     // and whose values are
 constexpr i64 PARTS = 64;  // all blocks together, if the context is long enough
 constexpr i64 MOST_ROWS = 128;  // of a block
 constexpr i64 NUMBERS_PER_THREAD = 1 << 16;  // as many are read sooner than another thread starts
@@ -83,17 +82,32 @@ static inline f32 dot(f32 sum, f32 x, f32 other) { return sum + x * other; }
 
 // The even and the odd ones of the halves of all lanes of two vectors.
 static inline Pairs apart(u32 a, u32 b) {
+#if defined(__AVX512BW__)
+  __m512i even = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)a)),
+                                    _mm512_cvtepi32_epi16((__m512i)b), 1);
+  __m512i odd = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16((__m512i)(a >> 16))),
+                                   _mm512_cvtepi32_epi16((__m512i)(b >> 16)), 1);
+  return {(u32)even, (u32)odd};
+#else
   std::uint16_t from[4 * LANES], to[4 * LANES];
   put(from, a), put(from + 2 * LANES, b);
   for (int i = 0; i < 4 * LANES; ++i) to[i % 2 * 2 * LANES + i / 2] = from[i];
   return {get<u32>(to), get<u32>(to + 2 * LANES)};
+#endif
 }
 
 // The lanes of two vectors by turns.
 static inline Pairs together(u32 a, u32 b) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  return {(u32)_mm512_permutex2var_epi32((__m512i)a, first, (__m512i)b),
+          (u32)_mm512_permutex2var_epi32((__m512i)a, second, (__m512i)b)};
+#else
   std::uint32_t to[2 * LANES];
   for (int i = 0; i < LANES; ++i) to[2 * i] = a[i], to[2 * i + 1] = b[i];
   return {get<u32>(to), get<u32>(to + LANES)};
+#endif
 }
 
 template <class T>
@@ -127,25 +141,34 @@ static inline f32 some(const void* from, i64 first, i64 count) {
   return values(Some<T>((const T*)from + first, count).from);
 }
 
+// body(d, whole) for the first of each STEP columns, and whether all of these are there.
+template <class Body>
+static inline void by_steps(i64 columns, Body body) {
+  i64 d = 0;
+  for (; d + STEP <= columns; d += STEP) body(d, std::true_type());
+  if (d < columns) body(d, std::false_type());
+}
+
 // STEP numbers or bytes of a row, of which `count` are there: numbers, and bytes of two codes, in 16 bits each.
-static inline u32 neighbours(const bfloat16* from, i64 count) {
-  if (count >= STEP) return get<u32>(from);
+template <class Whole>
+static inline u32 neighbours(const bfloat16* from, i64 count, Whole) {
+  if constexpr (Whole()) return get<u32>(from);
   u32 found{};
   std::memcpy(&found, from, count * sizeof(*from));
   return found;
 }
-static inline u32 neighbours(const std::uint8_t* from, i64 count) {
+template <class Whole>
+static inline u32 neighbours(const std::uint8_t* from, i64 count, Whole) {
   typedef std::uint8_t bytes __attribute__((vector_size(2 * LANES)));
   typedef std::uint16_t words __attribute__((vector_size(4 * LANES)));
-  if (BITS == 8 && count >= STEP) return get<u32>(from);
   u32 found{};
-  if (count < STEP) std::memcpy(&found, from, count);
-  if (BITS == 8) return found;
-  bytes some = count >= STEP ? get<bytes>(from) : get<bytes>(&found);
+  if constexpr (!Whole()) std::memcpy(&found, from, count);
+  const void* there = Whole() ? (const void*)from : &found;
+  if constexpr (BITS == 8) return get<u32>(there);
 #if defined(__AVX512BW__)
-  return (u32)_mm512_cvtepu8_epi16((__m256i)some);  // compilers make two instructions and their joining
+  return (u32)_mm512_cvtepu8_epi16(get<__m256i>(there));  // compilers make two instructions and their joining
 #else
-  return (u32)__builtin_convertvector(some, words);
+  return (u32)__builtin_convertvector(get<bytes>(there), words);
 #endif
 }
 
@@ -172,27 +195,26 @@ static inline f32 number_of(const T* from, i64 count) {
 template <class T>
 static inline void decode_key(const T* row, i64 size, Element* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
-  for (i64 d = 0; d < columns; d += STEP) {
+  by_steps(columns, [&](i64 d, auto whole) {
     if constexpr (PAIRED && PLAIN) {
-      put(to + d, neighbours(row + d, columns - d));
+      put(to + d, neighbours(row + d, columns - d, whole));
     } else if constexpr (PAIRED) {
-      Pairs pairs = pairs_of(neighbours(row + d, columns - d));
+      Pairs pairs = pairs_of(neighbours(row + d, columns - d, whole));
       put(to + d, pairs.even);
       put(to + d + (HALVES == 1 ? 2 * LANES : half), pairs.odd);
     } else {
       each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
     }
-  }
+  });
 }
 
-// The rows of values of up to DEPTH positions as words; what is not there is that of code 0.
+// The rows of values of DEPTH positions as words.
 template <class T>
 static inline void decode_value(const T* row, const T* next, i64 size, Word* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
-  for (i64 d = 0; d < columns; d += STEP) {
+  by_steps(columns, [&](i64 d, auto whole) {
     if constexpr (PAIRED) {
-      u32 first = neighbours(row + d, columns - d), second{};
-      if (next != nullptr) second = neighbours(next + d, columns - d);
+      u32 first = neighbours(row + d, columns - d, whole), second = neighbours(next + d, columns - d, whole);
       u32 even = (first & 0xffffu) | second << 16, odd = first >> 16 | (second & 0xffff0000u);
       if constexpr (PLAIN) {
         put(to + d, even);
@@ -208,7 +230,7 @@ static inline void decode_value(const T* row, const T* next, i64 size, Word* to)
     } else {
       each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
     }
-  }
+  });
 }
 
 template <class To, class From>
@@ -256,7 +278,7 @@ struct Places {
     constexpr i64 SEVERAL = LANES / 2;
     several lane;
     for (int i = 0; i < SEVERAL; ++i) lane[i] = i;
-    count = least(STRETCH, end - first);
+    count = first < end ? least(STRETCH, end - first) : 0;
     for (i64 t = 0; t < count;) {
       const bool before = first + t < of.first;  // what is there may be anything; the weight is 0
       const i64 at = before ? of.first : first + t, page = of.pages[at / of.page], inside = at % of.page;
@@ -268,7 +290,8 @@ struct Places {
       }
       if (!PLAIN && !of.shared()) {
         const float* scale = of.scale + page * of.scale_batch + inside * of.scale_position;
-        for (i64 i = 0; i < there; ++i) found->scales[t + i] = scale[i * scale_step];
+        if (scale_step == 1) std::memcpy(found->scales + t, scale, there * sizeof(float));
+        else for (i64 i = 0; i < there; ++i) found->scales[t + i] = scale[i * scale_step];
       }
       t += there;
     }
@@ -279,13 +302,6 @@ struct Places {
   f32 scale(i64 t) const {
     if constexpr (PLAIN) return everywhere(1.0f);
     return of.shared() ? everywhere(*of.scale) : load<f32>(found->scales + t);
-  }
-  // A row that is worked on later.
-  void fetch(i64 t) const {
-    if (t >= count) return;
-    for (i64 byte = 0; byte < of.size / HALVES * (i64)sizeof(Stored); byte += 64) {
-      __builtin_prefetch((const char*)row(t) + byte, 0, 2);
-    }
   }
 };
 
@@ -298,8 +314,8 @@ struct Workspace {
 
   Workspace(const Attention& a, const Block& largest)
       : queries((SQUARES ? quotient(largest.rows(), 16) * 16 : largest.rows()) * padded(a.key.size)),
-        weights(largest.held() * STRETCH), keys(KEYS * padded(a.key.size)),
-        words(UNIT / DEPTH * padded(a.value.size)), scores(largest.rows() * STRETCH),
+        weights(largest.held() * STRETCH), keys(2 * KEYS * padded(a.key.size)),
+        words(STRETCH / DEPTH * padded(a.value.size)), scores(largest.rows() * STRETCH),
         higher(largest.lines()), rescale(largest.lines()), places(3) {
     if (SQUARES) std::memset(weights, 0, sizeof(Element) * largest.held() * STRETCH);
   }
@@ -307,7 +323,7 @@ struct Workspace {
 
 // Whether rows are multiplied from where they lie.
 template <class To>
-static inline bool as_it_is(const Strip& strip) {
+static inline bool lies_so(const Strip& strip) {
   return PLAIN && std::is_same_v<Stored, To> && strip.size % STEP == 0 && strip.page % 32 == 0;
 }
 
@@ -323,28 +339,46 @@ static inline f32 products(const Element* query, const Element* keys, i64 stride
 
 #include "attention_squares.h"
 
-// Products of all rows and the keys of a stretch: scores [rows, STRETCH].
-static void multiply_keys(const Block& block, const Workspace& w, const Places& keys, const Places& ahead) {
-  const i64 size = keys.of.size, columns = padded(size);
-  for (i64 t = 0; t < keys.count; t += KEYS) {
-    const Element* here = w.keys;
-    i64 stride = columns, end = least(KEYS, keys.count - t);
-    for (i64 i = 0; i < KEYS; ++i) ahead.fetch(t + i);
-    if (as_it_is<Element>(keys.of) && end == KEYS) {
-      here = (const Element*)keys.row(t);
-      stride = keys.of.position;
-    } else {
-      for (i64 i = 0; i < end; ++i) decode_key(keys.row(t + i), size, w.keys + i * columns);
+// A step of the decoding of `count` things, of `steps`: which of them.
+struct Share {
+  i64 begin, end;
+
+  Share(i64 count, i64 step, i64 steps) : begin(count * step / steps), end(count * (step + 1) / steps) {}
+};
+
+// Keys of up to KEYS positions from `t` of their stretch on.
+struct KeyBlock {
+  const Places& keys;
+  i64 t;
+  Element* to;
+
+  i64 count() const { return least(KEYS, keys.count - t); }
+  bool as_it_is() const { return lies_so<Element>(keys.of) && count() == KEYS; }
+  const Element* rows() const { return as_it_is() ? (const Element*)keys.row(t) : to; }
+  i64 stride() const { return as_it_is() ? keys.of.position : padded(keys.of.size); }
+
+  void decode(i64 step, i64 steps) const {
+    if (as_it_is()) return;
+    const Share share(count(), step, steps);
+    for (i64 i = share.begin; i < share.end; ++i) {
+      decode_key(keys.row(t + i), keys.of.size, to + i * padded(keys.of.size));
     }
+  }
+};
+
+// Products of all rows and a block of keys: scores [rows, STRETCH]. Meanwhile another block is decoded.
+template <class Other>
+static void multiply_keys(const Block& block, const Workspace& w, const KeyBlock& keys, const Other& other) {
+  const i64 columns = padded(keys.keys.of.size);
 #if defined(__AMX_BF16__)
-    if constexpr (SQUARES) {
-      multiply_squares(w.queries, block.rows(), here, stride, columns, w.scores + t);
-      continue;
-    }
+  if constexpr (SQUARES) {
+    multiply_squares(w.queries, block.rows(), keys.rows(), keys.stride(), columns, w.scores + keys.t, other);
+    return;
+  }
 #endif
-    for (i64 r = 0; r < block.rows(); ++r) {
-      put(w.scores + r * STRETCH + t, products(w.queries + r * columns, here, stride, columns));
-    }
+  other.decode(0, 1);
+  for (i64 r = 0; r < block.rows(); ++r) {
+    put(w.scores + r * STRETCH + keys.t, products(w.queries + r * columns, keys.rows(), keys.stride(), columns));
   }
 }
 
@@ -476,42 +510,53 @@ static void add_rows(const Element* weights, const Word* words, i64 stride, i64 
   for (; d < columns; d += LANES) add_tile<ROWS, 1>(weights, words + d, stride, count, columns, output + d);
 }
 
-// output [rows, columns] += weights [rows, STRETCH] times the values of a stretch.
-static void add_values(
-    const Block& block, const Workspace& w, const Places& values, const Places& ahead, float* output) {
-  const i64 columns = padded(values.of.size);
-  for (i64 t = 0; t < values.count; t += UNIT) {
-    const i64 end = least(UNIT, values.count - t);
-    const Word* words = w.words;
-    i64 stride = columns;
-    if (as_it_is<Word>(values.of)) {
-      for (i64 i = 0; i < end; ++i) ahead.fetch(t + i);
-      words = (const Word*)values.row(t);
-      stride = values.of.position;
-    } else {
-      for (i64 i = 0; i < end; i += DEPTH) {
-        for (i64 j = i; j < i + DEPTH; ++j) ahead.fetch(t + j);
-        const Stored* next = i + 1 < end ? values.row(t + i + 1) : nullptr;
-        decode_value(values.row(t + i), next, values.of.size, w.words + i / DEPTH * columns);
-      }
+// Values of up to `most` positions from `t` of their stretch on.
+struct ValueBlock {
+  const Places& values;
+  i64 t, most;
+  Word* to;
+
+  i64 count() const { return least(most, values.count - t); }
+  // With zeros where the matrix unit multiplies 32 positions at a time.
+  i64 held() const { return SQUARES ? quotient(count(), 32) * 32 : count(); }
+  bool as_it_is() const { return lies_so<Word>(values.of); }
+  const Word* words() const { return as_it_is() ? (const Word*)values.row(t) : to; }
+  i64 stride() const { return as_it_is() ? values.of.position : padded(values.of.size); }
+
+  void decode(i64 step, i64 steps) const {
+    if (as_it_is()) return;
+    const i64 columns = padded(values.of.size);
+    const Share share(quotient(held(), DEPTH), step, steps);
+    for (i64 i = share.begin; i < share.end; ++i) {
+      const i64 at = i * DEPTH, left = count() - at;
+      // A position that is not there has a weight of 0; of the matrix unit's more may be left from before.
+      if (left <= 0) std::memset(to + i * columns, 0, sizeof(Word) * columns);
+      else decode_value(values.row(t + at), values.row(t + at + (left > 1)), values.of.size, to + i * columns);
     }
-#if defined(__AMX_BF16__)
-    if constexpr (SQUARES) {
-      const i64 there = quotient(end, DEPTH), whole = quotient(end, 32) * 32 / DEPTH;
-      std::memset(w.words + there * columns, 0, sizeof(Word) * (whole - there) * columns);
-      add_squares(w.weights + t, block.rows(), words, whole * DEPTH, columns, output);
-      continue;
-    }
-#endif
-    i64 r = 0;
-    auto rows_of = [&](auto rows) {
-      add_rows<rows>(w.weights + r * STRETCH + t, words, stride, end, columns, output + r * columns);
-      r += rows;
-    };
-    while (block.rows() - r >= 4) rows_of(std::integral_constant<int, 4>());
-    while (block.rows() - r >= 2) rows_of(std::integral_constant<int, 2>());
-    if (r < block.rows()) rows_of(std::integral_constant<int, 1>());
   }
+};
+
+// output [rows, columns] += weights [rows, STRETCH] times a block of values. Meanwhile another block is decoded.
+template <class Other>
+static void add_values(
+    const Block& block, const Workspace& w, const ValueBlock& values, const Other& other, float* output) {
+  const i64 columns = padded(values.values.of.size);
+  const Element* weights = w.weights + values.t;
+#if defined(__AMX_BF16__)
+  if constexpr (SQUARES) {
+    add_squares(weights, block.rows(), values.words(), values.held(), columns, output, other);
+    return;
+  }
+#endif
+  other.decode(0, 1);
+  i64 r = 0;
+  auto rows_of = [&](auto rows) {
+    add_rows<rows>(weights + r * STRETCH, values.words(), values.stride(), values.count(), columns, output + r * columns);
+    r += rows;
+  };
+  while (block.rows() - r >= 4) rows_of(std::integral_constant<int, 4>());
+  while (block.rows() - r >= 2) rows_of(std::integral_constant<int, 2>());
+  if (r < block.rows()) rows_of(std::integral_constant<int, 1>());
 }
 
 // What a part of a block gives: output [rows, columns], then the top and the total of each row.
@@ -539,13 +584,23 @@ static void attend(const Attention& a, const Block& block, const Workspace& w, i
     if (unseen > 0) begin += unseen / STRETCH * STRETCH;
   }
   Places keys(key, w.places[0]), values(value, w.places[1]), after(key, w.places[2]);
+  const i64 unit = rows > 16 ? STRETCH : 32;  // outputs of few rows are little to load
+  auto keys_at = [&](const Places& from, i64 t) { return KeyBlock{from, t, w.keys + t / KEYS % 2 * KEYS * columns}; };
+  auto values_at = [&](i64 t) { return ValueBlock{values, t, unit, w.words + t / unit % 2 * unit / DEPTH * out}; };
   keys.find(begin, end);
+  if (begin < end) keys_at(keys, 0).decode(0, 1);
   for (i64 first = begin; first < end; first += STRETCH) {
     values.find(first, end);
     after.find(first + STRETCH, end);
-    multiply_keys(block, w, keys, values);
+    for (i64 t = 0; t < keys.count; t += KEYS) {
+      if (t + KEYS < keys.count) multiply_keys(block, w, keys_at(keys, t), keys_at(keys, t + KEYS));
+      else multiply_keys(block, w, keys_at(keys, t), values_at(0));
+    }
     soften(a, block, w, keys, values, first, partial, top, total);
-    add_values(block, w, values, after, partial);
+    for (i64 t = 0; t < values.count; t += unit) {
+      if (t + unit < values.count) add_values(block, w, values_at(t), values_at(t + unit), partial);
+      else add_values(block, w, values_at(t), keys_at(after, 0), partial);
+    }
     std::swap(keys, after);
   }
 }
