@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qcompile.attention  # noqa: F401  (registers the operators)
+from qcompile.attention import check_compute
 from qcompile.errors import ConfigError
 from qcompile.formats import get_format
 from qcompile.kv_cache import KVScheme, KVSpec, parse_kv_cache
@@ -33,7 +33,9 @@ def half_of(
 
     Raises:
         ConfigError: integers with one scale for many tokens that nothing gave; a scale of another shape.
+        DeviceError: products that the device has not.
     """
+    check_compute(kv_cache, device, f"a cache on {device}")
     batch, heads, length, head_dim = shape
     fmt, scales = kv_cache.format, kv_cache.scales
     if kv_cache.compact:

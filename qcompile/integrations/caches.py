@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from qcompile import compat
+from qcompile.attention import check_compute
 from qcompile.caches import clear_half, half_of
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.config import QuantConfig, parse_config
@@ -211,10 +212,12 @@ class TransformersCache(StaticCache):  # type: ignore[misc]
 
     Raises:
         ConfigError: a scheme that cannot be.
+        DeviceError: products that the model's device has not.
     """
 
     def __init__(self, model: nn.Module, kv_cache: Any = "fp8", *, max_cache_len: int) -> None:
         scheme = scheme_of(kv_cache)
+        check_compute(scheme, next(model.parameters()).device, f"a cache for {type(model).__name__}")
         scales = attention_scales(model)
         layers = []
         for index, (kind, given) in enumerate(layers_of(model)):

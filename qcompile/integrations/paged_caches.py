@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qcompile.attention import check_compute
 from qcompile.caches import PagedKVCache
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.errors import ConfigError
@@ -84,6 +85,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
 
     Raises:
         ConfigError: a scheme that cannot be; layers of another kind than full attention and sliding windows.
+        DeviceError: products that the model's device has not.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
         if unknown := {kind for kind, _ in layers} - _KINDS:
             raise ConfigError(f"paged caches are for full and sliding attention; the model has {sorted(unknown)} too")
         device = next(model.parameters()).device
+        check_compute(scheme, device, f"a cache for {type(model).__name__}")
         self._windows = {kind: given["sliding_window"] if kind == "sliding_attention" else 0 for kind, given in layers}
         windows = list(self._windows.values())
         window = max(windows) if all(windows) else 0
