@@ -181,9 +181,9 @@ def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
     return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"]), "reach": Reach(**given["reach"])})
 
 
-def has_number(fmt: KVFormat) -> bool:
-    """Whether the template decodes a format."""
-    return isinstance(fmt, NumberFormat)
+def reads(fmt: KVFormat, x_dtype: torch.dtype) -> bool:
+    """Whether the templates read a format: codes of numbers, or 16-bit numbers of the queries' type."""
+    return isinstance(fmt, NumberFormat) or (fmt.dtype == x_dtype and x_dtype in (torch.bfloat16, torch.float16))
 
 
 def has_integers(fmt: KVFormat) -> bool:
@@ -202,16 +202,18 @@ def attention_kernel_spec(
     target: str,
     tile: AttentionTile,
 ) -> AttentionKernelSpec:
-    """The kernel for attention with `has_number`, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
+    """The kernel for attention that `reads` its format, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
 
     Args:
         queries: 0 if the tile has rows.
     """
-    fmt = spec.scheme.format
-    assert isinstance(fmt, NumberFormat)
+    fmt, stored = spec.scheme.format, None
+    if not spec.scheme.plain:
+        assert isinstance(fmt, NumberFormat)
+        stored = fmt.number
     return AttentionKernelSpec(
-        number=fmt.number.name,
-        bits=fmt.number.bits,
+        number=fmt.name if stored is None else stored.name,
+        bits=16 if stored is None else stored.bits,
         scales=spec.scheme.scales,
         group_size=spec.scheme.group,
         offsets=not spec.scheme.symmetric,

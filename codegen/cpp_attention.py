@@ -13,7 +13,7 @@ from qcompile.codegen.cpp import ISAS, decode_functions, template_text
 from qcompile.codegen.printers import cpp_constant
 from qcompile.codegen.render import fill_hole
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat
-from qcompile.kv_cache import AttentionSpec, NumberFormat
+from qcompile.kv_cache import AttentionSpec, NumberFormat, PlainFormat
 
 _NUMBERS = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
 _DECLARED = "static inline f32 decode(i32 code);\nstatic inline Pairs decode_four(u32 codes);\n"
@@ -53,11 +53,12 @@ def _has_pairs(isa: str) -> bool:
 
 
 def cpp_attention_spec(spec: AttentionSpec, query: torch.dtype, isa: str) -> CppAttentionSpec | None:
-    """The kernel for a quantized cache and queries of float32 or bfloat16; None for schemes that it cannot decode."""
+    """The kernel for a cache and queries of float32 or bfloat16; None for schemes that it cannot decode."""
     fmt = spec.scheme.format
-    if not isinstance(fmt, NumberFormat) or spec.scheme.compact:
+    if spec.scheme.compact or not isinstance(fmt, (NumberFormat, PlainFormat)):
         return None
-    return CppAttentionSpec(number=fmt.number.name, query=str(query).removeprefix("torch."), isa=isa)
+    number = fmt.name if isinstance(fmt, PlainFormat) else fmt.number.name
+    return CppAttentionSpec(number=number, query=str(query).removeprefix("torch."), isa=isa)
 
 
 def _decode_four(spec: CppAttentionSpec) -> str:

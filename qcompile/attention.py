@@ -283,7 +283,7 @@ def _attention(
     if query.device.type == "cuda":
         from qcompile.runtime import attention_gpu
 
-        if not attention_gpu.has_kernel(parsed):
+        if not attention_gpu.has_kernel(parsed, query.dtype):
             return attention_gpu.in_plain_torch(
                 query, cache, mask, length, parsed, start=start, block_table=block_table
             )

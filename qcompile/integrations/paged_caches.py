@@ -70,7 +70,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class TransformersPagedCache(Cache):  # type: ignore[misc]
-    """A paged quantized cache for a transformers model.
+    """A paged cache for a transformers model, quantized unless `kv_cache` is "auto" or the name of a type.
 
     Make room with `cache.pages.append`, then call `model(ids, **cache.inputs(tokens))`. Layers that attend to a sliding
     window read that window. Where all do, pages before the longest are free again; else the others read them.
@@ -98,7 +98,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
         num_pages: int | None = None,
         page_size: int = 64,
     ) -> None:
-        scheme = scheme_of(kv_cache)
+        scheme = scheme_of(kv_cache, model)
         config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
         layers = layers_of(model)
         if unknown := {kind for kind, _ in layers} - _KINDS:

@@ -21,9 +21,9 @@ from qcompile.codegen.attention_spec import (
     Reach,
     attention_kernel_spec,
     has_integers,
-    has_number,
     least_rows,
     plain_kernel_spec,
+    reads,
 )
 from qcompile.codegen.cost_model import device_of
 from qcompile.codegen.spec import launches_early, native_fp8
@@ -37,9 +37,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SPLITS = 64
 
 
-def has_kernel(spec: AttentionSpec) -> bool:
-    """Whether the templates decode a cache."""
-    return has_number(spec.scheme.format)
+def has_kernel(spec: AttentionSpec, x_dtype: torch.dtype) -> bool:
+    """Whether the templates read a cache for queries of a type."""
+    return reads(spec.scheme.format, x_dtype)
 
 
 def multiplies_fp8(target: str) -> bool:

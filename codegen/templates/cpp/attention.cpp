@@ -584,7 +584,7 @@ static void attend(const Attention& a, const Block& block, const Workspace& w, i
     if (unseen > 0) begin += unseen / STRETCH * STRETCH;
   }
   Places keys(key, w.places[0]), values(value, w.places[1]), after(key, w.places[2]);
-  const i64 unit = rows > 16 ? STRETCH : 32;  // outputs of few rows are little to load
+  const i64 unit = SQUARES && rows > 16 ? STRETCH : 32;  // outputs of few rows are little to load
   auto keys_at = [&](const Places& from, i64 t) { return KeyBlock{from, t, w.keys + t / KEYS % 2 * KEYS * columns}; };
   auto values_at = [&](i64 t) { return ValueBlock{values, t, unit, w.words + t / unit % 2 * unit / DEPTH * out}; };
   keys.find(begin, end);
