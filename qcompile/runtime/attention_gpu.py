@@ -100,7 +100,13 @@ def tile_of(
 
 
 def prefill_tile_of(
-    rows: int, size: int, target: str, x_dtype: torch.dtype, grouped: bool = False, in_fp8: bool = False
+    rows: int,
+    size: int,
+    target: str,
+    x_dtype: torch.dtype,
+    grouped: bool = False,
+    in_fp8: bool = False,
+    plain: bool = False,
 ) -> AttentionTile:
     """As many queries as registers hold results of.
 
@@ -109,6 +115,7 @@ def prefill_tile_of(
         size: of a key or a value, whichever is greater.
         grouped: whether a vector has several scales.
         in_fp8: see `AttentionKernelSpec`; the type of queries then does not matter.
+        plain: whether keys and values are not quantized.
     """
     least = max(least_rows(in_fp8, target), 1 << (rows - 1).bit_length())
     if not target.startswith("sm_"):
@@ -124,8 +131,8 @@ def prefill_tile_of(
     if size > 128 or target not in WARP_GROUPS:
         return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
     held = min(least, 128)
-    block = 64 if target == "sm_90" else 32
-    return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=3, rows=held)
+    block, stages = (64, 3) if target == "sm_90" else (32, 2 if plain else 3)
+    return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=stages, rows=held)
 
 
 def shared_by(tile: AttentionTile, programs: int, context: int, target: str) -> AttentionTile:
@@ -154,7 +161,8 @@ def choose_prefill(
     """The kernel for many queries."""
     rows = min(256, 1 << (queries * group - 1).bit_length())
     size = max(spec.key.head_dim, spec.value.head_dim)
-    tile = prefill_tile_of(rows, size, target, x_dtype, spec.scheme.group > 0, spec.scheme.compute == "fp8")
+    scheme = spec.scheme
+    tile = prefill_tile_of(rows, size, target, x_dtype, scheme.group > 0, scheme.compute == "fp8", scheme.plain)
     tile = shared_by(tile, batch * heads * -(-queries * group // tile.rows), context, target)
     return attention_kernel_spec(spec, heads, group, 0, mask, reach, x_dtype, target, tile)
 

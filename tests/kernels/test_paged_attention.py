@@ -223,7 +223,7 @@ def test_cross_compiled_kernels_of_numbers_as_they_are_do_not_spill(target: str)
         if queries == 1:
             tile = attention_gpu.tile_of(64, 16384, size, group, target, sequences=8, page=64)
         else:
-            tile = attention_gpu.prefill_tile_of(256, size, target, torch.bfloat16)
+            tile = attention_gpu.prefill_tile_of(256, size, target, torch.bfloat16, plain=True)
         kernels.append(given_.kernel(target, tile))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
