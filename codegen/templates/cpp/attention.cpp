@@ -60,6 +60,7 @@ constexpr i64 PARTS = 64;  // all blocks together, if the context is long enough
 constexpr i64 MOST_ROWS = 128;  // of a block
 constexpr i64 NUMBERS_PER_THREAD = 1 << 16;  // as many are read sooner than another thread starts
 constexpr i64 ALL = i64(1) << 40;            // more positions than there are
+constexpr i64 AHEAD = 32;                    // positions that pages are fetched ahead
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 quotient(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -259,17 +260,26 @@ static inline void arrange_query(const T* row, i64 size, Element* to) {
   }
 }
 
-// Where rows are, and their scales.
+// Where rows are, and their scales: those of neighbours in memory, `step` apart, and then all of them.
+struct Run {
+  const float* scale;
+  i64 count, step;
+};
 struct Found {
   const Stored* rows[STRETCH + LANES];
+  Run runs[STRETCH];
   float scales[STRETCH + LANES];
 };
+
+static inline void fetch_bytes(const void* from, i64 count) {
+  for (i64 at = 0; at < count; at += 64) __builtin_prefetch((const char*)from + at);
+}
 
 // A stretch of keys or values.
 struct Places {
   Strip of;
   Found* found;
-  i64 count = 0;
+  i64 count = 0, runs = 0;
 
   Places(const Strip& strip, Found& place) : of(strip), found(&place) {}
 
@@ -279,23 +289,40 @@ struct Places {
     several lane;
     for (int i = 0; i < SEVERAL; ++i) lane[i] = i;
     count = first < end ? least(STRETCH, end - first) : 0;
+    runs = 0;
     for (i64 t = 0; t < count;) {
       const bool before = first + t < of.first;  // what is there may be anything; the weight is 0
       const i64 at = before ? of.first : first + t, page = of.pages[at / of.page], inside = at % of.page;
       const i64 there = least(count - t, before ? of.first - first - t : of.page - inside);
-      const i64 step = before ? 0 : of.position, scale_step = before ? 0 : of.scale_position;
+      const i64 step = before ? 0 : of.position;
       several row = (i64)(of.codes + page * of.batch + inside * of.position) + lane * step * (i64)sizeof(Stored);
       for (i64 i = 0; i < there; i += SEVERAL, row += SEVERAL * step * (i64)sizeof(Stored)) {
         put(found->rows + t + i, row);
       }
       if (!PLAIN && !of.shared()) {
         const float* scale = of.scale + page * of.scale_batch + inside * of.scale_position;
-        if (scale_step == 1) std::memcpy(found->scales + t, scale, there * sizeof(float));
-        else for (i64 i = 0; i < there; ++i) found->scales[t + i] = scale[i * scale_step];
+        found->runs[runs++] = {scale, there, before ? 0 : of.scale_position};
+        if (of.page != ALL) fetch_bytes(scale, there * sizeof(float));
       }
       t += there;
     }
-    if (count > 0) put(found->scales + count, f32{});  // of the rest of a vector
+    for (i64 t = 0; t < AHEAD; ++t) fetch(t);
+  }
+  // Before `scale` is asked: while the stretch before was worked on, what is read here was fetched.
+  void read_scales() const {
+    float* to = found->scales;
+    for (i64 r = 0; r < runs; ++r) {
+      const Run& run = found->runs[r];
+      if (run.step == 1) std::memcpy(to, run.scale, run.count * sizeof(float));
+      else for (i64 i = 0; i < run.count; ++i) to[i] = run.scale[i * run.step];
+      to += run.count;
+    }
+    put(to, f32{});  // of the rest of a vector
+  }
+  // A row that is read soon: processors know what follows in memory, but not the next page.
+  void fetch(i64 t) const {
+    if (of.page == ALL || t >= count) return;
+    fetch_bytes(row(t), of.size / HALVES * sizeof(Stored));
   }
 
   const Stored* row(i64 t) const { return found->rows[t]; }
@@ -310,13 +337,13 @@ struct Workspace {
   Array<Element> queries, weights, keys;
   Array<Word> words;
   Array<float> scores, higher, rescale;
-  Array<Found> places;  // of keys, of values, and of the keys after these
+  Array<Found> places;  // of keys and values, and of those after these
 
   Workspace(const Attention& a, const Block& largest)
       : queries((SQUARES ? quotient(largest.rows(), 16) * 16 : largest.rows()) * padded(a.key.size)),
         weights(largest.held() * STRETCH), keys(2 * KEYS * padded(a.key.size)),
         words(STRETCH / DEPTH * padded(a.value.size)), scores(largest.rows() * STRETCH),
-        higher(largest.lines()), rescale(largest.lines()), places(3) {
+        higher(largest.lines()), rescale(largest.lines()), places(4) {
     if (SQUARES) std::memset(weights, 0, sizeof(Element) * largest.held() * STRETCH);
   }
 };
@@ -361,6 +388,7 @@ struct KeyBlock {
     if (as_it_is()) return;
     const Share share(count(), step, steps);
     for (i64 i = share.begin; i < share.end; ++i) {
+      keys.fetch(t + i + AHEAD);
       decode_key(keys.row(t + i), keys.of.size, to + i * padded(keys.of.size));
     }
   }
@@ -529,6 +557,7 @@ struct ValueBlock {
     const Share share(quotient(held(), DEPTH), step, steps);
     for (i64 i = share.begin; i < share.end; ++i) {
       const i64 at = i * DEPTH, left = count() - at;
+      for (int j = 0; j < DEPTH; ++j) values.fetch(t + at + j + AHEAD);
       // A position that is not there has a weight of 0; of the matrix unit's more may be left from before.
       if (left <= 0) std::memset(to + i * columns, 0, sizeof(Word) * columns);
       else decode_value(values.row(t + at), values.row(t + at + (left > 1)), values.of.size, to + i * columns);
@@ -583,15 +612,18 @@ static void attend(const Attention& a, const Block& block, const Workspace& w, i
     i64 unseen = block.end - block.queries + 1 - a.window - begin;
     if (unseen > 0) begin += unseen / STRETCH * STRETCH;
   }
-  Places keys(key, w.places[0]), values(value, w.places[1]), after(key, w.places[2]);
+  Places keys(key, w.places[0]), values(value, w.places[1]), next_keys(key, w.places[2]), next_values(value, w.places[3]);
   const i64 unit = SQUARES && rows > 16 ? STRETCH : 32;  // outputs of few rows are little to load
   auto keys_at = [&](const Places& from, i64 t) { return KeyBlock{from, t, w.keys + t / KEYS % 2 * KEYS * columns}; };
   auto values_at = [&](i64 t) { return ValueBlock{values, t, unit, w.words + t / unit % 2 * unit / DEPTH * out}; };
   keys.find(begin, end);
+  values.find(begin, end);
   if (begin < end) keys_at(keys, 0).decode(0, 1);
   for (i64 first = begin; first < end; first += STRETCH) {
-    values.find(first, end);
-    after.find(first + STRETCH, end);
+    next_keys.find(first + STRETCH, end);
+    next_values.find(first + STRETCH, end);
+    keys.read_scales();
+    values.read_scales();
     for (i64 t = 0; t < keys.count; t += KEYS) {
       if (t + KEYS < keys.count) multiply_keys(block, w, keys_at(keys, t), keys_at(keys, t + KEYS));
       else multiply_keys(block, w, keys_at(keys, t), values_at(0));
@@ -599,9 +631,10 @@ static void attend(const Attention& a, const Block& block, const Workspace& w, i
     soften(a, block, w, keys, values, first, partial, top, total);
     for (i64 t = 0; t < values.count; t += unit) {
       if (t + unit < values.count) add_values(block, w, values_at(t), values_at(t + unit), partial);
-      else add_values(block, w, values_at(t), keys_at(after, 0), partial);
+      else add_values(block, w, values_at(t), keys_at(next_keys, 0), partial);
     }
-    std::swap(keys, after);
+    std::swap(keys, next_keys);
+    std::swap(values, next_values);
   }
 }
 
