@@ -32,16 +32,21 @@ class CppAttentionSpec:
             quantized.
         query: "float32" or "bfloat16", of queries and results.
         isa: one of `ISAS`.
+        compact, group, offsets: see `KVScheme`; numbers are then scaled as they are decoded, to float32.
     """
 
     number: str
     query: str
     isa: str
+    compact: bool = False
+    group: int = 0
+    offsets: bool = False
 
     @property
     def pairs(self) -> bool:
         """Whether pairs of bfloat16 are multiplied: where queries, keys and the processor have them."""
-        return self.query == "bfloat16" and self.number not in ("float32", "float16") and _has_pairs(self.isa)
+        exact = self.number not in ("float32", "float16") and not self.compact
+        return self.query == "bfloat16" and exact and _has_pairs(self.isa)
 
     def encode(self) -> str:
         """One line of JSON."""
@@ -55,10 +60,17 @@ def _has_pairs(isa: str) -> bool:
 def cpp_attention_spec(spec: AttentionSpec, query: torch.dtype, isa: str) -> CppAttentionSpec | None:
     """The kernel for a cache and queries of float32 or bfloat16; None for schemes that it cannot decode."""
     fmt = spec.scheme.format
-    if spec.scheme.compact or not isinstance(fmt, (NumberFormat, PlainFormat)):
+    if not isinstance(fmt, (NumberFormat, PlainFormat)):
         return None
     number = fmt.name if isinstance(fmt, PlainFormat) else fmt.number.name
-    return CppAttentionSpec(number=number, query=str(query).removeprefix("torch."), isa=isa)
+    return CppAttentionSpec(
+        number=number,
+        query=str(query).removeprefix("torch."),
+        isa=isa,
+        compact=spec.scheme.compact,
+        group=spec.scheme.group,
+        offsets=not spec.scheme.symmetric,
+    )
 
 
 def _decode_four(spec: CppAttentionSpec) -> str:
@@ -96,6 +108,9 @@ def render_attention(spec: CppAttentionSpec) -> str:
         f"constexpr bool PAIRED = {str(spec.pairs).lower()};\n"
         f"constexpr int BITS = {0 if plain else FORMATS[spec.number].bits};\n"
         f"constexpr bool MASKED = {str(masked).lower()};\n"
+        f"constexpr bool COMPACT = {str(spec.compact).lower()};\n"
+        f"constexpr int GROUP_SIZE = {int(spec.group)};\n"
+        f"constexpr bool OFFSETS = {str(spec.offsets).lower()};\n"
     )
     text = fill_hole(template_text("attention.cpp"), "constants", constants, comment="//")
     text = fill_hole(text, "decode", decode, comment="//")

@@ -82,7 +82,7 @@ def _seen(mask: Tensor | None, first: int, end: int) -> Tensor | None:
 def _kernel_over(query: Tensor, cache: list[Tensor], spec: AttentionSpec) -> cpp_attention.AttentionKernel | None:
     """The kernel, if it is the one to take."""
     rows = query.shape[1] // cache[0].shape[1] * query.shape[2]
-    many = rows > MANY_ROWS and not multiplies_squares(query.dtype)
+    many = rows > MANY_ROWS and (spec.scheme.compact or not multiplies_squares(query.dtype))
     return None if many and not spec.softcap else _kernel(query.dtype, spec)
 
 
@@ -140,7 +140,8 @@ def kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_a
     found = _cpp_spec(dtype, spec, isa)
     kernel = None if found is None else cpp_attention.load(found)
     if found is not None and kernel is not None and found.query == str(dtype).removeprefix("torch."):
-        rows = ANY_ROWS if multiplies_squares(dtype) else MOST_ROWS
+        compact = spec is not None and spec.scheme.compact
+        rows = ANY_ROWS if multiplies_squares(dtype) and not compact else MOST_ROWS
         cpu_operators.add_attention(spec, dtype, kernel, rows)
     return kernel
 

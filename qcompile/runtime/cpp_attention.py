@@ -61,11 +61,11 @@ class _Attention(ctypes.Structure):
 
 
 def _half(codes: Tensor, scale: Tensor | None, size: int) -> _Half:
-    """Codes [B, H, T, width], neighbours in a row next to each other, and their scale [], [H] or [B, H, T]."""
+    """Codes [B, H, T, width], neighbours in a row next to each other, and their scale [], [H] or [B, H, T, ...]."""
     strides, address = (0, 0, 0), None
     if scale is not None:
         address, given = scale.data_ptr(), scale.stride()
-        strides = given if len(given) == 3 else (0, given[0] if given else 0, 0)
+        strides = given[:3] if len(given) > 2 else (0, given[0] if given else 0, 0)
     return _Half(codes.data_ptr(), address, *codes.stride()[:3], *strides, size)
 
 
@@ -123,6 +123,7 @@ class AttentionKernel:
         codes, key_scale, key_size = key
         heads, page = codes.shape[1:3]
         query, codes, value_codes = _rows(query), _rows(codes), _rows(value[0])
+        key_scale, value_scale = (t if t is None or t.dim() < 4 else _rows(t) for t in (key_scale, value[1]))
         y = empty_result(query, value[2])
         context, pages = page, (None, 0)
         if block_table is not None:
@@ -138,7 +139,7 @@ class AttentionKernel:
             _Rows(query.data_ptr(), *query.stride()[:3]),
             _Rows(y.data_ptr(), *y.stride()[:3]),
             _half(codes, key_scale, key_size),
-            _half(value_codes, *value[1:]),
+            _half(value_codes, value_scale, value[2]),
             *masks,
             *pages,
             page,

@@ -21,6 +21,9 @@ using Stored = std::uint8_t;   // codes, or the numbers of a cache that is not q
 constexpr bool PAIRED = false;
 constexpr int BITS = 8;        // of a code
 constexpr bool MASKED = true;  // whether decode needs the bits above a code to be 0
+constexpr bool COMPACT = false;  // whether a vector has scales of groups, and offsets, which decoding applies
+constexpr int GROUP_SIZE = 0;    // numbers of a group, 0 for all of a vector
+constexpr bool OFFSETS = false;
 // </constants>
 
 // <decode>
@@ -41,6 +44,8 @@ static inline Pairs decode_four(u32 codes) {
 // </decode>
 
 constexpr bool PLAIN = !std::is_same_v<Stored, std::uint8_t>;
+
+using Scale = std::conditional_t<COMPACT, bfloat16, float>;
 
 using Element = std::conditional_t<PAIRED, bfloat16, float>;  // what is multiplied
 using Word = std::conditional_t<PAIRED, std::uint32_t, float>;  // values of a column: of two positions, or of one
@@ -192,9 +197,19 @@ static inline f32 number_of(const T* from, i64 count) {
   }
 }
 
+// Numbers of one group, from `first` of a vector on, of which `own` are the scales and then the offsets.
+static inline f32 scaled(f32 x, i64 first, i64 size, const Scale* own) {
+  if constexpr (COMPACT) {
+    const i64 group = GROUP_SIZE ? GROUP_SIZE : size;
+    x *= number(own[first / group]);
+    if constexpr (OFFSETS) x += number(own[size / group + first / group]);
+  }
+  return x;
+}
+
 // One row of keys.
 template <class T>
-static inline void decode_key(const T* row, i64 size, Element* to) {
+static inline void decode_key(const T* row, i64 size, const Scale* own, Element* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
   by_steps(columns, [&](i64 d, auto whole) {
     if constexpr (PAIRED && PLAIN) {
@@ -204,14 +219,16 @@ static inline void decode_key(const T* row, i64 size, Element* to) {
       put(to + d, pairs.even);
       put(to + d + (HALVES == 1 ? 2 * LANES : half), pairs.odd);
     } else {
-      each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
+      each<HALVES>([&](auto h) {
+        put(to + h * half + d, scaled(number_of<h>(row + d, columns - d), h * columns + d, size, own));
+      });
     }
   });
 }
 
 // The rows of values of DEPTH positions as words.
 template <class T>
-static inline void decode_value(const T* row, const T* next, i64 size, Word* to) {
+static inline void decode_value(const T* row, const T* next, i64 size, const Scale* own, Word* to) {
   const i64 columns = size / HALVES, half = padded(size) / HALVES;
   by_steps(columns, [&](i64 d, auto whole) {
     if constexpr (PAIRED) {
@@ -229,7 +246,9 @@ static inline void decode_value(const T* row, const T* next, i64 size, Word* to)
         put(to + d + rest + other, after.odd);
       }
     } else {
-      each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
+      each<HALVES>([&](auto h) {
+        put(to + h * half + d, scaled(number_of<h>(row + d, columns - d), h * columns + d, size, own));
+      });
     }
   });
 }
@@ -262,11 +281,12 @@ static inline void arrange_query(const T* row, i64 size, Element* to) {
 
 // Where rows are, and their scales: those of neighbours in memory, `step` apart, and then all of them.
 struct Run {
-  const float* scale;
+  const Scale* scale;
   i64 count, step;
 };
 struct Found {
   const Stored* rows[STRETCH + LANES];
+  const Scale* vectors[STRETCH];  // the scales of each position, if they are COMPACT
   Run runs[STRETCH];
   float scales[STRETCH + LANES];
 };
@@ -300,9 +320,14 @@ struct Places {
         put(found->rows + t + i, row);
       }
       if (!PLAIN && !of.shared()) {
-        const float* scale = of.scale + page * of.scale_batch + inside * of.scale_position;
-        found->runs[runs++] = {scale, there, before ? 0 : of.scale_position};
-        if (of.page != ALL) fetch_bytes(scale, there * sizeof(float));
+        const Scale* scale = of.scale + page * of.scale_batch + inside * of.scale_position;
+        const i64 scale_step = before ? 0 : of.scale_position;
+        if constexpr (COMPACT) {
+          for (i64 i = 0; i < there; ++i) found->vectors[t + i] = scale + i * scale_step;
+        } else {
+          found->runs[runs++] = {scale, there, scale_step};
+        }
+        if (of.page != ALL) fetch_bytes(scale, there * scale_step * sizeof(Scale));
       }
       t += there;
     }
@@ -310,11 +335,12 @@ struct Places {
   }
   // Before `scale` is asked: while the stretch before was worked on, what is read here was fetched.
   void read_scales() const {
+    if constexpr (COMPACT) return;
     float* to = found->scales;
     for (i64 r = 0; r < runs; ++r) {
       const Run& run = found->runs[r];
       if (run.step == 1) std::memcpy(to, run.scale, run.count * sizeof(float));
-      else for (i64 i = 0; i < run.count; ++i) to[i] = run.scale[i * run.step];
+      else for (i64 i = 0; i < run.count; ++i) to[i] = number(run.scale[i * run.step]);
       to += run.count;
     }
     put(to, f32{});  // of the rest of a vector
@@ -327,8 +353,8 @@ struct Places {
 
   const Stored* row(i64 t) const { return found->rows[t]; }
   f32 scale(i64 t) const {
-    if constexpr (PLAIN) return everywhere(1.0f);
-    return of.shared() ? everywhere(*of.scale) : load<f32>(found->scales + t);
+    if constexpr (PLAIN || COMPACT) return everywhere(1.0f);
+    return of.shared() ? everywhere(number(*of.scale)) : load<f32>(found->scales + t);
   }
 };
 
@@ -389,7 +415,7 @@ struct KeyBlock {
     const Share share(count(), step, steps);
     for (i64 i = share.begin; i < share.end; ++i) {
       keys.fetch(t + i + AHEAD);
-      decode_key(keys.row(t + i), keys.of.size, to + i * padded(keys.of.size));
+      decode_key(keys.row(t + i), keys.of.size, keys.found->vectors[t + i], to + i * padded(keys.of.size));
     }
   }
 };
@@ -560,7 +586,8 @@ struct ValueBlock {
       for (int j = 0; j < DEPTH; ++j) values.fetch(t + at + j + AHEAD);
       // A position that is not there has a weight of 0; of the matrix unit's more may be left from before.
       if (left <= 0) std::memset(to + i * columns, 0, sizeof(Word) * columns);
-      else decode_value(values.row(t + at), values.row(t + at + (left > 1)), values.of.size, to + i * columns);
+      else decode_value(values.row(t + at), values.row(t + at + (left > 1)), values.of.size,
+                        values.found->vectors[t + at], to + i * columns);
     }
   }
 };

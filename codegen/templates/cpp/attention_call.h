@@ -3,7 +3,7 @@
 // Keys or values of one head of one sequence. A cache without pages is one that has a page for each sequence.
 struct Strip {
   const Stored* codes;
-  const float* scale;
+  const Scale* scale;
   i64 batch, position, scale_batch, scale_position, size;
   const std::int32_t* pages;
   i64 page;
@@ -15,7 +15,7 @@ struct Strip {
 // Keys or values of all: strides are in elements, those of scales 0 where a scale is shared; `batch` is that of pages.
 struct Half {
   const Stored* codes;
-  const float* scale;
+  const Scale* scale;
   i64 batch, head, position;
   i64 scale_batch, scale_head, scale_position;
   i64 size;

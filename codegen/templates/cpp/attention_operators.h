@@ -55,8 +55,15 @@ Half half_of(AtenTensorHandle codes, AtenTensorHandle scale, i64 size) {
   half.scale = data(scale);
   by = strides(scale);
   if (dimensions == 1) half.scale_head = by[0];
-  if (dimensions == 3) half.scale_batch = by[0], half.scale_head = by[1], half.scale_position = by[2];
+  if (dimensions > 2) half.scale_batch = by[0], half.scale_head = by[1], half.scale_position = by[2];
   return half;
+}
+
+// Whether neighbours in a vector, or scales of one, lie side by side.
+bool lies(AtenTensorHandle tensor) {
+  i64 dimensions = 0;
+  if (tensor != nullptr) check(aoti_torch_get_dim(tensor, &dimensions), "a tensor has no dimensions");
+  return dimensions < 4 || strides(tensor)[3] == 1;
 }
 
 struct Cache {
@@ -91,7 +98,8 @@ AtenTensorHandle attend(
   for (int i = 0; i < 4; ++i) {
     if (shape[i] == 0) return nullptr;
   }
-  const bool rows_lie = by[3] == 1 && strides(cache.key)[3] == 1 && strides(cache.value)[3] == 1;
+  const bool rows_lie = by[3] == 1 && lies(cache.key) && lies(cache.value) && lies(cache.key_scale) &&
+                        lies(cache.value_scale);
   if (group * queries > kernel.rows || !rows_lie || value_size == 0) return nullptr;
   Each length, start;
   if (!each_of(places.length, batch, &length) || !each_of(places.start, batch, &start)) return nullptr;
