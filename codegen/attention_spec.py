@@ -202,7 +202,7 @@ def attention_kernel_spec(
     target: str,
     tile: AttentionTile,
 ) -> AttentionKernelSpec:
-    """The kernel for attention that `reads` its format, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
+    """The kernel for a cache that it `reads`, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
 
     Args:
         queries: 0 if the tile has rows.
@@ -233,45 +233,4 @@ def attention_kernel_spec(
         tile=tile,
         in_fp8=spec.scheme.compute == "fp8",
         template=PREFILL_TEMPLATE if tile.rows else ATTENTION_TEMPLATE,
-    )
-
-
-def plain_kernel_spec(
-    heads: int,
-    group: int,
-    queries: int,
-    sizes: tuple[int, int],
-    scale: float,
-    mask: str,
-    length: bool,
-    x_dtype: torch.dtype,
-    target: str,
-    tile: AttentionTile,
-) -> AttentionKernelSpec:
-    """The kernel for keys and values that are bfloat16 or float16, as queries are.
-
-    Args:
-        sizes: of a key and of a value.
-    """
-    name = dtype_name(x_dtype)
-    return AttentionKernelSpec(
-        number=name,
-        bits=16,
-        scales="none",
-        group_size=0,
-        offsets=False,
-        heads=heads,
-        group=group,
-        queries=queries,
-        key_size=sizes[0],
-        value_size=sizes[1],
-        scale=scale,
-        softcap=0.0,
-        causal=False,
-        window=0,
-        mask=mask,
-        reach=Reach(length=length),
-        x_dtype=name,
-        target=target,
-        tile=tile,
     )

@@ -17,6 +17,7 @@ from qcompile.kv_cache import AttentionSpec, NumberFormat, PlainFormat
 
 _NUMBERS = {"float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
 _DECLARED = "static inline f32 decode(i32 code);\nstatic inline Pairs decode_four(u32 codes);\n"
+_PARTS = ("call", "decode", "places", "squares")
 _FOUR = """static inline Pairs decode_four(u32 codes) {{
   return {};
 }}
@@ -114,7 +115,7 @@ def render_attention(spec: CppAttentionSpec) -> str:
     )
     text = fill_hole(template_text("attention.cpp"), "constants", constants, comment="//")
     text = fill_hole(text, "decode", decode, comment="//")
-    for header in ("vector.h", "functions.h", "attention_call.h", "attention_squares.h"):
+    for header in ("vector.h", "functions.h", *(f"attention_{part}.h" for part in _PARTS)):
         text = text.replace(f'#include "{header}"\n', template_text(header))
     encoded = spec.encode()
     assert encoded.isprintable()

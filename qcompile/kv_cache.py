@@ -172,8 +172,8 @@ class KVScheme:
 
     Attributes:
         format: how vectors become bytes.
-        scales: of `SCALES`, or "none" for numbers as they are. "token" scales are computed as tokens are stored; the others come from calibration or from
-            a checkpoint, and are 1 for floating-point formats that have none.
+        scales: of `SCALES`, or "none" for numbers as they are. "token" scales are computed as tokens are stored; the
+            others come from calibration or from a checkpoint, and are 1 for floating-point formats that have none.
         group: numbers of a vector that share a scale, or 0 for all of it.
         symmetric: whether a number is its code's value times the scale; else an offset is added.
         rotate: whether vectors are multiplied by a Hadamard matrix first, which spreads numbers that stand out.
@@ -191,7 +191,9 @@ class KVScheme:
     def __post_init__(self) -> None:
         if self.plain:
             if (self.scales, self.group, self.symmetric, self.rotate, self.compute) != ("none", 0, True, False, None):
-                raise ConfigError(f"kv_cache: {self.format.name} keys and values are not quantized, and have no options")
+                raise ConfigError(
+                    f"kv_cache: {self.format.name} keys and values are not quantized, and have no options"
+                )
             return
         if self.scales not in SCALES:
             raise ConfigError(f"kv_cache: scales must be one of {', '.join(SCALES)}, not {shown(self.scales)}")

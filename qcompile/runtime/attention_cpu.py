@@ -42,9 +42,19 @@ def attention(
 ) -> Tensor:
     """See `qcompile.attention.reference`; sums are taken block by block, and sequences of unequal length one by one."""
     if (kernel := _kernel_over(query, cache, spec)) is not None:
-        halves = (*cache[:2], spec.key.head_dim), (*cache[2:], spec.value.head_dim)
-        how = {"causal": spec.causal, "window": spec.window, "start": start, "block_table": block_table}
-        y = kernel(_narrow(query), *halves, mask, length, spec.scale, spec.softcap, **how)
+        y = kernel(
+            _narrow(query),
+            (cache[0], cache[1], spec.key.head_dim),
+            (cache[2], cache[3], spec.value.head_dim),
+            mask,
+            length,
+            spec.scale,
+            spec.softcap,
+            causal=spec.causal,
+            window=spec.window,
+            start=start,
+            block_table=block_table,
+        )
         return y.to(query.dtype)
     batch, pages = query.shape[0], 1 if block_table is None else block_table.shape[1]
     context = cache[0].shape[2] * pages

@@ -22,13 +22,20 @@ from qcompile.codegen.attention_spec import (
     attention_kernel_spec,
     has_integers,
     least_rows,
-    plain_kernel_spec,
     reads,
 )
 from qcompile.codegen.cost_model import device_of
 from qcompile.codegen.spec import launches_early, native_fp8
 from qcompile.errors import DeviceError
-from qcompile.kv_cache import MOST_QUERIES, MOST_ROWS, MOST_SIZE, AttentionSpec, dequantize
+from qcompile.kv_cache import (
+    MOST_QUERIES,
+    MOST_ROWS,
+    MOST_SIZE,
+    AttentionSpec,
+    KVSpec,
+    dequantize,
+    parse_kv_cache,
+)
 from qcompile.runtime import cache, launcher
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.gpu import target_of
@@ -320,8 +327,11 @@ def choose_plain(
     target: str,
 ) -> AttentionKernelSpec:
     """The kernel for a shape; `sizes` are those of a key and of a value."""
-    tile = tile_of(batch * heads, context, max(sizes), group * queries, target, x_dtype)
-    return plain_kernel_spec(heads, group, queries, sizes, scale, mask, length, x_dtype, target, tile)
+    scheme = parse_kv_cache("auto", x_dtype)
+    assert scheme is not None
+    key, value = (KVSpec(scheme=scheme, head_dim=size) for size in sizes)
+    spec = AttentionSpec(key=key, value=value, scale=scale)
+    return choose(spec, batch, heads, group, queries, context, mask, Reach(length=length), x_dtype, target)
 
 
 def attention_plain(

@@ -62,7 +62,8 @@ class _Attention(ctypes.Structure):
 
 def _half(codes: Tensor, scale: Tensor | None, size: int) -> _Half:
     """Codes [B, H, T, width], neighbours in a row next to each other, and their scale [], [H] or [B, H, T, ...]."""
-    strides, address = (0, 0, 0), None
+    strides: tuple[int, ...] = (0, 0, 0)
+    address = None
     if scale is not None:
         address, given = scale.data_ptr(), scale.stride()
         strides = given[:3] if len(given) > 2 else (0, given[0] if given else 0, 0)
@@ -125,7 +126,7 @@ class AttentionKernel:
         query, codes, value_codes = _rows(query), _rows(codes), _rows(value[0])
         key_scale, value_scale = (t if t is None or t.dim() < 4 else _rows(t) for t in (key_scale, value[1]))
         y = empty_result(query, value[2])
-        context, pages = page, (None, 0)
+        context, pages = page, (0, 0)
         if block_table is not None:
             block_table = _rows(block_table.to(torch.int32))
             context, pages = page * block_table.shape[1], (block_table.data_ptr(), block_table.stride(0))

@@ -156,7 +156,9 @@ def test_products_that_a_device_has_not_are_refused_before_anything_runs(monkeyp
         lambda: qcompile.TransformersPagedCache(llama(), given, batch=1, max_length=8),
     )
     for make in makers:
-        with pytest.raises(DeviceError, match='"compute": "fp8", and cpu does not multiply FP8 .* leave "compute" out'):
+        with pytest.raises(
+            DeviceError, match=r'"compute": "fp8", and cpu does not multiply FP8 .* leave "compute" out'
+        ):
             make()
     monkeypatch.setattr("qcompile.attention._without_fp8", lambda _: None)
     for make in makers:
@@ -166,7 +168,7 @@ def test_products_that_a_device_has_not_are_refused_before_anything_runs(monkeyp
 def test_a_graph_that_allocates_knows_what_a_device_multiplies() -> None:
     given, states = parse_kv_cache({"format": "fp8", "compute": "fp8"}), [torch.randn(1, 2, 3, 16) for _ in "kv"]
     compiled = torch.compile(lambda k, v: QuantizedStaticLayer(8, given).update(k, v), backend="eager")
-    with pytest.raises(DeviceError, match="a cache on cpu: .* cpu does not multiply FP8"):
+    with pytest.raises(DeviceError, match=r"a cache on cpu: .* cpu does not multiply FP8"):
         compiled(*states)
 
 

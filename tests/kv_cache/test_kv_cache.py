@@ -60,7 +60,7 @@ def test_numbers_as_they_are() -> None:
             parse_kv_cache({"format": name, "rotate": True})
     with pytest.raises(ConfigError, match='name it: "bfloat16"'):
         parse_kv_cache("auto")
-    with pytest.raises(ConfigError, match="scales must be one of .*, not 'none'"):
+    with pytest.raises(ConfigError, match=r"scales must be one of .*, not 'none'"):
         parse_kv_cache({"format": "int8", "scales": "none"})
 
 
