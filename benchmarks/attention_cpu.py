@@ -4,9 +4,9 @@
 
 Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B: 32 of queries, 8 of keys, of size
 128, and those of SmolLM2: 9, 3, of size 64. "paged" caches lie in pages of 64 tokens, shuffled. All kinds take turns
-over several copies of their caches, and the fastest call of each counts, with one thread in time of the processor. torch's attention shares heads (`enable_gqa`), or gets
-them repeated, as models of transformers do; the quantized caches are also read by plain torch, as without a compiler.
-`error` is that of attention.py.
+over several copies of their caches, and the fastest call of each counts, with one thread in time of the processor.
+torch's attention shares heads (`enable_gqa`), or gets them repeated, as models of transformers do; the quantized caches
+are also read by plain torch, as without a compiler. `error` is that of attention.py.
 
 Rows with `queries` are of prompts, or of their last tokens, causal: torch takes `is_causal` for whole prompts and else
 a mask, and keys and values of bfloat16 that were repeated beforehand.

@@ -60,9 +60,9 @@ constexpr bool SQUARES = PAIRED;  // whether the matrix unit multiplies
 #else
 constexpr bool SQUARES = false;
 #endif
-constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded at a time
-constexpr i64 PARTS = 64;  // all blocks together, if the context is long enough
-constexpr i64 MOST_ROWS = 128;  // of a block
+constexpr i64 KEYS = SQUARES ? 32 : LANES;   // positions whose keys are decoded at a time
+constexpr i64 PARTS = 64;                    // all blocks together, if the context is long enough
+constexpr i64 MOST_ROWS = 128;               // of a block
 constexpr i64 NUMBERS_PER_THREAD = 1 << 16;  // as many are read sooner than another thread starts
 constexpr i64 ALL = i64(1) << 40;            // more positions than there are
 constexpr i64 AHEAD = 32;                    // positions that pages are fetched ahead
