@@ -97,7 +97,7 @@ class AttentionKernelSpec:
     @property
     def rows(self) -> int:
         """Queries of a program, rounded up to what matrix units take."""
-        return self.tile.rows or _power(self.group * self.queries, least_rows(self.in_fp8, self.target))
+        return self.tile.rows or _power(self.group * self.queries)
 
     def pieces(self, size: int) -> int:
         """Parts of a vector that are multiplied by themselves."""
@@ -163,11 +163,6 @@ class AttentionKernelSpec:
     def encode(self) -> str:
         """One line of JSON."""
         return json.dumps(dataclasses.asdict(self))
-
-
-def least_rows(in_fp8: bool, target: str) -> int:
-    """Rows that matrix units take: where warp groups multiply FP8, only they do."""
-    return 64 if in_fp8 and target in WARP_GROUPS else 16
 
 
 def _power(size: int, least: int = 16) -> int:

@@ -114,7 +114,7 @@ def pages_of(block_table, t, inside, block, end):
 
 @triton.jit
 def vectors_of(page, t, token, block, head):
-    """Where the tokens t of a block lie, in vectors: a first and what to add, which in one page is the same for all blocks."""
+    """Where a block's tokens t lie, in vectors: a first and what to add, in one page the same for all blocks."""
     if PAGE == 0:
         return 0, t.to(tl.int64)
     elif PAGE % BLOCK_T == 0:

@@ -22,7 +22,6 @@ from qcompile.codegen.attention_spec import (
     attention_kernel_spec,
     has_integers,
     has_number,
-    least_rows,
     plain_kernel_spec,
 )
 from qcompile.codegen.cost_model import device_of
@@ -77,7 +76,7 @@ def tile_of(
         in_fp8: see `AttentionKernelSpec`; products then are of 32 tokens and more.
         page: tokens of a page, of a paged cache; else 0. Of a multiple of 64, a block is in one page.
     """
-    rows = max(rows, least_rows(in_fp8, target))
+    rows = max(rows, 16)
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
@@ -110,7 +109,7 @@ def prefill_tile_of(
         grouped: whether a vector has several scales.
         in_fp8: see `AttentionKernelSpec`; the type of queries then does not matter.
     """
-    least = max(least_rows(in_fp8, target), 1 << (rows - 1).bit_length())
+    least = max(16, 1 << (rows - 1).bit_length())
     if not target.startswith("sm_"):
         return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
     if x_dtype == torch.float32 and not in_fp8:
