@@ -122,6 +122,12 @@ class AttentionKernelSpec:
         """Whether keys and values are numbers of `x_dtype` themselves."""
         return self.scales == "none"
 
+    @property
+    def turned(self) -> bool:
+        """Whether values are decoded before they are turned: from 64 rows on, matrix units read them as they lie."""
+        few = not self.tile.rows and self.rows < 64
+        return few and self.compute == "float16" and not self.plain and self.target.startswith("sm_")
+
     def constants(self) -> dict[str, object]:
         """Those of the template."""
         keys, values = self.pieces(self.key_size), self.pieces(self.value_size)
@@ -149,6 +155,7 @@ class AttentionKernelSpec:
             "WINDOW": self.window,
             "COMPUTE": f"tl.{self.compute}",
             "APART": self.in_fp8 and self.target.startswith("sm_"),
+            "TURNED": self.turned,
             "DIVIDE": (self.x_dtype == "bfloat16" and not self.plain) or self.in_fp8,
             "PRECISION": "tf32x3" if self.target.startswith("sm_") else "ieee",
             "ROWS": self.rows,

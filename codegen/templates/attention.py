@@ -8,6 +8,10 @@ Or (COMPUTE float8e4nv) codes of FP8 are multiplied as they are, by queries that
 greatest and by weights of at most 2^8, both rounded to E4M3. NVIDIA's matrix units add products of FP8 with fewer
 digits than float32 has, so that each block's are added to those before outside of them (APART).
 
+Matrix units want neighbouring tokens' values side by side, and memory has those of one token. Pairs of 16 bits are
+turned on their way from shared memory to registers, bytes one by one: so values are decoded in the order in which they
+lie, and turned afterwards (TURNED).
+
 The block table of a paged cache says where the tokens of a sequence lie; it is read a turn ahead.
 
 Vectors consist of pieces that are multiplied by themselves: what the lower and the higher halves of bytes hold, or
@@ -43,6 +47,7 @@ CAUSAL = tl.constexpr(False)
 WINDOW = tl.constexpr(0)
 COMPUTE = tl.constexpr(tl.float16)
 APART = tl.constexpr(False)
+TURNED = tl.constexpr(False)
 DIVIDE = tl.constexpr(True)
 PRECISION = tl.constexpr("tf32x3")
 ROWS = tl.constexpr(16)
@@ -87,6 +92,16 @@ def multiplied(left, right):
         MOVE: tl.constexpr = "mov.b32 $0, $1;"
         product = tl.inline_asm_elementwise(MOVE, "=f,f", [product], dtype=tl.float32, is_pure=True, pack=1)
     return product
+
+
+@triton.jit
+def decoded(codes, HALF: tl.constexpr):
+    """`values_of` codes, turned afterwards: compilers turn codes unless there is something they cannot see into."""
+    values = values_of(codes, HALF)
+    if TURNED:
+        MOVE: tl.constexpr = "mov.b32 $0, $1;"
+        values = tl.inline_asm_elementwise(MOVE, "=r,r", [values], dtype=tl.float16, is_pure=False, pack=2)
+    return values
 
 
 @triton.jit
@@ -320,7 +335,7 @@ def attend(
             if GROUP_SIZE:
                 factors = weights * line(value_scales[half * (VALUE_PIECES // HALVES) + number] * inverse)
             sofar = sums[half * (VALUE_PIECES // HALVES) + number] * column(rescale)
-            parts = parts + (sofar + multiplied(factors.to(COMPUTE), values_of(codes, half)),)
+            parts = parts + (sofar + multiplied(factors.to(COMPUTE), decoded(codes, half)),)
     next_sums = ()
     for half in tl.static_range(HALVES):
         for number in tl.static_range(VALUE_PIECES // HALVES):
