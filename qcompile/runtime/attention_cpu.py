@@ -40,7 +40,7 @@ def attention(
     start: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """See `qcompile.attention.reference`; sums are taken block by block, and sequences of unequal length one by one."""
+    """See `qcompile.attention.reference`; by torch, sequences of unequal length are taken one by one, out of pages."""
     if (kernel := _kernel_over(query, cache, spec)) is not None:
         y = kernel(
             _narrow(query),
