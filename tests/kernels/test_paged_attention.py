@@ -215,6 +215,21 @@ def test_pages_of_numbers_as_they_are(kv: str, dtype: torch.dtype, page: int) ->
             given_.check_plain_kernel(given_.interpret("sm_90", tile))
 
 
+@pytest.mark.parametrize("in_pages", [True, False])
+@pytest.mark.parametrize("kv", ["fp8_e4m3", *PLAIN])
+def test_what_lies_before_the_start_is_not_read(kv: str, in_pages: bool) -> None:
+    for dtype in FLOATS:
+        starts, options = (37, 5, 70), {"size": 64, "dtype": dtype, "page": 64, "in_pages": in_pages}
+        given_ = paged(kv, "none" if kv in PLAIN else "token", (100, 40, 130), starts=starts, **options)
+        for b, start in enumerate(starts):
+            for t in given_.cache:
+                for i in range(start if t.dim() > 2 else 0):
+                    table = given_.block_table
+                    page, place = (b, i) if table is None else (int(table[b, i // 64]), i % 64)
+                    t[page, :, place] = torch.nan if t.is_floating_point() else NAN[kv]
+        given_.check_cpu(given_.operator())
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_of_numbers_as_they_are_do_not_spill(target: str) -> None:
     kernels = []

@@ -148,7 +148,7 @@ struct KeyBlock {
   Element* to;
 
   i64 count() const { return least(KEYS, keys.count - t); }
-  bool as_it_is() const { return lies_so<Element>(keys.of) && count() == KEYS; }
+  bool as_it_is() const { return lies_so<Element>(keys.of) && count() == KEYS && t >= keys.before; }
   const Element* rows() const { return as_it_is() ? (const Element*)keys.row(t) : to; }
   i64 stride() const { return as_it_is() ? keys.of.position : padded(keys.of.size); }
 
@@ -315,7 +315,7 @@ struct ValueBlock {
   i64 count() const { return least(most, values.count - t); }
   // With zeros where the matrix unit multiplies 32 positions at a time.
   i64 held() const { return SQUARES ? quotient(count(), 32) * 32 : count(); }
-  bool as_it_is() const { return lies_so<Word>(values.of); }
+  bool as_it_is() const { return lies_so<Word>(values.of) && t >= values.before; }
   const Word* words() const { return as_it_is() ? (const Word*)values.row(t) : to; }
   i64 stride() const { return as_it_is() ? values.of.position : padded(values.of.size); }
 

@@ -74,7 +74,7 @@ struct Attention {
             half.batch, half.position, half.scale_batch, half.scale_position, half.size,
             pages == nullptr ? &FIRST : pages + b * pages_batch,
             pages == nullptr ? ALL : page,
-            pages == nullptr || page % 32 == 0 ? 0 : first(b)};
+            first(b)};
   }
 
   i64 block() const { return group * queries <= MOST_ROWS ? queries : group < MOST_ROWS ? MOST_ROWS / group : 1; }

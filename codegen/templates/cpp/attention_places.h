@@ -21,6 +21,7 @@ struct Places {
   Strip of;
   Found* found;
   i64 count = 0, runs = 0;
+  i64 before = 0;  // of them, those before what may be read
 
   Places(const Strip& strip, Found& place) : of(strip), found(&place) {}
 
@@ -31,18 +32,19 @@ struct Places {
     for (int i = 0; i < SEVERAL; ++i) lane[i] = i;
     count = first < end ? least(STRETCH, end - first) : 0;
     runs = 0;
+    before = of.first > first ? of.first - first : 0;
     for (i64 t = 0; t < count;) {
-      const bool before = first + t < of.first;  // what is there may be anything; the weight is 0
-      const i64 at = before ? of.first : first + t, page = of.pages[at / of.page], inside = at % of.page;
-      const i64 there = least(count - t, before ? of.first - first - t : of.page - inside);
-      const i64 step = before ? 0 : of.position;
+      const bool early = t < before;  // what is there may be anything; the weight is 0
+      const i64 at = early ? of.first : first + t, page = of.pages[at / of.page], inside = at % of.page;
+      const i64 there = least(count - t, early ? before - t : of.page - inside);
+      const i64 step = early ? 0 : of.position;
       several row = (i64)(of.codes + page * of.batch + inside * of.position) + lane * step * (i64)sizeof(Stored);
       for (i64 i = 0; i < there; i += SEVERAL, row += SEVERAL * step * (i64)sizeof(Stored)) {
         put(found->rows + t + i, row);
       }
       if (!PLAIN && !of.shared()) {
         const Scale* scale = of.scale + page * of.scale_batch + inside * of.scale_position;
-        const i64 scale_step = before ? 0 : of.scale_position;
+        const i64 scale_step = early ? 0 : of.scale_position;
         if constexpr (COMPACT) {
           for (i64 i = 0; i < there; ++i) found->vectors[t + i] = scale + i * scale_step;
         } else {
