@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qcompile.layouts import LAYOUTS, Layout, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
+from qcompile.ops import OP
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.reference import dequantize
 from qcompile.scheme import ActivationScheme, Scheme
@@ -83,12 +84,10 @@ class PackedModule(nn.Module):
         return PackedWeight.from_tensors(self._tensors(), self.packed_shape, self.scheme.weight, self.layout)
 
     def _tensors(self) -> list[Tensor]:
-        # Compilers guard all that is looked at here, at every call: so nothing but the buffers. Before Python 3.12 they
-        # trace a comprehension as a function of its own, which takes twice the time of the loop.
-        tensors: list[Any] = []
-        for name in self.fields:
-            tensors.append(self._buffers[name])
-        return tensors
+        # Compilers guard all that is looked at here, at every call: so nothing but the buffers. And they trace it anew
+        # for each module: so no loop over names.
+        tensors: list[Any] = [*self._buffers.values()]
+        return tensors[len(self.beside) :]
 
     def logical(self) -> PackedWeight:
         """The weight in the portable layout."""
@@ -185,10 +184,8 @@ class QuantizedLinear(PackedModule):
         return dequantize(self.logical(), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        beside = self._buffers  # guarded less than attributes, see `_tensors`
-        return torch.ops.qcompile.linear.default(
-            x, self._tensors(), self.bias, beside["input_scale"], beside["pre_quant_scale"], [], self.spec
-        )
+        input_scale, pre_quant_scale, *weight = self._buffers.values()  # see `_tensors`
+        return OP(x, weight, self.bias, input_scale, pre_quant_scale, [], self.spec)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"

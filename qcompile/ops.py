@@ -25,6 +25,9 @@ _library.define(
     "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? input_scale, Tensor? pre_quant_scale, "
     "Tensor[] operands, str spec) -> Tensor"
 )
+OP = torch.ops.qcompile.linear.default
+"""What quantized modules call, and linears of rewritten graphs become."""
+
 _library.define("quantize(Tensor x, Tensor? static_scale, str spec) -> (Tensor, Tensor)")
 _library.define("gemm_cpu(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
 _library.define("gemm_any(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
