@@ -68,7 +68,11 @@ class Session:
         self.model = build(job, path)
         self.run = compiled(job, self.model)
         self.prompt, self.tokens = torch.tensor([text["prompt"]]), int(text["tokens"])
-        self.cache = StaticCache(config=self.model.config, max_cache_len=self.prompt.shape[1] + self.tokens)
+        config = self.model.config
+        self.cache = StaticCache(config=config, max_cache_len=self.prompt.shape[1] + self.tokens)
+        # Else the first prompt is another graph than all later ones, which would be compiled while they are timed.
+        shape = (1, config.num_key_value_heads, config.head_dim)
+        self.cache.early_initialization(*shape, dtype=self.model.dtype, device=torch.device("cpu"))
 
     def step(self, ids: Tensor) -> Tensor:
         logits = self.run(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits

@@ -19,6 +19,7 @@ from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, GradientError
 from qcompile.flags import flags, override
 from qcompile.linear_spec import decode_spec
+from qcompile.memory import give_back
 from qcompile.passes import GraphContext
 from qcompile.passes.context import OP, Args, example
 from qcompile.pipeline import bind_inputs, rewrite
@@ -107,6 +108,7 @@ def backend(
         on_cpus = all(_on_cpus(t) for t in example_inputs if isinstance(t, Tensor))
         threads.submit(compat.prepare_inductor, on_cpus=on_cpus)
         context = rewrite(graph_module, example_inputs, parsed.config, free_weights=parsed.free_weights)
+        give_back()  # what tracing and merging weights freed, before Inductor takes more
         if parsed.tune or flags.tune:
             _tune(context)
         for build in _kernels_on_cpus(context):
