@@ -31,7 +31,7 @@ def build(job: str, path: Path) -> Any:
     from qcompile.cli.options import config_of
 
     impl, _, scheme = job.partition("-")
-    if job == "qcompile-gguf":
+    if job.startswith("qcompile-gguf"):
         return qcompile.load(path, dtype=torch.bfloat16, progress=False)
     model = load_decoded(path, torch.float32 if scheme == "fp32" else torch.bfloat16, torch.device("cpu"))
     if impl == "qcompile":
@@ -55,7 +55,8 @@ def compiled(job: str, model: Any) -> Any:
     if impl == "eager":
         return model
     if impl == "qcompile":
-        return torch.compile(model, backend="qcompile", fullgraph=True, dynamic=False)
+        options = {"cpp_wrapper": job.endswith("-cpp_wrapper")}
+        return torch.compile(model, backend="qcompile", fullgraph=True, dynamic=False, options=options)
     return torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
 
 
