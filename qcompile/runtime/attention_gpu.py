@@ -71,8 +71,7 @@ def tile_of(
         size: of a key or a value, whichever is greater.
         rows: queries of a program.
         sequences: how many, if their lengths differ; else 0.
-        integers: whether codes are integers, whose decoding and scales take registers too: smaller blocks, and more
-            programs beside each other.
+        integers: whether codes are integers, whose decoding and scales take registers too: more and smaller programs.
         in_fp8: see `AttentionKernelSpec`; products then are of 32 tokens and more.
         page: tokens of a page, of a paged cache; else 0.
     """
@@ -80,19 +79,20 @@ def tile_of(
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
     small = nvidia and rows <= 16 and size <= 128 and not wide
-    block, ways = 128 if small and not integers else 64 if nvidia else 16, 1
-    if small and page % 64 == 0 and page > 0:
-        block, ways = (128, 1) if integers else (64, 4 if target == "sm_90" and not in_fp8 else 1)
+    block = 128 if small and (page or not integers) else 64 if nvidia else 16
+    halved = target == "sm_90" and small and block == 64  # among two warps, each of which attends by itself
     if size > 128:
         block = 32 if in_fp8 or (nvidia and not wide and rows <= 32) else 16
-    warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
+    warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 2 if halved else 4
+    ways = 2 if halved else 1
     enough, split = device_of(target).processors * (2 if integers else 1), 1
     if sequences:  # of all of them together; each may take one more
         parts = max(2 * device_of(target).processors * sequences // pairs, 2 * sequences)
         wanted = max(1, min(parts, sequences * (context // (4 * block))))
         split = 1 << (wanted.bit_length() - 1)
         return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
-    while split < _MOST_SPLITS and 2 * split * pairs <= enough and 4 * split * block <= context:
+    least = 8 if halved else 4
+    while split < _MOST_SPLITS and 2 * split * pairs <= enough and least * split * block <= context:
         split *= 2
     return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
 
