@@ -163,7 +163,7 @@ static void round_row(const Weight& w, const Element* x, const std::int8_t* give
           code = (code - low) >> 8;
         }
       } else {
-        const i32 code = given ? __builtin_convertvector(load<i8>(given + k), i32) : nearest_int8(values(x + k), scale);
+        const i32 code = given ? widen(load<i8>(given + k)) : nearest_int8(values(x + k), scale);
         store_codes(codes[0] + offset, code);
         sum[0] += code;
       }
@@ -184,6 +184,13 @@ static void round_rows(
   }
 }
 
+// What the sums of a group's integers stand for, of all limbs of a row.
+static inline float sum_of_group(const std::int32_t* sums, const float* scale) {
+  float sum = 0;
+  for (int limb = 0; limb < LIMBS; ++limb) sum += (float)sums[limb] * (GROUPED ? scale[limb] : 1);
+  return sum;
+}
+
 // What the sums of a group's integers are combined with, for LANES rows of the weight.
 struct Group {
   f32 scale, offset;
@@ -195,12 +202,18 @@ struct Group {
     if constexpr (OFFSET) offset = scale_of(w.offset, w.super_offset, divided, row, group);
   }
 
-  // total + what the sum of (code - BIAS) q stands for, given the sum of q and the scale of x if its groups have one.
-  f32 add(f32 total, u32 sum, std::int32_t x_sum, float x_scale) const {
-    if constexpr (ZERO_POINT) sum -= (u32)zero_point * everywhere((std::uint32_t)x_sum);
-    f32 part = to_f32((i32)sum) * scale;
-    if constexpr (OFFSET) part += offset * (float)x_sum;
-    return GROUPED ? total + part * x_scale : total + part;
+  // total + what the sums of (code - BIAS) q stand for, of all limbs, given the sums and scales of q and the sum of x.
+  f32 add(f32 total, const u32 (&sum)[LIMBS], const std::int32_t* x_sums, const float* x_scale, float x_sum) const {
+    f32 part{};
+    each<LIMBS>([&](auto limb) {
+      u32 whole = sum[limb];
+      if constexpr (ZERO_POINT) whole -= (u32)zero_point * everywhere((std::uint32_t)x_sums[limb]);
+      const f32 value = to_f32((i32)whole);
+      part = !GROUPED ? value : part + value * x_scale[limb];
+    });
+    total += part * scale;
+    if constexpr (OFFSET) total += offset * x_sum;
+    return total;
   }
 };
 
@@ -225,12 +238,13 @@ template <int VECTORS, int ROWS, bool UNPACKED>
     codes[v] = UNPACKED ? unpacked + at / BLOCK * distance + at % BLOCK : codes_of(w, first + at);
   });
   const std::int8_t* x_rows = x.at(row);
-  f32 total[VECTORS][ROWS] = {};
+  f32 total[VECTORS][ROWS / LIMBS] = {};
   for (Piece p = pieces.first(); p.begin < pieces.width; p = pieces.after(p)) {
     const std::int32_t* sums = x.sums + p.index * x.rows + row;
-    u32 sum[VECTORS][ROWS][CHAINS] = {};
+    const float* scales = x.scale + p.group * x.rows + row;
+    u32 sum[CHAINS][VECTORS][ROWS / LIMBS][LIMBS] = {};
     each<ROWS>([&](auto m) {
-      each<VECTORS>([&](auto v) { sum[v][m][0] = everywhere((std::uint32_t)(-OFF * sums[m])); });
+      each<VECTORS>([&](auto v) { sum[0][v][m / LIMBS][m % LIMBS] = everywhere((std::uint32_t)(-OFF * sums[m])); });
     });
     for (i64 k = p.begin; k < p.end; k += UNIT) {
       const std::int8_t* x_here = x_rows + x.offset(k);
@@ -242,26 +256,27 @@ template <int VECTORS, int ROWS, bool UNPACKED>
           std::memcpy(&word, x_here + m * RUN + 4 * step, sizeof(word));
           const Four<WIDTH> four(word);
           each<VECTORS>([&](auto v) {
-            u32& chain = sum[v][m][step % CHAINS];
+            u32& chain = sum[step % CHAINS][v][m / LIMBS][m % LIMBS];
             chain = dot(chain, here[v], four);
           });
         });
       });
     }
+    float x_sum[ROWS / LIMBS];
+    if constexpr (OFFSET) each<ROWS / LIMBS>([&](auto m) { x_sum[m] = sum_of_group(sums + m * LIMBS, scales + m * LIMBS); });
     each<VECTORS>([&](auto v) {
       Group g(w, divided, first + v * LANES, p.group);
-      each<ROWS>([&](auto m) {
-        u32 all = CHAINS == 1 ? sum[v][m][0] : sum[v][m][0] + sum[v][m][CHAINS - 1];
-        total[v][m] = g.add(total[v][m], all, sums[m], GROUPED ? x.scale[p.group * x.rows + row + m] : 1);
+      each<ROWS / LIMBS>([&](auto m) {
+        auto& all = sum[0][v][m];
+        if constexpr (CHAINS > 1) each<LIMBS>([&](auto limb) { all[limb] += sum[1][v][m][limb]; });
+        total[v][m] = g.add(total[v][m], all, sums + m * LIMBS, scales + m * LIMBS, x_sum[m]);
       });
     });
   }
   each<VECTORS>([&](auto v) {
     i64 at = first + v * LANES;
     if (at < w.n) each<ROWS / LIMBS>([&](auto m) {
-      f32 all = total[v][m * LIMBS];
-      each<LIMBS - 1>([&](auto limb) { all += total[v][m * LIMBS + limb + 1]; });
-      store(y + m * w.n + at, GROUPED ? all : all * x.scale[row + m], w.n - at);
+      store(y + m * w.n + at, GROUPED ? total[v][m] : total[v][m] * x.scale[row + m], w.n - at);
     });
   });
 }
@@ -306,7 +321,7 @@ constexpr i64 FEW = 2 * TALL;                // rows of x for which integers are
 
 // The product of one row of x: many streams of codes at a time, which memory delivers faster than fewer.
 static void multiply_row(const Weight& w, const Integers& x, Element* y) {
-  constexpr int VECTORS = FEW_REGISTERS && LIMBS > 1 ? 4 : 8;
+  constexpr int VECTORS = LIMBS > 1 ? 4 : 8;
   const i64 padded = w.padded();
 #pragma omp for schedule(static)
   for (i64 first = 0; first < padded; first += VECTORS * LANES) {
@@ -369,8 +384,7 @@ static void multiply(
 //
 // Integers are multiplied as they lie in memory, or unpacked and without their bias: up to 32 rows of x by those of a few
 // columns at a time, more of them by a slab of the weight that was unpacked before.
-constexpr bool SUMS = READY || ZERO_POINT || OFFSET;  // whether the sum of x comes into the product's
-constexpr i64 BLOCKS_MOST = 8;                         // of a thread's chunk of the weight's rows
+constexpr i64 BLOCKS_MOST = 8;  // of a thread's chunk of the weight's rows
 
 // HALVES is 1 or 2: of 16 rows of x, which has `rows` if they are fewer.
 template <int HALVES>
@@ -402,26 +416,27 @@ static inline void add_piece(
   alignas(64) std::uint32_t sum[BLOCKS * HALVES][16][BLOCK];
   each<BLOCKS * HALVES>([&](auto tile) { store_tile<tile>(sum[tile], 64); });
   const std::int32_t* x_sums = x.sums + p.index * x.rows + row;
-  const float* x_scale = GROUPED ? x.scale + p.group * x.rows + row : nullptr;
+  const float* x_scale = x.scale + p.group * x.rows + row;
   each<BLOCKS>([&](auto b) {
     const Group g(w, divided, first + b * BLOCK, p.group);
-    for (i64 m = 0; m < rows; ++m) {
-      const std::int32_t x_sum = SUMS ? x_sums[m] : 0;
-      u32 all = load<u32>(sum[b * HALVES][m]);
-      if constexpr (READY && BIAS) all -= everywhere((std::uint32_t)(BIAS * x_sum));
-      total[b][m] = g.add(total[b][m], all, x_sum, GROUPED ? x_scale[m] : 1);
+    for (i64 m = 0; m < rows; m += LIMBS) {
+      u32 all[LIMBS];
+      each<LIMBS>([&](auto limb) {
+        all[limb] = load<u32>(sum[b * HALVES][m + limb]);
+        if constexpr (READY && BIAS) all[limb] -= everywhere((std::uint32_t)(BIAS * x_sums[m + limb]));
+      });
+      const float x_sum = OFFSET ? sum_of_group(x_sums + m, x_scale + m) : 0;
+      total[b][m / LIMBS] = g.add(total[b][m / LIMBS], all, x_sums + m, x_scale + m, x_sum);
     }
   });
 }
 
-// y [rows of x, 16 of the weight] of total [rows], LIMBS of which are one row of y.
+// y [rows of x, 16 of the weight] of total [rows].
 static inline void store_rows(
-    const Weight& w, i64 first, const Integers& x, i64 row, i64 rows, const f32* total, Element* y) {
+    const Weight& w, i64 first, const Integers& x, i64 rows, const f32* total, Element* y) {
   if (first >= w.n) return;
-  for (i64 m = 0; m < rows; m += LIMBS) {
-    f32 all = total[m];
-    for (int limb = 1; limb < LIMBS; ++limb) all += total[m + limb];
-    store(y + (row + m) / LIMBS * w.n + first, GROUPED ? all : all * x.scale[row + m], w.n - first);
+  for (i64 m = 0; m < rows; ++m) {
+    store(y + m * w.n + first, GROUPED ? total[m] : total[m] * x.scale[m], w.n - first);
   }
 }
 
@@ -459,7 +474,7 @@ template <int BLOCKS, int HALVES>
     }
     add_piece<BLOCKS, HALVES>(w, divided, p, first, x, 0, rows, totals);
   }
-  each<BLOCKS>([&](auto b) { store_rows(w, first + b * BLOCK, x, 0, rows, total[b], y); });
+  each<BLOCKS>([&](auto b) { store_rows(w, first + b * BLOCK, x, rows / LIMBS, total[b], y); });
 }
 
 // `blocks` blocks of the weight times all rows of x; `scratch` has room for a slab of their integers, and their part of y
@@ -500,7 +515,7 @@ static void multiply_chunk(
     }
     from = next;
   }
-  for (i64 b = 0; b < blocks; ++b) store_rows(w, first + b * BLOCK, x, 0, m, totals + b * x.rows, y);
+  for (i64 b = 0; b < blocks; ++b) store_rows(w, first + b * BLOCK, x, m, totals + b * x.rows, y);
 }
 
 static void multiply_by_squares(
@@ -524,7 +539,7 @@ static void multiply_by_squares(
       };
       if (rows <= 16) few(constant<4>(), constant<1>());
       else if (rows <= 32) few(constant<2>(), constant<2>());
-      else multiply_chunk(w, depth, to, rows, first, blocks, own, y);
+      else if constexpr (LIMBS == 1) multiply_chunk(w, depth, to, rows, first, blocks, own, y);
     }
     _tile_release();
   }

@@ -228,11 +228,23 @@ static inline float number(bfloat16 x) {
   return value;
 }
 
+// Of what compilers would widen number by number.
+#if defined(__AVX512F__)
+static inline i32 widen(u16 x) { return (i32)_mm512_cvtepu16_epi32((__m256i)x); }
+static inline i32 widen(u8 x) { return (i32)_mm512_cvtepu8_epi32((__m128i)x); }
+static inline i32 widen(i8 x) { return (i32)_mm512_cvtepi8_epi32((__m128i)x); }
+#elif defined(__AVX2__)
+static inline i32 widen(u16 x) { return (i32)_mm256_cvtepu16_epi32((__m128i)x); }
+static inline i32 widen(u8 x) { return (i32)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)x)); }
+static inline i32 widen(i8 x) { return (i32)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((i64)x)); }
+#else
 static inline i32 widen(u16 x) { return __builtin_convertvector(x, i32); }
 static inline i32 widen(u8 x) { return __builtin_convertvector(x, i32); }
+static inline i32 widen(i8 x) { return __builtin_convertvector(x, i32); }
+#endif
 static inline f32 values(const float* x) { return load<f32>(x); }
 static inline f32 values(const std::uint8_t* x) { return to_f32(widen(load<u8>(x))); }
-static inline f32 values(const std::int8_t* x) { return to_f32(__builtin_convertvector(load<i8>(x), i32)); }
+static inline f32 values(const std::int8_t* x) { return to_f32(widen(load<i8>(x))); }
 static inline f32 values(const bfloat16* x) { return as_f32(widen(load<u16>(&x->bits)) << 16); }
 static inline f32 values(const float8_e8m0* x) {
   i32 exponent = widen(load<u8>(&x->bits));
