@@ -144,9 +144,19 @@ _FORMULA_PAIR = """static inline u32 decode_pair(u32 codes) {
   return low >> 16 | (high & 0xffff0000u);
 }
 """
+_PLACED_PAIR = """static inline u32 decode_pair(u32 codes) {{
+  return (codes & {:#010x}u) | 0x3f803f80u;
+}}
+"""
 
 
-def decode_functions(name: str, element: str, isa: str) -> tuple[str, bool]:
+def placed(name: str, element: str) -> IntegerFormat | None:
+    """A format whose codes are put into the mantissa of a bfloat16 as they are: c of b bits makes 1 + c / 2^b."""
+    fmt = FORMATS[name]
+    return fmt if element == "bfloat16" and isinstance(fmt, IntegerFormat) and fmt.bits < 8 else None
+
+
+def decode_functions(name: str, element: str, isa: str, *, place: bool = False) -> tuple[str, bool]:
     """The functions `decode` and `decode_pair` of a format, and whether they need the bits above a code to be 0.
 
     A format of few bits is a table of its values where the processor looks up 16 of them in one instruction; all others
@@ -166,7 +176,9 @@ def decode_functions(name: str, element: str, isa: str) -> tuple[str, bool]:
         assert isinstance(formula, Expr)
         text = _FORMULA.format(to_cpp(formula))
     rounded = values.to(torch.bfloat16)
-    if entries:
+    if place and placed(name, element):
+        text += "\n" + _PLACED_PAIR.format((128 - (128 >> fmt.bits)) * 0x10001)
+    elif entries:
         bits = rounded[:entries].view(torch.int16).int() & 0xFFFF
         text += "\n" + _table(f"PairTable<{entries}> PAIRS", bits, entries) + "\n" + _LOOKUP_PAIR
     else:
@@ -233,8 +245,16 @@ def render_cpp(spec: CppSpec) -> str:
     name = "gemm.cpp" if spec.integers is None else "gemm_int8.cpp"
     text = template_text(name)
     if spec.integers is None:
-        decode, masked = decode_functions(spec.weight, spec.element, spec.isa)
-        constants += f"constexpr bool MASKED = {str(masked).lower()};\n"
+        decode, masked = decode_functions(spec.weight, spec.element, spec.isa, place=True)
+        integer = placed(spec.weight, spec.element)
+        bit, steps, more = (0, 1, 0.0) if integer is None else (7 - integer.bits, 1 << integer.bits, 1.0)
+        more += 0 if integer is None else integer.offset / steps
+        constants += (
+            f"constexpr bool MASKED = {str(masked).lower()};\n"
+            f"constexpr int PAIR_BIT = {bit};\n"
+            f"constexpr float PAIR_UNIT = {cpp_constant(1 / steps)};\n"
+            f"constexpr float PAIR_MORE = {cpp_constant(more)};\n"
+        )
         text = fill_hole(text, "decode", decode, comment="//")
         native = FORMATS[spec.weight].native_dtype == torch.int8
         text = fill_hole(text, "codes", _CODES if native else "", comment="//")

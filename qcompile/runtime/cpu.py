@@ -192,7 +192,7 @@ class _Linear:
             return 0
         if "amx_int8" in ISAS[cpp.isa()] and weight.format.bits == 8 and self.columns >= 128:
             return 8
-        return 2 if self.columns >= 128 else 1
+        return 1 if "amx_bf16" in ISAS[cpp.isa()] or self.columns < 128 else 2
 
     def limbs(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
         """The kernel that multiplies `m` rows of x, which are not quantized, as integers where that is the fastest."""
@@ -280,7 +280,7 @@ def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Ke
     x = F.pad(x, (0, -k % 32)) if k % 32 else x.contiguous()
     n, stride = linear.spec.out_features, x.shape[1]
     y = torch.empty(m, n)
-    scratch = torch.empty(m * (stride - (-k // linear.columns)))
+    scratch = torch.empty(max(m, 16) * (stride - (-k // linear.columns)))
     threads = min(torch.get_num_threads(), linear.threads)
     weight = linear.weight(tensors)
     kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), 0, threads)

@@ -20,6 +20,9 @@ constexpr bool SUPER_SCALE = false;
 constexpr int BITS = 4;
 constexpr int UNIT = 32;         // columns at a time, a divisor of a group's
 constexpr bool MASKED = true;    // whether decode needs the bits above a code to be 0
+constexpr int PAIR_BIT = 0;      // of halves, from which on decode_pair has a code
+constexpr float PAIR_UNIT = 1;   // a pair's numbers are those of codes times this
+constexpr float PAIR_MORE = 0;   // and this
 // </constants>
 
 // <decode>
@@ -27,7 +30,7 @@ static inline f32 decode(i32 code) {
   return to_f32(code) - 8.0f;
 }
 
-// Two codes, in the lowest bits of the halves of each lane, as bfloat16 there.
+// Two codes, from bit PAIR_BIT of the halves of each lane on, as bfloat16 there.
 static inline u32 decode_pair(u32 codes) {
   u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
   return low >> 16 | (high & 0xffff0000u);
@@ -35,6 +38,19 @@ static inline u32 decode_pair(u32 codes) {
 // </decode>
 
 #include "weight.h"
+
+constexpr bool SUMS = ZERO_POINT || OFFSET || PAIR_MORE != 0;  // whether the sum of x comes in
+
+// Columns 4 STEP + 2 C + 0, 1 of a unit as decode_pair has them.
+template <int STEP, int C>
+static inline u32 pair(const std::uint32_t* codes, i64 unit) {
+  constexpr int FROM = 8 * C - PAIR_BIT + (ONE_PLANE ? FIELD<STEP, BITS> : 0);
+  u32 found;
+  if constexpr (ONE_PLANE) found = word<STEP, BITS, 0>(codes, unit);
+  else found = quad<STEP>(codes, unit);
+  if constexpr (FROM < 0) return decode_pair(found << -FROM);
+  return decode_pair(lowered<FROM>(found));
+}
 
 // Where the product goes: y [M, N], in bfloat16 or float32.
 struct Result {
@@ -52,6 +68,7 @@ struct Result {
 struct Group {
   f32 scale, zero_point, offset;
 
+  Group() = default;
   Group(const Weight& w, const Divided& divided, i64 row, i64 group) {
     scale = scale_of(w.scale, w.super_scale, divided, row, group);
     if constexpr (ZERO_POINT) zero_point = values(w.zero_point + of_group(row, group, divided.groups));
@@ -60,10 +77,11 @@ struct Group {
 
   // total + the product of a group's weights and x, whose product with the codes is sum and whose own sum is x_sum.
   f32 add(f32 total, f32 sum, const float* x_sum) const {
-    if constexpr (ZERO_POINT) sum -= zero_point * *x_sum;
-    total += sum * scale;
-    if constexpr (OFFSET) total += offset * *x_sum;
-    return total;
+    const f32 of_pairs = scale * (1 / PAIR_UNIT);
+    if constexpr (OFFSET) return total + sum * of_pairs + (offset - PAIR_MORE * of_pairs) * *x_sum;
+    if constexpr (ZERO_POINT) sum -= (zero_point * PAIR_UNIT + PAIR_MORE) * *x_sum;
+    else if constexpr (SUMS) sum -= everywhere(PAIR_MORE) * *x_sum;
+    return total + sum * of_pairs;
   }
 
   f32 weight(f32 value) const {
@@ -97,13 +115,11 @@ template <int VECTORS, int ROWS>
     const i64 end = unit + in_group < divided.units ? unit + in_group : divided.units;
     for (; unit < end; ++unit) {
       each<UNIT / 4>([&](auto step) {
-        u32 codes_here[VECTORS];
-        each<VECTORS>([&](auto v) { codes_here[v] = quad<step>(codes[v], unit); });
         const Element* x_here = x + unit * UNIT + 4 * step;
         if constexpr (std::is_same_v<Element, bfloat16>) {
           each<2>([&](auto c) {
             u32 weight[VECTORS];
-            each<VECTORS>([&](auto v) { weight[v] = decode_pair(codes_here[v] >> (8 * c)); });
+            each<VECTORS>([&](auto v) { weight[v] = pair<step, c>(codes[v], unit); });
             each<ROWS>([&](auto m) {
               std::uint32_t pair;
               std::memcpy(&pair, x_here + m * stride + 2 * c, sizeof(pair));
@@ -111,6 +127,8 @@ template <int VECTORS, int ROWS>
             });
           });
         } else {
+          u32 codes_here[VECTORS];
+          each<VECTORS>([&](auto v) { codes_here[v] = quad<step>(codes[v], unit); });
           each<4>([&](auto j) {
             f32 weight[VECTORS];
             each<VECTORS>([&](auto v) { weight[v] = value<j>(codes_here[v]); });
@@ -168,7 +186,7 @@ static void multiply(
   const i64 groups = w.groups(), padded = w.padded(), chunk = 4 * LANES;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (ZERO_POINT || OFFSET) sum_groups(w, x, m, stride, scratch);
+    if (SUMS) sum_groups(w, x, m, stride, scratch);
     if (m == 1) multiply_row(w, x, scratch, result);
 #pragma omp for schedule(static)
     for (i64 first = 0; first < (m == 1 ? 0 : padded); first += chunk) {
@@ -234,11 +252,13 @@ static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, i64 st
   }
 }
 
-// Adds the product of a unit: of x [HALVES], `distance` apart, and of BLOCKS blocks of the weight, `apart` apart.
-template <int BLOCKS, int HALVES>
-static inline void add_unit(const Element* x, i64 distance, const std::uint32_t* pairs, i64 apart) {
+// Adds the product of a unit: of x [HALVES], `distance` apart, and of BLOCKS blocks of the weight, `apart` apart. What
+// vectors do for a block meanwhile is `beside`, which the processor finds in time only if it lies between.
+template <int BLOCKS, int HALVES, class Beside>
+static inline void add_unit(const Element* x, i64 distance, const std::uint32_t* pairs, i64 apart, Beside beside) {
   each<HALVES>([&](auto h) { load_tile<4 + h>(x + h * distance, 2 * UNIT); });
   each<BLOCKS>([&](auto b) {
+    beside(b);
     constexpr int PAIRS = BLOCKS == 4 ? 5 + b % 3 : 6 + b % 2;
     load_tile<PAIRS>(pairs + b * apart, 64);
     each<HALVES>([&](auto h) { dot_tiles_bf16<b * HALVES + h, 4 + h, PAIRS>(); });
@@ -257,46 +277,73 @@ static inline void store_tiles(float (&to)[COUNT][16][BLOCK]) {
 
 static inline void decode_unit(const std::uint32_t* codes, i64 unit, std::uint32_t (*to)[BLOCK]) {
   each<UNIT / 4>([&](auto step) {
-    u32 here = quad<step>(codes, unit);
     each<2>([&](auto c) {
-      u32 pair = decode_pair(here >> (8 * c));
-      std::memcpy(to[2 * step + c], &pair, sizeof(pair));
+      const u32 found = pair<step, c>(codes, unit);
+      std::memcpy(to[2 * step + c], &found, sizeof(found));
     });
   });
 }
 
-// The rows of the weight from `first` on times up to 16 HALVES rows of x, arranged.
+// Groups whose sums a tile holds at once. Storing a tile takes longer than multiplying it by a unit does, so that of `m`
+// rows of x and groups of one unit a tile has the sums of several: each in rows of its own, in which x is not 0.
+static i64 groups_of_tile(const Weight& w, i64 m) { return w.columns == UNIT && m <= 8 ? 16 / m : 1; }
+
+// x as [units, 16, UNIT] for tiles of `together` groups.
+static void arrange_groups(const Weight& w, const Element* x, i64 m, i64 stride, i64 together, Element* to) {
+#pragma omp for schedule(static)
+  for (i64 unit = 0; unit < w.units(); ++unit) {
+    Element* here = to + unit * 16 * UNIT;
+    std::memset(here, 0, 16 * UNIT * sizeof(Element));
+    for (i64 r = 0; r < m; ++r) {
+      std::memcpy(here + (unit % together * m + r) * UNIT, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
+    }
+  }
+}
+
+// The rows of the weight from `first` on times up to 16 HALVES rows of x, arranged for tiles of `together` groups.
 template <int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_as_decoded(
-    const Weight& weight, const Element* x, i64 rows, const float* sums, i64 first, const Result& result) {
+    const Weight& weight, const Element* x, i64 rows, i64 together, const float* sums, i64 first,
+    const Result& result) {
   const Weight w = weight;
   const Divided divided(w);
-  const i64 units = w.units(), in_group = w.columns / UNIT;
+  const i64 units = w.units(), of_tile = w.columns / UNIT * together, high = together > 1 ? 16 : height(rows);
   const std::uint32_t* codes[BLOCKS];
   each<BLOCKS>([&](auto b) { codes[b] = codes_of(w, first + b * BLOCK); });
   alignas(64) std::uint32_t pairs[2][BLOCKS][UNIT / 2][BLOCK];
-  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
-  f32 total[BLOCKS][16 * HALVES] = {};
+  alignas(64) float sum[2][BLOCKS * HALVES][16][BLOCK];
+  f32 total[16 * HALVES][BLOCKS] = {};
+  auto add_groups = [&](i64 group, const float(*tiles)[16][BLOCK]) {
+    const i64 last = group + together < divided.groups ? group + together : divided.groups;
+    for (i64 row = 0; group < last; ++group, row += rows) {
+      Group g[BLOCKS];
+      each<BLOCKS>([&](auto b) { g[b] = Group(w, divided, first + b * BLOCK, group); });
+      for (i64 m = 0; m < rows; ++m) {
+        each<BLOCKS>([&](auto b) {
+          const f32 here = load<f32>(tiles[b * HALVES][row + m]);
+          total[m][b] = g[b].add(total[m][b], here, sums + m * divided.groups + group);
+        });
+      }
+    }
+  };
   each<BLOCKS>([&](auto b) { decode_unit(codes[b], 0, pairs[0][b]); });
-  for (i64 unit = 0, group = 0; unit < units; ++group) {
-    const i64 end = unit + in_group < units ? unit + in_group : units;
+  i64 place = 0;
+  for (i64 unit = 0, group = 0; unit < units; group += together, place ^= 1) {
+    const i64 end = unit + of_tile < units ? unit + of_tile : units;
     zero_tiles<BLOCKS * HALVES>();
     for (; unit < end; ++unit) {
-      if (unit + 1 < units) each<BLOCKS>([&](auto b) { decode_unit(codes[b], unit + 1, pairs[(unit + 1) & 1][b]); });
+      const i64 next = unit + 1 < units ? unit + 1 : unit;
       add_unit<BLOCKS, HALVES>(
-          x + unit * height(rows) * UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK);
+          x + unit * high * UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK,
+          [&](auto b) { decode_unit(codes[b], next, pairs[(unit + 1) & 1][b]); });
     }
-    store_tiles(sum);
-    each<BLOCKS>([&](auto b) {
-      const Group g(w, divided, first + b * BLOCK, group);
-      for (i64 m = 0; m < rows; ++m) {
-        total[b][m] = g.add(total[b][m], load<f32>(sum[b * HALVES][m]), sums + m * divided.groups + group);
-      }
-    });
+    store_tiles(sum[place]);
+    if (group) add_groups(group - together, sum[place ^ 1]);  // while the matrix unit is busy
+    if (unit == units) add_groups(group, sum[place]);
   }
   each<BLOCKS>([&](auto b) {
     const i64 row = first + b * BLOCK;
-    if (row < w.n) for (i64 m = 0; m < rows; ++m) result.put(m, row, total[b][m]);
+    if (row < w.n) for (i64 m = 0; m < rows; ++m) result.put(m, row, total[m][b]);
   });
 }
 
@@ -336,7 +383,8 @@ template <bool SCALED, int BLOCKS, int HALVES>
   auto add = [&](i64 unit) {
     const i64 at = unit - begin;
     add_unit<BLOCKS, HALVES>(
-        x_here + at * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][at * (UNIT / 2)], SLAB / 2 * BLOCK);
+        x_here + at * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][at * (UNIT / 2)], SLAB / 2 * BLOCK,
+        [](auto) {});
   };
   if (SCALED && end - begin == divided.units) {
     zero_tiles<BLOCKS * HALVES>();
@@ -420,24 +468,25 @@ static void multiply_chunk(
 
 static void multiply_by_squares(
     const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, const Result& result, int threads) {
-  const i64 padded = w.padded();
+  const i64 padded = w.padded(), together = groups_of_tile(w, m);
   const i64 chunk = m <= 32 ? 4 : padded / BLOCK < 2 * threads * CHUNK ? 2 : CHUNK;
   const std::uintptr_t rest = reinterpret_cast<std::uintptr_t>(scratch + m * w.groups());
   Element* arranged = reinterpret_cast<Element*>((rest + 63) / 64 * 64);
   const bool scaled = m > 32 && w.columns < SMALL;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if ((ZERO_POINT || OFFSET) && !scaled) sum_groups(w, x, m, stride, scratch);
-    if (m > 1) arrange(w, x, m, stride, m <= 32 ? w.units() : units_of_slab(w), arranged);
-    const Element* given = m > 1 ? arranged : x;
-    m > 16 ? configure_tiles<2>(16) : configure_tiles<1>(m);
+    if (SUMS && !scaled) sum_groups(w, x, m, stride, scratch);
+    if (together > 1) arrange_groups(w, x, m, stride, together, arranged);
+    else if (m > 1) arrange(w, x, m, stride, m <= 32 ? w.units() : units_of_slab(w), arranged);
+    const Element* given = m > 1 || together > 1 ? arranged : x;
+    m > 16 ? configure_tiles<2>(16) : configure_tiles<1>(together > 1 ? 16 : m);
 #pragma omp for schedule(static)
     for (i64 first = 0; first < padded; first += chunk * BLOCK) {
       const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
       auto few = [&](auto most, auto halves) {
-        if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, scratch, first, result);
+        if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, together, scratch, first, result);
         for (i64 b = 0; b < blocks; ++b) {
-          multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, result);
+          multiply_as_decoded<1, halves>(w, given, m, together, scratch, first + b * BLOCK, result);
         }
       };
       if (m <= 16) few(constant<4>(), constant<1>());
@@ -451,7 +500,7 @@ static void multiply_by_squares(
 #endif
 
 // x is [m, stride], where stride is K rounded up to a multiple of 32 and columns from K on are 0; scratch is of
-// m (stride + groups) floats; y is bfloat16 if `half`, else float32.
+// m (stride + groups) floats, and of those for 16 rows at least; y is bfloat16 if `half`, else float32.
 extern "C" void gemm(
     const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, void* y, int half, int threads) {
   const Result result = {y, half != 0, weight->n};

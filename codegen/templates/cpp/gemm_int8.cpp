@@ -88,8 +88,7 @@ static float greatest(const Element* x, i64 count) {
     u32 bits = as_u32(values(x + k)) & 0x7fffffffu;
     top = top > bits ? top : bits;  // floats are ordered as their bits, NaN above all
   }
-  std::uint32_t most = 0;
-  for (int lane = 0; lane < LANES; ++lane) most = most > top[lane] ? most : top[lane];
+  const std::uint32_t most = greatest_of(top);
   float value;
   std::memcpy(&value, &most, sizeof(value));
   return value;
@@ -120,17 +119,16 @@ static float fine_scale(float top) {
 }
 
 static void store_codes(std::int8_t* to, i32 codes) {
+#if defined(__AVX512F__)
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)codes), order));
+#else
   i8 narrow = __builtin_convertvector(codes, i8);
   std::uint32_t quads[LANES / 4];
   std::memcpy(quads, &narrow, sizeof(narrow));
   for (auto& q : quads) q = (q & 0xff0000ffu) | (q >> 8 & 0xff00u) | (q << 8 & 0xff0000u);
   std::memcpy(to, quads, sizeof(quads));
-}
-
-static std::int32_t sum_of(i32 x) {
-  std::int32_t total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += x[lane];
-  return total;
+#endif
 }
 
 // Row `row` of x, from numbers [stride], or as codes with a scale already.

@@ -48,6 +48,16 @@ static inline i32 as_i32(f32 x) { return (i32)x; }
 static inline f32 to_f32(i32 x) { return __builtin_convertvector(x, f32); }
 static inline f32 everywhere(float x) { return x - f32{}; }
 static inline u32 everywhere(std::uint32_t x) { return x + u32{}; }
+// The halves of each lane over 2^BITS, without what is shifted into their upper bits. By a product, which two ports have
+// where one has shifts.
+template <int BITS>
+static inline u32 lowered(u32 x) {
+#if defined(__AVX512BW__)
+  if constexpr (BITS > 0) return (u32)_mm512_mulhi_epu16((__m512i)x, _mm512_set1_epi16((short)(1 << (16 - BITS))));
+#endif
+  return x >> BITS;
+}
+
 static inline f32 where(i32 condition, f32 a, f32 b) { return condition ? a : b; }
 static inline f32 where(i32 condition, float a, f32 b) { return condition ? everywhere(a) : b; }
 
@@ -306,6 +316,26 @@ static inline float sum_of(f32 x) {
   float sum = 0;
   for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
   return sum;
+#endif
+}
+
+static inline std::int32_t sum_of(i32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  std::int32_t sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
+
+static inline std::uint32_t greatest_of(u32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)x);
+#else
+  std::uint32_t most = 0;
+  for (int lane = 0; lane < LANES; ++lane) most = most > x[lane] ? most : x[lane];
+  return most;
 #endif
 }
 
