@@ -25,7 +25,7 @@ _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *_AVX2)
 _AVX512_BF16 = (*_AVX512, "avx512_vnni", "avx512_bf16")
 
 ISAS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
+    "amx": (*_AVX512_BF16, "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"),
     "avx512_bf16": _AVX512_BF16,
     "avx512_vnni": (*_AVX512, "avx512_vnni"),
     "avx512": _AVX512,
@@ -130,24 +130,21 @@ _FORMULA = """static inline f32 decode(i32 code) {{
   return {};
 }}
 """
-_LOOKUP_PAIR = """static inline u32 decode_pair(u32 codes) {
-  return lookup(codes, PAIRS);
-}
-"""
-_ROUNDED_PAIR = """static inline u32 decode_pair(u32 codes) {
-  f32 low = decode((i32)(codes & 255)), high = decode((i32)(codes >> 16 & 255));
-  return to_bfloat16(low) | to_bfloat16(high) << 16;
-}
-"""
-_FORMULA_PAIR = """static inline u32 decode_pair(u32 codes) {
-  u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
-  return low >> 16 | (high & 0xffff0000u);
-}
-"""
-_PLACED_PAIR = """static inline u32 decode_pair(u32 codes) {{
-  return (codes & {:#010x}u) | 0x3f803f80u;
+# Two codes, from bit FROM of the halves of each lane on, as bfloat16 there.
+_PAIR = """template <int FROM = 0>
+static inline u32 decode_pair(u32 codes) {{
+{}
 }}
 """
+_LOOKUP_PAIR = "  return lookup(lowered<FROM>(codes), PAIRS);"
+_LOOKUP_BYTES = "  return lookup<FROM>(codes, PAIRS);"
+_ROUNDED_PAIR = """  codes >>= FROM;
+  f32 low = decode((i32)(codes & 255)), high = decode((i32)(codes >> 16 & 255));
+  return to_bfloat16(low) | to_bfloat16(high) << 16;"""
+_FORMULA_PAIR = """  codes >>= FROM;
+  u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
+  return low >> 16 | (high & 0xffff0000u);"""
+_PLACED_PAIR = "  return put<{}, FROM>(codes, {:#010x}u, 0x3f803f80u);"
 
 
 def placed(name: str, element: str) -> IntegerFormat | None:
@@ -162,6 +159,9 @@ def decode_functions(name: str, element: str, isa: str, *, place: bool = False) 
     A format of few bits is a table of its values where the processor looks up 16 of them in one instruction; all others
     compute the format's formula. Pairs come from a table of bfloat16, for floats of 8 bits one of those without a sign,
     or are cut from float32 where that is exact.
+
+    Args:
+        place: whether pairs may be those of `placed`.
     """
     fmt = FORMATS[name]
     values = fmt.decode(torch.arange(1 << fmt.bits, dtype=torch.int32))
@@ -177,13 +177,19 @@ def decode_functions(name: str, element: str, isa: str, *, place: bool = False) 
         text = _FORMULA.format(to_cpp(formula))
     rounded = values.to(torch.bfloat16)
     if place and placed(name, element):
-        text += "\n" + _PLACED_PAIR.format((128 - (128 >> fmt.bits)) * 0x10001)
+        pair = _PLACED_PAIR.format(7 - fmt.bits, (128 - (128 >> fmt.bits)) * 0x10001)
     elif entries:
         bits = rounded[:entries].view(torch.int16).int() & 0xFFFF
-        text += "\n" + _table(f"PairTable<{entries}> PAIRS", bits, entries) + "\n" + _LOOKUP_PAIR
+        if entries == 128 and "avx512vbmi" in ISAS[isa]:
+            text += "\n" + _table("BytesTable PAIRS", torch.cat([bits & 255, bits >> 8]), 256)
+            pair = _LOOKUP_BYTES
+        else:
+            text += "\n" + _table(f"PairTable<{entries}> PAIRS", bits, entries)
+            pair = _LOOKUP_PAIR
     else:
         exact = torch.equal(rounded.float().nan_to_num(), values.nan_to_num())
-        text += "\n" + (_FORMULA_PAIR if exact else _ROUNDED_PAIR)
+        pair = _FORMULA_PAIR if exact else _ROUNDED_PAIR
+    text += "\n" + _PAIR.format(pair)
     unmasked = entries > 0 and element == "bfloat16"
     return text, not (by_table and (unmasked or element == "float32"))
 
@@ -247,11 +253,10 @@ def render_cpp(spec: CppSpec) -> str:
     if spec.integers is None:
         decode, masked = decode_functions(spec.weight, spec.element, spec.isa, place=True)
         integer = placed(spec.weight, spec.element)
-        bit, steps, more = (0, 1, 0.0) if integer is None else (7 - integer.bits, 1 << integer.bits, 1.0)
-        more += 0 if integer is None else integer.offset / steps
+        steps = 1 if integer is None else 1 << integer.bits
+        more = 0.0 if integer is None else 1 + integer.offset / steps
         constants += (
             f"constexpr bool MASKED = {str(masked).lower()};\n"
-            f"constexpr int PAIR_BIT = {bit};\n"
             f"constexpr float PAIR_UNIT = {cpp_constant(1 / steps)};\n"
             f"constexpr float PAIR_MORE = {cpp_constant(more)};\n"
         )

@@ -20,7 +20,6 @@ constexpr bool SUPER_SCALE = false;
 constexpr int BITS = 4;
 constexpr int UNIT = 32;         // columns at a time, a divisor of a group's
 constexpr bool MASKED = true;    // whether decode needs the bits above a code to be 0
-constexpr int PAIR_BIT = 0;      // of halves, from which on decode_pair has a code
 constexpr float PAIR_UNIT = 1;   // a pair's numbers are those of codes times this
 constexpr float PAIR_MORE = 0;   // and this
 // </constants>
@@ -30,8 +29,10 @@ static inline f32 decode(i32 code) {
   return to_f32(code) - 8.0f;
 }
 
-// Two codes, from bit PAIR_BIT of the halves of each lane on, as bfloat16 there.
+// Two codes, from bit FROM of the halves of each lane on, as bfloat16 there.
+template <int FROM = 0>
 static inline u32 decode_pair(u32 codes) {
+  codes >>= FROM;
   u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
   return low >> 16 | (high & 0xffff0000u);
 }
@@ -44,12 +45,8 @@ constexpr bool SUMS = ZERO_POINT || OFFSET || PAIR_MORE != 0;  // whether the su
 // Columns 4 STEP + 2 C + 0, 1 of a unit as decode_pair has them.
 template <int STEP, int C>
 static inline u32 pair(const std::uint32_t* codes, i64 unit) {
-  constexpr int FROM = 8 * C - PAIR_BIT + (ONE_PLANE ? FIELD<STEP, BITS> : 0);
-  u32 found;
-  if constexpr (ONE_PLANE) found = word<STEP, BITS, 0>(codes, unit);
-  else found = quad<STEP>(codes, unit);
-  if constexpr (FROM < 0) return decode_pair(found << -FROM);
-  return decode_pair(lowered<FROM>(found));
+  if constexpr (!ONE_PLANE) return decode_pair<8 * C>(quad<STEP>(codes, unit));
+  return decode_pair<8 * C + FIELD<STEP, BITS>>(word<STEP, BITS, 0>(codes, unit));
 }
 
 // Where the product goes: y [M, N], in bfloat16 or float32.
@@ -276,11 +273,10 @@ static inline void store_tiles(float (&to)[COUNT][16][BLOCK]) {
 }
 
 static inline void decode_unit(const std::uint32_t* codes, i64 unit, std::uint32_t (*to)[BLOCK]) {
-  each<UNIT / 4>([&](auto step) {
-    each<2>([&](auto c) {
-      const u32 found = pair<step, c>(codes, unit);
-      std::memcpy(to[2 * step + c], &found, sizeof(found));
-    });
+  each<UNIT / 8>([&](auto half) {
+    u32 found[4];  // before any is stored, as compilers take what follows a store for changed
+    each<4>([&](auto i) { found[i] = pair<2 * half + i / 2, i % 2>(codes, unit); });
+    std::memcpy(to[4 * half], found, sizeof(found));
   });
 }
 

@@ -48,16 +48,6 @@ static inline i32 as_i32(f32 x) { return (i32)x; }
 static inline f32 to_f32(i32 x) { return __builtin_convertvector(x, f32); }
 static inline f32 everywhere(float x) { return x - f32{}; }
 static inline u32 everywhere(std::uint32_t x) { return x + u32{}; }
-// The halves of each lane over 2^BITS, without what is shifted into their upper bits. By a product, which two ports have
-// where one has shifts.
-template <int BITS>
-static inline u32 lowered(u32 x) {
-#if defined(__AVX512BW__)
-  if constexpr (BITS > 0) return (u32)_mm512_mulhi_epu16((__m512i)x, _mm512_set1_epi16((short)(1 << (16 - BITS))));
-#endif
-  return x >> BITS;
-}
-
 static inline f32 where(i32 condition, f32 a, f32 b) { return condition ? a : b; }
 static inline f32 where(i32 condition, float a, f32 b) { return condition ? everywhere(a) : b; }
 
@@ -85,6 +75,23 @@ static inline f32 lookup(i32 code, const Table& table) {
 #endif
 }
 
+// The halves of each lane over 2^BITS, without what is shifted into their upper bits. By a product, which two ports have
+// where one has shifts.
+template <int BITS>
+static inline u32 lowered(u32 x) {
+#if defined(__AVX512BW__)
+  if constexpr (BITS > 0) return (u32)_mm512_mulhi_epu16((__m512i)x, _mm512_set1_epi16((short)(1 << (16 - BITS))));
+#endif
+  return x >> BITS;
+}
+
+// Codes from bit FROM of the halves of each lane on at bit TO, where `mask` has a bit for each of theirs, and `rest`.
+template <int TO, int FROM>
+static inline u32 put(u32 codes, std::uint32_t mask, std::uint32_t rest) {
+  if constexpr (FROM < TO) return (codes << (TO - FROM) & mask) | rest;
+  else return (lowered<FROM - TO>(codes) & mask) | rest;
+}
+
 #if defined(__AVX512BW__)
 // Both halves of each lane at once.
 template <int COUNT>
@@ -101,6 +108,24 @@ static inline u32 lookup(u32 pair, const PairTable<COUNT>& table) {
     __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
     return (u32)_mm512_mask_blend_epi16(upper, low, high) | (pair & 0x00800080u) << 8;
   }
+}
+#endif
+
+#if defined(__AVX512VBMI__)
+// What a PairTable<128> has, its lower bytes before its upper ones: those of all codes of a quad are looked up together.
+struct BytesTable {
+  std::uint8_t values[256];
+};
+
+template <int FROM>
+static inline u32 lookup(u32 quad, const BytesTable& table) {
+  const __m512i codes = (__m512i)quad;
+  auto of = [&](int place) { return _mm512_loadu_si512(table.values + 64 * place); };
+  const u32 low = (u32)_mm512_permutex2var_epi8(of(0), codes, of(1));
+  const u32 high = (u32)_mm512_permutex2var_epi8(of(2), codes, of(3)) | (quad & 0x80808080u);
+  if constexpr (FROM == 0) return (low & 0x00ff00ffu) | (high << 8 & 0xff00ff00u);
+  static_assert(FROM == 0 || FROM == 8);
+  return (low >> 8 & 0x00ff00ffu) | (high & 0xff00ff00u);
 }
 #endif
 
