@@ -59,6 +59,19 @@ struct Result {
     if (half) store((bfloat16*)y + row * n + column, x, n - column);
     else store((float*)y + row * n + column, x, n - column);
   }
+
+  // Of blocks of columns, whose numbers are `apart`.
+  template <int BLOCKS>
+  void put_blocks(i64 row, i64 column, const float* x, i64 apart) const {
+#if defined(__AVX512BF16__)
+    if (BLOCKS == 2 && half && column + 2 * BLOCK <= n) {
+      const u32 both = (u32)_mm512_cvtne2ps_pbh((__m512)load<f32>(x + apart), (__m512)load<f32>(x));
+      std::memcpy((bfloat16*)y + row * n + column, &both, sizeof(both));  // a whole line of the cache
+      return;
+    }
+#endif
+    for (int b = 0; b < BLOCKS && column + b * BLOCK < n; ++b) put(row, column + b * BLOCK, load<f32>(x + b * apart));
+  }
 };
 
 // What a group's codes are combined with, for LANES rows.
@@ -228,32 +241,37 @@ static void configure_tiles(i64 rows) {
   tiles.configure();
 }
 
-// x as [slabs, blocks of 16 rows, units of a slab, height, UNIT], for slabs of `step` units but for the last.
-static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, i64 step, Element* to) {
-  const i64 units = w.units(), high = height(m), padded = (m + high - 1) / high * high;
-  i64 run = step < 16 ? step : 16;
-  while (step % run) --run;  // so that none crosses the end of a slab
+// Up to 32 rows of x as [blocks of 16 rows, units, height, UNIT].
+static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, Element* to) {
+  const i64 units = w.units(), high = height(m);
 #pragma omp for schedule(static) collapse(2)
-  for (i64 begin = 0; begin < units; begin += run) {
-    for (i64 row = 0; row < m; row += high) {
-      const i64 slab = begin / step * step, in_slab = units - slab < step ? units - slab : step;
-      const i64 end = begin + run < units ? begin + run : units, last = row + high < m ? row + high : m;
-      Element* here = to + (slab * padded + row * in_slab + (begin - slab) * high) * UNIT;
-      for (i64 r = row; r < last; ++r) {
-        for (i64 unit = begin; unit < end; ++unit) {
-          Element* place = here + ((unit - begin) * high + r - row) * UNIT;
-          std::memcpy(place, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
-        }
+  for (i64 row = 0; row < m; row += high) {
+    for (i64 unit = 0; unit < units; ++unit) {
+      Element* here = to + (row * units + unit * high) * UNIT;
+      for (i64 r = row; r < row + high && r < m; ++r) {
+        std::memcpy(here + (r - row) * UNIT, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
       }
     }
   }
 }
 
-// Adds the product of a unit: of x [HALVES], `distance` apart, and of BLOCKS blocks of the weight, `apart` apart. What
-// vectors do for a block meanwhile is `beside`, which the processor finds in time only if it lies between.
+// The rows of x after the last 32, and as many of zeros as make 32 of them.
+static void copy_last(const Element* x, i64 m, i64 stride, Element* to) {
+#pragma omp for schedule(static)
+  for (i64 row = m / 32 * 32; row < (m + 31) / 32 * 32; ++row) {
+    Element* here = to + row % 32 * stride;
+    if (row < m) std::memcpy(here, x + row * stride, sizeof(Element) * stride);
+    else std::memset(here, 0, sizeof(Element) * stride);
+  }
+}
+
+// Adds the product of a unit: of x [HALVES], `distance` apart and with `stride` from row to row, and of BLOCKS blocks of
+// the weight, `apart` apart. What vectors do for a block meanwhile is `beside`, which the processor finds in time only if
+// it lies between.
 template <int BLOCKS, int HALVES, class Beside>
-static inline void add_unit(const Element* x, i64 distance, const std::uint32_t* pairs, i64 apart, Beside beside) {
-  each<HALVES>([&](auto h) { load_tile<4 + h>(x + h * distance, 2 * UNIT); });
+static inline void add_unit(
+    const Element* x, i64 stride, i64 distance, const std::uint32_t* pairs, i64 apart, Beside beside) {
+  each<HALVES>([&](auto h) { load_tile<4 + h>(x + h * distance, sizeof(Element) * stride); });
   each<BLOCKS>([&](auto b) {
     beside(b);
     constexpr int PAIRS = BLOCKS == 4 ? 5 + b % 3 : 6 + b % 2;
@@ -330,7 +348,7 @@ template <int BLOCKS, int HALVES>
     for (; unit < end; ++unit) {
       const i64 next = unit + 1 < units ? unit + 1 : unit;
       add_unit<BLOCKS, HALVES>(
-          x + unit * high * UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK,
+          x + unit * high * UNIT, UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK,
           [&](auto b) { decode_unit(codes[b], next, pairs[(unit + 1) & 1][b]); });
     }
     store_tiles(sum[place]);
@@ -368,30 +386,23 @@ template <bool SCALED>
   }
 }
 
-// total [blocks of the weight, rows of x, 16] += the product of a slab's units [begin, end).
+// total [blocks of the weight, rows of x, 16] += the product of a slab's units [begin, end) and `rows` rows of x, the first
+// of which is `row`.
 template <bool SCALED, int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_slab(
-    const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 m, i64 row, i64 rows,
-    const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK],
+    const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 stride, i64 row,
+    i64 rows, const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK],
     const Result& result) {
   alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
-  const Element* x_here = x + (begin * ((m + 15) / 16 * 16) + row * (end - begin)) * UNIT;
   auto add = [&](i64 unit) {
-    const i64 at = unit - begin;
     add_unit<BLOCKS, HALVES>(
-        x_here + at * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][at * (UNIT / 2)], SLAB / 2 * BLOCK,
-        [](auto) {});
+        x + unit * UNIT, stride, 16 * stride, pairs[0][(unit - begin) * (UNIT / 2)], SLAB / 2 * BLOCK, [](auto) {});
   };
   if (SCALED && end - begin == divided.units) {
     zero_tiles<BLOCKS * HALVES>();
     for (i64 unit = begin; unit < end; ++unit) add(unit);
     store_tiles(sum);
-    for (i64 r = 0; r < rows; ++r) {
-      each<BLOCKS>([&](auto b) {
-        const i64 column = first + b * BLOCK;
-        if (column < w.n) result.put(row + r, column, load<f32>(sum[b * HALVES][r]));
-      });
-    }
+    for (i64 r = 0; r < rows; ++r) result.put_blocks<BLOCKS>(row + r, first, sum[0][r], HALVES * 16 * BLOCK);
     return;
   }
   if constexpr (SCALED) {
@@ -420,10 +431,11 @@ template <bool SCALED, int BLOCKS, int HALVES>
 
 static i64 units_of_slab(const Weight& w) { return (w.columns < SLAB ? SLAB / w.columns * w.columns : SLAB) / UNIT; }
 
-// `blocks` blocks of the weight times all rows of x.
+// `blocks` blocks of the weight times all rows of x; `last` has those after the last 32, and what fills them up.
 template <bool SCALED>
 static void multiply_chunk(
-    const Weight& weight, i64 first, i64 blocks, const Element* x, i64 m, const float* sums, const Result& result) {
+    const Weight& weight, i64 first, i64 blocks, const Element* x, const Element* last, i64 m, i64 stride,
+    const float* sums, const Result& result) {
   alignas(64) std::uint32_t pairs[CHUNK][SLAB / 2][BLOCK];
   alignas(64) float total[CHUNK][BAND][BLOCK];
   const Weight w = weight;
@@ -438,12 +450,14 @@ static void multiply_chunk(
     for (i64 begin = 0; begin < units; begin += step) {
       const i64 end = begin + step < units ? begin + step : units;
       for (i64 b = 0; b < blocks; ++b) decode_slab<SCALED>(w, divided, first + b * BLOCK, begin, end, pairs[b]);
-      for (i64 b = 0; b < blocks; b += 2) {
-        for (i64 row = band; row < band + rows; row += 32) {
-          const i64 left = band + rows - row, here = left < 32 ? left : 32;
+      for (i64 row = band; row < band + rows; row += 32) {
+        const i64 left = band + rows - row, here = left < 32 ? left : 32;
+        const Element* x_rows = row + 32 > m ? last : x + row * stride;
+        for (i64 b = 0; b < blocks; b += 2) {
           auto of = [&](auto count, auto halves) {
             multiply_slab<SCALED, count, halves>(
-                w, divided, first + b * BLOCK, begin, end, x, m, row, here, sums, pairs + b, total + b, result);
+                w, divided, first + b * BLOCK, begin, end, x_rows, stride, row, here, sums, pairs + b, total + b,
+                result);
           };
           if (blocks - b > 1) {
             here > 16 ? of(constant<2>(), constant<2>()) : of(constant<2>(), constant<1>());
@@ -455,17 +469,31 @@ static void multiply_chunk(
     }
     if (!summed) continue;
     for (i64 r = 0; r < rows; ++r) {  // a row at a time: its columns lie together
-      for (i64 b = 0; b < blocks && first + b * BLOCK < w.n; ++b) {
-        result.put(band + r, first + b * BLOCK, load<f32>(total[b][r]));
+      for (i64 b = 0; b < blocks; b += 2) {
+        auto put = [&](auto count) {
+          result.put_blocks<count>(band + r, first + b * BLOCK, total[b][r], BAND * BLOCK);
+        };
+        blocks - b > 1 ? put(constant<2>()) : put(constant<1>());
       }
     }
   }
 }
 
+// Of `blocks`, an even number for each turn of each thread, so that the one with the most has few more than the others.
+static i64 blocks_of_chunk(i64 blocks, i64 threads) {
+  const i64 each = (blocks + 2 * threads - 1) / (2 * threads);  // pairs of a thread
+  i64 best = CHUNK / 2, most = (each + best - 1) / best * best;
+  for (i64 size = CHUNK / 2; size > CHUNK / 8; --size) {
+    const i64 here = (each + size - 1) / size * size;
+    if (here < most) best = size, most = here;
+  }
+  return 2 * best;
+}
+
 static void multiply_by_squares(
     const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, const Result& result, int threads) {
   const i64 padded = w.padded(), together = groups_of_tile(w, m);
-  const i64 chunk = m <= 32 ? 4 : padded / BLOCK < 2 * threads * CHUNK ? 2 : CHUNK;
+  const i64 chunk = m <= 32 ? 4 : blocks_of_chunk(padded / BLOCK, threads);
   const std::uintptr_t rest = reinterpret_cast<std::uintptr_t>(scratch + m * w.groups());
   Element* arranged = reinterpret_cast<Element*>((rest + 63) / 64 * 64);
   const bool scaled = m > 32 && w.columns < SMALL;
@@ -473,8 +501,9 @@ static void multiply_by_squares(
   {
     if (SUMS && !scaled) sum_groups(w, x, m, stride, scratch);
     if (together > 1) arrange_groups(w, x, m, stride, together, arranged);
-    else if (m > 1) arrange(w, x, m, stride, m <= 32 ? w.units() : units_of_slab(w), arranged);
+    else if (m > 1 && m <= 32) arrange(w, x, m, stride, arranged);
     const Element* given = m > 1 || together > 1 ? arranged : x;
+    if (m > 32) copy_last(x, m, stride, arranged);
     m > 16 ? configure_tiles<2>(16) : configure_tiles<1>(together > 1 ? 16 : m);
 #pragma omp for schedule(static)
     for (i64 first = 0; first < padded; first += chunk * BLOCK) {
@@ -487,8 +516,8 @@ static void multiply_by_squares(
       };
       if (m <= 16) few(constant<4>(), constant<1>());
       else if (m <= 32) few(constant<2>(), constant<2>());
-      else if (scaled) multiply_chunk<true>(w, first, blocks, given, m, scratch, result);
-      else multiply_chunk<false>(w, first, blocks, given, m, scratch, result);
+      else if (scaled) multiply_chunk<true>(w, first, blocks, x, arranged, m, stride, scratch, result);
+      else multiply_chunk<false>(w, first, blocks, x, arranged, m, stride, scratch, result);
     }
     _tile_release();
   }

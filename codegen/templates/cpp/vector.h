@@ -373,7 +373,11 @@ static inline void store_some(To* to, const Vector& x, i64 count) {
 }
 static inline void store(float* to, f32 x, i64 count) { store_some(to, x, count); }
 static inline void store(bfloat16* to, f32 x, i64 count) {
+#if defined(__AVX512BF16__)
+  u16 bits = (u16)_mm512_cvtneps_pbh((__m512)x);
+#else
   u16 bits = __builtin_convertvector(to_bfloat16(x), u16);
+#endif
   store_some(to, bits, count);
 }
 
