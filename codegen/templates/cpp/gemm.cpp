@@ -60,16 +60,12 @@ struct Result {
     else store((float*)y + row * n + column, x, n - column);
   }
 
-  // Of blocks of columns, whose numbers are `apart`.
+  // Of BLOCKS blocks of columns, whose numbers are `apart`.
   template <int BLOCKS>
   void put_blocks(i64 row, i64 column, const float* x, i64 apart) const {
-#if defined(__AVX512BF16__)
     if (BLOCKS == 2 && half && column + 2 * BLOCK <= n) {
-      const u32 both = (u32)_mm512_cvtne2ps_pbh((__m512)load<f32>(x + apart), (__m512)load<f32>(x));
-      std::memcpy((bfloat16*)y + row * n + column, &both, sizeof(both));  // a whole line of the cache
-      return;
+      return store_pair((bfloat16*)y + row * n + column, load<f32>(x), load<f32>(x + apart));
     }
-#endif
     for (int b = 0; b < BLOCKS && column + b * BLOCK < n; ++b) put(row, column + b * BLOCK, load<f32>(x + b * apart));
   }
 };
@@ -479,21 +475,10 @@ static void multiply_chunk(
   }
 }
 
-// Of `blocks`, an even number for each turn of each thread, so that the one with the most has few more than the others.
-static i64 blocks_of_chunk(i64 blocks, i64 threads) {
-  const i64 each = (blocks + 2 * threads - 1) / (2 * threads);  // pairs of a thread
-  i64 best = CHUNK / 2, most = (each + best - 1) / best * best;
-  for (i64 size = CHUNK / 2; size > CHUNK / 8; --size) {
-    const i64 here = (each + size - 1) / size * size;
-    if (here < most) best = size, most = here;
-  }
-  return 2 * best;
-}
-
 static void multiply_by_squares(
     const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, const Result& result, int threads) {
   const i64 padded = w.padded(), together = groups_of_tile(w, m);
-  const i64 chunk = m <= 32 ? 4 : blocks_of_chunk(padded / BLOCK, threads);
+  const i64 chunk = m <= 32 ? 4 : even_parts(padded / BLOCK, threads, CHUNK);
   const std::uintptr_t rest = reinterpret_cast<std::uintptr_t>(scratch + m * w.groups());
   Element* arranged = reinterpret_cast<Element*>((rest + 63) / 64 * 64);
   const bool scaled = m > 32 && w.columns < SMALL;

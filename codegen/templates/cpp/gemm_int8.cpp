@@ -95,9 +95,10 @@ static float greatest(const Element* x, i64 count) {
 }
 
 // The nearest int8 of x / scale, ties to even.
-static inline i32 nearest_int8(f32 x, float scale) {
+static inline i32 nearest_int8(f32 x, float scale, float inverse) {
   constexpr float MAGIC = 0x1.8p23f;  // adding it rounds at the last binary place, which is 1
-  i32 code = as_i32(x / everywhere(scale) + MAGIC) - 0x4b400000;
+  const f32 found = scale < 0x1p-100f ? x / everywhere(scale) : quotient(x, scale, inverse);
+  i32 code = as_i32(found + MAGIC) - 0x4b400000;
   code = code < 127 ? code : i32{} + 127;
   return code > -128 ? code : i32{} - 128;
 }
@@ -161,7 +162,7 @@ static void round_row(const Weight& w, const Element* x, const std::int8_t* give
           code = (code - low) >> 8;
         }
       } else {
-        const i32 code = given ? widen(load<i8>(given + k)) : nearest_int8(values(x + k), scale);
+        const i32 code = given ? widen(load<i8>(given + k)) : nearest_int8(values(x + k), scale, inverse);
         store_codes(codes[0] + offset, code);
         sum[0] += code;
       }
@@ -429,12 +430,18 @@ static inline void add_piece(
   });
 }
 
-// y [rows of x, 16 of the weight] of total [rows].
+// y [rows, 16 BLOCKS] of totals [BLOCKS][rows], a row at a time: its columns lie together.
+template <int BLOCKS>
 static inline void store_rows(
-    const Weight& w, i64 first, const Integers& x, i64 rows, const f32* total, Element* y) {
-  if (first >= w.n) return;
+    const Weight& w, i64 first, const float* scale, i64 rows, const f32* const* totals, Element* y) {
   for (i64 m = 0; m < rows; ++m) {
-    store(y + m * w.n + first, GROUPED ? total[m] : total[m] * x.scale[m], w.n - first);
+    auto of = [&](int b) { return GROUPED ? totals[b][m] : totals[b][m] * scale[m]; };
+    Element* to = y + m * w.n + first;
+    if (BLOCKS == 2 && first + 2 * BLOCK <= w.n) {
+      store_pair(to, of(0), of(1));
+    } else {
+      for (int b = 0; b < BLOCKS && first + b * BLOCK < w.n; ++b) store(to + b * BLOCK, of(b), w.n - first - b * BLOCK);
+    }
   }
 }
 
@@ -472,7 +479,7 @@ template <int BLOCKS, int HALVES>
     }
     add_piece<BLOCKS, HALVES>(w, divided, p, first, x, 0, rows, totals);
   }
-  each<BLOCKS>([&](auto b) { store_rows(w, first + b * BLOCK, x, rows / LIMBS, total[b], y); });
+  store_rows<BLOCKS>(w, first, x.scale, rows / LIMBS, totals, y);
 }
 
 // `blocks` blocks of the weight times all rows of x; `scratch` has room for a slab of their integers, and their part of y
@@ -496,6 +503,7 @@ static void multiply_chunk(
     if (!READY) unpack<BIAS>(w, first, blocks, from.begin, end, scratch);
     for (i64 row = 0; row < m; row += 32) {
       const std::int8_t* x_rows = x.at(row);
+      const i64 rows = m - row < 32 ? m - row : 32;
       for (i64 b = 0; b < blocks; b += 2) {
         f32* total[2] = {totals + b * x.rows + row, totals + (b + 1) * x.rows + row};
         auto of = [&](auto count) {
@@ -505,15 +513,15 @@ static void multiply_chunk(
               add_columns<count, 2>(
                   x_rows + x.offset(k), SLAB / RUN * x.high * RUN, integers + b, (k - from.begin) / 4 * BLOCK);
             }
-            add_piece<count, 2>(w, divided, p, first + b * BLOCK, x, row, m - row < 32 ? m - row : 32, total);
+            add_piece<count, 2>(w, divided, p, first + b * BLOCK, x, row, rows, total);
           }
+          if (end == pieces.width) store_rows<count>(w, first + b * BLOCK, x.scale + row, rows, total, y + row * w.n);
         };
         blocks - b > 1 ? of(constant<2>()) : of(constant<1>());
       }
     }
     from = next;
   }
-  for (i64 b = 0; b < blocks; ++b) store_rows(w, first + b * BLOCK, x, m, totals + b * x.rows, y);
 }
 
 static void multiply_by_squares(
@@ -522,7 +530,7 @@ static void multiply_by_squares(
   const Pieces pieces(w);
   const i64 padded = w.padded(), rows = m * LIMBS;
   const i64 depth = pieces.columns % RUN == 0 && pieces.width % RUN == 0 && pieces.of_group % RUN == 0 ? RUN : 32;
-  const i64 chunk = rows <= 16 ? 4 : rows <= 32 || padded / BLOCK < 4 * threads * BLOCKS_MOST ? 2 : BLOCKS_MOST;
+  const i64 chunk = rows <= 16 ? 4 : rows <= 32 ? 2 : even_parts(padded / BLOCK, threads, BLOCKS_MOST);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     round_rows(w, x, given, m, stride, to);

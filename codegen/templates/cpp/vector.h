@@ -241,6 +241,16 @@ static inline u32 dot(u32 sum, u32 codes, const Four<BITS>& x) {
 #endif
 }
 
+// x / by, where inverse is 1 / by: the nearest float32, by what a product with it leaves over. Not for `by` below 2^-100.
+static inline f32 quotient(f32 x, float by, float inverse) {
+#if defined(__AVX512F__)
+  const __m512 near = (__m512)(x * inverse), over = _mm512_set1_ps(inverse);
+  return (f32)_mm512_fmadd_ps(_mm512_fnmadd_ps(near, _mm512_set1_ps(by), (__m512)x), over, near);
+#else
+  return x / everywhere(by);  // which takes few cycles of so few lanes
+#endif
+}
+
 // Stored types of scales.
 struct bfloat16 {
   std::uint16_t bits;
@@ -379,6 +389,20 @@ static inline void store(bfloat16* to, f32 x, i64 count) {
   u16 bits = __builtin_convertvector(to_bfloat16(x), u16);
 #endif
   store_some(to, bits, count);
+}
+
+// Two vectors, one behind the other: a whole line of the cache where LANES are 16.
+static inline void store_pair(bfloat16* to, f32 low, f32 high) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  store(to, low, LANES);
+  store(to + LANES, high, LANES);
+#endif
+}
+static inline void store_pair(float* to, f32 low, f32 high) {
+  store(to, low, LANES);
+  store(to + LANES, high, LANES);
 }
 
 static inline void store(std::int8_t* to, f32 x, i64 count) {

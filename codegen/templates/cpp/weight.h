@@ -78,3 +78,14 @@ static inline u32 quad(const std::uint32_t* codes, i64 unit) {
   if constexpr (BITS & 1) found |= plane<STEP, 1, BITS & 6>(codes, unit);
   return found;
 }
+
+// How many of `blocks` a thread takes at a time, an even number up to `most`, so that none has many more than others.
+static inline i64 even_parts(i64 blocks, i64 threads, i64 most) {
+  const i64 each = (blocks + 2 * threads - 1) / (2 * threads);  // pairs of a thread
+  auto taken = [&](i64 pairs) { return (each + pairs - 1) / pairs * pairs; };
+  i64 best = most / 2;
+  for (i64 pairs = best - 1; pairs > most / 8; --pairs) {
+    if (taken(pairs) < taken(best)) best = pairs;
+  }
+  return 2 * best;
+}
