@@ -275,7 +275,7 @@ def render_cpp(spec: CppSpec) -> str:
         )
         text = fill_hole(text, "integers", integer_functions(spec), comment="//")
     text = fill_hole(text, "constants", constants, comment="//")
-    for header in ("vector.h", "weight.h"):
+    for header in ("vector.h", "weight.h", "integers.h", "gemm_squares.h", "gemm_int8_squares.h"):
         text = text.replace(f'#include "{header}"\n', template_text(header))
     encoded = spec.encode()
     assert encoded.isprintable()
