@@ -180,7 +180,7 @@ constexpr i64 FEW = 2 * TALL;                // rows of x for which integers are
 
 // The product of one row of x: many streams of codes at a time, which memory delivers faster than fewer.
 static void multiply_row(const Weight& w, const Integers& x, Element* y) {
-  constexpr int VECTORS = LIMBS > 1 ? 4 : 8;
+  constexpr int VECTORS = FEW_REGISTERS && LIMBS > 1 ? 4 : 8;
   const i64 padded = w.padded();
 #pragma omp for schedule(static)
   for (i64 first = 0; first < padded; first += VECTORS * LANES) {
