@@ -84,6 +84,7 @@ template <int BLOCKS, int HALVES>
   auto prepare = [&](i64 k, i64 place) {
     each<BLOCKS>([&](auto b) {
       for (i64 unit = 0; unit < depth / UNIT; ++unit) {
+        fetch_ahead<BITS * UNIT / 32>(codes[b] + (k + unit * UNIT) / 32 * BITS * BLOCK);
         unpack_unit<BIAS>(codes[b], k / UNIT + unit, unpacked[place][b] + unit * (UNIT / 4));
       }
     });

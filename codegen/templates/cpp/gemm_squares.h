@@ -131,7 +131,10 @@ template <int BLOCKS, int HALVES>
       const i64 next = unit + 1 < units ? unit + 1 : unit;
       add_unit<BLOCKS, HALVES>(
           x + unit * high * UNIT, UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK,
-          [&](auto b) { decode_unit(codes[b], next, pairs[(unit + 1) & 1][b]); });
+          [&](auto b) {
+            fetch_ahead<BITS * UNIT / 32>(codes[b] + unit * UNIT / 32 * BITS * BLOCK);
+            decode_unit(codes[b], next, pairs[(unit + 1) & 1][b]);
+          });
     }
     store_tiles(sum[place]);
     if (group) add_groups(group - together, sum[place ^ 1]);  // while the matrix unit is busy
