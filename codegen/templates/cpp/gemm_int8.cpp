@@ -122,7 +122,9 @@ template <int VECTORS, int ROWS, bool UNPACKED>
       });
     }
     float x_sum[ROWS / LIMBS];
-    if constexpr (OFFSET) each<ROWS / LIMBS>([&](auto m) { x_sum[m] = sum_of_group(sums + m * LIMBS, scales + m * LIMBS); });
+    each<ROWS / LIMBS>([&](auto m) {
+      x_sum[m] = OFFSET ? sum_of_group(sums + m * LIMBS, scales + m * LIMBS) : 0;
+    });
     each<VECTORS>([&](auto v) {
       Group g(w, divided, first + v * LANES, p.group);
       each<ROWS / LIMBS>([&](auto m) {

@@ -1,6 +1,6 @@
-// The product by the matrix unit, to be included in `gemm.cpp` where there is one. A tile of x is 16 of its rows [16, UNIT],
-// one of the weight pairs of columns of 16 of its rows [UNIT / 2, 16, 2], as decode_pair has them, and tiles 0 to 3 are sums
-// [16, 16].
+// The product by the matrix unit, to be included in `gemm.cpp` where there is one. A tile of x is 16 of its rows
+// [16, UNIT], one of the weight pairs of columns of 16 of its rows [UNIT / 2, 16, 2], as decode_pair has them, and tiles 0
+// to 3 are sums [16, 16].
 //
 // Up to 32 rows of x are multiplied by four or two blocks of the weight as those decode. More are multiplied by a slab of
 // the weight that was decoded before. Groups that are small have too many sums then, so weights of such are decoded with
@@ -171,8 +171,8 @@ template <bool SCALED>
   }
 }
 
-// total [blocks of the weight, rows of x, 16] += the product of a slab's units [begin, end) and `rows` rows of x, the first
-// of which is `row`.
+// total [blocks of the weight, rows of x, 16] += the product of a slab's units [begin, end) and `rows` rows of x, the
+// first of which is `row`.
 template <bool SCALED, int BLOCKS, int HALVES>
 [[gnu::flatten]] static void multiply_slab(
     const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 stride, i64 row,

@@ -1,4 +1,4 @@
-// x as integers of 8 bits, for `gemm_int8.cpp`: where they lie, and how numbers are rounded to them.
+// x as integers of 8 bits, to be included in `gemm_int8.cpp`: where they lie, and how numbers are rounded to them.
 
 constexpr i64 PIECE = 1024;  // columns: the sum of so many products of 8 bits is exact in float32
 constexpr i64 RUN = 64;      // columns of x that lie together

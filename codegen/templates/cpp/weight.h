@@ -46,15 +46,15 @@ static inline const std::uint32_t* codes_of(const Weight& w, i64 row) {
   return w.codes + row / BLOCK * ((w.k + 31) / 32) * BITS * BLOCK + row % BLOCK;
 }
 
-// Has memory send LINES of codes, 64 bytes each, that come 2 KB behind these. Processors that look ahead themselves stop at
-// the end of a page of 4 KB, and do not see past the instructions of a matrix unit.
+// Has memory send LINES of codes, 64 bytes each, that come 2 KB behind these. Processors that look ahead themselves stop
+// at the end of a page of 4 KB, and do not see past the instructions of a matrix unit.
 template <int LINES>
 static inline void fetch_ahead(const std::uint32_t* codes) {
   for (int line = 0; line < LINES; ++line) __builtin_prefetch(codes + 512 + line * BLOCK);
 }
 
-// The word that has one plane of WIDTH bits, whose lowest is bit LOW of a code, of columns 4 STEP + 0, 2, 1, 3 of a unit: in
-// its bytes from bit FIELD<STEP, WIDTH> on.
+// The word that has one plane of WIDTH bits, whose lowest is bit LOW of a code, of columns 4 STEP + 0, 2, 1, 3 of a unit:
+// in its bytes from bit FIELD<STEP, WIDTH> on.
 template <int STEP, int WIDTH>
 constexpr int FIELD = WIDTH * (STEP % (8 / WIDTH));
 
