@@ -21,10 +21,10 @@ The other generated kernel multiplies x by codes and applies a group's scale, ze
 float32. In bfloat16 integers of fewer than 8 bits stand in the mantissa as they are, c of b bits as 1 + c / 2^b, and
 the sum of x takes the 1 off. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays
 in the cache and multiplies by them, so a weight is never held whole in a wide dtype; scale and offset are combined in
-float32 before the weight is rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for float32 and float16.
-Sums are float32; products of bfloat16 are rounded to it, and those of quantized activations where the weight is decoded
-first. Where the processor has no bfloat16 products the kernel for few rows multiplies float32. Quantized activations
-enter as exact codes, except those with a scale a group, which are rounded to bfloat16.
+float32 before the weight is rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for
+float32 and float16. Sums are float32; products of bfloat16 are rounded to it, and those of quantized activations where
+the weight is decoded first. Where the processor has no bfloat16 products the kernel for few rows multiplies float32.
+Quantized activations enter as exact codes, except those with a scale a group, which are rounded to bfloat16.
 """
 
 from __future__ import annotations
