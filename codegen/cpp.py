@@ -130,28 +130,38 @@ _FORMULA = """static inline f32 decode(i32 code) {{
   return {};
 }}
 """
-_LOOKUP_PAIR = """static inline u32 decode_pair(u32 codes) {
-  return lookup(codes, PAIRS);
-}
+# Two codes, from bit FROM of the halves of each lane on, as bfloat16 there.
+_PAIR = """template <int FROM = 0>
+static inline u32 decode_pair(u32 codes) {{
+{}
+}}
 """
-_ROUNDED_PAIR = """static inline u32 decode_pair(u32 codes) {
+_LOOKUP_PAIR = "  return lookup(lowered<FROM>(codes), PAIRS);"
+_LOOKUP_BYTES = "  return lookup<FROM>(codes, PAIRS);"
+_ROUNDED_PAIR = """  codes >>= FROM;
   f32 low = decode((i32)(codes & 255)), high = decode((i32)(codes >> 16 & 255));
-  return to_bfloat16(low) | to_bfloat16(high) << 16;
-}
-"""
-_FORMULA_PAIR = """static inline u32 decode_pair(u32 codes) {
+  return to_bfloat16(low) | to_bfloat16(high) << 16;"""
+_FORMULA_PAIR = """  codes >>= FROM;
   u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
-  return low >> 16 | (high & 0xffff0000u);
-}
-"""
+  return low >> 16 | (high & 0xffff0000u);"""
+_PLACED_PAIR = "  return put<{}, FROM>(codes, {:#010x}u, 0x3f803f80u);"
 
 
-def decode_functions(name: str, element: str, isa: str) -> tuple[str, bool]:
+def placed(name: str, element: str) -> IntegerFormat | None:
+    """A format whose codes are put into the mantissa of a bfloat16 as they are: c of b bits makes 1 + c / 2^b."""
+    fmt = FORMATS[name]
+    return fmt if element == "bfloat16" and isinstance(fmt, IntegerFormat) and fmt.bits < 8 else None
+
+
+def decode_functions(name: str, element: str, isa: str, *, place: bool = False) -> tuple[str, bool]:
     """The functions `decode` and `decode_pair` of a format, and whether they need the bits above a code to be 0.
 
     A format of few bits is a table of its values where the processor looks up 16 of them in one instruction; all others
     compute the format's formula. Pairs come from a table of bfloat16, for floats of 8 bits one of those without a sign,
     or are cut from float32 where that is exact.
+
+    Args:
+        place: whether pairs may be those of `placed`.
     """
     fmt = FORMATS[name]
     values = fmt.decode(torch.arange(1 << fmt.bits, dtype=torch.int32))
@@ -166,12 +176,20 @@ def decode_functions(name: str, element: str, isa: str) -> tuple[str, bool]:
         assert isinstance(formula, Expr)
         text = _FORMULA.format(to_cpp(formula))
     rounded = values.to(torch.bfloat16)
-    if entries:
+    if place and placed(name, element):
+        pair = _PLACED_PAIR.format(7 - fmt.bits, (128 - (128 >> fmt.bits)) * 0x10001)
+    elif entries:
         bits = rounded[:entries].view(torch.int16).int() & 0xFFFF
-        text += "\n" + _table(f"PairTable<{entries}> PAIRS", bits, entries) + "\n" + _LOOKUP_PAIR
+        if entries == 128 and "avx512vbmi" in ISAS[isa]:
+            text += "\n" + _table("BytesTable PAIRS", torch.cat([bits & 255, bits >> 8]), 256)
+            pair = _LOOKUP_BYTES
+        else:
+            text += "\n" + _table(f"PairTable<{entries}> PAIRS", bits, entries)
+            pair = _LOOKUP_PAIR
     else:
         exact = torch.equal(rounded.float().nan_to_num(), values.nan_to_num())
-        text += "\n" + (_FORMULA_PAIR if exact else _ROUNDED_PAIR)
+        pair = _FORMULA_PAIR if exact else _ROUNDED_PAIR
+    text += "\n" + _PAIR.format(pair)
     unmasked = entries > 0 and element == "bfloat16"
     return text, not (by_table and (unmasked or element == "float32"))
 
@@ -233,8 +251,15 @@ def render_cpp(spec: CppSpec) -> str:
     name = "gemm.cpp" if spec.integers is None else "gemm_int8.cpp"
     text = template_text(name)
     if spec.integers is None:
-        decode, masked = decode_functions(spec.weight, spec.element, spec.isa)
-        constants += f"constexpr bool MASKED = {str(masked).lower()};\n"
+        decode, masked = decode_functions(spec.weight, spec.element, spec.isa, place=True)
+        integer = placed(spec.weight, spec.element)
+        steps = 1 if integer is None else 1 << integer.bits
+        more = 0.0 if integer is None else 1 + integer.offset / steps
+        constants += (
+            f"constexpr bool MASKED = {str(masked).lower()};\n"
+            f"constexpr float PAIR_UNIT = {cpp_constant(1 / steps)};\n"
+            f"constexpr float PAIR_MORE = {cpp_constant(more)};\n"
+        )
         text = fill_hole(text, "decode", decode, comment="//")
         native = FORMATS[spec.weight].native_dtype == torch.int8
         text = fill_hole(text, "codes", _CODES if native else "", comment="//")
@@ -250,7 +275,7 @@ def render_cpp(spec: CppSpec) -> str:
         )
         text = fill_hole(text, "integers", integer_functions(spec), comment="//")
     text = fill_hole(text, "constants", constants, comment="//")
-    for header in ("vector.h", "weight.h"):
+    for header in ("vector.h", "weight.h", "integers.h", "gemm_squares.h", "gemm_int8_squares.h"):
         text = text.replace(f'#include "{header}"\n', template_text(header))
     encoded = spec.encode()
     assert encoded.isprintable()

@@ -18,12 +18,13 @@ what is above 2^-14 of that is exact, and the rest is off by 2^-23 of it at most
 instructions than those of floats, and codes need no decoding for them.
 
 The other generated kernel multiplies x by codes and applies a group's scale, zero point and offset to the sum in
-float32. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays in the cache and
-multiplies by them, so a weight is never held whole in a wide dtype; scale and offset are combined in float32 before the
-weight is rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for float32 and float16.
-Sums are float32; products of bfloat16 are rounded to it, and those of quantized activations where the weight is decoded
-first. Where the processor has no bfloat16 products the kernel for few rows multiplies float32. Quantized activations
-enter as exact codes, except those with a scale a group, which are rounded to bfloat16.
+float32. In bfloat16 integers of fewer than 8 bits stand in the mantissa as they are, c of b bits as 1 + c / 2^b, and
+the sum of x takes the 1 off. "Decode + mm" decodes a few hundred rows of the weight at a time into a buffer that stays
+in the cache and multiplies by them, so a weight is never held whole in a wide dtype; scale and offset are combined in
+float32 before the weight is rounded. Both multiply bfloat16, for bfloat16 and quantized activations, or float32, for
+float32 and float16. Sums are float32; products of bfloat16 are rounded to it, and those of quantized activations where
+the weight is decoded first. Where the processor has no bfloat16 products the kernel for few rows multiplies float32.
+Quantized activations enter as exact codes, except those with a scale a group, which are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class _Linear:
             return 0
         if "amx_int8" in ISAS[cpp.isa()] and weight.format.bits == 8 and self.columns >= 128:
             return 8
-        return 2 if self.columns >= 128 else 1
+        return 1 if "amx_bf16" in ISAS[cpp.isa()] or self.columns < 128 else 2
 
     def limbs(self, dtype: torch.dtype, m: int) -> cpp.Kernel | None:
         """The kernel that multiplies `m` rows of x, which are not quantized, as integers where that is the fastest."""
@@ -280,7 +281,7 @@ def _generated(x: Tensor, tensors: list[Tensor], linear: _Linear, kernel: cpp.Ke
     x = F.pad(x, (0, -k % 32)) if k % 32 else x.contiguous()
     n, stride = linear.spec.out_features, x.shape[1]
     y = torch.empty(m, n)
-    scratch = torch.empty(m * (stride - (-k // linear.columns)))
+    scratch = torch.empty(max(m, 16) * (stride - (-k // linear.columns)))
     threads = min(torch.get_num_threads(), linear.threads)
     weight = linear.weight(tensors)
     kernel.gemm(x.data_ptr(), m, stride, weight, scratch.data_ptr(), y.data_ptr(), 0, threads)

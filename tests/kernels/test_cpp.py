@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qcompile.codegen.cpp import CppSpec, decode_functions, render_cpp
+from qcompile.codegen.cpp import CppSpec, decode_functions, placed, render_cpp
 from qcompile.codegen.printers import cpp_constant, to_cpp
 from qcompile.errors import ConfigError
 from qcompile.expr import Expr, var
@@ -65,6 +65,9 @@ def test_every_code_of_every_format(isa: str, tmp_path: Path) -> None:
     for name in FORMATS:
         functions, _ = decode_functions(name, "bfloat16", isa)
         source += DECODER.format(name=name, functions=functions)
+        if placed(name, "bfloat16") is not None:
+            functions, _ = decode_functions(name, "bfloat16", isa, place=True)
+            source += DECODER.format(name=f"placed_{name}", functions=functions)
     command = cpp._command(replace(SPEC, isa=isa))
     assert command is not None
     (tmp_path / "all.cpp").write_text(source)
@@ -84,6 +87,11 @@ def test_every_code_of_every_format(isa: str, tmp_path: Path) -> None:
         for half, wanted in ((low, expected), (high, expected.flip(0))):
             rounded = wanted.to(torch.bfloat16).double()
             assert torch.equal(half.double().nan_to_num(nan=-1e9), rounded.nan_to_num(nan=-1e9)), name
+        if placed(name, "bfloat16") is not None:
+            getattr(library, f"placed_{name}_pairs")(*map(ctypes.c_void_p, (both.data_ptr(), pairs.data_ptr())), count)
+            low, high = pairs.view(torch.bfloat16).view(-1, 2).unbind(1)
+            assert torch.equal(low.double(), 1 + codes.double() / 2**fmt.bits), name
+            assert torch.equal(high, low.flip(0)), name
 
 
 def test_constants_are_exact_and_only_numbers_are_printed() -> None:

@@ -20,6 +20,8 @@ constexpr bool SUPER_SCALE = false;
 constexpr int BITS = 4;
 constexpr int UNIT = 32;         // columns at a time, a divisor of a group's
 constexpr bool MASKED = true;    // whether decode needs the bits above a code to be 0
+constexpr float PAIR_UNIT = 1;   // a pair's numbers are those of codes times this
+constexpr float PAIR_MORE = 0;   // and this
 // </constants>
 
 // <decode>
@@ -27,14 +29,25 @@ static inline f32 decode(i32 code) {
   return to_f32(code) - 8.0f;
 }
 
-// Two codes, in the lowest bits of the halves of each lane, as bfloat16 there.
+// Two codes, from bit FROM of the halves of each lane on, as bfloat16 there.
+template <int FROM = 0>
 static inline u32 decode_pair(u32 codes) {
+  codes >>= FROM;
   u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
   return low >> 16 | (high & 0xffff0000u);
 }
 // </decode>
 
 #include "weight.h"
+
+constexpr bool SUMS = ZERO_POINT || OFFSET || PAIR_MORE != 0;  // whether the sum of x comes in
+
+// Columns 4 STEP + 2 C + 0, 1 of a unit as decode_pair has them.
+template <int STEP, int C>
+static inline u32 pair(const std::uint32_t* codes, i64 unit) {
+  if constexpr (!ONE_PLANE) return decode_pair<8 * C>(quad<STEP>(codes, unit));
+  return decode_pair<8 * C + FIELD<STEP, BITS>>(word<STEP, BITS, 0>(codes, unit));
+}
 
 // Where the product goes: y [M, N], in bfloat16 or float32.
 struct Result {
@@ -46,12 +59,22 @@ struct Result {
     if (half) store((bfloat16*)y + row * n + column, x, n - column);
     else store((float*)y + row * n + column, x, n - column);
   }
+
+  // Of BLOCKS blocks of columns, whose numbers are `apart`.
+  template <int BLOCKS>
+  void put_blocks(i64 row, i64 column, const float* x, i64 apart) const {
+    if (BLOCKS == 2 && half && column + 2 * BLOCK <= n) {
+      return store_pair((bfloat16*)y + row * n + column, load<f32>(x), load<f32>(x + apart));
+    }
+    for (int b = 0; b < BLOCKS && column + b * BLOCK < n; ++b) put(row, column + b * BLOCK, load<f32>(x + b * apart));
+  }
 };
 
 // What a group's codes are combined with, for LANES rows.
 struct Group {
   f32 scale, zero_point, offset;
 
+  Group() = default;
   Group(const Weight& w, const Divided& divided, i64 row, i64 group) {
     scale = scale_of(w.scale, w.super_scale, divided, row, group);
     if constexpr (ZERO_POINT) zero_point = values(w.zero_point + of_group(row, group, divided.groups));
@@ -60,10 +83,11 @@ struct Group {
 
   // total + the product of a group's weights and x, whose product with the codes is sum and whose own sum is x_sum.
   f32 add(f32 total, f32 sum, const float* x_sum) const {
-    if constexpr (ZERO_POINT) sum -= zero_point * *x_sum;
-    total += sum * scale;
-    if constexpr (OFFSET) total += offset * *x_sum;
-    return total;
+    const f32 of_pairs = scale * (1 / PAIR_UNIT);
+    if constexpr (OFFSET) return total + sum * of_pairs + (offset - PAIR_MORE * of_pairs) * *x_sum;
+    if constexpr (ZERO_POINT) sum -= (zero_point * PAIR_UNIT + PAIR_MORE) * *x_sum;
+    else if constexpr (SUMS) sum -= everywhere(PAIR_MORE) * *x_sum;
+    return total + sum * of_pairs;
   }
 
   f32 weight(f32 value) const {
@@ -97,13 +121,11 @@ template <int VECTORS, int ROWS>
     const i64 end = unit + in_group < divided.units ? unit + in_group : divided.units;
     for (; unit < end; ++unit) {
       each<UNIT / 4>([&](auto step) {
-        u32 codes_here[VECTORS];
-        each<VECTORS>([&](auto v) { codes_here[v] = quad<step>(codes[v], unit); });
         const Element* x_here = x + unit * UNIT + 4 * step;
         if constexpr (std::is_same_v<Element, bfloat16>) {
           each<2>([&](auto c) {
             u32 weight[VECTORS];
-            each<VECTORS>([&](auto v) { weight[v] = decode_pair(codes_here[v] >> (8 * c)); });
+            each<VECTORS>([&](auto v) { weight[v] = pair<step, c>(codes[v], unit); });
             each<ROWS>([&](auto m) {
               std::uint32_t pair;
               std::memcpy(&pair, x_here + m * stride + 2 * c, sizeof(pair));
@@ -111,6 +133,8 @@ template <int VECTORS, int ROWS>
             });
           });
         } else {
+          u32 codes_here[VECTORS];
+          each<VECTORS>([&](auto v) { codes_here[v] = quad<step>(codes[v], unit); });
           each<4>([&](auto j) {
             f32 weight[VECTORS];
             each<VECTORS>([&](auto v) { weight[v] = value<j>(codes_here[v]); });
@@ -168,7 +192,7 @@ static void multiply(
   const i64 groups = w.groups(), padded = w.padded(), chunk = 4 * LANES;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (ZERO_POINT || OFFSET) sum_groups(w, x, m, stride, scratch);
+    if (SUMS) sum_groups(w, x, m, stride, scratch);
     if (m == 1) multiply_row(w, x, scratch, result);
 #pragma omp for schedule(static)
     for (i64 first = 0; first < (m == 1 ? 0 : padded); first += chunk) {
@@ -189,269 +213,11 @@ static void multiply(
 }
 
 #if defined(__AMX_BF16__)
-// The product by the matrix unit. A tile of x is 16 of its rows [16, UNIT], one of the weight pairs of columns of 16 of
-// its rows [UNIT / 2, 16, 2], as decode_pair has them, and tiles 0 to 3 are sums [16, 16].
-//
-// Up to 32 rows of x are multiplied by four or two blocks of the weight as those decode. More are multiplied by a slab of
-// the weight that was decoded before. Groups that are small have too many sums then, so weights of such are decoded with
-// their scale, and rounded to bfloat16.
-constexpr i64 CHUNK = 16;    // blocks of the weight that a thread takes at once
-constexpr i64 SLAB = 768;    // columns of them that are decoded at once
-constexpr i64 BAND = 512;    // rows of x that they are multiplied by
-constexpr i64 SMALL = 512;   // columns of a group: fewer are small
-
-static i64 height(i64 m) { return m < 16 ? m : 16; }
-
-// HALVES is 1 or 2: of 16 rows of x; x of `rows` has fewer if there is but one.
-template <int HALVES>
-static void configure_tiles(i64 rows) {
-  Tiles tiles;
-  for (int tile = 0; tile < 4; ++tile) tiles.set(tile, rows, 64);
-  for (int tile = 4; tile < 8; ++tile) {
-    tile < 4 + HALVES ? tiles.set(tile, rows, 2 * UNIT) : tiles.set(tile, UNIT / 2, 64);
-  }
-  tiles.configure();
-}
-
-// x as [slabs, blocks of 16 rows, units of a slab, height, UNIT], for slabs of `step` units but for the last.
-static void arrange(const Weight& w, const Element* x, i64 m, i64 stride, i64 step, Element* to) {
-  const i64 units = w.units(), high = height(m), padded = (m + high - 1) / high * high;
-  i64 run = step < 16 ? step : 16;
-  while (step % run) --run;  // so that none crosses the end of a slab
-#pragma omp for schedule(static) collapse(2)
-  for (i64 begin = 0; begin < units; begin += run) {
-    for (i64 row = 0; row < m; row += high) {
-      const i64 slab = begin / step * step, in_slab = units - slab < step ? units - slab : step;
-      const i64 end = begin + run < units ? begin + run : units, last = row + high < m ? row + high : m;
-      Element* here = to + (slab * padded + row * in_slab + (begin - slab) * high) * UNIT;
-      for (i64 r = row; r < last; ++r) {
-        for (i64 unit = begin; unit < end; ++unit) {
-          Element* place = here + ((unit - begin) * high + r - row) * UNIT;
-          std::memcpy(place, x + r * stride + unit * UNIT, UNIT * sizeof(Element));
-        }
-      }
-    }
-  }
-}
-
-// Adds the product of a unit: of x [HALVES], `distance` apart, and of BLOCKS blocks of the weight, `apart` apart.
-template <int BLOCKS, int HALVES>
-static inline void add_unit(const Element* x, i64 distance, const std::uint32_t* pairs, i64 apart) {
-  each<HALVES>([&](auto h) { load_tile<4 + h>(x + h * distance, 2 * UNIT); });
-  each<BLOCKS>([&](auto b) {
-    constexpr int PAIRS = BLOCKS == 4 ? 5 + b % 3 : 6 + b % 2;
-    load_tile<PAIRS>(pairs + b * apart, 64);
-    each<HALVES>([&](auto h) { dot_tiles_bf16<b * HALVES + h, 4 + h, PAIRS>(); });
-  });
-}
-
-template <int COUNT>
-static inline void zero_tiles() {
-  each<COUNT>([&](auto tile) { zero_tile<tile>(); });
-}
-
-template <int COUNT>
-static inline void store_tiles(float (&to)[COUNT][16][BLOCK]) {
-  each<COUNT>([&](auto tile) { store_tile<tile>(to[tile], 64); });
-}
-
-static inline void decode_unit(const std::uint32_t* codes, i64 unit, std::uint32_t (*to)[BLOCK]) {
-  each<UNIT / 4>([&](auto step) {
-    u32 here = quad<step>(codes, unit);
-    each<2>([&](auto c) {
-      u32 pair = decode_pair(here >> (8 * c));
-      std::memcpy(to[2 * step + c], &pair, sizeof(pair));
-    });
-  });
-}
-
-// The rows of the weight from `first` on times up to 16 HALVES rows of x, arranged.
-template <int BLOCKS, int HALVES>
-[[gnu::flatten]] static void multiply_as_decoded(
-    const Weight& weight, const Element* x, i64 rows, const float* sums, i64 first, const Result& result) {
-  const Weight w = weight;
-  const Divided divided(w);
-  const i64 units = w.units(), in_group = w.columns / UNIT;
-  const std::uint32_t* codes[BLOCKS];
-  each<BLOCKS>([&](auto b) { codes[b] = codes_of(w, first + b * BLOCK); });
-  alignas(64) std::uint32_t pairs[2][BLOCKS][UNIT / 2][BLOCK];
-  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
-  f32 total[BLOCKS][16 * HALVES] = {};
-  each<BLOCKS>([&](auto b) { decode_unit(codes[b], 0, pairs[0][b]); });
-  for (i64 unit = 0, group = 0; unit < units; ++group) {
-    const i64 end = unit + in_group < units ? unit + in_group : units;
-    zero_tiles<BLOCKS * HALVES>();
-    for (; unit < end; ++unit) {
-      if (unit + 1 < units) each<BLOCKS>([&](auto b) { decode_unit(codes[b], unit + 1, pairs[(unit + 1) & 1][b]); });
-      add_unit<BLOCKS, HALVES>(
-          x + unit * height(rows) * UNIT, units * 16 * UNIT, pairs[unit & 1][0][0], UNIT / 2 * BLOCK);
-    }
-    store_tiles(sum);
-    each<BLOCKS>([&](auto b) {
-      const Group g(w, divided, first + b * BLOCK, group);
-      for (i64 m = 0; m < rows; ++m) {
-        total[b][m] = g.add(total[b][m], load<f32>(sum[b * HALVES][m]), sums + m * divided.groups + group);
-      }
-    });
-  }
-  each<BLOCKS>([&](auto b) {
-    const i64 row = first + b * BLOCK;
-    if (row < w.n) for (i64 m = 0; m < rows; ++m) result.put(m, row, total[b][m]);
-  });
-}
-
-// Units [begin, end) of 16 rows of the weight as pairs; SCALED by the scale of their group and rounded, or as they are.
-template <bool SCALED>
-[[gnu::flatten]] static void decode_slab(
-    const Weight& w, const Divided& divided, i64 row, i64 begin, i64 end, std::uint32_t (*to)[BLOCK]) {
-  const std::uint32_t* codes = codes_of(w, row);
-  if constexpr (!SCALED) {
-    for (i64 unit = begin; unit < end; ++unit) decode_unit(codes, unit, to + (unit - begin) * (UNIT / 2));
-  } else {
-    const i64 in_group = w.columns / UNIT;
-    for (i64 unit = begin, group = begin / in_group; unit < end; ++group) {
-      const Group g(w, divided, row, group);
-      const i64 last = (group + 1) * in_group < end ? (group + 1) * in_group : end;
-      for (; unit < last; ++unit) {
-        each<UNIT / 4>([&](auto step) {
-          u32 here = quad<step>(codes, unit);
-          each<2>([&](auto c) {
-            u32 pair = to_pair(g.weight(value<2 * c>(here)), g.weight(value<2 * c + 1>(here)));
-            std::memcpy(to[(unit - begin) * (UNIT / 2) + 2 * step + c], &pair, sizeof(pair));
-          });
-        });
-      }
-    }
-  }
-}
-
-// total [blocks of the weight, rows of x, 16] += the product of a slab's units [begin, end).
-template <bool SCALED, int BLOCKS, int HALVES>
-[[gnu::flatten]] static void multiply_slab(
-    const Weight& w, const Divided& divided, i64 first, i64 begin, i64 end, const Element* x, i64 m, i64 row, i64 rows,
-    const float* sums, const std::uint32_t (*pairs)[SLAB / 2][BLOCK], float (*total)[BAND][BLOCK],
-    const Result& result) {
-  alignas(64) float sum[BLOCKS * HALVES][16][BLOCK];
-  const Element* x_here = x + (begin * ((m + 15) / 16 * 16) + row * (end - begin)) * UNIT;
-  auto add = [&](i64 unit) {
-    const i64 at = unit - begin;
-    add_unit<BLOCKS, HALVES>(
-        x_here + at * 16 * UNIT, (end - begin) * 16 * UNIT, pairs[0][at * (UNIT / 2)], SLAB / 2 * BLOCK);
-  };
-  if (SCALED && end - begin == divided.units) {
-    zero_tiles<BLOCKS * HALVES>();
-    for (i64 unit = begin; unit < end; ++unit) add(unit);
-    store_tiles(sum);
-    for (i64 r = 0; r < rows; ++r) {
-      each<BLOCKS>([&](auto b) {
-        const i64 column = first + b * BLOCK;
-        if (column < w.n) result.put(row + r, column, load<f32>(sum[b * HALVES][r]));
-      });
-    }
-    return;
-  }
-  if constexpr (SCALED) {
-    auto tile_of = [&](auto tile) { return total[tile / HALVES] + row % BAND + tile % HALVES * 16; };
-    each<BLOCKS * HALVES>([&](auto tile) { load_tile<tile>(tile_of(tile), 64); });
-    for (i64 unit = begin; unit < end; ++unit) add(unit);
-    each<BLOCKS * HALVES>([&](auto tile) { store_tile<tile>(tile_of(tile), 64); });
-    return;
-  }
-  const i64 in_group = w.columns / UNIT;
-  for (i64 unit = begin, group = begin / in_group; unit < end; ++group) {
-    const i64 last = (group + 1) * in_group < end ? (group + 1) * in_group : end;
-    zero_tiles<BLOCKS * HALVES>();
-    for (; unit < last; ++unit) add(unit);
-    store_tiles(sum);
-    each<BLOCKS>([&](auto b) {
-      const Group g(w, divided, first + b * BLOCK, group);
-      float(*to)[BLOCK] = total[b] + row % BAND;
-      for (i64 m = 0; m < rows; ++m) {
-        f32 all = g.add(load<f32>(to[m]), load<f32>(sum[b * HALVES][m]), sums + (row + m) * divided.groups + group);
-        std::memcpy(to[m], &all, sizeof(all));
-      }
-    });
-  }
-}
-
-static i64 units_of_slab(const Weight& w) { return (w.columns < SLAB ? SLAB / w.columns * w.columns : SLAB) / UNIT; }
-
-// `blocks` blocks of the weight times all rows of x.
-template <bool SCALED>
-static void multiply_chunk(
-    const Weight& weight, i64 first, i64 blocks, const Element* x, i64 m, const float* sums, const Result& result) {
-  alignas(64) std::uint32_t pairs[CHUNK][SLAB / 2][BLOCK];
-  alignas(64) float total[CHUNK][BAND][BLOCK];
-  const Weight w = weight;
-  const Divided divided(w);
-  const i64 units = divided.units, step = units_of_slab(w);
-  const bool summed = !SCALED || step < units;  // else tiles go to the result
-  for (i64 band = 0; band < m; band += BAND) {
-    const i64 rows = m - band < BAND ? m - band : BAND;
-    if (summed) {
-      for (i64 b = 0; b < blocks; ++b) std::memset(total[b], 0, (rows + 15) / 16 * 16 * sizeof(total[0][0]));
-    }
-    for (i64 begin = 0; begin < units; begin += step) {
-      const i64 end = begin + step < units ? begin + step : units;
-      for (i64 b = 0; b < blocks; ++b) decode_slab<SCALED>(w, divided, first + b * BLOCK, begin, end, pairs[b]);
-      for (i64 b = 0; b < blocks; b += 2) {
-        for (i64 row = band; row < band + rows; row += 32) {
-          const i64 left = band + rows - row, here = left < 32 ? left : 32;
-          auto of = [&](auto count, auto halves) {
-            multiply_slab<SCALED, count, halves>(
-                w, divided, first + b * BLOCK, begin, end, x, m, row, here, sums, pairs + b, total + b, result);
-          };
-          if (blocks - b > 1) {
-            here > 16 ? of(constant<2>(), constant<2>()) : of(constant<2>(), constant<1>());
-          } else {
-            here > 16 ? of(constant<1>(), constant<2>()) : of(constant<1>(), constant<1>());
-          }
-        }
-      }
-    }
-    if (!summed) continue;
-    for (i64 r = 0; r < rows; ++r) {  // a row at a time: its columns lie together
-      for (i64 b = 0; b < blocks && first + b * BLOCK < w.n; ++b) {
-        result.put(band + r, first + b * BLOCK, load<f32>(total[b][r]));
-      }
-    }
-  }
-}
-
-static void multiply_by_squares(
-    const Element* x, i64 m, i64 stride, const Weight& w, float* scratch, const Result& result, int threads) {
-  const i64 padded = w.padded();
-  const i64 chunk = m <= 32 ? 4 : padded / BLOCK < 2 * threads * CHUNK ? 2 : CHUNK;
-  const std::uintptr_t rest = reinterpret_cast<std::uintptr_t>(scratch + m * w.groups());
-  Element* arranged = reinterpret_cast<Element*>((rest + 63) / 64 * 64);
-  const bool scaled = m > 32 && w.columns < SMALL;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if ((ZERO_POINT || OFFSET) && !scaled) sum_groups(w, x, m, stride, scratch);
-    if (m > 1) arrange(w, x, m, stride, m <= 32 ? w.units() : units_of_slab(w), arranged);
-    const Element* given = m > 1 ? arranged : x;
-    m > 16 ? configure_tiles<2>(16) : configure_tiles<1>(m);
-#pragma omp for schedule(static)
-    for (i64 first = 0; first < padded; first += chunk * BLOCK) {
-      const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
-      auto few = [&](auto most, auto halves) {
-        if (blocks == most) return multiply_as_decoded<most, halves>(w, given, m, scratch, first, result);
-        for (i64 b = 0; b < blocks; ++b) {
-          multiply_as_decoded<1, halves>(w, given, m, scratch, first + b * BLOCK, result);
-        }
-      };
-      if (m <= 16) few(constant<4>(), constant<1>());
-      else if (m <= 32) few(constant<2>(), constant<2>());
-      else if (scaled) multiply_chunk<true>(w, first, blocks, given, m, scratch, result);
-      else multiply_chunk<false>(w, first, blocks, given, m, scratch, result);
-    }
-    _tile_release();
-  }
-}
+#include "gemm_squares.h"
 #endif
 
 // x is [m, stride], where stride is K rounded up to a multiple of 32 and columns from K on are 0; scratch is of
-// m (stride + groups) floats; y is bfloat16 if `half`, else float32.
+// m (stride + groups) floats, and of those for 16 rows at least; y is bfloat16 if `half`, else float32.
 extern "C" void gemm(
     const Element* x, i64 m, i64 stride, const Weight* weight, float* scratch, void* y, int half, int threads) {
   const Result result = {y, half != 0, weight->n};

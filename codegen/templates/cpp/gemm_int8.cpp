@@ -39,149 +39,15 @@ constexpr int WIDTH = BITS;              // in bits
 constexpr bool READY = false;            // whether codes of 8 bits are the integers as they lie in memory
 // </integers>
 
-constexpr i64 PIECE = 1024;  // columns: the sum of so many products of 8 bits is exact in float32
-constexpr i64 RUN = 64;      // columns of x that lie together
-constexpr i64 SLAB = 1024;   // columns of all rows of x that do, and of the weight that are unpacked at a time
 constexpr int OFF = BIAS - SHIFTED<WIDTH>;
 
-// Columns [begin, end) of one group, for whose sum of x there is a place; the group's columns end at `last`.
-struct Piece {
-  i64 index, group, begin, end, last;
-};
+#include "integers.h"
 
-// All columns of a weight, in order.
-struct Pieces {
-  i64 width, of_group, columns;
-
-  explicit Pieces(const Weight& w) : width((w.k + UNIT - 1) / UNIT * UNIT), of_group(w.columns) {
-    columns = of_group < PIECE ? of_group : PIECE;
-  }
-  i64 count() const { return (width + of_group - 1) / of_group * ((of_group + columns - 1) / columns); }
-  Piece cut(i64 index, i64 group, i64 begin, i64 last) const {
-    last = last < width ? last : width;
-    return {index, group, begin, begin + columns < last ? begin + columns : last, last};
-  }
-  Piece first() const { return cut(0, 0, 0, of_group); }
-  Piece after(const Piece& p) const {
-    return p.end < p.last ? cut(p.index + 1, p.group, p.end, p.last)
-                          : cut(p.index + 1, p.group + 1, p.end, p.end + of_group);
-  }
-};
-
-// x as integers, in LIMBS rows for each of its own: codes [slabs, rows / high, runs, high, RUN] with columns 4 t + 0, 2, 1,
-// 3 in this order, as those of a weight; a scale for each row or, if GROUPED, [groups, rows]; and the sum of each piece,
-// [pieces, rows].
-struct Integers {
-  i64 rows, high;
-  std::int8_t* codes;
-  float* scale;
-  std::int32_t* sums;
-
-  std::int8_t* at(i64 row) const { return codes + (row / high * (SLAB / RUN) * high + row % high) * RUN; }
-  i64 offset(i64 column) const { return column / SLAB * rows * SLAB + column % SLAB / RUN * high * RUN + column % RUN; }
-};
-
-// The greatest magnitude among x [count], a multiple of 16; NaN if there is one.
-static float greatest(const Element* x, i64 count) {
-  u32 top{};
-  for (i64 k = 0; k < count; k += LANES) {
-    u32 bits = as_u32(values(x + k)) & 0x7fffffffu;
-    top = top > bits ? top : bits;  // floats are ordered as their bits, NaN above all
-  }
-  std::uint32_t most = 0;
-  for (int lane = 0; lane < LANES; ++lane) most = most > top[lane] ? most : top[lane];
-  float value;
-  std::memcpy(&value, &most, sizeof(value));
-  return value;
-}
-
-// The nearest int8 of x / scale, ties to even.
-static inline i32 nearest_int8(f32 x, float scale) {
-  constexpr float MAGIC = 0x1.8p23f;  // adding it rounds at the last binary place, which is 1
-  i32 code = as_i32(x / everywhere(scale) + MAGIC) - 0x4b400000;
-  code = code < 127 ? code : i32{} + 127;
-  return code > -128 ? code : i32{} - 128;
-}
-
-// x times a power of two as an integer of 23 bits, ties to even.
-static inline i32 nearest(f32 x, float inverse) { return as_i32(x * inverse + 0x1.8p23f) - 0x4b400000; }
-
-// The least power of two of which x up to `top` are multiples below 2^22, exactly where they are above top 2^-14 and of
-// 8 bits; NaN if top is no number.
-static float fine_scale(float top) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &top, sizeof(bits));
-  std::uint32_t exponent = bits >> 23;
-  if (exponent == 255) return __builtin_nanf("");
-  bits = (exponent > 22 ? exponent - 21 : 1) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
-  return scale;
-}
-
-static void store_codes(std::int8_t* to, i32 codes) {
-  i8 narrow = __builtin_convertvector(codes, i8);
-  std::uint32_t quads[LANES / 4];
-  std::memcpy(quads, &narrow, sizeof(narrow));
-  for (auto& q : quads) q = (q & 0xff0000ffu) | (q >> 8 & 0xff00u) | (q << 8 & 0xff0000u);
-  std::memcpy(to, quads, sizeof(quads));
-}
-
-static std::int32_t sum_of(i32 x) {
-  std::int32_t total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += x[lane];
-  return total;
-}
-
-// Row `row` of x, from numbers [stride], or as codes with a scale already.
-static void round_row(const Weight& w, const Element* x, const std::int8_t* given, i64 row, const Integers& to) {
-  const Pieces pieces(w);
-  std::int8_t* codes[LIMBS];
-  each<LIMBS>([&](auto limb) { codes[limb] = to.at(row * LIMBS + limb); });
-  float scale = 1;
-  auto choose = [&](i64 begin, i64 end) {
-    const float top = greatest(x + begin, end - begin);
-    return scale = LIMBS > 1 ? fine_scale(top) : top == 0 ? 1 : top / 127.5f;
-  };
-  if (!GROUPED && given == nullptr) to.scale[row] = choose(0, pieces.width);
-  for (Piece p = pieces.first(); p.begin < pieces.width; p = pieces.after(p)) {
-    if (GROUPED && given == nullptr && p.begin == p.group * w.columns) {
-      float* scales = to.scale + p.group * to.rows + row * LIMBS;
-      scales[LIMBS - 1] = choose(p.begin, p.last);
-      for (int limb = LIMBS - 1; limb > 0; --limb) scales[limb - 1] = scales[limb] * 256;
-    }
-    i32 sum[LIMBS] = {};
-    const float inverse = 1 / scale;
-    for (i64 k = p.begin; k < p.end; k += LANES) {
-      const i64 offset = to.offset(k);
-      if constexpr (LIMBS > 1) {
-        i32 code = nearest(values(x + k), inverse);
-        for (int limb = LIMBS - 1; limb >= 0; --limb) {
-          const i32 low = limb ? (code << 24) >> 24 : code;
-          store_codes(codes[limb] + offset, low);
-          sum[limb] += low;
-          code = (code - low) >> 8;
-        }
-      } else {
-        const i32 code = given ? __builtin_convertvector(load<i8>(given + k), i32) : nearest_int8(values(x + k), scale);
-        store_codes(codes[0] + offset, code);
-        sum[0] += code;
-      }
-    }
-    for (int limb = 0; limb < LIMBS; ++limb) to.sums[p.index * to.rows + row * LIMBS + limb] = sum_of(sum[limb]);
-  }
-  for (i64 k = pieces.width; k % RUN; k += 4) {
-    for (auto limb : codes) std::memset(limb + to.offset(k), 0, 4);
-  }
-}
-
-// All rows; to be called by all threads of a team.
-static void round_rows(
-    const Weight& w, const Element* x, const std::int8_t* given, i64 m, i64 stride, const Integers& to) {
-#pragma omp for schedule(static)
-  for (i64 row = 0; row < m; ++row) {
-    round_row(w, x ? x + row * stride : nullptr, given ? given + row * stride : nullptr, row, to);
-  }
+// What the sums of a group's integers stand for, of all limbs of a row.
+static inline float sum_of_group(const std::int32_t* sums, const float* scale) {
+  float sum = 0;
+  for (int limb = 0; limb < LIMBS; ++limb) sum += (float)sums[limb] * (GROUPED ? scale[limb] : 1);
+  return sum;
 }
 
 // What the sums of a group's integers are combined with, for LANES rows of the weight.
@@ -195,12 +61,18 @@ struct Group {
     if constexpr (OFFSET) offset = scale_of(w.offset, w.super_offset, divided, row, group);
   }
 
-  // total + what the sum of (code - BIAS) q stands for, given the sum of q and the scale of x if its groups have one.
-  f32 add(f32 total, u32 sum, std::int32_t x_sum, float x_scale) const {
-    if constexpr (ZERO_POINT) sum -= (u32)zero_point * everywhere((std::uint32_t)x_sum);
-    f32 part = to_f32((i32)sum) * scale;
-    if constexpr (OFFSET) part += offset * (float)x_sum;
-    return GROUPED ? total + part * x_scale : total + part;
+  // total + what the sums of (code - BIAS) q stand for, of all limbs, given the sums and scales of q and the sum of x.
+  f32 add(f32 total, const u32 (&sum)[LIMBS], const std::int32_t* x_sums, const float* x_scale, float x_sum) const {
+    f32 part{};
+    each<LIMBS>([&](auto limb) {
+      u32 whole = sum[limb];
+      if constexpr (ZERO_POINT) whole -= (u32)zero_point * everywhere((std::uint32_t)x_sums[limb]);
+      const f32 value = to_f32((i32)whole);
+      part = !GROUPED ? value : part + value * x_scale[limb];
+    });
+    total += part * scale;
+    if constexpr (OFFSET) total += offset * x_sum;
+    return total;
   }
 };
 
@@ -225,12 +97,13 @@ template <int VECTORS, int ROWS, bool UNPACKED>
     codes[v] = UNPACKED ? unpacked + at / BLOCK * distance + at % BLOCK : codes_of(w, first + at);
   });
   const std::int8_t* x_rows = x.at(row);
-  f32 total[VECTORS][ROWS] = {};
+  f32 total[VECTORS][ROWS / LIMBS] = {};
   for (Piece p = pieces.first(); p.begin < pieces.width; p = pieces.after(p)) {
     const std::int32_t* sums = x.sums + p.index * x.rows + row;
-    u32 sum[VECTORS][ROWS][CHAINS] = {};
+    const float* scales = x.scale + p.group * x.rows + row;
+    u32 sum[CHAINS][VECTORS][ROWS / LIMBS][LIMBS] = {};
     each<ROWS>([&](auto m) {
-      each<VECTORS>([&](auto v) { sum[v][m][0] = everywhere((std::uint32_t)(-OFF * sums[m])); });
+      each<VECTORS>([&](auto v) { sum[0][v][m / LIMBS][m % LIMBS] = everywhere((std::uint32_t)(-OFF * sums[m])); });
     });
     for (i64 k = p.begin; k < p.end; k += UNIT) {
       const std::int8_t* x_here = x_rows + x.offset(k);
@@ -242,26 +115,29 @@ template <int VECTORS, int ROWS, bool UNPACKED>
           std::memcpy(&word, x_here + m * RUN + 4 * step, sizeof(word));
           const Four<WIDTH> four(word);
           each<VECTORS>([&](auto v) {
-            u32& chain = sum[v][m][step % CHAINS];
+            u32& chain = sum[step % CHAINS][v][m / LIMBS][m % LIMBS];
             chain = dot(chain, here[v], four);
           });
         });
       });
     }
+    float x_sum[ROWS / LIMBS];
+    each<ROWS / LIMBS>([&](auto m) {
+      x_sum[m] = OFFSET ? sum_of_group(sums + m * LIMBS, scales + m * LIMBS) : 0;
+    });
     each<VECTORS>([&](auto v) {
       Group g(w, divided, first + v * LANES, p.group);
-      each<ROWS>([&](auto m) {
-        u32 all = CHAINS == 1 ? sum[v][m][0] : sum[v][m][0] + sum[v][m][CHAINS - 1];
-        total[v][m] = g.add(total[v][m], all, sums[m], GROUPED ? x.scale[p.group * x.rows + row + m] : 1);
+      each<ROWS / LIMBS>([&](auto m) {
+        auto& all = sum[0][v][m];
+        if constexpr (CHAINS > 1) each<LIMBS>([&](auto limb) { all[limb] += sum[1][v][m][limb]; });
+        total[v][m] = g.add(total[v][m], all, sums + m * LIMBS, scales + m * LIMBS, x_sum[m]);
       });
     });
   }
   each<VECTORS>([&](auto v) {
     i64 at = first + v * LANES;
     if (at < w.n) each<ROWS / LIMBS>([&](auto m) {
-      f32 all = total[v][m * LIMBS];
-      each<LIMBS - 1>([&](auto limb) { all += total[v][m * LIMBS + limb + 1]; });
-      store(y + m * w.n + at, GROUPED ? all : all * x.scale[row + m], w.n - at);
+      store(y + m * w.n + at, GROUPED ? total[v][m] : total[v][m] * x.scale[row + m], w.n - at);
     });
   });
 }
@@ -364,171 +240,7 @@ static void multiply(
 }
 
 #if defined(__AMX_INT8__)
-// The product by the matrix unit. A tile of x is 16 of its rows [16, depth], one of the weight integers of 16 of its rows
-// [depth / 4, 16, 4], and tiles 0 to 3 are sums [16, 16].
-//
-// Integers are multiplied as they lie in memory, or unpacked and without their bias: up to 32 rows of x by those of a few
-// columns at a time, more of them by a slab of the weight that was unpacked before.
-constexpr bool SUMS = READY || ZERO_POINT || OFFSET;  // whether the sum of x comes into the product's
-constexpr i64 BLOCKS_MOST = 8;                         // of a thread's chunk of the weight's rows
-
-// HALVES is 1 or 2: of 16 rows of x, which has `rows` if they are fewer.
-template <int HALVES>
-static void configure_tiles(i64 rows, i64 depth) {
-  Tiles tiles;
-  for (int tile = 0; tile < 4; ++tile) tiles.set(tile, rows, 64);
-  for (int tile = 4; tile < 8; ++tile) {
-    tile < 4 + HALVES ? tiles.set(tile, rows, depth) : tiles.set(tile, depth / 4, 64);
-  }
-  tiles.configure();
-}
-
-// Adds the product of `depth` columns: of x [HALVES], `distance` apart, and of BLOCKS blocks of the weight.
-template <int BLOCKS, int HALVES>
-static inline void add_columns(const std::int8_t* x, i64 distance, const std::uint32_t* const* integers, i64 at) {
-  each<HALVES>([&](auto h) { load_tile<4 + h>(x + h * distance, RUN); });
-  each<BLOCKS>([&](auto b) {
-    constexpr int QUADS = BLOCKS == 4 ? 5 + b % 3 : 6 + b % 2;
-    load_tile<QUADS>(integers[b] + at, 64);
-    each<HALVES>([&](auto h) { dot_tiles_int8<b * HALVES + h, 4 + h, QUADS, !READY>(); });
-  });
-}
-
-// Adds what the tiles' sums of a piece stand for to total [BLOCKS][rows of x].
-template <int BLOCKS, int HALVES>
-static inline void add_piece(
-    const Weight& w, const Divided& divided, const Piece& p, i64 first, const Integers& x, i64 row, i64 rows,
-    f32* const* total) {
-  alignas(64) std::uint32_t sum[BLOCKS * HALVES][16][BLOCK];
-  each<BLOCKS * HALVES>([&](auto tile) { store_tile<tile>(sum[tile], 64); });
-  const std::int32_t* x_sums = x.sums + p.index * x.rows + row;
-  const float* x_scale = GROUPED ? x.scale + p.group * x.rows + row : nullptr;
-  each<BLOCKS>([&](auto b) {
-    const Group g(w, divided, first + b * BLOCK, p.group);
-    for (i64 m = 0; m < rows; ++m) {
-      const std::int32_t x_sum = SUMS ? x_sums[m] : 0;
-      u32 all = load<u32>(sum[b * HALVES][m]);
-      if constexpr (READY && BIAS) all -= everywhere((std::uint32_t)(BIAS * x_sum));
-      total[b][m] = g.add(total[b][m], all, x_sum, GROUPED ? x_scale[m] : 1);
-    }
-  });
-}
-
-// y [rows of x, 16 of the weight] of total [rows], LIMBS of which are one row of y.
-static inline void store_rows(
-    const Weight& w, i64 first, const Integers& x, i64 row, i64 rows, const f32* total, Element* y) {
-  if (first >= w.n) return;
-  for (i64 m = 0; m < rows; m += LIMBS) {
-    f32 all = total[m];
-    for (int limb = 1; limb < LIMBS; ++limb) all += total[m + limb];
-    store(y + (row + m) / LIMBS * w.n + first, GROUPED ? all : all * x.scale[row + m], w.n - first);
-  }
-}
-
-// The rows of the weight from `first` on times all of x, at most 16 HALVES rows.
-template <int BLOCKS, int HALVES>
-[[gnu::flatten]] static void multiply_as_unpacked(
-    const Weight& weight, i64 depth, const Integers& x, i64 rows, i64 first, Element* y) {
-  const Weight w = weight;
-  const Pieces pieces(w);
-  const Divided divided(w);
-  alignas(64) std::uint32_t unpacked[2][BLOCKS][RUN / 4][BLOCK];
-  f32 total[BLOCKS][16 * HALVES] = {};
-  f32* totals[BLOCKS];
-  const std::uint32_t *codes[BLOCKS], *integers[2][BLOCKS];
-  each<BLOCKS>([&](auto b) {
-    totals[b] = total[b];
-    codes[b] = codes_of(w, first + b * BLOCK);
-    for (int i = 0; i < 2; ++i) integers[i][b] = READY ? codes[b] : unpacked[i][b][0];
-  });
-  auto prepare = [&](i64 k, i64 place) {
-    each<BLOCKS>([&](auto b) {
-      for (i64 unit = 0; unit < depth / UNIT; ++unit) {
-        unpack_unit<BIAS>(codes[b], k / UNIT + unit, unpacked[place][b] + unit * (UNIT / 4));
-      }
-    });
-  };
-  if (!READY) prepare(0, 0);
-  i64 place = 0;
-  for (Piece p = pieces.first(); p.begin < pieces.width; p = pieces.after(p)) {
-    each<BLOCKS * HALVES>([&](auto tile) { zero_tile<tile>(); });
-    for (i64 k = p.begin; k < p.end; k += depth, place ^= 1) {
-      if (!READY && k + depth < pieces.width) prepare(k + depth, place ^ 1);
-      add_columns<BLOCKS, HALVES>(
-          x.codes + x.offset(k), SLAB / RUN * x.high * RUN, integers[place], READY ? k / 4 * BLOCK : 0);
-    }
-    add_piece<BLOCKS, HALVES>(w, divided, p, first, x, 0, rows, totals);
-  }
-  each<BLOCKS>([&](auto b) { store_rows(w, first + b * BLOCK, x, 0, rows, total[b], y); });
-}
-
-// `blocks` blocks of the weight times all rows of x; `scratch` has room for a slab of their integers, and their part of y
-// in float32.
-static void multiply_chunk(
-    const Weight& weight, i64 depth, const Integers& x, i64 m, i64 first, i64 blocks, std::uint32_t* scratch,
-    Element* y) {
-  const Weight w = weight;
-  const Pieces pieces(w);
-  const Divided divided(w);
-  f32* totals = reinterpret_cast<f32*>(scratch + BLOCKS_MOST * BLOCK * (SLAB / 4));
-  std::memset(totals, 0, sizeof(f32) * blocks * x.rows);
-  for (Piece from = pieces.first(); from.begin < pieces.width;) {
-    Piece next = from;
-    do next = pieces.after(next); while (next.begin < pieces.width && next.end - from.begin <= SLAB);
-    const i64 end = next.begin, width = end - from.begin;
-    const std::uint32_t* integers[BLOCKS_MOST];
-    for (i64 b = 0; b < blocks; ++b) {
-      integers[b] = READY ? codes_of(w, first + b * BLOCK) + from.begin / 4 * BLOCK : scratch + b * width / 4 * BLOCK;
-    }
-    if (!READY) unpack<BIAS>(w, first, blocks, from.begin, end, scratch);
-    for (i64 row = 0; row < m; row += 32) {
-      const std::int8_t* x_rows = x.at(row);
-      for (i64 b = 0; b < blocks; b += 2) {
-        f32* total[2] = {totals + b * x.rows + row, totals + (b + 1) * x.rows + row};
-        auto of = [&](auto count) {
-          for (Piece p = from; p.begin < end; p = pieces.after(p)) {
-            each<2 * count>([&](auto tile) { zero_tile<tile>(); });
-            for (i64 k = p.begin; k < p.end; k += depth) {
-              add_columns<count, 2>(
-                  x_rows + x.offset(k), SLAB / RUN * x.high * RUN, integers + b, (k - from.begin) / 4 * BLOCK);
-            }
-            add_piece<count, 2>(w, divided, p, first + b * BLOCK, x, row, m - row < 32 ? m - row : 32, total);
-          }
-        };
-        blocks - b > 1 ? of(constant<2>()) : of(constant<1>());
-      }
-    }
-    from = next;
-  }
-  for (i64 b = 0; b < blocks; ++b) store_rows(w, first + b * BLOCK, x, 0, m, totals + b * x.rows, y);
-}
-
-static void multiply_by_squares(
-    const Weight& w, const Element* x, const std::int8_t* given, i64 m, i64 stride, const Integers& to,
-    std::uint32_t* scratch, Element* y, int threads) {
-  const Pieces pieces(w);
-  const i64 padded = w.padded(), rows = m * LIMBS;
-  const i64 depth = pieces.columns % RUN == 0 && pieces.width % RUN == 0 && pieces.of_group % RUN == 0 ? RUN : 32;
-  const i64 chunk = rows <= 16 ? 4 : rows <= 32 || padded / BLOCK < 4 * threads * BLOCKS_MOST ? 2 : BLOCKS_MOST;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    round_rows(w, x, given, m, stride, to);
-    rows > 16 ? configure_tiles<2>(16, depth) : configure_tiles<1>(rows, depth);
-    std::uint32_t* own = scratch + thread() * BLOCKS_MOST * BLOCK * (SLAB / 4 + to.rows);
-#pragma omp for schedule(static)
-    for (i64 first = 0; first < padded; first += chunk * BLOCK) {
-      const i64 left = (padded - first) / BLOCK, blocks = left < chunk ? left : chunk;
-      auto few = [&](auto most, auto halves) {
-        if (blocks == most) return multiply_as_unpacked<most, halves>(w, depth, to, rows, first, y);
-        for (i64 b = 0; b < blocks; ++b) multiply_as_unpacked<1, halves>(w, depth, to, rows, first + b * BLOCK, y);
-      };
-      if (rows <= 16) few(constant<4>(), constant<1>());
-      else if (rows <= 32) few(constant<2>(), constant<2>());
-      else multiply_chunk(w, depth, to, rows, first, blocks, own, y);
-    }
-    _tile_release();
-  }
-}
+#include "gemm_int8_squares.h"
 #endif
 
 constexpr i64 FEWEST_SQUARE = 5;  // rows of integers for which the matrix unit is worth its tiles

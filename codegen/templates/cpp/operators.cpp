@@ -13,7 +13,7 @@ struct Weight {
   i64 n, k, columns, super_columns;
 };
 
-// Of gemm.cpp: x is as the kernel has it; scratch is of m (stride + groups) floats.
+// Of gemm.cpp: x is as the kernel has it; scratch is of m (stride + groups) floats, and of those for 16 rows at least.
 using Gemm = void (*)(const void* x, i64 m, i64 stride, const Weight*, void* scratch, void* y, int half, int threads);
 // Of gemm_int8.cpp: x, or its codes and where they have one a group, their scales; y is of the kernel's type.
 using IntegerGemm = void (*)(
@@ -54,7 +54,7 @@ float widened(std::uint16_t value) {
 void multiply_floating(
     const Product& product, const Weight& weight, const void* x, i64 m, i64 k, bool half, void* y, int threads) {
   const i64 groups = (k + weight.columns - 1) / weight.columns;
-  const i64 own = aligned(4 * m * (k + groups)), wide = half && product.single ? aligned(4 * m * k) : 0;
+  const i64 own = aligned(4 * (m < 16 ? 16 : m) * (k + groups)), wide = half && product.single ? aligned(4 * m * k) : 0;
   char* memory = scratch(own + wide);
   if (wide) {
     float* values = reinterpret_cast<float*>(memory + own);

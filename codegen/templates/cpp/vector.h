@@ -111,6 +111,23 @@ static inline Pairs integers_of(u32 bytes, float less) {
   return {low(bytes) >> 16 | (low(upper) & 0xffff0000u), next(bytes) >> 16 | (next(upper) & 0xffff0000u)};
 }
 
+// The halves of each lane over 2^BITS, without what is shifted into their upper bits. By a product, which two ports have
+// where one has shifts.
+template <int BITS>
+static inline u32 lowered(u32 x) {
+#if defined(__AVX512BW__)
+  if constexpr (BITS > 0) return (u32)_mm512_mulhi_epu16((__m512i)x, _mm512_set1_epi16((short)(1 << (16 - BITS))));
+#endif
+  return x >> BITS;
+}
+
+// Codes from bit FROM of the halves of each lane on at bit TO, where `mask` has a bit for each of theirs, and `rest`.
+template <int TO, int FROM>
+static inline u32 put(u32 codes, std::uint32_t mask, std::uint32_t rest) {
+  if constexpr (FROM < TO) return (codes << (TO - FROM) & mask) | rest;
+  else return (lowered<FROM - TO>(codes) & mask) | rest;
+}
+
 #if defined(__AVX512BW__)
 // Both halves of each lane at once.
 template <int COUNT>
@@ -127,6 +144,24 @@ static inline u32 lookup(u32 pair, const PairTable<COUNT>& table) {
     __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
     return (u32)_mm512_mask_blend_epi16(upper, low, high) | (pair & 0x00800080u) << 8;
   }
+}
+#endif
+
+#if defined(__AVX512VBMI__)
+// What a PairTable<128> has, its lower bytes before its upper ones: those of all codes of a quad are looked up together.
+struct BytesTable {
+  std::uint8_t values[256];
+};
+
+template <int FROM>
+static inline u32 lookup(u32 quad, const BytesTable& table) {
+  const __m512i codes = (__m512i)quad;
+  auto of = [&](int place) { return _mm512_loadu_si512(table.values + 64 * place); };
+  const u32 low = (u32)_mm512_permutex2var_epi8(of(0), codes, of(1));
+  const u32 high = (u32)_mm512_permutex2var_epi8(of(2), codes, of(3)) | (quad & 0x80808080u);
+  if constexpr (FROM == 0) return (low & 0x00ff00ffu) | (high << 8 & 0xff00ff00u);
+  static_assert(FROM == 0 || FROM == 8);
+  return (low >> 8 & 0x00ff00ffu) | (high & 0xff00ff00u);
 }
 #endif
 
@@ -242,6 +277,16 @@ static inline u32 dot(u32 sum, u32 codes, const Four<BITS>& x) {
 #endif
 }
 
+// x / by, where inverse is 1 / by: the nearest float32, by what a product with it leaves over. Not for `by` below 2^-100.
+static inline f32 quotient(f32 x, float by, float inverse) {
+#if defined(__AVX512F__)
+  const __m512 near = (__m512)(x * inverse), over = _mm512_set1_ps(inverse);
+  return (f32)_mm512_fmadd_ps(_mm512_fnmadd_ps(near, _mm512_set1_ps(by), (__m512)x), over, near);
+#else
+  return x / everywhere(by);  // which takes few cycles of so few lanes
+#endif
+}
+
 // Stored types of scales.
 struct bfloat16 {
   std::uint16_t bits;
@@ -264,11 +309,23 @@ static inline float number(bfloat16 x) {
   return value;
 }
 
+// Of what compilers would widen number by number.
+#if defined(__AVX512F__)
+static inline i32 widen(u16 x) { return (i32)_mm512_cvtepu16_epi32((__m256i)x); }
+static inline i32 widen(u8 x) { return (i32)_mm512_cvtepu8_epi32((__m128i)x); }
+static inline i32 widen(i8 x) { return (i32)_mm512_cvtepi8_epi32((__m128i)x); }
+#elif defined(__AVX2__)
+static inline i32 widen(u16 x) { return (i32)_mm256_cvtepu16_epi32((__m128i)x); }
+static inline i32 widen(u8 x) { return (i32)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((i64)x)); }
+static inline i32 widen(i8 x) { return (i32)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((i64)x)); }
+#else
 static inline i32 widen(u16 x) { return __builtin_convertvector(x, i32); }
 static inline i32 widen(u8 x) { return __builtin_convertvector(x, i32); }
+static inline i32 widen(i8 x) { return __builtin_convertvector(x, i32); }
+#endif
 static inline f32 values(const float* x) { return load<f32>(x); }
 static inline f32 values(const std::uint8_t* x) { return to_f32(widen(load<u8>(x))); }
-static inline f32 values(const std::int8_t* x) { return to_f32(__builtin_convertvector(load<i8>(x), i32)); }
+static inline f32 values(const std::int8_t* x) { return to_f32(widen(load<i8>(x))); }
 static inline f32 values(const bfloat16* x) { return as_f32(widen(load<u16>(&x->bits)) << 16); }
 static inline f32 values(const float8_e8m0* x) {
   i32 exponent = widen(load<u8>(&x->bits));
@@ -333,6 +390,26 @@ static inline float sum_of(f32 x) {
 #endif
 }
 
+static inline std::int32_t sum_of(i32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)x);
+#else
+  std::int32_t sum = 0;
+  for (int lane = 0; lane < LANES; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
+
+static inline std::uint32_t greatest_of(u32 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)x);
+#else
+  std::uint32_t most = 0;
+  for (int lane = 0; lane < LANES; ++lane) most = most > x[lane] ? most : x[lane];
+  return most;
+#endif
+}
+
 // Up to LANES numbers to memory.
 template <class To, class Vector>
 static inline void store_some(To* to, const Vector& x, i64 count) {
@@ -342,8 +419,26 @@ static inline void store_some(To* to, const Vector& x, i64 count) {
 }
 static inline void store(float* to, f32 x, i64 count) { store_some(to, x, count); }
 static inline void store(bfloat16* to, f32 x, i64 count) {
+#if defined(__AVX512BF16__)
+  u16 bits = (u16)_mm512_cvtneps_pbh((__m512)x);
+#else
   u16 bits = __builtin_convertvector(to_bfloat16(x), u16);
+#endif
   store_some(to, bits, count);
+}
+
+// Two vectors, one behind the other: a whole line of the cache where LANES are 16.
+static inline void store_pair(bfloat16* to, f32 low, f32 high) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+  store(to, low, LANES);
+  store(to + LANES, high, LANES);
+#endif
+}
+static inline void store_pair(float* to, f32 low, f32 high) {
+  store(to, low, LANES);
+  store(to + LANES, high, LANES);
 }
 
 static inline void store(std::int8_t* to, f32 x, i64 count) {
