@@ -42,7 +42,8 @@ class Tile:
 
     Attributes:
         warps, stages: of a program; of its pipeline.
-        form: "loop", or "slab": all weights of a program are in registers before it multiplies.
+        form: "loop", "slab": all weights of a program are in registers before it multiplies, or "cores": 2:4 sparse
+            weights on sparse tensor cores (`sparse_cores`), `k` columns in `stages` turns.
         scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
         overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
             fragments.
@@ -57,6 +58,17 @@ class Tile:
     form: str = "loop"
     scales: str = "products"
     overlap: bool = False
+
+
+def warp_blocks(tile: Tile) -> int:
+    """Blocks of 16 rows of the weight that a warp has, of the form "cores"."""
+    return min(4 if tile.m <= 32 else 2, tile.n // 16)
+
+
+def warp_columns(tile: Tile) -> int:
+    """Columns that it has in a turn; the other warps have other rows or columns."""
+    across = tile.n // (16 * warp_blocks(tile))
+    return tile.k // tile.stages // (tile.warps // across)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,13 +220,15 @@ class Fragment24Layout(Layout):
     """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`: half as many codes, and a bit for each column.
 
     The four columns 4 i to 4 i + 3 are those of field j of two neighbouring threads, 2 p + e with e < 2: column 2 e + b
-    is that of half b. At most two of their codes differ from the code of 0. Both are in the words of the pair p, `bits`
-    words in which field j has its place of `fragment`: if a thread keeps both its columns, each in its half b; if not,
-    what thread e keeps is in half e. What is not taken is 0. The words of all 64 pairs come first, for 8 bits the first
-    four of each and then the last four. One word of each of the 128 threads follows: with `f` fields in half a word, it
-    says in bit j // f of the field at half b, place j % f, whether the thread keeps that column.
+    is that of half b. Two of the four are kept, whose codes are, in their order, both halves of field j in the words of
+    the pair p, `bits` words in which fields have their places of `fragment`. The words of all 64 pairs come first.
 
-    What is per block is as in `fragment`.
+    What says which columns are kept is in the order of the tensor cores' metadata (see `sparse_cores`). One word of
+    each of the 128 threads follows: of thread 32 w + 4 h + 2 u + s, for fields j = 4 v + 2 s + r with v = 2 c + u, bit
+    16 r + 8 p + 4 c + 2 e + b is that of column 2 e + b of pair 16 w + 2 h + p.
+
+    If less than two codes of four differ from the code of 0, others are kept too: of each pair of columns one, the
+    first. What is per block is as in `fragment`.
     """
 
     name = "fragment24"
@@ -240,30 +242,41 @@ class Fragment24Layout(Layout):
         n, k = weight.shape
         bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
         codes = F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE), value=zero)
-        fields = _fragments(codes).unflatten(2, (64, 2))  # tiles | p e | j b
-        own = fields != zero
-        kept = fields * own
-        both = own.all(-1, keepdim=True)
-        # Where a thread keeps one column, the sum is its code.
-        in_halves = torch.where(both, kept, 0).sum(3, dtype=torch.uint8)
-        by_thread = torch.where(both, 0, kept.sum(-1, keepdim=True, dtype=torch.uint8)).squeeze(-1).transpose(3, 4)
-        words = _join_fields(in_halves | by_thread, bits)  # [tiles, 64, bits]
-        words = words.unflatten(3, (-1, 4)).transpose(2, 3).flatten(2)
-        places = _join_fields(own, bits) << torch.arange(bits, dtype=torch.int32, device=codes.device)
-        places = places.sum(-1, dtype=torch.int32).flatten(2)
-        return replace(_rows_last(weight, TILE), codes=torch.cat([words, places], -1), layout=self.name)
+        groups = _fragments(codes).unflatten(2, (64, 2)).transpose(3, 4)  # tiles | pair | j e b
+        kept = groups != zero
+        alone = kept.flatten(4).sum(-1) < 2
+        kept[..., 0] |= alone.unsqueeze(-1) & ~kept[..., 1]
+        order = kept.flatten(4).to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
+        words = _join_fields(groups.flatten(4).gather(-1, order), bits).flatten(2)
+        return replace(_rows_last(weight, TILE), codes=torch.cat([words, _join_places(kept)], -1), layout=self.name)
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
         bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
         words, places = weight.codes.split([64 * bits, 128], -1)
-        slots = _split_fields(words.unflatten(2, (-1, 64, 4)).transpose(2, 3).flatten(3), bits)  # tiles | p | j c
-        places = places.unflatten(2, (64, 2, 1)) >> torch.arange(bits, dtype=torch.int32, device=words.device)
-        own = (_split_fields(places, bits) & 1).bool()  # tiles | p e | j b
-        both = own.all(-1, keepdim=True)
-        taken = torch.where(both, slots.unsqueeze(3), slots.transpose(3, 4).unsqueeze(-1))
-        matrix = _matrix(torch.where(own, taken, zero).flatten(2, 3))[:n, :k].contiguous()
+        kept = _split_places(places).flatten(4)  # tiles | pair | j (e b)
+        order = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
+        groups = torch.full(kept.shape, zero, dtype=torch.uint8, device=words.device)
+        groups.scatter_(-1, order, _split_fields(words.unflatten(-1, (64, bits)), bits))
+        fields = groups.unflatten(-1, (2, 2)).transpose(3, 4).flatten(2, 3)
+        matrix = _matrix(fields)[:n, :k].contiguous()
         return replace(_rows_first(weight), codes=pack_bits(matrix, bits), layout=LOGICAL)
+
+
+def _join_places(kept: Tensor) -> Tensor:
+    """Which columns are kept, bool [tiles, tiles, 64, 16, 2, 2], as the words that `fragment24` has: int32 [.., 128]."""
+    tiles = kept.shape[:2]
+    bits = kept.reshape(*tiles, 32, 2, 2, 2, 2, 2, 4)  # tiles | w h | p | c u s r | e b
+    bits = bits.permute(0, 1, 2, 5, 6, 7, 3, 4, 8).reshape(*tiles, 128, 32).to(torch.int32)  # w h u s | r p c e b
+    return (bits << torch.arange(32, dtype=torch.int32, device=kept.device)).sum(-1, dtype=torch.int32)
+
+
+def _split_places(words: Tensor) -> Tensor:
+    """The inverse of `_join_places`."""
+    tiles = words.shape[:2]
+    bits = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    bits = bits.bool().view(*tiles, 32, 2, 2, 2, 2, 2, 4)  # tiles | w h | u s | r p c | e b
+    return bits.permute(0, 1, 2, 6, 7, 3, 4, 5, 8).reshape(*tiles, 64, 16, 2, 2)
 
 
 class Rows16Layout(Layout):

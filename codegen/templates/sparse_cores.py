@@ -1,0 +1,248 @@
+"""The product of 2:4 sparse weights, in the layout `fragment24`, on sparse tensor cores: for `gemm_fragment`.
+
+An instruction of a warp, mma.sp, multiplies 16 rows of 32 columns of which 16 are kept by 8 rows of x. Thread 4 h + l
+has what is kept of rows h and h + 8 in columns 4 l to 4 l + 3 and 16 more, in four words of two each; of row h of x
+columns 2 l, 2 l + 1, and 8, 16 and 24 more; of the sums those of rows h and h + 8 of the weight and 2 l, 2 l + 1 of x. So
+a word of 4-bit codes is what a thread has of 32 columns, and only what is kept is decoded. Which columns these are is
+in words of two of four neighbours, for rows h and h + 8 and 16 columns each: so in a word a thread for 64 columns.
+Columns are taken in the order in which `fragment24` has them; x is read in that order.
+
+Each tensor here has an element a thread, [THREADS], and is one of its registers. A warp has BLOCKS blocks of 16 rows;
+of 64 columns each warp but those that have other rows takes others, and their sums are added at the end. What a turn
+needs is loaded STAGES turns before.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+# <weights>
+from qcompile.codegen.templates.fragment_weights import (
+    BITS,
+    BLOCK_K,
+    BLOCK_M,
+    BLOCK_N,
+    CHUNK,
+    COLUMNS,
+    GROUPS,
+    HALVES,
+    K_PER_SPLIT,
+    NT,
+    SCALES,
+    STORED,
+    TILES_K,
+    TILES_N,
+    K,
+    decode_scale,
+    first_tile,
+    place_of,
+)
+
+# </weights>
+
+# <cores>
+WARPS = tl.constexpr(4)
+STAGES = tl.constexpr(1)
+BLOCKS = tl.constexpr(4)
+KEPT = tl.constexpr("")
+MULTIPLY = tl.constexpr("")
+# </cores>
+
+THREADS = tl.constexpr(32 * WARPS.value)
+ACROSS = tl.constexpr(BLOCK_N.value // (16 * BLOCKS.value))
+ALONG = tl.constexpr(WARPS.value // ACROSS.value)
+"""Warps that have other rows, and that have other columns."""
+TURN = BLOCK_K // STAGES
+TILES = TURN // (64 * ALONG)
+"""Columns of a turn; and tiles of 64 of them that a warp has."""
+TOKENS = BLOCK_M // 8
+OWN = tl.constexpr(BITS.value // 2)
+"""Blocks of 8 rows of x; and words of codes that a thread has of 64 columns."""
+CHUNK_TILES = tl.constexpr(CHUNK.value // 64 if SCALES.value == "products" else TILES.value)
+PARTS = TILES // CHUNK_TILES
+"""Tiles that have their scales in common, and how many times there are so many."""
+KEPT_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * (OWN.value // 2))
+MULTIPLY_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 8 + ",f" * 4 + ",r")
+ORDERED = tl.constexpr(
+    # Four bits say which of four columns are kept; what tensor cores take are the first's number and the second's.
+    "{ .reg .b32 u, d, p, q; shr.b32 u, $1, 1; shl.b32 d, $1, 1; lop3.b32 p, $1, u, 0x44444444, 0x8e; "
+    "lop3.b32 q, $1, d, 0x88888888, 0xa9; lop3.b32 $0, p, q, 0x55555555, 0xe4; }"
+)
+
+
+@triton.jit
+def unjoined(value, COUNT: tl.constexpr):
+    """The columns of [THREADS, COUNT], a tensor each."""
+    if COUNT == 1:
+        return (tl.reshape(value, (THREADS,)),)
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(value, (THREADS, 2, COUNT // 2)), (0, 2, 1)))
+        return unjoined(first, COUNT // 2) + unjoined(second, COUNT // 2)
+
+
+@triton.jit
+def joined(values, COUNT: tl.constexpr):
+    """The inverse of `unjoined`."""
+    if COUNT == 1:
+        return tl.reshape(values[0], (THREADS, 1))
+    else:
+        first, second = joined(values[: COUNT // 2], COUNT // 2), joined(values[COUNT // 2 :], COUNT // 2)
+        return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (THREADS, COUNT))
+
+
+@triton.jit
+def block_ahead(block, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """How far a warp's block of 16 rows lies behind its first: ROWS a block, TILE a tile of 64 rows."""
+    if HALVES and NT == 1 and BLOCKS == 4:
+        return block // 2 * (TILES_N // 2) * TILE + block % 2 * ROWS
+    else:
+        return block * ROWS
+
+
+@triton.jit
+def load_tile(xs, codes, places, k, more, TILE: tl.constexpr):
+    """What a thread needs of its tile number TILE from column k, if there is more: codes, places, columns of x."""
+    codes += (k // 64 + TILE) * (128 * STORED)
+    places += (k // 64 + TILE) * (128 * STORED)
+    words, kept, columns = (), (), ()
+    for block in tl.static_range(BLOCKS):
+        source = codes + block_ahead(block, 16 * BITS, TILES_K * 128 * STORED)
+        words += (unjoined(tl.load(source[:, None] + tl.arange(0, OWN)[None, :], mask=more), OWN),)
+        kept += (tl.load(places + block_ahead(block, 32, TILES_K * 128 * STORED), mask=more),)
+    for i in tl.static_range(8):
+        for token in tl.static_range(TOKENS):
+            columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 2 * i), mask=more),)
+    return words, kept, columns
+
+
+@triton.jit
+def load_scales(scale, first_k, k, more):
+    """The scales of both rows of each block that a thread has."""
+    source = scale + tl.minimum((first_k + k) // COLUMNS, GROUPS - 1) * 64
+    found = ()
+    for block in tl.static_range(BLOCKS):
+        first = source + block_ahead(block, 16, GROUPS * 64)
+        found += ((tl.load(first, mask=more), tl.load(first + 8, mask=more)),)
+    return found
+
+
+@triton.jit
+def load_turn(xs, codes, places, scale, first_k, k, more):
+    """What a thread needs from column k: of its tiles, and of its chunks the scales; first_k: a warp's first column."""
+    tiles, scales = (), ()
+    for tile in tl.static_range(TILES):
+        tiles += (load_tile(xs, codes, places, k, more, tile),)
+    if SCALES == "products":
+        for chunk in tl.static_range(PARTS):
+            scales += (load_scales(scale, first_k, k + chunk * (64 * CHUNK_TILES), more),)
+    return tiles, scales
+
+
+@triton.jit
+def multiply_columns(sums, kept, columns, places, SECOND: tl.constexpr):
+    """Sums of 16 rows with the products of 32 columns, for all tokens."""
+    PTX: tl.constexpr = MULTIPLY + ("0x1;" if SECOND else "0x0;")
+    found = ()
+    for t in tl.static_range(TOKENS):
+        a, b, c, d = tl.inline_asm_elementwise(
+            PTX,
+            MULTIPLY_OPERANDS,
+            kept + columns[t::TOKENS] + sums[4 * t : 4 * t + 4] + (places,),
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        found += (a, b, c, d)
+    return found
+
+
+@triton.jit
+def multiply_tile(sums, tile, block: tl.constexpr):
+    """The same of 64 columns."""
+    words, columns = tile[0][block], tile[2]
+    places = tl.inline_asm_elementwise(ORDERED, "=r,r", [tile[1][block]], dtype=tl.int32, is_pure=True, pack=1)
+    for u in tl.static_range(2):
+        a, b, c, d = tl.inline_asm_elementwise(
+            KEPT,
+            KEPT_OPERANDS,
+            words[OWN // 2 * u : OWN // 2 * (u + 1)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        sums = multiply_columns(sums, (a, b, c, d), columns[4 * TOKENS * u : 4 * TOKENS * (u + 1)], places, u == 1)
+    return sums
+
+
+@triton.jit
+def no_sums():
+    found = ()
+    for _ in tl.static_range(4 * TOKENS):
+        found += (tl.zeros((THREADS,), tl.float32),)
+    return found
+
+
+@triton.jit
+def multiply_chunk(sums, turn, block: tl.constexpr, chunk: tl.constexpr):
+    """The same of columns that have their scales in common."""
+    parts = no_sums() if SCALES == "products" else sums
+    for tile in tl.static_range(CHUNK_TILES):
+        parts = multiply_tile(parts, turn[0][chunk * CHUNK_TILES + tile], block)
+    if SCALES == "products":
+        scales = turn[1][chunk][block]
+        first, second = decode_scale(scales[0]), decode_scale(scales[1])
+        found = ()
+        for i in tl.static_range(4 * TOKENS):
+            found += (sums[i] + parts[i] * (first if i % 4 < 2 else second),)
+        parts = found
+    return parts
+
+
+@triton.jit
+def multiply_turn(sums, turn):
+    found = ()
+    for block in tl.static_range(BLOCKS):
+        own = sums[block]
+        for chunk in tl.static_range(PARTS):
+            own = multiply_chunk(own, turn, block, chunk)
+        found += (own,)
+    return found
+
+
+@triton.jit
+def multiply_kept(x, codes, scale, tile_n, first_k, rows):
+    """float32 [BLOCK_N, BLOCK_M], as `multiply` of `gemm_fragment`; rows: how many rows of x there are."""
+    thread = tl.arange(0, THREADS)
+    h, lane, warp = thread % 32 // 4, thread % 4, thread // 32
+    tile, block = place_of(tile_n, warp % ACROSS * BLOCKS, 4)
+    tile = (first_tile(tile_n) + tile).to(tl.int64)
+    own_k = warp // ACROSS * (64 * TILES)
+    codes += tile * (TILES_K * 128 * STORED) + own_k // 64 * (128 * STORED)
+    places = codes + 64 * BITS + block * 32 + thread % 32
+    codes += block * (16 * BITS) + thread % 32 * OWN
+    scale += tile * (GROUPS * 64) + block * 16 + h
+    x = x.to(tl.pointer_type(tl.int32), bitcast=True) + own_k // 2 + lane // 2 * 16 + lane % 2
+    xs, sums, turns = (), (), ()
+    for token in tl.static_range(TOKENS):
+        xs += (x + tl.minimum(8 * token + h, rows - 1) * (K // 2),)
+    for block in tl.static_range(BLOCKS):
+        sums += (no_sums(),)
+    for stage in tl.static_range(STAGES):
+        turns += (load_turn(xs, codes, places, scale, own_k, first_k + stage * TURN, True),)
+    if BLOCK_K == K_PER_SPLIT:
+        for stage in tl.static_range(STAGES):
+            sums = multiply_turn(sums, turns[stage])
+    else:
+        for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
+            for stage in tl.static_range(STAGES):
+                k = first_k + step + stage * TURN + BLOCK_K
+                loaded = load_turn(xs, codes, places, scale, own_k, k, step + BLOCK_K < K_PER_SPLIT)
+                sums = multiply_turn(sums, turns[stage])
+                turns = turns[:stage] + (loaded,) + turns[stage + 1 :]
+    # k n | h l | block token r c, with n = 16 block + 8 r + h and m = 8 token + 2 l + c
+    every = ()
+    for block in tl.static_range(BLOCKS):
+        every += sums[block]
+    parts = tl.reshape(joined(every, 4 * TOKENS * BLOCKS), (ALONG, ACROSS, 8, 4, BLOCKS, TOKENS, 2, 2))
+    total = tl.permute(tl.sum(parts, 0), (0, 3, 5, 1, 4, 2, 6))
+    return tl.reshape(total, (BLOCK_N, BLOCK_M))
