@@ -218,6 +218,7 @@ def _sparse_cores(spec: KernelSpec) -> str:
         "WARPS": spec.tile.warps,
         "STAGES": spec.tile.stages,
         "BLOCKS": warp_blocks(spec.tile),
+        "SHARED": spec.tile.overlap,
         "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute, spec.target),
         "MULTIPLY": sparse_product(spec.compute),
     }

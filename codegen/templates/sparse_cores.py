@@ -44,6 +44,7 @@ from qcompile.codegen.templates.fragment_weights import (
 WARPS = tl.constexpr(4)
 STAGES = tl.constexpr(1)
 BLOCKS = tl.constexpr(4)
+SHARED = tl.constexpr(False)
 KEPT = tl.constexpr("")
 MULTIPLY = tl.constexpr("")
 # </cores>
@@ -109,10 +110,23 @@ def load_tile(xs, codes, places, k, more, TILE: tl.constexpr):
         source = codes + block_ahead(block, 16 * BITS, TILES_K * 128 * STORED)
         words += (unjoined(tl.load(source[:, None] + tl.arange(0, OWN)[None, :], mask=more), OWN),)
         kept += (tl.load(places + block_ahead(block, 32, TILES_K * 128 * STORED), mask=more),)
-    for i in tl.static_range(8):
+    for i in tl.static_range(0 if SHARED else 8):
         for token in tl.static_range(TOKENS):
             columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 2 * i), mask=more),)
     return words, kept, columns
+
+
+@triton.jit
+def spread(x):
+    """Words of x [BLOCK_M, TURN / 2] as each thread takes them: of each tile a tuple."""
+    COUNT: tl.constexpr = 8 * TOKENS * TILES
+    parts = tl.reshape(x, (TOKENS, 8, ALONG, TILES, 2, 8, 2))
+    parts = tl.reshape(tl.permute(parts, (2, 1, 4, 6, 3, 5, 0)), (ALONG, 1, 32, COUNT))
+    words = unjoined(tl.reshape(tl.broadcast_to(parts, (ALONG, ACROSS, 32, COUNT)), (THREADS, COUNT)), COUNT)
+    found = ()
+    for tile in tl.static_range(TILES):
+        found += (words[8 * TOKENS * tile : 8 * TOKENS * (tile + 1)],)
+    return found
 
 
 @triton.jit
@@ -135,7 +149,8 @@ def load_turn(xs, codes, places, scale, first_k, k, more):
     if SCALES == "products":
         for chunk in tl.static_range(PARTS):
             scales += (load_scales(scale, first_k, k + chunk * (64 * CHUNK_TILES), more),)
-    return tiles, scales
+    shared = tl.load(xs + (k // 2 + tl.arange(0, TURN // 2)[None, :]), mask=more) if SHARED else 0
+    return tiles, scales, shared
 
 
 @triton.jit
@@ -157,9 +172,9 @@ def multiply_columns(sums, kept, columns, places, SECOND: tl.constexpr):
 
 
 @triton.jit
-def multiply_tile(sums, tile, block: tl.constexpr):
+def multiply_tile(sums, tile, columns, block: tl.constexpr):
     """The same of 64 columns."""
-    words, columns = tile[0][block], tile[2]
+    words = tile[0][block]
     places = tl.inline_asm_elementwise(ORDERED, "=r,r", [tile[1][block]], dtype=tl.int32, is_pure=True, pack=1)
     for u in tl.static_range(2):
         a, b, c, d = tl.inline_asm_elementwise(
@@ -183,11 +198,11 @@ def no_sums():
 
 
 @triton.jit
-def multiply_chunk(sums, turn, block: tl.constexpr, chunk: tl.constexpr):
+def multiply_chunk(sums, turn, columns, block: tl.constexpr, chunk: tl.constexpr):
     """The same of columns that have their scales in common."""
     parts = no_sums() if SCALES == "products" else sums
     for tile in tl.static_range(CHUNK_TILES):
-        parts = multiply_tile(parts, turn[0][chunk * CHUNK_TILES + tile], block)
+        parts = multiply_tile(parts, turn[0][chunk * CHUNK_TILES + tile], columns[chunk * CHUNK_TILES + tile], block)
     if SCALES == "products":
         scales = turn[1][chunk][block]
         first, second = decode_scale(scales[0]), decode_scale(scales[1])
@@ -200,11 +215,16 @@ def multiply_chunk(sums, turn, block: tl.constexpr, chunk: tl.constexpr):
 
 @triton.jit
 def multiply_turn(sums, turn):
-    found = ()
+    found, columns = (), ()
+    if SHARED:
+        columns = spread(turn[2])
+    else:
+        for tile in tl.static_range(TILES):
+            columns += (turn[0][tile][2],)
     for block in tl.static_range(BLOCKS):
         own = sums[block]
         for chunk in tl.static_range(PARTS):
-            own = multiply_chunk(own, turn, block, chunk)
+            own = multiply_chunk(own, turn, columns, block, chunk)
         found += (own,)
     return found
 
@@ -221,10 +241,14 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     places = codes + 64 * BITS + block * 32 + thread % 32
     codes += block * (16 * BITS) + thread % 32 * OWN
     scale += tile * (GROUPS * 64) + block * 16 + h
-    x = x.to(tl.pointer_type(tl.int32), bitcast=True) + own_k // 2 + lane // 2 * 16 + lane % 2
+    x = x.to(tl.pointer_type(tl.int32), bitcast=True)
     xs, sums, turns = (), (), ()
-    for token in tl.static_range(TOKENS):
-        xs += (x + tl.minimum(8 * token + h, rows - 1) * (K // 2),)
+    if SHARED:
+        xs = x + tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None] * (K // 2)
+    else:
+        for token in tl.static_range(TOKENS):
+            row = tl.minimum(8 * token + h, rows - 1) * (K // 2)
+            xs += (x + (row + own_k // 2 + lane // 2 * 16 + lane % 2),)
     for block in tl.static_range(BLOCKS):
         sums += (no_sums(),)
     for stage in tl.static_range(STAGES):
