@@ -23,28 +23,28 @@ def cores(m: int, n: int, k: int, warps: int, stages: int, **more: object) -> di
 
 FORMS = {
     1: [
-        cores(8, 64, 256, 4, 1),
         cores(8, 64, 512, 4, 1),
         cores(8, 64, 512, 4, 2),
         cores(8, 64, 1024, 4, 2),
-        cores(8, 64, 512, 8, 1),
-        cores(8, 128, 512, 8, 1),
-        cores(8, 64, 256, 2, 1),
+        cores(8, 64, 1024, 4, 4),
+        cores(8, 64, 1024, 8, 2),
+        cores(8, 128, 512, 8, 2),
+        cores(8, 64, 512, 2, 2),
     ],
     16: [
-        cores(16, 64, 256, 4, 1),
         cores(16, 64, 512, 4, 1),
         cores(16, 64, 512, 4, 2),
-        cores(16, 64, 512, 8, 1),
-        cores(16, 64, 256, 4, 1, overlap=True),
-        cores(16, 128, 256, 8, 1, overlap=True),
+        cores(16, 64, 1024, 8, 2),
+        cores(16, 128, 512, 8, 2),
+        cores(16, 64, 512, 4, 2, overlap=True),
+        cores(16, 128, 512, 8, 2, overlap=True),
     ],
     64: [
-        cores(64, 128, 64, 4, 1, overlap=True),
-        cores(64, 128, 128, 8, 1, overlap=True),
-        cores(64, 256, 64, 8, 1, overlap=True),
-        cores(32, 64, 256, 4, 1),
-        cores(32, 128, 256, 8, 1, overlap=True),
+        cores(64, 128, 128, 4, 2, overlap=True),
+        cores(64, 128, 256, 8, 2, overlap=True),
+        cores(64, 256, 128, 8, 2, overlap=True),
+        cores(32, 64, 512, 4, 2),
+        cores(32, 128, 512, 8, 2, overlap=True),
     ],
 }
 

@@ -110,9 +110,11 @@ def load_tile(xs, codes, places, k, more, TILE: tl.constexpr):
         source = codes + block_ahead(block, 16 * BITS, TILES_K * 128 * STORED)
         words += (unjoined(tl.load(source[:, None] + tl.arange(0, OWN)[None, :], mask=more), OWN),)
         kept += (tl.load(places + block_ahead(block, 32, TILES_K * 128 * STORED), mask=more),)
-    for i in tl.static_range(0 if SHARED else 8):
-        for token in tl.static_range(TOKENS):
-            columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 2 * i), mask=more),)
+    if not SHARED:
+        for u in tl.static_range(2):
+            for token in tl.static_range(TOKENS):
+                for i in tl.static_range(4):
+                    columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 8 * u + 2 * i), mask=more),)
     return words, kept, columns
 
 
@@ -120,8 +122,8 @@ def load_tile(xs, codes, places, k, more, TILE: tl.constexpr):
 def spread(x):
     """Words of x [BLOCK_M, TURN / 2] as each thread takes them: of each tile a tuple."""
     COUNT: tl.constexpr = 8 * TOKENS * TILES
-    parts = tl.reshape(x, (TOKENS, 8, ALONG, TILES, 2, 8, 2))
-    parts = tl.reshape(tl.permute(parts, (2, 1, 4, 6, 3, 5, 0)), (ALONG, 1, 32, COUNT))
+    parts = tl.reshape(x, (TOKENS, 8, ALONG, TILES, 2, 2, 4, 2))
+    parts = tl.reshape(tl.permute(parts, (2, 1, 4, 7, 3, 5, 0, 6)), (ALONG, 1, 32, COUNT))
     words = unjoined(tl.reshape(tl.broadcast_to(parts, (ALONG, ACROSS, 32, COUNT)), (THREADS, COUNT)), COUNT)
     found = ()
     for tile in tl.static_range(TILES):
@@ -162,7 +164,7 @@ def multiply_columns(sums, kept, columns, places, SECOND: tl.constexpr):
         a, b, c, d = tl.inline_asm_elementwise(
             PTX,
             MULTIPLY_OPERANDS,
-            kept + columns[t::TOKENS] + sums[4 * t : 4 * t + 4] + (places,),
+            kept + columns[4 * t : 4 * t + 4] + sums[4 * t : 4 * t + 4] + (places,),
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True,
             pack=1,
@@ -260,8 +262,8 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
         for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
             for stage in tl.static_range(STAGES):
                 k = first_k + step + stage * TURN + BLOCK_K
-                loaded = load_turn(xs, codes, places, scale, own_k, k, step + BLOCK_K < K_PER_SPLIT)
                 sums = multiply_turn(sums, turns[stage])
+                loaded = load_turn(xs, codes, places, scale, own_k, k, step + BLOCK_K < K_PER_SPLIT)
                 turns = turns[:stage] + (loaded,) + turns[stage + 1 :]
     # k n | h l | block token r c, with n = 16 block + 8 r + h and m = 8 token + 2 l + c
     every = ()
