@@ -40,11 +40,11 @@ FORMS = {
         cores(16, 128, 512, 8, 2, overlap=True),
     ],
     64: [
-        cores(64, 128, 128, 4, 2, overlap=True),
+        cores(64, 128, 128, 4, 2, overlap=True, scales="fragments"),
+        cores(64, 256, 128, 8, 2, overlap=True, scales="fragments"),
+        cores(64, 256, 64, 8, 1, overlap=True, scales="fragments"),
         cores(64, 128, 256, 8, 2, overlap=True),
-        cores(64, 256, 128, 8, 2, overlap=True),
-        cores(32, 64, 512, 4, 2),
-        cores(32, 128, 512, 8, 2, overlap=True),
+        cores(32, 128, 256, 4, 2, overlap=True),
     ],
 }
 

@@ -219,7 +219,7 @@ def _sparse_cores(spec: KernelSpec) -> str:
         "STAGES": spec.tile.stages,
         "BLOCKS": warp_blocks(spec.tile),
         "SHARED": spec.tile.overlap,
-        "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute, spec.target),
+        "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute, scaled=scales_of(spec, spec.tile.scales) == "fragments"),
         "MULTIPLY": sparse_product(spec.compute),
     }
     text = _functions_of("sparse_cores")

@@ -62,7 +62,7 @@ class Tile:
 
 def warp_blocks(tile: Tile) -> int:
     """Blocks of 16 rows of the weight that a warp has, of the form "cores"."""
-    return min(4 if tile.m <= 32 or tile.scales == "fragments" else 2, tile.n // 16)
+    return min(4 if tile.m <= 16 else 2, tile.n // 16)
 
 
 def warp_columns(tile: Tile) -> int:

@@ -36,6 +36,7 @@ from qcompile.codegen.templates.fragment_weights import (
     decode_scale,
     first_tile,
     place_of,
+    scale_words,
 )
 
 # </weights>
@@ -59,10 +60,10 @@ TILES = TURN // (64 * ALONG)
 TOKENS = BLOCK_M // 8
 OWN = tl.constexpr(BITS.value // 2)
 """Blocks of 8 rows of x; and words of codes that a thread has of 64 columns."""
-CHUNK_TILES = tl.constexpr(CHUNK.value // 64 if SCALES.value == "products" else TILES.value)
+CHUNK_TILES = tl.constexpr(TILES.value if SCALES.value == "total" else CHUNK.value // 64)
 PARTS = TILES // CHUNK_TILES
 """Tiles that have their scales in common, and how many times there are so many."""
-KEPT_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * (OWN.value // 2))
+KEPT_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * (OWN.value // 2 + 2 * (SCALES.value == "fragments")))
 MULTIPLY_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 8 + ",f" * 4 + ",r")
 ORDERED = tl.constexpr(
     # Four bits say which of four columns are kept; what tensor cores take are the first's number and the second's.
@@ -148,7 +149,7 @@ def load_turn(xs, codes, places, scale, first_k, k, more):
     tiles, scales = (), ()
     for tile in tl.static_range(TILES):
         tiles += (load_tile(xs, codes, places, k, more, tile),)
-    if SCALES == "products":
+    if SCALES != "total":
         for chunk in tl.static_range(PARTS):
             scales += (load_scales(scale, first_k, k + chunk * (64 * CHUNK_TILES), more),)
     shared = tl.load(xs + (k // 2 + tl.arange(0, TURN // 2)[None, :]), mask=more) if SHARED else 0
@@ -174,7 +175,7 @@ def multiply_columns(sums, kept, columns, places, SECOND: tl.constexpr):
 
 
 @triton.jit
-def multiply_tile(sums, tile, columns, block: tl.constexpr):
+def multiply_tile(sums, tile, columns, scales, block: tl.constexpr):
     """The same of 64 columns."""
     words = tile[0][block]
     places = tl.inline_asm_elementwise(ORDERED, "=r,r", [tile[1][block]], dtype=tl.int32, is_pure=True, pack=1)
@@ -182,7 +183,7 @@ def multiply_tile(sums, tile, columns, block: tl.constexpr):
         a, b, c, d = tl.inline_asm_elementwise(
             KEPT,
             KEPT_OPERANDS,
-            words[OWN // 2 * u : OWN // 2 * (u + 1)],
+            words[OWN // 2 * u : OWN // 2 * (u + 1)] + scales,
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
@@ -202,12 +203,17 @@ def no_sums():
 @triton.jit
 def multiply_chunk(sums, turn, columns, block: tl.constexpr, chunk: tl.constexpr):
     """The same of columns that have their scales in common."""
-    parts = no_sums() if SCALES == "products" else sums
-    for tile in tl.static_range(CHUNK_TILES):
-        parts = multiply_tile(parts, turn[0][chunk * CHUNK_TILES + tile], columns[chunk * CHUNK_TILES + tile], block)
+    parts, scales = sums, ()
     if SCALES == "products":
-        scales = turn[1][chunk][block]
-        first, second = decode_scale(scales[0]), decode_scale(scales[1])
+        parts = no_sums()
+    if SCALES == "fragments":
+        scales = (scale_words(turn[1][chunk][block][0]), scale_words(turn[1][chunk][block][1]))
+    for tile in tl.static_range(CHUNK_TILES):
+        parts = multiply_tile(
+            parts, turn[0][chunk * CHUNK_TILES + tile], columns[chunk * CHUNK_TILES + tile], scales, block
+        )
+    if SCALES == "products":
+        first, second = decode_scale(turn[1][chunk][block][0]), decode_scale(turn[1][chunk][block][1])
         found = ()
         for i in tl.static_range(4 * TOKENS):
             found += (sums[i] + parts[i] * (first if i % 4 < 2 else second),)
