@@ -201,8 +201,8 @@ def _matrix(fields: Tensor) -> Tensor:
 
 
 def _join_fields(fields: Tensor, width: int) -> Tensor:
-    """Fields [..., 16, 2] of `width` bits as int32 words [..., width]: j, b at bit 16 b + width (j % (16 / width))."""
-    plane = fields.unflatten(-2, (width, 16 // width)).to(torch.int32)
+    """Fields [..., j, 2] of `width` bits as int32 words: j, b at bit 16 b + width (j % (16 / width)), 16 / width each."""
+    plane = fields.unflatten(-2, (-1, 16 // width)).to(torch.int32)
     words = torch.zeros(plane.shape[:-2], dtype=torch.int32, device=plane.device)
     for slot in range(16 // width):
         words |= plane[..., slot, 0] << (width * slot) | plane[..., slot, 1] << (16 + width * slot)
@@ -217,15 +217,13 @@ def _split_fields(words: Tensor, width: int) -> Tensor:
 
 
 class Fragment24Layout(Layout):
-    """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`: half as many codes, and a bit for each column.
+    """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`, in the order of sparse tensor cores (`sparse_cores`).
 
-    The four columns 4 i to 4 i + 3 are those of field j of two neighbouring threads, 2 p + e with e < 2: column 2 e + b
-    is that of half b. Two of the four are kept, whose codes are, in their order, both halves of field j in the words of
-    the pair p, `bits` words in which fields have their places of `fragment`. The words of all 64 pairs come first.
-
-    What says which columns are kept is in the order of the tensor cores' metadata (see `sparse_cores`). One word of
-    each of the 128 threads follows: of thread 32 w + 4 h + 2 u + s, for fields j = 4 v + 2 s + r with v = 2 c + u, bit
-    16 r + 8 p + 4 c + 2 e + b is that of column 2 e + b of pair 16 w + 2 h + p.
+    Two of the four columns 4 i to 4 i + 3 are kept. Where `fragment` has these columns in field j = 4 v + 2 s + r of
+    threads 4 q + 2 p and 4 q + 2 p + 1 (p < 2), their codes, in their order, are here both halves of a field of one
+    thread, number 4 q + 2 p + s, which has `bits` / 2 words for v = 2 u + t: field 4 u + 2 t + r of those that
+    `_join_fields` makes. All threads' words come first, then a word of each that says which columns are kept: of thread
+    4 q + v column 4 i + c is in bit 16 r + 8 s + 4 p + c.
 
     If less than two codes of four differ from the code of 0, others are kept too: of each pair of columns one, the
     first. What is per block is as in `fragment`.
@@ -242,41 +240,33 @@ class Fragment24Layout(Layout):
         n, k = weight.shape
         bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
         codes = F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE), value=zero)
-        groups = _fragments(codes).unflatten(2, (64, 2)).transpose(3, 4)  # tiles | pair | j e b
+        fields = _fragments(codes).unflatten(3, (2, 2, 2, 2)).unflatten(2, (32, 2, 2))  # tiles | q p e | u t s r b
+        groups = fields.permute(0, 1, 2, 3, 7, 5, 6, 8, 4, 9)  # q p s u t r e b
         kept = groups != zero
-        alone = kept.flatten(4).sum(-1) < 2
+        alone = kept.flatten(-2).sum(-1) < 2
         kept[..., 0] |= alone.unsqueeze(-1) & ~kept[..., 1]
-        order = kept.flatten(4).to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
-        words = _join_fields(groups.flatten(4).gather(-1, order), bits).flatten(2)
-        return replace(_rows_last(weight, TILE), codes=torch.cat([words, _join_places(kept)], -1), layout=self.name)
+        order = kept.flatten(-2).to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
+        words = _join_fields(groups.flatten(-2).gather(-1, order).flatten(5, 7), bits).flatten(2)
+        places = kept.permute(0, 1, 2, 5, 6, 7, 4, 3, 8, 9).flatten(5).to(torch.int32)  # q u t | r s p e b
+        places = (places << torch.arange(32, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
+        return replace(
+            _rows_last(weight, TILE), codes=torch.cat([words, places.flatten(2)], -1), layout=self.name
+        )
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
         bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
         words, places = weight.codes.split([64 * bits, 128], -1)
-        kept = _split_places(places).flatten(4)  # tiles | pair | j (e b)
-        order = kept.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
+        kept = places.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+        kept = kept.unflatten(-1, (2, 2, 2, 4)).unflatten(2, (32, 2, 2))  # tiles | q u t | r s p c
+        kept = kept.permute(0, 1, 2, 7, 6, 3, 4, 5, 8)  # q p s u t r | c
+        order = kept.sort(dim=-1, descending=True, stable=True).indices[..., :2]
         groups = torch.full(kept.shape, zero, dtype=torch.uint8, device=words.device)
-        groups.scatter_(-1, order, _split_fields(words.unflatten(-1, (64, bits)), bits))
-        fields = groups.unflatten(-1, (2, 2)).transpose(3, 4).flatten(2, 3)
-        matrix = _matrix(fields)[:n, :k].contiguous()
+        pairs = _split_fields(words.unflatten(-1, (128, bits // 2)), bits)  # tiles | q p s | u t r | half
+        groups.scatter_(-1, order, pairs.view(order.shape))
+        fields = groups.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 8, 5, 6, 4, 7, 9)  # q p e | u t s r | b
+        matrix = _matrix(fields.flatten(5, 8).flatten(2, 4))[:n, :k].contiguous()
         return replace(_rows_first(weight), codes=pack_bits(matrix, bits), layout=LOGICAL)
-
-
-def _join_places(kept: Tensor) -> Tensor:
-    """Which columns are kept, bool [tiles, tiles, 64, 16, 2, 2], as the words that `fragment24` has: int32 [.., 128]."""
-    tiles = kept.shape[:2]
-    bits = kept.reshape(*tiles, 32, 2, 2, 2, 2, 2, 4)  # tiles | w h | p | c u s r | e b
-    bits = bits.permute(0, 1, 2, 5, 6, 7, 3, 4, 8).reshape(*tiles, 128, 32).to(torch.int32)  # w h u s | r p c e b
-    return (bits << torch.arange(32, dtype=torch.int32, device=kept.device)).sum(-1, dtype=torch.int32)
-
-
-def _split_places(words: Tensor) -> Tensor:
-    """The inverse of `_join_places`."""
-    tiles = words.shape[:2]
-    bits = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
-    bits = bits.bool().view(*tiles, 32, 2, 2, 2, 2, 2, 4)  # tiles | w h | u s | r p c | e b
-    return bits.permute(0, 1, 2, 6, 7, 3, 4, 5, 8).reshape(*tiles, 64, 16, 2, 2)
 
 
 class Rows16Layout(Layout):

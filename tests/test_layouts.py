@@ -104,13 +104,13 @@ def test_fragment24_puts_codes_where_its_docstring_says(name):
     plain = [w % 2**32 for w in words.flatten().tolist()]
     per_half = 16 // bits
 
-    for w, h, p, c, u, s, r in itertools.product(range(4), range(8), *[range(2)] * 5):
-        n, first = 16 * w + 8 * r + h, 32 * c + 16 * u + 8 * s + 4 * p
-        j, pair = 4 * (2 * c + u) + 2 * s + r, 16 * w + 2 * h + p
-        places = plain[64 * bits + 32 * w + 4 * h + 2 * u + s] // 2 ** (16 * r + 8 * p + 4 * c) % 16
+    for w, h, p, u, t, s, r in itertools.product(range(4), range(8), *[range(2)] * 5):
+        n, first = 16 * w + 8 * r + h, 32 * u + 16 * t + 8 * s + 4 * p
+        quad, j = 4 * (8 * w + h), 4 * u + 2 * t + r
+        places = plain[64 * bits + quad + 2 * u + t] // 2 ** (16 * r + 8 * s + 4 * p) % 16
         kept = [first + i for i in range(4) if places // 2**i % 2]
         assert len(kept) == 2
-        word = plain[bits * pair + j // per_half]
+        word = plain[bits // 2 * (quad + 2 * p + s) + j // per_half]
         for half, k in enumerate(kept):
             assert word // 2 ** (16 * half + bits * (j % per_half)) % 2**bits == codes[n, k]
         assert {first + i for i in range(4) if codes[n, first + i] != zero} <= set(kept)

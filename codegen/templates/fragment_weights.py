@@ -59,7 +59,7 @@ ONES = tl.constexpr(((1 << 32) - 1) // FIELD.value)
 ZERO_CODES = tl.constexpr((ONES.value << (BITS.value - 1)) - (1 << 32))
 """The code of 0 in each field."""
 HIGH = tl.constexpr((1 << 15) + (1 << (BITS.value - 1)))
-"""Moves bits 1 and 17 to the lowest fields of a word's high half, bits 2 * BITS above them likewise."""
+"""Moves bits 1 and 17 to the lowest bits of the first two fields of a word's high half."""
 HALVES = tl.constexpr(GATED.value and not PAIRED.value)
 WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
 BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
@@ -199,12 +199,9 @@ def turned(words):
 def own_fields(places):
     """The fields of a thread's own columns that are kept, all their bits set: [.., BITS] words."""
     lane = tl.reshape(tl.arange(0, 128) % 4, (1, 1, 128, 1))
-    own = (places >> (lane // 2 * 8 + lane % 2 * 2)) & 0x330033  # r at bit 16, c at 4, b at 1, for each u and s
-    if BITS == 4:
-        first, second = tl.split(tl.reshape(own, (KT, NT, 128, 2, 2)))
-        own = first | (second << 8)
-    own = tl.join(own, own >> 4) & 0x03030303
-    own = tl.reshape(tl.permute(own, (0, 1, 2, 4, 3)), (KT, NT, 128, BITS))
+    own = (places >> (lane // 2 * 4 + lane % 2 * 2)) & 0x03030303  # r at bit 16, s at 8, b at 1
+    if BITS == 8:
+        own = tl.reshape(tl.join(own, own >> 8) & 0x00030003, (KT, NT, 128, 8))
     low = (own | (own >> (16 - BITS))) & 0xFFFF
     high = (own * HIGH) & -0x10000
     return ((low | high) & ONES) * FIELD
@@ -213,10 +210,13 @@ def own_fields(places):
 @triton.jit
 def load_sparse(codes, tile_n, tile_k):
     """The plane of 2:4 sparse codes, in full: [K tiles, N tiles, 128 threads, BITS]."""
-    kept = load_shared(codes, tile_n, tile_k, 0, BITS, 2)
+    first = load_shared(codes, tile_n, tile_k, 0, BITS, 2)
     if BITS == 8:
-        both = tl.join(kept, load_shared(codes, tile_n, tile_k, 4, BITS, 2))
-        kept = tl.reshape(tl.permute(both, (0, 1, 2, 4, 3)), (KT, NT, 128, 8))
+        kept = tl.reshape(tl.join(first, load_shared(codes, tile_n, tile_k, 4, BITS, 2)), (KT, NT, 128, 8))
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(first, (KT, NT, 128, 2, 2)), (0, 1, 2, 4, 3)))
+        kept = (first & 0xFF00FF) | ((second & 0xFF00FF) << 8)
+        kept = tl.reshape(tl.join(kept, ((first >> 8) & 0xFF00FF) | (second & -0xFF0100)), (KT, NT, 128, 4))
     own = own_fields(load_shared(codes, tile_n, tile_k, 64 * BITS, 4, 4))
     # If a thread keeps both columns, each code is in its half; if one, in that half which is the thread's.
     even = tl.reshape(tl.arange(0, 128) % 2 == 0, (1, 1, 128, 1))

@@ -115,7 +115,7 @@ def load_tile(xs, codes, places, k, more, TILE: tl.constexpr):
         for u in tl.static_range(2):
             for token in tl.static_range(TOKENS):
                 for i in tl.static_range(4):
-                    columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 8 * u + 2 * i), mask=more),)
+                    columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 16 * u + 4 * i), mask=more),)
     return words, kept, columns
 
 
@@ -123,8 +123,8 @@ def load_tile(xs, codes, places, k, more, TILE: tl.constexpr):
 def spread(x):
     """Words of x [BLOCK_M, TURN / 2] as each thread takes them: of each tile a tuple."""
     COUNT: tl.constexpr = 8 * TOKENS * TILES
-    parts = tl.reshape(x, (TOKENS, 8, ALONG, TILES, 2, 2, 4, 2))
-    parts = tl.reshape(tl.permute(parts, (2, 1, 4, 7, 3, 5, 0, 6)), (ALONG, 1, 32, COUNT))
+    parts = tl.reshape(x, (TOKENS, 8, ALONG, TILES, 2, 4, 4))
+    parts = tl.reshape(tl.permute(parts, (2, 1, 6, 3, 4, 0, 5)), (ALONG, 1, 32, COUNT))
     words = unjoined(tl.reshape(tl.broadcast_to(parts, (ALONG, ACROSS, 32, COUNT)), (THREADS, COUNT)), COUNT)
     found = ()
     for tile in tl.static_range(TILES):
@@ -238,6 +238,20 @@ def multiply_turn(sums, turn):
 
 
 @triton.jit
+def added(parts, COUNT: tl.constexpr):
+    """The sum of COUNT parts that follow each other in the first dimension.
+
+    A reduction by Triton would store and load with all threads of a warp in one bank of shared memory.
+    """
+    if COUNT == 1:
+        return parts
+    else:
+        halves = tl.reshape(parts, (2, parts.shape[0] // 2, parts.shape[1]))
+        first, second = tl.split(tl.permute(halves, (1, 2, 0)))
+        return added(first + second, COUNT // 2)
+
+
+@triton.jit
 def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     """float32 [BLOCK_N, BLOCK_M], as `multiply` of `gemm_fragment`; rows: how many rows of x there are."""
     thread = tl.arange(0, THREADS)
@@ -247,7 +261,7 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     own_k = warp // ACROSS * (64 * TILES)
     codes += tile * (TILES_K * 128 * STORED) + own_k // 64 * (128 * STORED)
     places = codes + 64 * BITS + block * 32 + thread % 32
-    codes += block * (16 * BITS) + thread % 32 * OWN
+    codes += block * (16 * BITS) + (thread % 32 // 4 * 4 + lane % 2 * 2 + lane // 2) * OWN
     scale += tile * (GROUPS * 64) + block * 16 + h
     x = x.to(tl.pointer_type(tl.int32), bitcast=True)
     xs, sums, turns = (), (), ()
@@ -256,7 +270,7 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     else:
         for token in tl.static_range(TOKENS):
             row = tl.minimum(8 * token + h, rows - 1) * (K // 2)
-            xs += (x + (row + own_k // 2 + lane // 2 * 16 + lane % 2),)
+            xs += (x + (row + own_k // 2 + lane),)
     for block in tl.static_range(BLOCKS):
         sums += (no_sums(),)
     for stage in tl.static_range(STAGES):
@@ -271,10 +285,10 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
                 sums = multiply_turn(sums, turns[stage])
                 loaded = load_turn(xs, codes, places, scale, own_k, k, step + BLOCK_K < K_PER_SPLIT)
                 turns = turns[:stage] + (loaded,) + turns[stage + 1 :]
-    # k n | h l | block token r c, with n = 16 block + 8 r + h and m = 8 token + 2 l + c
     every = ()
     for block in tl.static_range(BLOCKS):
         every += sums[block]
-    parts = tl.reshape(joined(every, 4 * TOKENS * BLOCKS), (ALONG, ACROSS, 8, 4, BLOCKS, TOKENS, 2, 2))
-    total = tl.permute(tl.sum(parts, 0), (0, 3, 5, 1, 4, 2, 6))
-    return tl.reshape(total, (BLOCK_N, BLOCK_M))
+    total = added(joined(every, 4 * TOKENS * BLOCKS), ALONG)
+    # n | h l | block token r c, with n = 16 block + 8 r + h and m = 8 token + 2 l + c
+    total = tl.reshape(total, (ACROSS, 8, 4, BLOCKS, TOKENS, 2, 2))
+    return tl.reshape(tl.permute(total, (0, 3, 5, 1, 4, 2, 6)), (BLOCK_N, BLOCK_M))
