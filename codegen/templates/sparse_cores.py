@@ -157,84 +157,115 @@ def load_turn(xs, codes, places, scale, first_k, k, more):
 
 
 @triton.jit
-def multiply_columns(sums, kept, columns, places, SECOND: tl.constexpr):
-    """Sums of 16 rows with the products of 32 columns, for all tokens."""
+def no_sums():
+    """Zeros: for each block of tokens, and each of rows, the four sums of a thread."""
+    zero = tl.zeros((THREADS,), tl.float32)
+    found = ()
+    for _ in tl.static_range(TOKENS):
+        sums = ()
+        for _ in tl.static_range(BLOCKS):
+            sums += ((zero, zero, zero, zero),)
+        found += (sums,)
+    return found
+
+
+@triton.jit
+def multiply_token(sums, kept, columns, places, SECOND: tl.constexpr):
+    """The sums of a block of tokens with the products of 32 columns."""
     PTX: tl.constexpr = MULTIPLY + ("0x1;" if SECOND else "0x0;")
     found = ()
-    for t in tl.static_range(TOKENS):
+    for block in tl.static_range(BLOCKS):
         a, b, c, d = tl.inline_asm_elementwise(
             PTX,
             MULTIPLY_OPERANDS,
-            kept + columns[4 * t : 4 * t + 4] + sums[4 * t : 4 * t + 4] + (places,),
+            kept[block] + columns + sums[block] + (places[block],),
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True,
             pack=1,
         )
-        found += (a, b, c, d)
+        found += ((a, b, c, d),)
     return found
 
 
 @triton.jit
-def multiply_tile(sums, tile, columns, scales, block: tl.constexpr):
-    """The same of 64 columns."""
-    words = tile[0][block]
-    places = tl.inline_asm_elementwise(ORDERED, "=r,r", [tile[1][block]], dtype=tl.int32, is_pure=True, pack=1)
-    for u in tl.static_range(2):
+def decode_kept(words, scales, SECOND: tl.constexpr):
+    """What is kept of each block of rows in the first or second 32 columns: four words of two weights."""
+    found = ()
+    for block in tl.static_range(BLOCKS):
+        own = words[block][OWN // 2 :] if SECOND else words[block][: OWN // 2]
+        if SCALES == "fragments":
+            own += (scale_words(scales[block][0]), scale_words(scales[block][1]))
         a, b, c, d = tl.inline_asm_elementwise(
             KEPT,
             KEPT_OPERANDS,
-            words[OWN // 2 * u : OWN // 2 * (u + 1)] + scales,
+            own,
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
-        sums = multiply_columns(sums, (a, b, c, d), columns[4 * TOKENS * u : 4 * TOKENS * (u + 1)], places, u == 1)
-    return sums
-
-
-@triton.jit
-def no_sums():
-    found = ()
-    for _ in tl.static_range(4 * TOKENS):
-        found += (tl.zeros((THREADS,), tl.float32),)
+        found += ((a, b, c, d),)
     return found
 
 
 @triton.jit
-def multiply_chunk(sums, turn, columns, block: tl.constexpr, chunk: tl.constexpr):
-    """The same of columns that have their scales in common."""
-    parts, scales = sums, ()
+def multiply_tile(sums, tile, columns, scales):
+    """All sums with the products of 64 columns."""
+    places = ()
+    for block in tl.static_range(BLOCKS):
+        places += (tl.inline_asm_elementwise(ORDERED, "=r,r", [tile[1][block]], dtype=tl.int32, is_pure=True, pack=1),)
+    for u in tl.static_range(2):
+        kept = decode_kept(tile[0], scales, u == 1)
+        found = ()
+        for t in tl.static_range(TOKENS):
+            words = columns[4 * (TOKENS * u + t) : 4 * (TOKENS * u + t + 1)]
+            found += (multiply_token(sums[t], kept, words, places, u == 1),)
+        sums = found
+    return sums
+
+
+@triton.jit
+def scaled(sums, parts, scales):
+    """The sums of a block of tokens with parts times the scales of their rows."""
+    found = ()
+    for block in tl.static_range(BLOCKS):
+        first, second = decode_scale(scales[block][0]), decode_scale(scales[block][1])
+        a, b = sums[block][0] + parts[block][0] * first, sums[block][1] + parts[block][1] * first
+        c, d = sums[block][2] + parts[block][2] * second, sums[block][3] + parts[block][3] * second
+        found += ((a, b, c, d),)
+    return found
+
+
+@triton.jit
+def multiply_chunk(sums, tiles, columns, scales, chunk: tl.constexpr):
+    """All sums with the products of columns that have their scales in common."""
+    parts = sums
     if SCALES == "products":
         parts = no_sums()
-    if SCALES == "fragments":
-        scales = (scale_words(turn[1][chunk][block][0]), scale_words(turn[1][chunk][block][1]))
-    for tile in tl.static_range(CHUNK_TILES):
-        parts = multiply_tile(
-            parts, turn[0][chunk * CHUNK_TILES + tile], columns[chunk * CHUNK_TILES + tile], scales, block
-        )
+    for tile in tl.static_range(chunk * CHUNK_TILES, (chunk + 1) * CHUNK_TILES):
+        parts = multiply_tile(parts, tiles[tile], columns[tile], scales)
     if SCALES == "products":
-        first, second = decode_scale(turn[1][chunk][block][0]), decode_scale(turn[1][chunk][block][1])
         found = ()
-        for i in tl.static_range(4 * TOKENS):
-            found += (sums[i] + parts[i] * (first if i % 4 < 2 else second),)
+        for t in tl.static_range(TOKENS):
+            found += (scaled(sums[t], parts[t], scales),)
         parts = found
     return parts
 
 
 @triton.jit
 def multiply_turn(sums, turn):
-    found, columns = (), ()
+    """All sums with the products of a turn."""
+    columns = ()
     if SHARED:
         columns = spread(turn[2])
     else:
         for tile in tl.static_range(TILES):
             columns += (turn[0][tile][2],)
-    for block in tl.static_range(BLOCKS):
-        own = sums[block]
-        for chunk in tl.static_range(PARTS):
-            own = multiply_chunk(own, turn, columns, block, chunk)
-        found += (own,)
-    return found
+    for chunk in tl.static_range(PARTS):
+        if SCALES == "total":
+            sums = multiply_chunk(sums, turn[0], columns, (), chunk)
+        else:
+            sums = multiply_chunk(sums, turn[0], columns, turn[1][chunk], chunk)
+    return sums
 
 
 @triton.jit
@@ -264,15 +295,13 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     codes += block * (16 * BITS) + (thread % 32 // 4 * 4 + lane % 2 * 2 + lane // 2) * OWN
     scale += tile * (GROUPS * 64) + block * 16 + h
     x = x.to(tl.pointer_type(tl.int32), bitcast=True)
-    xs, sums, turns = (), (), ()
+    xs, turns, sums = (), (), no_sums()
     if SHARED:
         xs = x + tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None] * (K // 2)
     else:
         for token in tl.static_range(TOKENS):
             row = tl.minimum(8 * token + h, rows - 1) * (K // 2)
             xs += (x + (row + own_k // 2 + lane),)
-    for block in tl.static_range(BLOCKS):
-        sums += (no_sums(),)
     for stage in tl.static_range(STAGES):
         turns += (load_turn(xs, codes, places, scale, own_k, first_k + stage * TURN, True),)
     if BLOCK_K == K_PER_SPLIT:
@@ -286,9 +315,10 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
                 loaded = load_turn(xs, codes, places, scale, own_k, k, step + BLOCK_K < K_PER_SPLIT)
                 turns = turns[:stage] + (loaded,) + turns[stage + 1 :]
     every = ()
-    for block in tl.static_range(BLOCKS):
-        every += sums[block]
+    for t in tl.static_range(TOKENS):
+        for block in tl.static_range(BLOCKS):
+            every += sums[t][block]
     total = added(joined(every, 4 * TOKENS * BLOCKS), ALONG)
-    # n | h l | block token r c, with n = 16 block + 8 r + h and m = 8 token + 2 l + c
-    total = tl.reshape(total, (ACROSS, 8, 4, BLOCKS, TOKENS, 2, 2))
-    return tl.reshape(tl.permute(total, (0, 3, 5, 1, 4, 2, 6)), (BLOCK_N, BLOCK_M))
+    # n | h l | token block r c, with n = 16 block + 8 r + h and m = 8 token + 2 l + c
+    total = tl.reshape(total, (ACROSS, 8, 4, TOKENS, BLOCKS, 2, 2))
+    return tl.reshape(tl.permute(total, (0, 4, 5, 1, 3, 2, 6)), (BLOCK_N, BLOCK_M))
