@@ -68,7 +68,7 @@ def warp_blocks(tile: Tile) -> int:
 def warp_columns(tile: Tile) -> int:
     """Columns that it has in a turn; the other warps have other rows or columns."""
     across = tile.n // (16 * warp_blocks(tile))
-    return tile.k // tile.stages // (tile.warps // across)
+    return tile.k // (tile.warps // across)
 
 
 @dataclass(frozen=True, kw_only=True)

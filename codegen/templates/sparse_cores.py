@@ -54,9 +54,8 @@ THREADS = tl.constexpr(32 * WARPS.value)
 ACROSS = tl.constexpr(BLOCK_N.value // (16 * BLOCKS.value))
 ALONG = tl.constexpr(WARPS.value // ACROSS.value)
 """Warps that have other rows, and that have other columns."""
-TURN = BLOCK_K // STAGES
-TILES = TURN // (64 * ALONG)
-"""Columns of a turn; and tiles of 64 of them that a warp has."""
+TILES = BLOCK_K // (64 * ALONG)
+"""Tiles of 64 columns that a warp has in a turn."""
 TOKENS = BLOCK_M // 8
 OWN = tl.constexpr(BITS.value // 2)
 """Blocks of 8 rows of x; and words of codes that a thread has of 64 columns."""
@@ -102,26 +101,26 @@ def block_ahead(block, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(xs, codes, places, k, more, TILE: tl.constexpr):
-    """What a thread needs of its tile number TILE from column k, if there is more: codes, places, columns of x."""
+def load_tile(xs, codes, places, k, TILE: tl.constexpr):
+    """What a thread needs of its tile number TILE from column k: codes, places and, unless it is shared, x."""
     codes += (k // 64 + TILE) * (128 * STORED)
     places += (k // 64 + TILE) * (128 * STORED)
     words, kept, columns = (), (), ()
     for block in tl.static_range(BLOCKS):
         source = codes + block_ahead(block, 16 * BITS, TILES_K * 128 * STORED)
-        words += (unjoined(tl.load(source[:, None] + tl.arange(0, OWN)[None, :], mask=more), OWN),)
-        kept += (tl.load(places + block_ahead(block, 32, TILES_K * 128 * STORED), mask=more),)
+        words += (unjoined(tl.load(source[:, None] + tl.arange(0, OWN)[None, :]), OWN),)
+        kept += (tl.load(places + block_ahead(block, 32, TILES_K * 128 * STORED)),)
     if not SHARED:
         for u in tl.static_range(2):
             for token in tl.static_range(TOKENS):
                 for i in tl.static_range(4):
-                    columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 16 * u + 4 * i), mask=more),)
+                    columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 16 * u + 4 * i)),)
     return words, kept, columns
 
 
 @triton.jit
 def spread(x):
-    """Words of x [BLOCK_M, TURN / 2] as each thread takes them: of each tile a tuple."""
+    """Words of x [BLOCK_M, BLOCK_K / 2] as each thread takes them: of each tile a tuple."""
     COUNT: tl.constexpr = 8 * TOKENS * TILES
     parts = tl.reshape(x, (TOKENS, 8, ALONG, TILES, 2, 4, 4))
     parts = tl.reshape(tl.permute(parts, (2, 1, 6, 3, 4, 0, 5)), (ALONG, 1, 32, COUNT))
@@ -133,27 +132,31 @@ def spread(x):
 
 
 @triton.jit
-def load_scales(scale, first_k, k, more):
-    """The scales of both rows of each block that a thread has."""
-    source = scale + tl.minimum((first_k + k) // COLUMNS, GROUPS - 1) * 64
+def load_scales(scale, own_k, k):
+    """For each chunk of a turn from column k, and each block, the scales of both rows that a thread has."""
     found = ()
-    for block in tl.static_range(BLOCKS):
-        first = source + block_ahead(block, 16, GROUPS * 64)
-        found += ((tl.load(first, mask=more), tl.load(first + 8, mask=more)),)
+    for chunk in tl.static_range(PARTS):
+        group = tl.minimum((own_k + k + chunk * (64 * CHUNK_TILES)) // COLUMNS, GROUPS - 1)
+        scales = ()
+        for block in tl.static_range(BLOCKS):
+            source = scale + group * 64 + block_ahead(block, 16, GROUPS * 64)
+            scales += ((tl.load(source), tl.load(source + 8)),)
+        found += (scales,)
     return found
 
 
 @triton.jit
-def load_turn(xs, codes, places, scale, first_k, k, more):
-    """What a thread needs from column k: of its tiles, and of its chunks the scales; first_k: a warp's first column."""
-    tiles, scales = (), ()
+def load_turn(xs, codes, places, k):
+    """What a thread needs of the columns of a turn from k, but scales: of its tiles, and of x."""
+    tiles, columns = (), ()
     for tile in tl.static_range(TILES):
-        tiles += (load_tile(xs, codes, places, k, more, tile),)
-    if SCALES != "total":
-        for chunk in tl.static_range(PARTS):
-            scales += (load_scales(scale, first_k, k + chunk * (64 * CHUNK_TILES), more),)
-    shared = tl.load(xs + (k // 2 + tl.arange(0, TURN // 2)[None, :]), mask=more) if SHARED else 0
-    return tiles, scales, shared
+        tiles += (load_tile(xs, codes, places, k, tile),)
+    if SHARED:
+        columns = spread(tl.load(xs + (k // 2 + tl.arange(0, BLOCK_K // 2)[None, :])))
+    else:
+        for tile in tl.static_range(TILES):
+            columns += (tiles[tile][2],)
+    return tiles, columns
 
 
 @triton.jit
@@ -252,19 +255,13 @@ def multiply_chunk(sums, tiles, columns, scales, chunk: tl.constexpr):
 
 
 @triton.jit
-def multiply_turn(sums, turn):
+def multiply_turn(sums, turn, scales):
     """All sums with the products of a turn."""
-    columns = ()
-    if SHARED:
-        columns = spread(turn[2])
-    else:
-        for tile in tl.static_range(TILES):
-            columns += (turn[0][tile][2],)
     for chunk in tl.static_range(PARTS):
         if SCALES == "total":
-            sums = multiply_chunk(sums, turn[0], columns, (), chunk)
+            sums = multiply_chunk(sums, turn[0], turn[1], (), chunk)
         else:
-            sums = multiply_chunk(sums, turn[0], columns, turn[1][chunk], chunk)
+            sums = multiply_chunk(sums, turn[0], turn[1], scales[chunk], chunk)
     return sums
 
 
@@ -295,25 +292,23 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     codes += block * (16 * BITS) + (thread % 32 // 4 * 4 + lane % 2 * 2 + lane // 2) * OWN
     scale += tile * (GROUPS * 64) + block * 16 + h
     x = x.to(tl.pointer_type(tl.int32), bitcast=True)
-    xs, turns, sums = (), (), no_sums()
+    xs, sums = (), no_sums()
     if SHARED:
         xs = x + tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None] * (K // 2)
     else:
         for token in tl.static_range(TOKENS):
             row = tl.minimum(8 * token + h, rows - 1) * (K // 2)
             xs += (x + (row + own_k // 2 + lane),)
-    for stage in tl.static_range(STAGES):
-        turns += (load_turn(xs, codes, places, scale, own_k, first_k + stage * TURN, True),)
-    if BLOCK_K == K_PER_SPLIT:
-        for stage in tl.static_range(STAGES):
-            sums = multiply_turn(sums, turns[stage])
-    else:
-        for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
-            for stage in tl.static_range(STAGES):
-                k = first_k + step + stage * TURN + BLOCK_K
-                sums = multiply_turn(sums, turns[stage])
-                loaded = load_turn(xs, codes, places, scale, own_k, k, step + BLOCK_K < K_PER_SPLIT)
-                turns = turns[:stage] + (loaded,) + turns[stage + 1 :]
+    scales = ()
+    if SCALES != "total":
+        scales = load_scales(scale, own_k, first_k)
+    for step in tl.range(0, K_PER_SPLIT, BLOCK_K, num_stages=STAGES):
+        # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
+        later = scales
+        if SCALES != "total":
+            later = load_scales(scale, own_k, first_k + tl.minimum(step + BLOCK_K, K_PER_SPLIT - BLOCK_K))
+        sums = multiply_turn(sums, load_turn(xs, codes, places, first_k + step), scales)
+        scales = later
     every = ()
     for t in tl.static_range(TOKENS):
         for block in tl.static_range(BLOCKS):
