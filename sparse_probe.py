@@ -10,57 +10,31 @@ from dataclasses import replace
 
 import torch
 
-from qcompile.codegen.spec import Tile
+from qcompile.codegen.cost_model import candidates, rank
+from qcompile.codegen.spec import KernelSpec, Tile
 from qcompile.presets import preset
 from qcompile.runtime import gpu, measure, tuning
 
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
 
-def cores(m: int, n: int, k: int, warps: int, stages: int, **more: object) -> dict:
-    return dict(m=m, n=n, k=k, warps=warps, stages=stages, form="cores", **more)
-
-
-FORMS = {
-    1: [
-        cores(8, 64, 512, 4, 1),
-        cores(8, 64, 512, 4, 2),
-        cores(8, 64, 1024, 4, 2),
-        cores(8, 64, 1024, 4, 4),
-        cores(8, 64, 1024, 8, 2),
-        cores(8, 128, 512, 8, 2),
-        cores(8, 64, 512, 2, 2),
-    ],
-    16: [
-        cores(16, 64, 512, 4, 1),
-        cores(16, 64, 512, 4, 2),
-        cores(16, 64, 1024, 8, 2),
-        cores(16, 128, 512, 8, 2),
-        cores(16, 64, 512, 4, 2, overlap=True),
-        cores(16, 128, 512, 8, 2, overlap=True),
-    ],
-    64: [
-        cores(64, 128, 128, 4, 2, overlap=True, scales="fragments"),
-        cores(64, 256, 128, 8, 2, overlap=True, scales="fragments"),
-        cores(64, 256, 64, 8, 1, overlap=True, scales="fragments"),
-        cores(64, 128, 256, 8, 2, overlap=True),
-        cores(32, 128, 256, 4, 2, overlap=True),
-    ],
-}
-
-
-def tiles(m: int, n: int, k: int) -> list[Tile]:
-    found = []
-    for form, split in itertools.product(FORMS[m], (1, 2, 4, 8)):
-        programs = n // form["n"] * split * -(-m // form["m"])
-        if n % form["n"] == 0 and k % (split * form["k"]) == 0 and 190 <= programs <= 1000:
-            found.append(Tile(split=split, **form))
-    return found
+def tiles(like: KernelSpec, m: int, keep: int) -> list[Tile]:
+    """The first of each form by the cost model; of sparse tensor cores one of each cut, then more."""
+    ranked = [kernel.tile for kernel in rank(candidates(like, m), m, keep=10000)]
+    own = [t for t in ranked if t.form == "cores" and 128 <= -(-like.n // t.n) * t.split * -(-m // t.m) <= 1200]
+    first: dict[tuple[int, ...], Tile] = {}
+    for t in own:
+        first.setdefault((t.n, t.k, t.warps), t)
+    best = list(first.values())
+    own.sort(key=lambda t: t.stages)
+    return [*best, *[t for t in own if t not in best]][:keep] + [t for t in ranked if t.form != "cores"][: 2 * (m >= 64)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--buckets", default="1,16,64")
+    parser.add_argument("--schemes", default="int4_24,int4")
+    parser.add_argument("--keep", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=115)
     given = parser.parse_args()
     begun = time.monotonic()
@@ -72,13 +46,13 @@ def main() -> None:
     with measure.compilers(15) as running:
         waiting = []
         for m, (n, k) in itertools.product(map(int, given.buckets.split(",")), SHAPES):
-            for scheme in ("int4_24", "int4"):
+            for scheme in given.schemes.split(","):
                 job = measure.job(scheme, preset(scheme), (n, k), m, torch.bfloat16)
                 like = job.like(target)
-                if scheme == "int4":
+                if "24" not in scheme:
                     choices = [tuning.choose(job.spec, m, torch.bfloat16, torch.bfloat16, target, name).kernel.tile]
                 else:
-                    choices = tiles(m, n, k)
+                    choices = tiles(like, m, given.keep)
                 waiting.append((job, [(c, running.submit(replace(like, tile=c), job.spec)) for c in choices]))
         for job, choices in waiting:
             if time.monotonic() - begun > given.seconds:
@@ -91,9 +65,11 @@ def main() -> None:
             best = outcome.best.us if outcome.best else float("nan")
             sums[job.name, job.m] = sums.get((job.name, job.m), 0.0) + best
             print(f"[{time.monotonic() - begun:.0f} s] {job.title}: {best:.2f}")
-            if job.name != "int4":
+            if "24" in job.name:
                 for t in sorted(outcome.timings, key=lambda t: t.us):
-                    print(f"    {t.us:.2f} {t.error:.1e} {tuning.show(t.choice)} {t.note[:160]}", flush=True)
+                    c = t.choice
+                    what = f"{c.form} m{c.m} n{c.n} k{c.k} z{c.split} w{c.warps} s{c.stages} {c.scales}"
+                    print(f"    {t.us:.2f} {t.error:.1e} {what} {t.note[:160]}", flush=True)
     print({f"{a} M={b}": round(us, 1) for (a, b), us in sums.items()})
 
 

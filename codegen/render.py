@@ -218,7 +218,6 @@ def _sparse_cores(spec: KernelSpec) -> str:
         "WARPS": spec.tile.warps,
         "STAGES": spec.tile.stages,
         "BLOCKS": warp_blocks(spec.tile),
-        "SHARED": spec.tile.m > 8,
         "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute, scaled=scales_of(spec, spec.tile.scales) == "fragments"),
         "MULTIPLY": sparse_product(spec.compute),
     }

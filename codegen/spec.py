@@ -43,7 +43,7 @@ class Tile:
     Attributes:
         warps, stages: of a program; of its pipeline.
         form: "loop", "slab": all weights of a program are in registers before it multiplies, or "cores": 2:4 sparse
-            weights on sparse tensor cores (`sparse_cores`), `k` columns in `stages` turns.
+            weights on sparse tensor cores (the template `sparse_cores`).
         scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
         overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
             fragments.
@@ -230,6 +230,11 @@ def decode_kernel_spec(text: str) -> AnySpec:
 def native_fp8(target: str) -> bool:
     """Whether a target converts and multiplies OCP fp8: NVIDIA from sm_89, AMD gfx950 and gfx12."""
     return int(target[3:]) >= 89 if target.startswith("sm_") else target.startswith(("gfx950", "gfx12"))
+
+
+def sparse_cores(target: str) -> bool:
+    """Whether a target's tensor cores multiply 2:4 sparse matrices as `sparse_cores` has it: NVIDIA's from sm_80."""
+    return target.startswith("sm_") and int(target[3:]) >= 80
 
 
 def super_last(spec: KernelSpec) -> bool:

@@ -45,7 +45,6 @@ from qcompile.codegen.templates.fragment_weights import (
 WARPS = tl.constexpr(4)
 STAGES = tl.constexpr(1)
 BLOCKS = tl.constexpr(4)
-SHARED = tl.constexpr(False)
 KEPT = tl.constexpr("")
 MULTIPLY = tl.constexpr("")
 # </cores>
@@ -62,6 +61,12 @@ OWN = tl.constexpr(BITS.value // 2)
 CHUNK_TILES = tl.constexpr(TILES.value if SCALES.value == "total" else CHUNK.value // 64)
 PARTS = TILES // CHUNK_TILES
 """Tiles that have their scales in common, and how many times there are so many."""
+RUN_WORDS = tl.constexpr(8 if BLOCK_M.value <= 16 else 4)
+"""Words of a row of x that follow each other in shared memory, before those of the next row.
+
+Eight rows are read at once: of 4 words each, they are in different banks; of 8, in half as many, but what comes from the
+L2 cache comes in no less.
+"""
 KEPT_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * (OWN.value // 2 + 2 * (SCALES.value == "fragments")))
 MULTIPLY_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 8 + ",f" * 4 + ",r")
 ORDERED = tl.constexpr(
@@ -73,12 +78,16 @@ ORDERED = tl.constexpr(
 
 @triton.jit
 def unjoined(value, COUNT: tl.constexpr):
-    """The columns of [THREADS, COUNT], a tensor each."""
+    """The columns of [THREADS, COUNT], a tensor each. What is split first is in neighbouring registers."""
     if COUNT == 1:
         return (tl.reshape(value, (THREADS,)),)
     else:
-        first, second = tl.split(tl.permute(tl.reshape(value, (THREADS, 2, COUNT // 2)), (0, 2, 1)))
-        return unjoined(first, COUNT // 2) + unjoined(second, COUNT // 2)
+        first, second = tl.split(tl.reshape(value, (THREADS, COUNT // 2, 2)))
+        even, odd = unjoined(first, COUNT // 2), unjoined(second, COUNT // 2)
+        found = ()
+        for i in tl.static_range(COUNT // 2):
+            found += (even[i], odd[i])
+        return found
 
 
 @triton.jit
@@ -87,8 +96,8 @@ def joined(values, COUNT: tl.constexpr):
     if COUNT == 1:
         return tl.reshape(values[0], (THREADS, 1))
     else:
-        first, second = joined(values[: COUNT // 2], COUNT // 2), joined(values[COUNT // 2 :], COUNT // 2)
-        return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), (THREADS, COUNT))
+        first, second = joined(values[::2], COUNT // 2), joined(values[1::2], COUNT // 2)
+        return tl.reshape(tl.join(first, second), (THREADS, COUNT))
 
 
 @triton.jit
@@ -101,33 +110,32 @@ def block_ahead(block, ROWS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(xs, codes, places, k, TILE: tl.constexpr):
-    """What a thread needs of its tile number TILE from column k: codes, places and, unless it is shared, x."""
-    codes += (k // 64 + TILE) * (128 * STORED)
-    places += (k // 64 + TILE) * (128 * STORED)
-    words, kept, columns = (), (), ()
-    for block in tl.static_range(BLOCKS):
-        source = codes + block_ahead(block, 16 * BITS, TILES_K * 128 * STORED)
-        words += (unjoined(tl.load(source[:, None] + tl.arange(0, OWN)[None, :]), OWN),)
-        kept += (tl.load(places + block_ahead(block, 32, TILES_K * 128 * STORED)),)
-    if not SHARED:
-        for u in tl.static_range(2):
-            for token in tl.static_range(TOKENS):
-                for i in tl.static_range(4):
-                    columns += (tl.load(xs[token] + (k // 2 + 32 * TILE + 16 * u + 4 * i)),)
-    return words, kept, columns
+def load_kept(codes, places):
+    """Of each of a warp's tiles, for each of its blocks: a thread's words of codes, and its words of places."""
+    found = ()
+    for tile in tl.static_range(TILES):
+        words, kept = (), ()
+        for block in tl.static_range(BLOCKS):
+            ahead = tile * (128 * STORED) + block_ahead(block, 16 * BITS, TILES_K * 128 * STORED)
+            words += (unjoined(tl.load(codes[:, None] + (ahead + tl.arange(0, OWN)[None, :])), OWN),)
+            ahead = tile * (128 * STORED) + block_ahead(block, 32, TILES_K * 128 * STORED)
+            kept += (tl.load(places + ahead),)
+        found += ((words, kept),)
+    return found
 
 
 @triton.jit
-def spread(x):
-    """Words of x [BLOCK_M, BLOCK_K / 2] as each thread takes them: of each tile a tuple."""
+def load_x(x, there):
+    """BLOCK_K columns of x as each thread takes them: of each of a warp's tiles a tuple of words."""
+    chunk = tl.arange(0, BLOCK_K // (2 * RUN_WORDS))[:, None, None] * RUN_WORDS
+    words = tl.load(x + (chunk + tl.arange(0, RUN_WORDS)[None, None, :]), mask=there, other=0)
     COUNT: tl.constexpr = 8 * TOKENS * TILES
-    parts = tl.reshape(x, (TOKENS, 8, ALONG, TILES, 2, 4, 4))
-    parts = tl.reshape(tl.permute(parts, (2, 1, 6, 3, 4, 0, 5)), (ALONG, 1, 32, COUNT))
-    words = unjoined(tl.reshape(tl.broadcast_to(parts, (ALONG, ACROSS, 32, COUNT)), (THREADS, COUNT)), COUNT)
+    parts = tl.reshape(words, (ALONG, TILES, 2, 16 // RUN_WORDS, TOKENS, 8, RUN_WORDS // 4, 4))
+    parts = tl.reshape(tl.permute(parts, (0, 5, 7, 1, 2, 4, 3, 6)), (ALONG, 1, 32, COUNT))
+    every = unjoined(tl.reshape(tl.broadcast_to(parts, (ALONG, ACROSS, 32, COUNT)), (THREADS, COUNT)), COUNT)
     found = ()
     for tile in tl.static_range(TILES):
-        found += (words[8 * TOKENS * tile : 8 * TOKENS * (tile + 1)],)
+        found += (every[8 * TOKENS * tile : 8 * TOKENS * (tile + 1)],)
     return found
 
 
@@ -143,20 +151,6 @@ def load_scales(scale, own_k, k):
             scales += ((tl.load(source), tl.load(source + 8)),)
         found += (scales,)
     return found
-
-
-@triton.jit
-def load_turn(xs, codes, places, k):
-    """What a thread needs of the columns of a turn from k, but scales: of its tiles, and of x."""
-    tiles, columns = (), ()
-    for tile in tl.static_range(TILES):
-        tiles += (load_tile(xs, codes, places, k, tile),)
-    if SHARED:
-        columns = spread(tl.load(xs + (k // 2 + tl.arange(0, BLOCK_K // 2)[None, :])))
-    else:
-        for tile in tl.static_range(TILES):
-            columns += (tiles[tile][2],)
-    return tiles, columns
 
 
 @triton.jit
@@ -241,28 +235,19 @@ def scaled(sums, parts, scales):
 @triton.jit
 def multiply_chunk(sums, tiles, columns, scales, chunk: tl.constexpr):
     """All sums with the products of columns that have their scales in common."""
-    parts = sums
+    parts, own = sums, ()
+    if SCALES != "total":
+        own = scales[chunk]
     if SCALES == "products":
         parts = no_sums()
     for tile in tl.static_range(chunk * CHUNK_TILES, (chunk + 1) * CHUNK_TILES):
-        parts = multiply_tile(parts, tiles[tile], columns[tile], scales)
+        parts = multiply_tile(parts, tiles[tile], columns[tile], own)
     if SCALES == "products":
         found = ()
         for t in tl.static_range(TOKENS):
-            found += (scaled(sums[t], parts[t], scales),)
+            found += (scaled(sums[t], parts[t], own),)
         parts = found
     return parts
-
-
-@triton.jit
-def multiply_turn(sums, turn, scales):
-    """All sums with the products of a turn."""
-    for chunk in tl.static_range(PARTS):
-        if SCALES == "total":
-            sums = multiply_chunk(sums, turn[0], turn[1], (), chunk)
-        else:
-            sums = multiply_chunk(sums, turn[0], turn[1], scales[chunk], chunk)
-    return sums
 
 
 @triton.jit
@@ -283,31 +268,29 @@ def added(parts, COUNT: tl.constexpr):
 def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     """float32 [BLOCK_N, BLOCK_M], as `multiply` of `gemm_fragment`; rows: how many rows of x there are."""
     thread = tl.arange(0, THREADS)
-    h, lane, warp = thread % 32 // 4, thread % 4, thread // 32
+    lane, warp = thread % 32, thread // 32
     tile, block = place_of(tile_n, warp % ACROSS * BLOCKS, 4)
     tile = (first_tile(tile_n) + tile).to(tl.int64)
     own_k = warp // ACROSS * (64 * TILES)
     codes += tile * (TILES_K * 128 * STORED) + own_k // 64 * (128 * STORED)
-    places = codes + 64 * BITS + block * 32 + thread % 32
-    codes += block * (16 * BITS) + (thread % 32 // 4 * 4 + lane % 2 * 2 + lane // 2) * OWN
-    scale += tile * (GROUPS * 64) + block * 16 + h
-    x = x.to(tl.pointer_type(tl.int32), bitcast=True)
-    xs, sums = (), no_sums()
-    if SHARED:
-        xs = x + tl.minimum(tl.arange(0, BLOCK_M), rows - 1)[:, None] * (K // 2)
-    else:
-        for token in tl.static_range(TOKENS):
-            row = tl.minimum(8 * token + h, rows - 1) * (K // 2)
-            xs += (x + (row + own_k // 2 + lane),)
-    scales = ()
+    places = codes + 64 * BITS + block * 32 + lane
+    codes += block * (16 * BITS) + (lane // 4 * 4 + lane % 2 * 2 + lane % 4 // 2) * OWN
+    scale += tile * (GROUPS * 64) + block * 16 + lane // 4
+    m = tl.arange(0, BLOCK_M)[None, :, None]
+    x = x.to(tl.pointer_type(tl.int32), bitcast=True) + m * (K // 2)
+    sums, scales = no_sums(), ()
     if SCALES != "total":
         scales = load_scales(scale, own_k, first_k)
     for step in tl.range(0, K_PER_SPLIT, BLOCK_K, num_stages=STAGES):
+        k = first_k + step
         # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
         later = scales
         if SCALES != "total":
             later = load_scales(scale, own_k, first_k + tl.minimum(step + BLOCK_K, K_PER_SPLIT - BLOCK_K))
-        sums = multiply_turn(sums, load_turn(xs, codes, places, first_k + step), scales)
+        tiles = load_kept(codes + k // 64 * (128 * STORED), places + k // 64 * (128 * STORED))
+        columns = load_x(x + k // 2, m < rows)
+        for chunk in tl.static_range(PARTS):
+            sums = multiply_chunk(sums, tiles, columns, scales, chunk)
         scales = later
     every = ()
     for t in tl.static_range(TOKENS):
