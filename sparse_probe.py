@@ -19,15 +19,28 @@ SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 
 
 def tiles(like: KernelSpec, m: int, keep: int) -> list[Tile]:
-    """The first of each form by the cost model; of sparse tensor cores one of each cut, then more."""
+    """Cuts that were fast, with longer runs of x in shared memory; and at 64 rows the dense product's."""
     ranked = [kernel.tile for kernel in rank(candidates(like, m), m, keep=10000)]
-    own = [t for t in ranked if t.form == "cores" and 128 <= -(-like.n // t.n) * t.split * -(-m // t.m) <= 1200]
-    first: dict[tuple[int, ...], Tile] = {}
-    for t in own:
-        first.setdefault((t.n, t.k, t.warps), t)
-    best = list(first.values())
-    own.sort(key=lambda t: t.stages)
-    return [*best, *[t for t in own if t not in best]][:keep] + [t for t in ranked if t.form != "cores"][: 2 * (m >= 64)]
+    own = [t for t in ranked if t.form == "cores" and t.stages == 3]
+    cuts = {
+        1: [(128, 512, 8), (128, 128, 4), (64, 256, 2), (64, 512, 4), (64, 256, 4)],
+        16: [(128, 256, 8), (128, 512, 8), (64, 512, 4), (64, 256, 4)],
+        64: [(128, 64, 4), (128, 128, 4), (256, 64, 8), (128, 128, 8), (256, 128, 8)],
+    }[m]
+    found = []
+    for n, k, warps in cuts:
+        fit = [t for t in own if (t.n, t.k, t.warps) == (n, k, warps)]
+        fit = [t for t in fit if 128 <= -(-like.n // n) * t.split <= 1000]
+        fit.sort(key=lambda t: -t.split)
+        found += fit[: 2 if m == 1 else 1]
+    if like.weight == "int4":
+        found = [replace(t, overlap=True) for t in found]
+    else:
+        found = found[:4]
+    loops = [t for t in ranked if t.form == "loop"]
+    if m == 64:
+        found += loops[:2] + [t for t in loops if t.n == 128 and t.k == 128][:2] + [t for t in loops if t.overlap][:2]
+    return list(dict.fromkeys(found))
 
 
 def main() -> None:
@@ -68,7 +81,7 @@ def main() -> None:
             if "24" in job.name:
                 for t in sorted(outcome.timings, key=lambda t: t.us):
                     c = t.choice
-                    what = f"{c.form} m{c.m} n{c.n} k{c.k} z{c.split} w{c.warps} s{c.stages} {c.scales}"
+                    what = f"{c.form} m{c.m} n{c.n} k{c.k} z{c.split} w{c.warps} s{c.stages} {c.scales} {c.overlap}"
                     print(f"    {t.us:.2f} {t.error:.1e} {what} {t.note[:160]}", flush=True)
     print({f"{a} M={b}": round(us, 1) for (a, b), us in sums.items()})
 

@@ -218,6 +218,7 @@ def _sparse_cores(spec: KernelSpec) -> str:
         "WARPS": spec.tile.warps,
         "STAGES": spec.tile.stages,
         "BLOCKS": warp_blocks(spec.tile),
+        "RUN_WORDS": (8 if spec.tile.m <= 16 else 4) * (2 if spec.tile.overlap else 1),
         "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute, scaled=scales_of(spec, spec.tile.scales) == "fragments"),
         "MULTIPLY": sparse_product(spec.compute),
     }

@@ -173,19 +173,21 @@ def extract(words, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_shared(codes, tile_n, tile_k, FIRST: tl.constexpr, STEP: tl.constexpr, THREADS: tl.constexpr):
-    """Four words that THREADS neighbours load alike, one set of them STEP words behind the other: [.., 128 threads, 4].
+    """Four words that THREADS neighbours have alike, one set of them STEP words behind the other: [.., 128 threads, 4].
 
     FIRST: the place of the first set in a tile of 64 x 64 weights.
     """
-    thread = tl.arange(0, KT * NT * 128)[:, None]
-    kt = thread // (NT * 128)
-    nt, place = place_of(tile_n, thread, 128)
-    source = codes + (nt * TILES_K + kt) * (128 * STORED) + FIRST + place // THREADS * STEP
+    SETS: tl.constexpr = 128 // THREADS
+    each = tl.arange(0, KT * NT * SETS)[:, None]
+    kt = each // (NT * SETS)
+    nt, place = place_of(tile_n, each, SETS)
+    source = codes + (nt * TILES_K + kt) * (128 * STORED) + FIRST + place * STEP
     source += tl.arange(0, 4)[None, :]
     if EVEN_K and EVEN_N:
         words = tl.load(source)
     else:
         words = tl.load(source, mask=(tile_k + kt < TILES_K) & (first_tile(tile_n) + nt < TILES_N), other=0)
+    words = tl.broadcast_to(tl.reshape(words, (KT, NT, SETS, 1, 4)), (KT, NT, SETS, THREADS, 4))
     return tl.reshape(words, (KT, NT, 128, 4))
 
 

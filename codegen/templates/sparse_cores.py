@@ -45,6 +45,7 @@ from qcompile.codegen.templates.fragment_weights import (
 WARPS = tl.constexpr(4)
 STAGES = tl.constexpr(1)
 BLOCKS = tl.constexpr(4)
+RUN_WORDS = tl.constexpr(8)
 KEPT = tl.constexpr("")
 MULTIPLY = tl.constexpr("")
 # </cores>
@@ -61,12 +62,6 @@ OWN = tl.constexpr(BITS.value // 2)
 CHUNK_TILES = tl.constexpr(TILES.value if SCALES.value == "total" else CHUNK.value // 64)
 PARTS = TILES // CHUNK_TILES
 """Tiles that have their scales in common, and how many times there are so many."""
-RUN_WORDS = tl.constexpr(8 if BLOCK_M.value <= 16 else 4)
-"""Words of a row of x that follow each other in shared memory, before those of the next row.
-
-Eight rows are read at once: of 4 words each, they are in different banks; of 8, in half as many, but what comes from the
-L2 cache comes in no less.
-"""
 KEPT_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * (OWN.value // 2 + 2 * (SCALES.value == "fragments")))
 MULTIPLY_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 8 + ",f" * 4 + ",r")
 ORDERED = tl.constexpr(
