@@ -5,6 +5,7 @@
 
 import argparse
 import itertools
+import math
 import time
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ def tiles(like: KernelSpec, m: int, keep: int) -> list[Tile]:
     for n, k, warps in cuts:
         fit = [t for t in own if (t.n, t.k, t.warps) == (n, k, warps)]
         fit = [t for t in fit if 128 <= -(-like.n // n) * t.split <= 1000]
-        fit.sort(key=lambda t: -t.split)
+        fit.sort(key=lambda t: abs(math.log2(-(-like.n // n) * t.split / 280)))
         found += fit[: 2 if m == 1 else 1]
     if like.weight == "int4":
         found = [replace(t, overlap=True) for t in found]
@@ -39,7 +40,7 @@ def tiles(like: KernelSpec, m: int, keep: int) -> list[Tile]:
         found = found[:4]
     loops = [t for t in ranked if t.form == "loop"]
     if m == 64:
-        found += loops[:2] + [t for t in loops if t.n == 128 and t.k == 128][:2] + [t for t in loops if t.overlap][:2]
+        found += [*loops[:2], replace(loops[0], overlap=False)] + [t for t in loops if t.n == 128 and t.k == 128 and not t.overlap][:2]
     return list(dict.fromkeys(found))
 
 
