@@ -1,6 +1,6 @@
 """Times of 2:4 sparse tiles on sparse tensor cores, checked against float64 and repeated; dense int4 beside them.
 
-    python sparse_probe.py [--buckets 1,16,64] [--seconds 115]
+python sparse_probe.py [--buckets 1,16,64] [--seconds 115]
 """
 
 import argparse
@@ -40,7 +40,9 @@ def tiles(like: KernelSpec, m: int, keep: int) -> list[Tile]:
         found = found[:4]
     loops = [t for t in ranked if t.form == "loop"]
     if m == 64:
-        found += [*loops[:2], replace(loops[0], overlap=False)] + [t for t in loops if t.n == 128 and t.k == 128 and not t.overlap][:2]
+        found += [*loops[:2], replace(loops[0], overlap=False)] + [
+            t for t in loops if t.n == 128 and t.k == 128 and not t.overlap
+        ][:2]
     return list(dict.fromkeys(found))
 
 

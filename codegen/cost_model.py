@@ -137,7 +137,7 @@ def _instructions(spec: KernelSpec) -> float:
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.offset:
         return 8.0
-    sparse = 0.32 * fmt.bits * spec.sparse
+    sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
         return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
     return 3.6 + narrow + sparse
@@ -205,7 +205,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     if tile.form == "slab":
         return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
     x = tile.m * tile.k * width
-    weight = tile.n * tile.k * (spec.stored_bits if tile.form == "cores" else spec.loaded_bits) // 8
+    weight = tile.n * tile.k * spec.stored_bits // 8
     scale = _SCALE_BYTES.get(spec.scale_dtype, 1)
     block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
     blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0

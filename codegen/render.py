@@ -219,7 +219,9 @@ def _sparse_cores(spec: KernelSpec) -> str:
         "STAGES": spec.tile.stages,
         "BLOCKS": warp_blocks(spec.tile),
         "RUN_WORDS": (8 if spec.tile.m <= 16 else 4) * (2 if spec.tile.overlap else 1),
-        "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute, scaled=scales_of(spec, spec.tile.scales) == "fragments"),
+        "KEPT": kept_assembly(
+            FORMATS[spec.weight], spec.compute, scaled=scales_of(spec, spec.tile.scales) == "fragments"
+        ),
         "MULTIPLY": sparse_product(spec.compute),
     }
     text = _functions_of("sparse_cores")

@@ -119,8 +119,8 @@ class KernelSpec:
 
     @property
     def loaded_bits(self) -> int:
-        """Bits that a program loads for a weight; threads load the codes of sparse weights in pairs."""
-        return FORMATS[self.weight].bits + (2 if self.sparse else 0)
+        """Bits that threads hold of a weight before it is decoded; of sparse ones neighbours hold the same."""
+        return FORMATS[self.weight].bits + (4 if self.sparse else 0)
 
     @property
     def groups(self) -> int:

@@ -201,7 +201,7 @@ def _matrix(fields: Tensor) -> Tensor:
 
 
 def _join_fields(fields: Tensor, width: int) -> Tensor:
-    """Fields [..., j, 2] of `width` bits as int32 words: j, b at bit 16 b + width (j % (16 / width)), 16 / width each."""
+    """Fields [.., j, 2] of `width` bits as int32 words: j, b at bit 16 b + width (j % f), f = 16 / width in each."""
     plane = fields.unflatten(-2, (-1, 16 // width)).to(torch.int32)
     words = torch.zeros(plane.shape[:-2], dtype=torch.int32, device=plane.device)
     for slot in range(16 // width):
@@ -217,7 +217,7 @@ def _split_fields(words: Tensor, width: int) -> Tensor:
 
 
 class Fragment24Layout(Layout):
-    """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`, in the order of sparse tensor cores (`sparse_cores`).
+    """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`, in the order of sparse tensor cores.
 
     Two of the four columns 4 i to 4 i + 3 are kept. Where `fragment` has these columns in field j = 4 v + 2 s + r of
     threads 4 q + 2 p and 4 q + 2 p + 1 (p < 2), their codes, in their order, are here both halves of a field of one
@@ -249,9 +249,7 @@ class Fragment24Layout(Layout):
         words = _join_fields(groups.flatten(-2).gather(-1, order).flatten(5, 7), bits).flatten(2)
         places = kept.permute(0, 1, 2, 5, 6, 7, 4, 3, 8, 9).flatten(5).to(torch.int32)  # q u t | r s p e b
         places = (places << torch.arange(32, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
-        return replace(
-            _rows_last(weight, TILE), codes=torch.cat([words, places.flatten(2)], -1), layout=self.name
-        )
+        return replace(_rows_last(weight, TILE), codes=torch.cat([words, places.flatten(2)], -1), layout=self.name)
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape

@@ -189,14 +189,11 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
 
 def _scattered(ttgir: str) -> list[str]:
     """Layouts of operands of mma.sp other than that which has element i in thread i."""
-    in_order = (
-        r"#ttg.blocked<{sizePerThread = \[1\], threadsPerWarp = \[32\], warpsPerCTA = \[\d+\], order = \[0\]}>",
-        r"#ttg.linear<{register = \[\], lane = \[\[1\], \[2\], \[4\], \[8\], \[16\]\], warp = [\d\[\], ]*, block = \[\]}>",
-    )
+    in_order = r"#ttg.blocked<{sizePerThread = \[1\], threadsPerWarp = \[32\], warpsPerCTA = \[\d+\], order = \[0\]}>"
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
     operations = re.findall(r'elementwise_inline_asm "mma\.sp.*', ttgir)
     used = {name for line in operations for name in re.findall(r"tensor<\d+x[if]32, (#\w+)>", line)}
-    return [layouts[name] for name in used if not any(re.fullmatch(each, layouts[name]) for each in in_order)]
+    return [layouts[name] for name in used if not re.fullmatch(in_order, layouts[name])]
 
 
 def _order(ptx: str) -> str:

@@ -182,6 +182,7 @@ for _name, _dtype in (("bf16x2", torch.bfloat16), ("f16x2", torch.float16)):
     _PTX[f"mul.rn.{_name}"] = _by_halves(torch.mul, _dtype)
     _PTX[f"fma.rn.{_name}"] = _by_halves(lambda a, b, c: a * b + c, _dtype)
 
+
 def _sparse_product(dtype: torch.dtype, registers: list[Any], selector: int) -> list[Any]:
     """mma.sp::ordered_metadata.m16n8k32 of each warp: PTX's fragments of 2:4 sparse A, of B, sums and metadata.
 
@@ -210,7 +211,7 @@ def _sparse_product(dtype: torch.dtype, registers: list[Any], selector: int) -> 
         for r, half in np.ndindex(2, 2):
             c[:, 8 * r : 8 * r + 8, 2 * lane + half] = words[8 + 2 * r + half].view(np.float32)[:, :, lane]
     c = (c + a @ b).astype(np.float32)
-    sums = [np.stack([c[:, 8 * r : 8 * r + 8, 2 * lane + half] for lane in range(4)], -1) for r, half in np.ndindex(2, 2)]
+    sums = [c[:, 8 * r : 8 * r + 8, half::2] for r, half in np.ndindex(2, 2)]
     return [np.ascontiguousarray(s).view(np.uint32).reshape(registers[0].shape) for s in sums]
 
 
@@ -254,7 +255,8 @@ def _install_assembly(builder: Any) -> None:
             if name in _SPARSE_PRODUCTS:
                 *names, selector = re.findall(r"\$\d+|0x\d", rest)
                 given = [registers[n] for n in names[4:]]
-                registers |= zip(names[:4], _sparse_product(_SPARSE_PRODUCTS[name], given, int(selector, 0)), strict=True)
+                sums = _sparse_product(_SPARSE_PRODUCTS[name], given, int(selector, 0))
+                registers |= zip(names[:4], sums, strict=True)
                 continue
             if rest.startswith("{"):
                 target, source = rest[1:].split("}, ")

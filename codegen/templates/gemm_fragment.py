@@ -84,7 +84,6 @@ from qcompile.codegen.templates.fragment_weights import (
 )
 
 # </weights>
-
 # <sparse>
 from qcompile.codegen.templates.sparse_cores import multiply_kept
 

@@ -1,15 +1,17 @@
 """The product of 2:4 sparse weights, in the layout `fragment24`, on sparse tensor cores: for `gemm_fragment`.
 
-An instruction of a warp, mma.sp, multiplies 16 rows of 32 columns of which 16 are kept by 8 rows of x. Thread 4 h + l
-has what is kept of rows h and h + 8 in columns 4 l to 4 l + 3 and 16 more, in four words of two each; of row h of x
-columns 2 l, 2 l + 1, and 8, 16 and 24 more; of the sums those of rows h and h + 8 of the weight and 2 l, 2 l + 1 of x. So
-a word of 4-bit codes is what a thread has of 32 columns, and only what is kept is decoded. Which columns these are is
-in words of two of four neighbours, for rows h and h + 8 and 16 columns each: so in a word a thread for 64 columns.
-Columns are taken in the order in which `fragment24` has them; x is read in that order.
+One instruction of a warp, mma.sp, multiplies 16 rows of 32 columns, of which 16 are kept, by 8 rows of x. For that
+thread 4 h + l has, in registers,
 
-Each tensor here has an element a thread, [THREADS], and is one of its registers. A warp has BLOCKS blocks of 16 rows;
-of 64 columns each warp but those that have other rows takes others, and their sums are added at the end. What a turn
-needs is loaded STAGES turns before.
+    of the weight, rows h and h + 8, what is kept of columns 4 l to 4 l + 3, and of those 16 behind: four words of two;
+    of x, row h, columns 2 l and 2 l + 1, and those 8, 16 and 24 behind: four words;
+    of the sums, rows h and h + 8 of the weight and 2 l and 2 l + 1 of x.
+
+A word of 4-bit codes is the first of these, not yet decoded. Two of four neighbours say which columns are kept, for both
+rows and 16 columns each, so one word a thread says it for 64 columns. From this follows where `fragment24` has a code.
+
+Each tensor here has an element a thread, [THREADS], which makes it one register of all threads. A warp has BLOCKS blocks
+of 16 rows; warps with the same rows have other columns of a turn, and their sums are added at the end.
 """
 
 # mypy: ignore-errors
