@@ -7,11 +7,12 @@ thread 4 h + l has, in registers,
     of x, row h, columns 2 l and 2 l + 1, and those 8, 16 and 24 behind: four words;
     of the sums, rows h and h + 8 of the weight and 2 l and 2 l + 1 of x.
 
-A word of 4-bit codes is the first of these, not yet decoded. Two of four neighbours say which columns are kept, for both
-rows and 16 columns each, so one word a thread says it for 64 columns. From this follows where `fragment24` has a code.
+A word of 4-bit codes is the first of these, not yet decoded. Two of four neighbours say which columns are kept, for
+both rows and 16 columns each, so one word a thread says it for 64 columns. From this follows where `fragment24` has
+a code.
 
-Each tensor here has an element a thread, [THREADS], which makes it one register of all threads. A warp has BLOCKS blocks
-of 16 rows; warps with the same rows have other columns of a turn, and their sums are added at the end.
+Each tensor here has an element a thread, [THREADS], which makes it one register of all threads. A warp has BLOCKS
+blocks of 16 rows; warps with the same rows have other columns of a turn, and their sums are added at the end.
 """
 
 # mypy: ignore-errors
