@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores, warp_blocks
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -133,7 +133,7 @@ def _instructions(spec: KernelSpec) -> float:
         return 0.7
     fmt = FORMATS[spec.weight]
     if spec.tile.form == "cores":
-        return 0.1 * fmt.bits + 0.4 + 0.03 * spec.tile.m  # half as many are decoded; the rest is reading x
+        return 1.7  # half as many are decoded
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.offset:
         return 8.0
@@ -322,22 +322,22 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
 
 
 def _cores(like: KernelSpec, m: int) -> list[Tile]:
-    """Tiles for sparse tensor cores, which read whole turns and have one scale for 64 columns at least."""
+    """Tiles for sparse tensor cores, which read whole turns and have one scale for 64 columns at least.
+
+    For few rows: more are multiplied faster as dense weights, by instructions of a warp group.
+    """
     scales = scales_of(like, "products")
     sixteen = like.compute in ("bfloat16", "float16") and like.activation is None and like.super_columns == 0
-    if not like.sparse or not sparse_cores(like.target) or not sixteen or scales == "weights" or 0 < like.aligned < 64:
+    served = like.sparse and sparse_cores(like.target) and sixteen and scales != "weights"
+    if m > 16 or not served or 0 < like.aligned < 64:
         return []
-    preferred = scales_of(like, "products" if m <= 16 else "fragments")
-    height = 8 if m == 1 else 16 if m <= 16 else 32 if m <= 32 else 64
     found = []
-    for block_n, along, tiles in itertools.product((64, 128) if m <= 16 else (64, 128, 256), (1, 2, 4), (1, 2)):
-        tile = Tile(m=height, n=block_n, k=64, split=1, warps=1, stages=3, form="cores", scales=preferred)
-        tile = replace(tile, warps=along * block_n // (16 * warp_blocks(tile)), k=64 * along * tiles)
-        if not 2 <= tile.warps <= 8 or height * tile.k > 64 * 128:
-            continue
+    for block_n, along, tiles in itertools.product((64, 128), (1, 2, 4), (1, 2)):
+        warps, k = along * block_n // 64, 64 * along * tiles
         for split, stages in itertools.product((1, 2, 4, 8), (3, 4)):
-            if like.k % (split * tile.k) == 0 and -(-like.n // 64) * 64 % block_n == 0:
-                found.append(replace(tile, split=split, stages=stages))
+            if 2 <= warps <= 8 and like.k % (split * k) == 0 and -(-like.n // 64) * 64 % block_n == 0:
+                cut = Tile(m=8 if m == 1 else 16, n=block_n, k=k, split=split, warps=warps, stages=stages)
+                found.append(replace(cut, form="cores"))
     return found
 
 

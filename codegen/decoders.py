@@ -241,17 +241,17 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
     return "{ " + " ".join(line + ";" for line in lines) + " }"
 
 
-def kept_assembly(fmt: Format, dtype: str, *, scaled: bool) -> str:
+def kept_assembly(fmt: Format, dtype: str) -> str:
     """PTX that decodes the kept weights of a thread in 32 columns, as `sparse_cores` takes them: field j to $<j>.
 
-    They are in word $4, or for 8 bits in $4 and $5. The next two operands are both rows' scales, if there are such.
+    They are in word $4, or for 8 bits in $4 and $5.
     """
     assert isinstance(fmt, IntegerFormat)
     packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
     magic, number, room = MAGIC[dtype]
     mask = ((1 << fmt.bits) - 1) * 0x10001
-    lines = [".reg .b32 s, o, z, n", f"mov.b32 o, {bits_of(1.0, dtype) * 0x10001:#x}"]
-    lines.append(f"mov.b32 z, {bits_of(-float(number + fmt.offset), dtype) * 0x10001:#x}; mov.b32 n, 0x80008000")
+    lines = [".reg .b32 s, o, z", f"mov.b32 o, {bits_of(1.0, dtype) * 0x10001:#x}"]
+    lines.append(f"mov.b32 z, {bits_of(-float(number + fmt.offset), dtype) * 0x10001:#x}")
     for j in range(4):
         word, low = divmod(fmt.bits * j, 16)
         source, base = f"${4 + word}", "z"
@@ -264,8 +264,6 @@ def kept_assembly(fmt: Format, dtype: str, *, scaled: bool) -> str:
         if fmt.bits > room:
             lines.append(f"lop3.b32 s, {source}, 0x800080, {magic ^ 0x80808080:#x}, 0x6a")  # (word & mask) ^ numbers
         lines.append(f"fma.rn.{packed} ${j}, ${j}, o, {base}")
-        if scaled:
-            lines.append(f"fma.rn.{packed} ${j}, ${j}, ${4 + fmt.bits // 4 + j % 2}, n")
     return "{ " + " ".join(line + ";" for line in lines) + " }"
 
 

@@ -37,7 +37,6 @@ from qcompile.codegen.spec import (
     launches_early,
     scales_of,
     super_last,
-    warp_blocks,
     warp_columns,
 )
 from qcompile.expr import var
@@ -217,11 +216,7 @@ def _sparse_cores(spec: KernelSpec) -> str:
     constants: dict[str, object] = {
         "WARPS": spec.tile.warps,
         "STAGES": spec.tile.stages,
-        "BLOCKS": warp_blocks(spec.tile),
-        "RUN_WORDS": (8 if spec.tile.m <= 16 else 4) * (2 if spec.tile.overlap else 1),
-        "KEPT": kept_assembly(
-            FORMATS[spec.weight], spec.compute, scaled=scales_of(spec, spec.tile.scales) == "fragments"
-        ),
+        "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute),
         "MULTIPLY": sparse_product(spec.compute),
     }
     text = _functions_of("sparse_cores")

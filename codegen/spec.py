@@ -60,15 +60,9 @@ class Tile:
     overlap: bool = False
 
 
-def warp_blocks(tile: Tile) -> int:
-    """Blocks of 16 rows of the weight that a warp has, of the form "cores"."""
-    return min(4 if tile.m <= 16 else 2, tile.n // 16)
-
-
 def warp_columns(tile: Tile) -> int:
-    """Columns that it has in a turn; the other warps have other rows or columns."""
-    across = tile.n // (16 * warp_blocks(tile))
-    return tile.k // (tile.warps // across)
+    """Columns that a warp of the form "cores" has in a turn, of 64 rows."""
+    return tile.k // (tile.warps // (tile.n // 64))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,6 @@ from qcompile.codegen.templates.fragment_weights import (
     decode_scale,
     first_tile,
     place_of,
-    scale_words,
 )
 
 # </weights>
@@ -47,14 +46,13 @@ from qcompile.codegen.templates.fragment_weights import (
 # <cores>
 WARPS = tl.constexpr(4)
 STAGES = tl.constexpr(1)
-BLOCKS = tl.constexpr(4)
-RUN_WORDS = tl.constexpr(8)
 KEPT = tl.constexpr("")
 MULTIPLY = tl.constexpr("")
 # </cores>
 
 THREADS = tl.constexpr(32 * WARPS.value)
-ACROSS = tl.constexpr(BLOCK_N.value // (16 * BLOCKS.value))
+BLOCKS = tl.constexpr(4)
+ACROSS = tl.constexpr(BLOCK_N.value // 64)
 ALONG = tl.constexpr(WARPS.value // ACROSS.value)
 """Warps that have other rows, and that have other columns."""
 TILES = BLOCK_K // (64 * ALONG)
@@ -65,7 +63,13 @@ OWN = tl.constexpr(BITS.value // 2)
 CHUNK_TILES = tl.constexpr(TILES.value if SCALES.value == "total" else CHUNK.value // 64)
 PARTS = TILES // CHUNK_TILES
 """Tiles that have their scales in common, and how many times there are so many."""
-KEPT_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * (OWN.value // 2 + 2 * (SCALES.value == "fragments")))
+RUN_WORDS = tl.constexpr(8)
+"""Words of a row of x that follow each other in shared memory, before those of the next row.
+
+Eight rows are read at once, 16 bytes of each, so more words in a run would be more of them in the same banks; fewer
+would be half of the 32 bytes that come from the L2 cache at least.
+"""
+KEPT_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * (OWN.value // 2))
 MULTIPLY_OPERANDS = tl.constexpr("=f,=f,=f,=f" + ",r" * 8 + ",f" * 4 + ",r")
 ORDERED = tl.constexpr(
     # Four bits say which of four columns are kept; what tensor cores take are the first's number and the second's.
@@ -101,7 +105,7 @@ def joined(values, COUNT: tl.constexpr):
 @triton.jit
 def block_ahead(block, ROWS: tl.constexpr, TILE: tl.constexpr):
     """How far a warp's block of 16 rows lies behind its first: ROWS a block, TILE a tile of 64 rows."""
-    if HALVES and NT == 1 and BLOCKS == 4:
+    if HALVES and NT == 1:
         return block // 2 * (TILES_N // 2) * TILE + block % 2 * ROWS
     else:
         return block * ROWS
@@ -183,17 +187,14 @@ def multiply_token(sums, kept, columns, places, SECOND: tl.constexpr):
 
 
 @triton.jit
-def decode_kept(words, scales, SECOND: tl.constexpr):
+def decode_kept(words, SECOND: tl.constexpr):
     """What is kept of each block of rows in the first or second 32 columns: four words of two weights."""
     found = ()
     for block in tl.static_range(BLOCKS):
-        own = words[block][OWN // 2 :] if SECOND else words[block][: OWN // 2]
-        if SCALES == "fragments":
-            own += (scale_words(scales[block][0]), scale_words(scales[block][1]))
         a, b, c, d = tl.inline_asm_elementwise(
             KEPT,
             KEPT_OPERANDS,
-            own,
+            words[block][OWN // 2 :] if SECOND else words[block][: OWN // 2],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
@@ -203,13 +204,13 @@ def decode_kept(words, scales, SECOND: tl.constexpr):
 
 
 @triton.jit
-def multiply_tile(sums, tile, columns, scales):
+def multiply_tile(sums, tile, columns):
     """All sums with the products of 64 columns."""
     places = ()
     for block in tl.static_range(BLOCKS):
         places += (tl.inline_asm_elementwise(ORDERED, "=r,r", [tile[1][block]], dtype=tl.int32, is_pure=True, pack=1),)
     for u in tl.static_range(2):
-        kept = decode_kept(tile[0], scales, u == 1)
+        kept = decode_kept(tile[0], u == 1)
         found = ()
         for t in tl.static_range(TOKENS):
             words = columns[4 * (TOKENS * u + t) : 4 * (TOKENS * u + t + 1)]
@@ -233,17 +234,15 @@ def scaled(sums, parts, scales):
 @triton.jit
 def multiply_chunk(sums, tiles, columns, scales, chunk: tl.constexpr):
     """All sums with the products of columns that have their scales in common."""
-    parts, own = sums, ()
-    if SCALES != "total":
-        own = scales[chunk]
+    parts = sums
     if SCALES == "products":
         parts = no_sums()
     for tile in tl.static_range(chunk * CHUNK_TILES, (chunk + 1) * CHUNK_TILES):
-        parts = multiply_tile(parts, tiles[tile], columns[tile], own)
+        parts = multiply_tile(parts, tiles[tile], columns[tile])
     if SCALES == "products":
         found = ()
         for t in tl.static_range(TOKENS):
-            found += (scaled(sums[t], parts[t], own),)
+            found += (scaled(sums[t], parts[t], scales[chunk]),)
         parts = found
     return parts
 
@@ -277,13 +276,13 @@ def multiply_kept(x, codes, scale, tile_n, first_k, rows):
     m = tl.arange(0, BLOCK_M)[None, :, None]
     x = x.to(tl.pointer_type(tl.int32), bitcast=True) + m * (K // 2)
     sums, scales = no_sums(), ()
-    if SCALES != "total":
+    if SCALES == "products":
         scales = load_scales(scale, own_k, first_k)
     for step in tl.range(0, K_PER_SPLIT, BLOCK_K, num_stages=STAGES):
         k = first_k + step
         # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
         later = scales
-        if SCALES != "total":
+        if SCALES == "products":
             later = load_scales(scale, own_k, first_k + tl.minimum(step + BLOCK_K, K_PER_SPLIT - BLOCK_K))
         tiles = load_kept(codes + k // 64 * (128 * STORED), places + k // 64 * (128 * STORED))
         columns = load_x(x + k // 2, m < rows)
