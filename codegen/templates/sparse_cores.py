@@ -50,6 +50,8 @@ KEPT = tl.constexpr("")
 MULTIPLY = tl.constexpr("")
 # </cores>
 
+# KEPT: PTX from a thread's codes of 32 columns to four words of two weights. MULTIPLY: mma.sp, but for which threads
+# say what is kept.
 THREADS = tl.constexpr(32 * WARPS.value)
 BLOCKS = tl.constexpr(4)
 ACROSS = tl.constexpr(BLOCK_N.value // 64)
