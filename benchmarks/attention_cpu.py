@@ -3,10 +3,10 @@
     python benchmarks/attention_cpu.py [--out FOLDER]
 
 Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B: 32 of queries, 8 of keys, of size
-128, and those of SmolLM2: 9, 3, of size 64. All kinds take turns over several copies of their caches, and the fastest
-call of each counts, with one thread in time of the processor. torch's attention shares heads (`enable_gqa`), or gets
-them repeated, as models of transformers do; the quantized caches are also read by plain torch, as without a compiler.
-`error` is that of attention.py.
+128, and those of SmolLM2: 9, 3, of size 64. "paged" caches lie in pages of 64 tokens, shuffled. All kinds take turns
+over several copies of their caches, and the fastest call of each counts, with one thread in time of the processor.
+torch's attention shares heads (`enable_gqa`), or gets them repeated, as models of transformers do; the quantized caches
+are also read by plain torch, as without a compiler. `error` is that of attention.py.
 
 Rows with `queries` are of prompts, or of their last tokens, causal: torch takes `is_causal` for whole prompts and else
 a mask, and keys and values of bfloat16 that were repeated beforehand.
@@ -38,6 +38,9 @@ SHAPES = [(8, 4, 128, 1024), (8, 4, 128, 4096), (8, 4, 128, 16384), (3, 3, 64, 5
 PROMPTS = [(8, 4, 128, 512, 512), (8, 4, 128, 512, 4096), (8, 4, 128, 2048, 2048), (3, 3, 64, 512, 512)]
 """Heads of keys, query heads for each, size, queries, context."""
 CACHES = ["fp8_e4m3", "fp8_e5m2", "int8", "int4"]
+PAGED = ["bfloat16", "fp8_e4m3", "int8", "int4"]
+GROUPED = {"int4, groups of 32, offsets": {"format": "int4", "group": 32, "symmetric": False}}
+PAGE = 64
 ROUNDS, SECONDS = 60, 4.0
 
 
@@ -45,6 +48,18 @@ def tensors_of(cache: KVCache) -> tuple[list[Tensor], AttentionSpec]:
     """What attention over a cache takes."""
     spec = AttentionSpec(key=cache.key_spec, value=cache.value_spec, scale=cache.key_spec.head_dim**-0.5)
     return [cache.key_codes, cache.key_scale, cache.value_codes, cache.value_scale], spec
+
+
+def in_pages(tensors: list[Tensor], order: Tensor) -> list[Tensor]:
+    """A cache's tensors cut into pages, of which the i-th of a sequence is page `order[i]`; page 0 is none's."""
+    found = []
+    for t in tensors:
+        if t.dim() > 2:
+            pages = t.new_zeros((len(order) + 1, t.shape[1], PAGE, *t.shape[3:]))
+            pages[order] = t.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1)
+            t = pages
+        found.append(t)
+    return found
 
 
 def measure(heads: int, group: int, size: int, context: int) -> Iterator[dict[str, object]]:
@@ -58,15 +73,23 @@ def measure(heads: int, group: int, size: int, context: int) -> Iterator[dict[st
         return sdpa(query, *(t[:, :, None].expand(shape).reshape(whole) for t in (key, value)))
 
     kinds: dict[tuple[str, str], tuple[list[Callable[[], Tensor]], list[Tensor]]] = {}
-    places = copies(CPU, key, value)
     for impl, attend in (
         ("SDPA", partial(sdpa, query, enable_gqa=True)),
         ("SDPA, heads repeated", repeated),
         ("qcompile", lambda k, v: plain(query, k, v, None, None, size**-0.5)),
     ):
-        kinds[impl, "bfloat16"] = ([partial(attend, *t) for t in places], [key, value])
-    for name in CACHES:
+        # Copies of its own, or one would find in caches what the other has just read.
+        kinds[impl, "bfloat16"] = ([partial(attend, *t) for t in copies(CPU, key, value)], [key, value])
+    order, length = 1 + torch.randperm(context // PAGE), torch.tensor([context])
+    for name in PAGED:
         tensors, spec = tensors_of(filled(name, key, value))
+        wanted = [dequantize(codes, scale, spec.scheme, size) for codes, scale in (tensors[:2], tensors[2:])]
+        ours, table, text = torch.ops.qcompile.attention, order[None].to(torch.int32), spec.encode()
+        places = copies(CPU, *in_pages(tensors, order))
+        calls = [partial(ours, query, list(t), None, length, text, block_table=table) for t in places]
+        kinds["qcompile, paged", name] = (calls, wanted)
+    for name in [*CACHES, *GROUPED]:
+        tensors, spec = tensors_of(filled(GROUPED.get(name, name), key, value))
         wanted = [dequantize(codes, scale, spec.scheme, size) for codes, scale in (tensors[:2], tensors[2:])]
         ours, stretches, text = torch.ops.qcompile.attention, attention_cpu.in_stretches, spec.encode()
         places = copies(CPU, *tensors)

@@ -183,9 +183,9 @@ def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
     return AttentionKernelSpec(**{**given, "tile": AttentionTile(**given["tile"]), "reach": Reach(**given["reach"])})
 
 
-def has_number(fmt: KVFormat) -> bool:
-    """Whether the template decodes a format."""
-    return isinstance(fmt, NumberFormat)
+def reads(fmt: KVFormat, x_dtype: torch.dtype) -> bool:
+    """Whether the templates read a format: codes of numbers, or 16-bit numbers of the queries' type."""
+    return isinstance(fmt, NumberFormat) or (fmt.dtype == x_dtype and x_dtype in (torch.bfloat16, torch.float16))
 
 
 def has_integers(fmt: KVFormat) -> bool:
@@ -204,16 +204,18 @@ def attention_kernel_spec(
     target: str,
     tile: AttentionTile,
 ) -> AttentionKernelSpec:
-    """The kernel for attention with `has_number`, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
+    """The kernel for a cache that it `reads`, from at most `MOST_QUERIES` and `MOST_ROWS` unless the tile has rows.
 
     Args:
         queries: 0 if the tile has rows.
     """
-    fmt = spec.scheme.format
-    assert isinstance(fmt, NumberFormat)
+    fmt, stored = spec.scheme.format, None
+    if not spec.scheme.plain:
+        assert isinstance(fmt, NumberFormat)
+        stored = fmt.number
     return AttentionKernelSpec(
-        number=fmt.number.name,
-        bits=fmt.number.bits,
+        number=fmt.name if stored is None else stored.name,
+        bits=16 if stored is None else stored.bits,
         scales=spec.scheme.scales,
         group_size=spec.scheme.group,
         offsets=not spec.scheme.symmetric,
@@ -233,45 +235,4 @@ def attention_kernel_spec(
         tile=tile,
         in_fp8=spec.scheme.compute == "fp8",
         template=PREFILL_TEMPLATE if tile.rows else ATTENTION_TEMPLATE,
-    )
-
-
-def plain_kernel_spec(
-    heads: int,
-    group: int,
-    queries: int,
-    sizes: tuple[int, int],
-    scale: float,
-    mask: str,
-    length: bool,
-    x_dtype: torch.dtype,
-    target: str,
-    tile: AttentionTile,
-) -> AttentionKernelSpec:
-    """The kernel for keys and values that are bfloat16 or float16, as queries are.
-
-    Args:
-        sizes: of a key and of a value.
-    """
-    name = dtype_name(x_dtype)
-    return AttentionKernelSpec(
-        number=name,
-        bits=16,
-        scales="none",
-        group_size=0,
-        offsets=False,
-        heads=heads,
-        group=group,
-        queries=queries,
-        key_size=sizes[0],
-        value_size=sizes[1],
-        scale=scale,
-        softcap=0.0,
-        causal=False,
-        window=0,
-        mask=mask,
-        reach=Reach(length=length),
-        x_dtype=name,
-        target=target,
-        tile=tile,
     )

@@ -25,7 +25,7 @@ _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", *_AVX2)
 _AVX512_BF16 = (*_AVX512, "avx512_vnni", "avx512_bf16")
 
 ISAS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512_BF16, "amx_tile", "amx_bf16", "amx_int8"),
+    "amx": (*_AVX512_BF16, "avx512vbmi", "amx_tile", "amx_bf16", "amx_int8"),
     "avx512_bf16": _AVX512_BF16,
     "avx512_vnni": (*_AVX512, "avx512_vnni"),
     "avx512": _AVX512,

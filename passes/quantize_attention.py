@@ -337,7 +337,7 @@ def _check(
         if writes(other) and read & set(other.all_input_nodes[:2]):
             raise _No("its cache changes between being read and being attended to")
     spec = AttentionSpec(key=keys, value=values, scale=match.scale, softcap=match.softcap)
-    check_compute(spec, query.device, f"attention of {layer or 'the model'}")
+    check_compute(spec.scheme, query.device, f"attention of {layer or 'the model'}")
     places = _Places(mask=match.mask, length=None if mask is None else length, block_table=table, first=match.first)
     return cache, places, spec
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from qcompile.errors import DeviceError, GradientError
 from qcompile.kv_cache import (
     AttentionSpec,
+    KVScheme,
     decode_attention_spec,
     decode_kv_spec,
     dequantize,
@@ -226,7 +227,18 @@ def spec_as_stored(spec: AttentionSpec) -> AttentionSpec:
     return replace(spec, key=key, value=value)
 
 
-def check_compute(spec: AttentionSpec, device: torch.device, where: str) -> None:
+@torch.compiler.assume_constant_result
+def _without_fp8(device: torch.device) -> str | None:
+    """The name of a device that does not multiply FP8."""
+    if device.type != "cuda":
+        return device.type
+    from qcompile.runtime import attention_gpu, gpu
+
+    name = gpu.target_of(device)
+    return None if attention_gpu.multiplies_fp8(name) else name
+
+
+def check_compute(scheme: KVScheme, device: torch.device, where: str) -> None:
     """Refuse to multiply in FP8 where nothing does.
 
     Args:
@@ -235,15 +247,8 @@ def check_compute(spec: AttentionSpec, device: torch.device, where: str) -> None
     Raises:
         DeviceError: the cache asks for it, and the device has no such products.
     """
-    if spec.scheme.compute != "fp8":
+    if scheme.compute != "fp8" or device.type == "meta" or (name := _without_fp8(device)) is None:
         return
-    name = device.type
-    if name == "cuda":
-        from qcompile.runtime import attention_gpu, gpu
-
-        name = gpu.target_of(device)
-        if attention_gpu.multiplies_fp8(name):
-            return
     raise DeviceError(
         f'{where}: the KV cache has "compute": "fp8", and {name} does not multiply FP8 (NVIDIA from sm_89 on, AMD '
         'gfx950 and gfx12 do); leave "compute" out, and codes are multiplied in 16 bits'
@@ -265,7 +270,8 @@ def _attention(
             "attention over a quantized KV cache is for inference only, and autograd is recording: call the model "
             "under torch.no_grad() or torch.inference_mode(), or call model.requires_grad_(False) first"
         )
-    check_compute(parsed := decode_attention_spec(spec), query.device, "attention")
+    parsed = decode_attention_spec(spec)
+    check_compute(parsed.scheme, query.device, "attention")
     if parsed.scheme.rotate:
         as_stored = spec_as_stored(parsed).encode()
         y = _attention(
@@ -277,7 +283,7 @@ def _attention(
     if query.device.type == "cuda":
         from qcompile.runtime import attention_gpu
 
-        if not attention_gpu.has_kernel(parsed):
+        if not attention_gpu.has_kernel(parsed, query.dtype):
             return attention_gpu.in_plain_torch(
                 query, cache, mask, length, parsed, start=start, block_table=block_table
             )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import qcompile.attention  # noqa: F401  (registers the operators)
+from qcompile.attention import check_compute
 from qcompile.errors import ConfigError
 from qcompile.formats import get_format
 from qcompile.kv_cache import KVScheme, KVSpec, parse_kv_cache
@@ -24,7 +24,7 @@ _E4M3_MAX = get_format("fp8_e4m3").absmax
 def half_of(
     kv_cache: KVScheme, shape: tuple[int, int, int, int], device: torch.device, given: Tensor | None
 ) -> tuple[Tensor, Tensor, KVSpec]:
-    """An empty cache of keys or of values: codes of zeros, the scale, and the spec of both.
+    """An empty cache of keys or of values: codes of zeros, the scale (1 for numbers as they are), and the spec of both.
 
     Args:
         shape: (B, H, T, D).
@@ -33,7 +33,9 @@ def half_of(
 
     Raises:
         ConfigError: integers with one scale for many tokens that nothing gave; a scale of another shape.
+        DeviceError: products that the device has not.
     """
+    check_compute(kv_cache, device, f"a cache on {device}")
     batch, heads, length, head_dim = shape
     fmt, scales = kv_cache.format, kv_cache.scales
     if kv_cache.compact:
@@ -42,7 +44,7 @@ def half_of(
         _clear_scale(scale, kv_cache)
     elif kv_cache.dynamic:
         scale = torch.ones(batch, heads, length, device=device)
-    elif given is None:
+    elif given is None or kv_cache.plain:
         if fmt.scales == "token":
             raise ConfigError(
                 f"kv_cache {fmt.name} with scales per {scales}: nothing gives the scales; calibrate with "
@@ -78,12 +80,12 @@ def clear_half(codes: Tensor, scale: Tensor, spec: KVSpec) -> None:
 class KVCache(nn.Module):
     """The keys and values of one layer, for models that call `update` themselves.
 
-    Buffers, none of which a `state_dict` holds: `key_codes` and `value_codes`, uint8 [batch, heads, length, width], and
-    their float32 scales.
+    Buffers, none of which a `state_dict` holds: `key_codes` and `value_codes`, uint8 [batch, heads, length, width] or
+    numbers as they are, and their float32 scales.
 
     Args:
         batch, heads, length, head_dim: heads of keys; the most tokens; the size of a key.
-        kv_cache: what `parse_kv_cache` takes.
+        kv_cache: what `parse_kv_cache` takes; "auto" is `dtype`.
         dtype: of the keys and values that `update` returns.
         value_dim: the size of a value; `head_dim` unless given.
         k_scale, v_scale: of E4M3 codes, [] or [heads]; see `half_of`.
@@ -112,7 +114,7 @@ class KVCache(nn.Module):
         v_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
-        scheme = parse_kv_cache(kv_cache)
+        scheme = parse_kv_cache(kv_cache, dtype)
         if scheme is None:
             raise ConfigError("a quantized KV cache needs a format, such as 'fp8'")
         self.dtype = dtype

@@ -1,6 +1,7 @@
 """Quantized keys and values: what a scheme means, how tensors become codes and come back, and specs for operators.
 
 Codes of a cache are uint8 [B, H, T, width]: a vector of `head_dim` numbers of one head and token takes `width` bytes.
+In a cache that is not quantized they are the numbers themselves, of a floating-point type.
 Scales are float32: [] (one for a tensor), [H] (one a head) or [B, H, T] (one a token and head). A number is its code's
 value times the scale. Paged caches have pages for B and tokens of a page for T.
 """
@@ -45,9 +46,14 @@ class KVFormat(ABC):
     absmax: float
     scales: str
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
+        return torch.uint8
+
     @abstractmethod
     def width(self, head_dim: int) -> int:
-        """Bytes of a vector.
+        """Elements of `dtype` that a vector takes.
 
         Raises:
             ConfigError: a length that the format cannot store.
@@ -106,6 +112,25 @@ class NumberFormat(KVFormat):
         return values
 
 
+@dataclass(frozen=True)
+class PlainFormat(KVFormat):
+    """Numbers as they are, of the type that the format is named by."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.name)
+        return found
+
+    def width(self, head_dim: int) -> int:
+        return head_dim
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+    def decode(self, codes: Tensor, head_dim: int) -> Tensor:
+        return codes.to(torch.float32)
+
+
 KV_FORMATS: dict[str, KVFormat] = {}
 ALIASES = {"fp8": "fp8_e4m3"}
 
@@ -122,6 +147,9 @@ def register(fmt: KVFormat) -> KVFormat:
 for _name, _scales in (("fp8_e4m3", "tensor"), ("fp8_e5m2", "tensor"), ("int8", "token"), ("int4", "token")):
     _number = get_format(_name)
     register(NumberFormat(_name, _number.absmax, _scales, _number))
+
+for _name in ("bfloat16", "float16", "float32"):
+    register(PlainFormat(_name, 1.0, "none"))
 
 
 def kv_format(name: object) -> KVFormat:
@@ -144,8 +172,8 @@ class KVScheme:
 
     Attributes:
         format: how vectors become bytes.
-        scales: of `SCALES`. "token" scales are computed as tokens are stored; the others come from calibration or from
-            a checkpoint, and are 1 for floating-point formats that have none.
+        scales: of `SCALES`, or "none" for numbers as they are. "token" scales are computed as tokens are stored; the
+            others come from calibration or from a checkpoint, and are 1 for floating-point formats that have none.
         group: numbers of a vector that share a scale, or 0 for all of it.
         symmetric: whether a number is its code's value times the scale; else an offset is added.
         rotate: whether vectors are multiplied by a Hadamard matrix first, which spreads numbers that stand out.
@@ -161,6 +189,12 @@ class KVScheme:
     compute: str | None = None
 
     def __post_init__(self) -> None:
+        if self.plain:
+            if (self.scales, self.group, self.symmetric, self.rotate, self.compute) != ("none", 0, True, False, None):
+                raise ConfigError(
+                    f"kv_cache: {self.format.name} keys and values are not quantized, and have no options"
+                )
+            return
         if self.scales not in SCALES:
             raise ConfigError(f"kv_cache: scales must be one of {', '.join(SCALES)}, not {shown(self.scales)}")
         integers = isinstance(self.format, NumberFormat) and isinstance(self.format.number, IntegerFormat)
@@ -190,12 +224,19 @@ class KVScheme:
             )
 
     def __str__(self) -> str:
+        if self.plain:
+            return f"{self.format.name}, not quantized"
         per = "token and head" if self.scales == "token" else self.scales
         if self.group:
             per += f", one for {self.group} numbers"
         more = ", with offsets" * (not self.symmetric) + ", rotated" * self.rotate
         more += ", multiplied in FP8" if self.compute else ""
         return f"{self.format.name}, scales per {per}{more}"
+
+    @property
+    def plain(self) -> bool:
+        """Whether numbers are stored as they are."""
+        return isinstance(self.format, PlainFormat)
 
     @property
     def dynamic(self) -> bool:
@@ -236,14 +277,21 @@ class KVScheme:
         return self.format.name if len(given) == 1 else given
 
 
-def parse_kv_cache(given: object) -> KVScheme | None:
+def parse_kv_cache(given: object, dtype: torch.dtype | None = None) -> KVScheme | None:
     """A scheme from a format's name, an alias, `{"format": ..., "scales": ...}`, or a `KVScheme`; None stays None.
+
+    Args:
+        dtype: what "auto" means: the type of a model's keys and values.
 
     Raises:
         ConfigError: anything else, or unknown names in it.
     """
     if given is None or isinstance(given, KVScheme):
         return given
+    if given == "auto":
+        if dtype is None:
+            raise ConfigError('kv_cache "auto" is the type of a model, which nothing tells here; name it: "bfloat16"')
+        given = str(dtype).removeprefix("torch.")
     if isinstance(given, str):
         fmt = kv_format(given)
         return KVScheme(format=fmt, scales=fmt.scales)
@@ -316,6 +364,9 @@ def quantize(x: Tensor, scheme: KVScheme, scale: Tensor | None = None) -> tuple[
     Returns:
         the codes, and `scale`, or float32 [B, H, T], or bfloat16 [B, H, T, `scheme.scale_count`].
     """
+    if scheme.plain:
+        assert scale is not None
+        return scheme.format.encode(x), scale
     values = rotated(x) if scheme.rotate else x.to(torch.float32)
     if scheme.compact:
         parts = values.unflatten(-1, (-1, scheme.group or values.shape[-1]))

@@ -218,7 +218,7 @@ def _check_kv_cache(model: nn.Module, kv_cache: KVScheme | None) -> None:
     Raises:
         ConfigError: static scales of another library's model.
     """
-    if kv_cache is None or kv_cache.dynamic:
+    if kv_cache is None or kv_cache.dynamic or kv_cache.plain:
         return
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise ConfigError("scales of a KV cache are calibrated for transformers' models; leave kv_cache out")
@@ -226,7 +226,7 @@ def _check_kv_cache(model: nn.Module, kv_cache: KVScheme | None) -> None:
 
 def _calibrate_kv_cache(model: nn.Module, kv_cache: KVScheme, batches: list[Any]) -> None:
     """Scales of a cache that are not computed as tokens are stored: on attention modules, see `docs/kv_cache.md`."""
-    if kv_cache.dynamic:
+    if kv_cache.dynamic or kv_cache.plain:
         return
     from qcompile.integrations.caches import calibrate_kv_cache
 

@@ -271,6 +271,8 @@ def kv_parts(
     codes: Tensor, scale: Tensor, format_name: str, head_dim: int, offsets: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The two parts that `kv_values` adds up: codes' values times scales, and offsets."""
+    if codes.is_floating_point():  # not quantized
+        return codes.to(torch.float64).cpu(), torch.zeros(codes.shape, dtype=torch.float64)
     width = codes.shape[-1]
     table = decode_values(format_name)
     if width == head_dim:

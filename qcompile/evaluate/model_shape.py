@@ -185,11 +185,10 @@ def packed_bytes(scheme: Scheme, shape: Shape) -> int:
 def cache_bytes(model: ModelShape, kind: str, batch: int, context: int) -> int:
     """Keys and values of all layers, with their scales."""
     vectors = 2 * model.layers * model.kv_heads * batch * context
-    if kind == "bfloat16":
-        return 2 * vectors * model.head_dim
     scheme = parse_kv_cache(kind)
     assert scheme is not None
-    return vectors * (scheme.format.width(model.head_dim) + (4 if scheme.dynamic else 0))
+    stored = scheme.format.width(model.head_dim) * scheme.format.dtype.itemsize
+    return vectors * (stored + (4 if scheme.dynamic else 0))
 
 
 def activation_bytes(model: ModelShape, batch: int, context: int) -> int:

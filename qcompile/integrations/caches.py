@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from qcompile import compat
+from qcompile.attention import check_compute
 from qcompile.caches import clear_half, half_of
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.config import QuantConfig, parse_config
@@ -170,13 +171,13 @@ class QuantizedSlidingLayer(QuantizedStaticLayer, StaticSlidingWindowLayer):  # 
         self.cumulative_length_int = 0
 
 
-def scheme_of(kv_cache: Any) -> KVScheme:
-    """A scheme from what `parse_kv_cache` takes, or from a configuration that has one."""
+def scheme_of(kv_cache: Any, model: nn.Module) -> KVScheme:
+    """A scheme from what `parse_kv_cache` takes, "auto" for the model's type, or from a configuration that has one."""
     in_file = isinstance(kv_cache, Path) or (isinstance(kv_cache, str) and Path(kv_cache).suffix != "")
     if in_file or isinstance(kv_cache, QuantConfig) or (isinstance(kv_cache, Mapping) and "format" not in kv_cache):
         scheme = parse_config(kv_cache).kv_cache
     else:
-        scheme = parse_kv_cache(kv_cache)
+        scheme = parse_kv_cache(kv_cache, next(model.parameters()).dtype)
     if scheme is None:
         raise ConfigError('the configuration has no kv_cache; add one, such as "kv_cache": "fp8"')
     return scheme
@@ -211,10 +212,12 @@ class TransformersCache(StaticCache):  # type: ignore[misc]
 
     Raises:
         ConfigError: a scheme that cannot be.
+        DeviceError: products that the model's device has not.
     """
 
     def __init__(self, model: nn.Module, kv_cache: Any = "fp8", *, max_cache_len: int) -> None:
-        scheme = scheme_of(kv_cache)
+        scheme = scheme_of(kv_cache, model)
+        check_compute(scheme, next(model.parameters()).device, f"a cache for {type(model).__name__}")
         scales = attention_scales(model)
         layers = []
         for index, (kind, given) in enumerate(layers_of(model)):
@@ -241,7 +244,7 @@ def use_kv_cache(model: nn.Module, kv_cache: Any = "fp8") -> nn.Module:
     Raises:
         ConfigError: a scheme that cannot be.
     """
-    scheme = scheme_of(kv_cache)
+    scheme = scheme_of(kv_cache, model)
 
     def prepare(self: Any, *args: Any, max_cache_len: int, **kwargs: Any) -> TransformersCache:
         length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))

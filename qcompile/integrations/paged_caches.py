@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from qcompile.attention import check_compute
 from qcompile.caches import PagedKVCache
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.errors import ConfigError
@@ -69,7 +70,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class TransformersPagedCache(Cache):  # type: ignore[misc]
-    """A paged quantized cache for a transformers model.
+    """A paged cache for a transformers model, quantized unless `kv_cache` is "auto" or the name of a type.
 
     Make room with `cache.pages.append`, then call `model(ids, **cache.inputs(tokens))`. Layers that attend to a sliding
     window read that window. Where all do, pages before the longest are free again; else the others read them.
@@ -84,6 +85,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
 
     Raises:
         ConfigError: a scheme that cannot be; layers of another kind than full attention and sliding windows.
+        DeviceError: products that the model's device has not.
     """
 
     def __init__(
@@ -96,12 +98,13 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
         num_pages: int | None = None,
         page_size: int = 64,
     ) -> None:
-        scheme = scheme_of(kv_cache)
+        scheme = scheme_of(kv_cache, model)
         config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
         layers = layers_of(model)
         if unknown := {kind for kind, _ in layers} - _KINDS:
             raise ConfigError(f"paged caches are for full and sliding attention; the model has {sorted(unknown)} too")
         device = next(model.parameters()).device
+        check_compute(scheme, device, f"a cache for {type(model).__name__}")
         self._windows = {kind: given["sliding_window"] if kind == "sliding_attention" else 0 for kind, given in layers}
         windows = list(self._windows.values())
         window = max(windows) if all(windows) else 0

@@ -40,7 +40,22 @@ def attention(
     start: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> Tensor:
-    """See `qcompile.attention.reference`; sums are taken block by block, and sequences of unequal length one by one."""
+    """See `qcompile.attention.reference`; by torch, sequences of unequal length are taken one by one, out of pages."""
+    if (kernel := _kernel_over(query, cache, spec)) is not None:
+        y = kernel(
+            _narrow(query),
+            (cache[0], cache[1], spec.key.head_dim),
+            (cache[2], cache[3], spec.value.head_dim),
+            mask,
+            length,
+            spec.scale,
+            spec.softcap,
+            causal=spec.causal,
+            window=spec.window,
+            start=start,
+            block_table=block_table,
+        )
+        return y.to(query.dtype)
     batch, pages = query.shape[0], 1 if block_table is None else block_table.shape[1]
     context = cache[0].shape[2] * pages
     firsts = [0] * batch if start is None else start.clamp(min=0).expand(batch).tolist()
@@ -50,7 +65,7 @@ def attention(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())].expand(batch, -1, -1, context)
     if block_table is None and len(set(zip(firsts, ends, strict=True))) == 1:
-        return _attend(query, _part(cache, firsts[0], ends[0]), _seen(mask, firsts[0], ends[0]), spec)
+        return _by_torch(query, _part(cache, firsts[0], ends[0]), _seen(mask, firsts[0], ends[0]), spec)
     results = []
     for sequence, (first, end) in enumerate(zip(firsts, ends, strict=True)):
         one, skipped = slice(sequence, sequence + 1), 0
@@ -61,7 +76,7 @@ def attention(
             skipped = first // size * size
             own = paged_out(cache, block_table[one, first // size : -(-end // size)])
         seen = _seen(None if mask is None else mask[one], first, end)
-        results.append(_attend(query[one], _part(own, first - skipped, end - skipped), seen, spec))
+        results.append(_by_torch(query[one], _part(own, first - skipped, end - skipped), seen, spec))
     return torch.cat(results) if results else query.new_empty((*query.shape[:3], spec.value.head_dim))
 
 
@@ -74,20 +89,17 @@ def _seen(mask: Tensor | None, first: int, end: int) -> Tensor | None:
     return None if mask is None else mask[..., first : max(first, end)]
 
 
-def _attend(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: AttentionSpec) -> Tensor:
+def _kernel_over(query: Tensor, cache: list[Tensor], spec: AttentionSpec) -> cpp_attention.AttentionKernel | None:
+    """The kernel, if it is the one to take."""
+    rows = query.shape[1] // cache[0].shape[1] * query.shape[2]
+    many = rows > MANY_ROWS and (spec.scheme.compact or not multiplies_squares(query.dtype))
+    return None if many and not spec.softcap else _kernel(query.dtype, spec)
+
+
+def _by_torch(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: AttentionSpec) -> Tensor:
     """To all positions of a cache that is not paged, of which the queries are at the last."""
-    key, key_scale, value, value_scale = cache
-    context, queries = key.shape[2], query.shape[2]
-    rows = query.shape[1] // key.shape[1] * queries
-    many = rows > MANY_ROWS and not multiplies_squares(query.dtype)
-    kernel = None if many and not spec.softcap else _kernel(query.dtype, spec)
-    if kernel is not None:
-        halves = (key, key_scale, spec.key.head_dim), (value, value_scale, spec.value.head_dim)
-        y = kernel(
-            _narrow(query), *halves, mask, context, spec.scale, spec.softcap, causal=spec.causal, window=spec.window
-        )
-        return y.to(query.dtype)
-    if rows <= MOST_ROWS or spec.softcap:
+    context, queries = cache[0].shape[2], query.shape[2]
+    if query.shape[1] // cache[0].shape[1] * queries <= MOST_ROWS or spec.softcap:
         return in_stretches(query, cache, mask, spec)
     if spec.causal and queries > 1:
         seen = causal_mask(queries, 0, context, context, spec.window, query.device)
@@ -112,21 +124,15 @@ def attention_plain(
     taken = query.shape[1] // key.shape[1] * query.shape[2] <= MOST_ROWS or multiplies_squares(query.dtype)
     if not taken or (kernel := _kernel(query.dtype, None)) is None:
         mask = combined_mask(query, key.shape[2], mask, length, causal, window)
-        return _by_torch(query, key, value, mask, scale)
+        return _sdpa(query, key, value, mask, scale)
     halves = (key, None, key.shape[3]), (value, None, value.shape[3])
-    end = _end(key.shape[2], length)
-    y = kernel(_narrow(query), *halves, mask, end, scale, 0.0, causal=causal, window=window)
+    y = kernel(_narrow(query), *halves, mask, length, scale, 0.0, causal=causal, window=window)
     return y.to(query.dtype)
 
 
 def multiplies_squares(dtype: torch.dtype) -> bool:
     """Whether the kernels for queries of a type multiply by a matrix unit, as fast for many as torch's."""
     return dtype == torch.bfloat16 and cpp.compiler() is not None and "amx_bf16" in ISAS[cpp.isa()]
-
-
-def _end(context: int, length: Tensor | None) -> int:
-    """How many positions are attended to."""
-    return context if length is None else max(0, min(context, int(length)))
 
 
 def _narrow(query: Tensor) -> Tensor:
@@ -144,7 +150,8 @@ def kernel_of(dtype: torch.dtype, spec: AttentionSpec | None, isa: str) -> cpp_a
     found = _cpp_spec(dtype, spec, isa)
     kernel = None if found is None else cpp_attention.load(found)
     if found is not None and kernel is not None and found.query == str(dtype).removeprefix("torch."):
-        rows = ANY_ROWS if multiplies_squares(dtype) else MOST_ROWS
+        compact = spec is not None and spec.scheme.compact
+        rows = ANY_ROWS if multiplies_squares(dtype) and not compact else MOST_ROWS
         cpu_operators.add_attention(spec, dtype, kernel, rows)
     return kernel
 
@@ -196,14 +203,14 @@ def _scale_of(scale: Tensor, start: int, stop: int) -> Tensor:
 
 
 def dequantized(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: AttentionSpec) -> Tensor:
-    """`_attend` without a soft cap, by torch's own over the keys and values that the cache stands for."""
+    """`_by_torch` without a soft cap, by torch's own over the keys and values that the cache stands for."""
     if cache[0].shape[2] == 0:
         return query.new_zeros((*query.shape[:3], spec.value.head_dim))
     key = _decoded(cache[0], cache[1], spec.key).to(query.dtype)
     value = _decoded(cache[2], cache[3], spec.value).to(query.dtype)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
-    return _by_torch(query, key, value, mask, spec.scale)
+    return _sdpa(query, key, value, mask, spec.scale)
 
 
 def _decoded(codes: Tensor, scale: Tensor, half: KVSpec) -> Tensor:
@@ -212,12 +219,12 @@ def _decoded(codes: Tensor, scale: Tensor, half: KVSpec) -> Tensor:
     return values * (factor.transpose(-1, -2) if isinstance(factor, Tensor) and factor.dim() > 1 else factor)
 
 
-def _by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 def in_stretches(query: Tensor, cache: list[Tensor], mask: Tensor | None, spec: AttentionSpec) -> Tensor:
-    """`_attend` by torch, `BLOCK` positions at a time."""
+    """`_by_torch` by torch, `BLOCK` positions at a time."""
     key_codes, key_scale, value_codes, value_scale = cache
     batch, heads, end = key_codes.shape[:3]
     rows = query.to(torch.float32).unflatten(1, (heads, -1)).flatten(2, 3)

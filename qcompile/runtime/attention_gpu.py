@@ -21,13 +21,20 @@ from qcompile.codegen.attention_spec import (
     Reach,
     attention_kernel_spec,
     has_integers,
-    has_number,
-    plain_kernel_spec,
+    reads,
 )
 from qcompile.codegen.cost_model import device_of
 from qcompile.codegen.spec import launches_early, native_fp8
 from qcompile.errors import DeviceError
-from qcompile.kv_cache import MOST_QUERIES, MOST_ROWS, MOST_SIZE, AttentionSpec, dequantize
+from qcompile.kv_cache import (
+    MOST_QUERIES,
+    MOST_ROWS,
+    MOST_SIZE,
+    AttentionSpec,
+    KVSpec,
+    dequantize,
+    parse_kv_cache,
+)
 from qcompile.runtime import cache, launcher
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.gpu import target_of
@@ -36,9 +43,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_SPLITS = 64
 
 
-def has_kernel(spec: AttentionSpec) -> bool:
-    """Whether the templates decode a cache."""
-    return has_number(spec.scheme.format)
+def has_kernel(spec: AttentionSpec, x_dtype: torch.dtype) -> bool:
+    """Whether the templates read a cache for queries of a type."""
+    return reads(spec.scheme.format, x_dtype)
 
 
 def multiplies_fp8(target: str) -> bool:
@@ -98,7 +105,13 @@ def tile_of(
 
 
 def prefill_tile_of(
-    rows: int, size: int, target: str, x_dtype: torch.dtype, grouped: bool = False, in_fp8: bool = False
+    rows: int,
+    size: int,
+    target: str,
+    x_dtype: torch.dtype,
+    grouped: bool = False,
+    in_fp8: bool = False,
+    plain: bool = False,
 ) -> AttentionTile:
     """As many queries as registers hold results of.
 
@@ -107,6 +120,7 @@ def prefill_tile_of(
         size: of a key or a value, whichever is greater.
         grouped: whether a vector has several scales.
         in_fp8: see `AttentionKernelSpec`; the type of queries then does not matter.
+        plain: whether keys and values are not quantized.
     """
     least = max(16, 1 << (rows - 1).bit_length())
     if not target.startswith("sm_"):
@@ -122,8 +136,8 @@ def prefill_tile_of(
     if size > 128 or target not in WARP_GROUPS:
         return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
     held = min(least, 128)
-    block = 64 if target == "sm_90" else 32
-    return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=3, rows=held)
+    block, stages = (64, 3) if target == "sm_90" else (32, 2 if plain else 3)
+    return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=stages, rows=held)
 
 
 def shared_by(tile: AttentionTile, programs: int, context: int, target: str) -> AttentionTile:
@@ -152,7 +166,8 @@ def choose_prefill(
     """The kernel for many queries."""
     rows = min(256, 1 << (queries * group - 1).bit_length())
     size = max(spec.key.head_dim, spec.value.head_dim)
-    tile = prefill_tile_of(rows, size, target, x_dtype, spec.scheme.group > 0, spec.scheme.compute == "fp8")
+    scheme = spec.scheme
+    tile = prefill_tile_of(rows, size, target, x_dtype, scheme.group > 0, scheme.compute == "fp8", scheme.plain)
     tile = shared_by(tile, batch * heads * -(-queries * group // tile.rows), context, target)
     return attention_kernel_spec(spec, heads, group, 0, mask, reach, x_dtype, target, tile)
 
@@ -310,8 +325,11 @@ def choose_plain(
     target: str,
 ) -> AttentionKernelSpec:
     """The kernel for a shape; `sizes` are those of a key and of a value."""
-    tile = tile_of(batch * heads, context, max(sizes), group * queries, target, x_dtype)
-    return plain_kernel_spec(heads, group, queries, sizes, scale, mask, length, x_dtype, target, tile)
+    scheme = parse_kv_cache("auto", x_dtype)
+    assert scheme is not None
+    key, value = (KVSpec(scheme=scheme, head_dim=size) for size in sizes)
+    spec = AttentionSpec(key=key, value=value, scale=scale)
+    return choose(spec, batch, heads, group, queries, context, mask, Reach(length=length), x_dtype, target)
 
 
 def attention_plain(

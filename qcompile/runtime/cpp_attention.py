@@ -33,6 +33,12 @@ class _Rows(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "query")))
 
 
+class _Each(ctypes.Structure):
+    """The template's struct of the same name."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64))
+
+
 class _Attention(ctypes.Structure):
     """The template's struct of the same name."""
 
@@ -43,19 +49,32 @@ class _Attention(ctypes.Structure):
         ("value", _Half),
         ("mask", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("mask_kind", "mask_batch", "mask_head", "mask_query")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "length", "causal", "window")),
+        ("pages", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("pages_batch", "page")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "group", "queries", "context")),
+        ("length", _Each),
+        ("start", _Each),
+        *((name, ctypes.c_int64) for name in ("causal", "window")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
     )
 
 
 def _half(codes: Tensor, scale: Tensor | None, size: int) -> _Half:
-    """Codes [B, H, T, width], neighbours in a row next to each other, and their scale [], [H] or [B, H, T]."""
-    strides, address = (0, 0, 0), None
+    """Codes [B, H, T, width], neighbours in a row next to each other, and their scale [], [H] or [B, H, T, ...]."""
+    strides: tuple[int, ...] = (0, 0, 0)
+    address = None
     if scale is not None:
         address, given = scale.data_ptr(), scale.stride()
-        strides = given if len(given) == 3 else (0, given[0] if given else 0, 0)
+        strides = given[:3] if len(given) > 2 else (0, given[0] if given else 0, 0)
     return _Half(codes.data_ptr(), address, *codes.stride()[:3], *strides, size)
+
+
+def _each(integers: Tensor | None) -> _Each:
+    """Integers [] or [B] or none."""
+    if integers is None:
+        return _Each(None, 0)
+    return _Each(integers.data_ptr(), integers.stride(0) if integers.numel() > 1 else 0)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -84,12 +103,14 @@ class AttentionKernel:
         key: tuple[Tensor, Tensor | None, int],
         value: tuple[Tensor, Tensor | None, int],
         mask: Tensor | None,
-        length: int,
+        length: Tensor | None,
         scale: float,
         softcap: float,
         *,
         causal: bool,
         window: int,
+        start: Tensor | None = None,
+        block_table: Tensor | None = None,
     ) -> Tensor:
         """softmax(query key^T) value, as `qcompile.attention.reference` has it: [B, Hq, Q, Dv] of query's dtype.
 
@@ -97,29 +118,39 @@ class AttentionKernel:
             query: [B, Hq, Q, D], of the spec's dtype.
             key, value: codes or numbers [B, H, T, width], their scale, and their size.
             mask: broadcast to [B, Hq, Q, T].
-            length: positions that are attended to, at most T.
+            length, start, block_table: as in the reference.
             causal, window: as in an `AttentionSpec`.
         """
         codes, key_scale, key_size = key
-        batch, heads, context, _ = codes.shape
+        heads, page = codes.shape[1:3]
         query, codes, value_codes = _rows(query), _rows(codes), _rows(value[0])
+        key_scale, value_scale = (t if t is None or t.dim() < 4 else _rows(t) for t in (key_scale, value[1]))
         y = empty_result(query, value[2])
+        context, pages = page, (0, 0)
+        if block_table is not None:
+            block_table = _rows(block_table.to(torch.int32))
+            context, pages = page * block_table.shape[1], (block_table.data_ptr(), block_table.stride(0))
         masks = [None, 0, 0, 0, 0]
         if mask is not None:
             mask = mask if mask.dtype in _MASKS else mask.to(torch.float32)
             mask = _rows(mask.expand(*query.shape[:3], context))
             masks = [mask.data_ptr(), _MASKS[mask.dtype], *mask.stride()[:3]]
+        length, start = (None if t is None else t.to(torch.int64) for t in (length, start))
         given = _Attention(
             _Rows(query.data_ptr(), *query.stride()[:3]),
             _Rows(y.data_ptr(), *y.stride()[:3]),
             _half(codes, key_scale, key_size),
-            _half(value_codes, *value[1:]),
+            _half(value_codes, value_scale, value[2]),
             *masks,
-            batch,
+            *pages,
+            page,
+            len(query),
             heads,
             query.shape[1] // heads,
             query.shape[2],
-            length,
+            context,
+            _each(length),
+            _each(start),
             causal,
             window,
             scale,

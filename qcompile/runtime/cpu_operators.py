@@ -53,6 +53,7 @@ class _Attend(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "key_size", "value_size")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("causal", "window")),
     )
 
 
@@ -127,12 +128,14 @@ def add_attention(
     Args:
         rows: queries times query heads for each head of keys, at most.
     """
-    if (library := _library()) is None or dtype not in _KINDS or (spec is not None and spec.window):
+    if (library := _library()) is None or dtype not in _KINDS:
         return
-    address = ctypes.cast(kernel.attention, ctypes.c_void_p)
-    known = (0, 0, 0.0, 0.0) if spec is None else (spec.key.head_dim, spec.value.head_dim, spec.scale, spec.softcap)
-    text = "" if spec is None else spec.encode()
-    library.add_attention(text.encode(), _KINDS[dtype], _Attend(address, rows, *known))
+    given, text = _Attend(ctypes.cast(kernel.attention, ctypes.c_void_p), rows), ""
+    if spec is not None:
+        text = spec.encode()
+        given.key_size, given.value_size = spec.key.head_dim, spec.value.head_dim
+        given.scale, given.softcap, given.causal, given.window = spec.scale, spec.softcap, spec.causal, spec.window
+    library.add_attention(text.encode(), _KINDS[dtype], given)
 
 
 def forget_kernels() -> None:

@@ -49,6 +49,16 @@ def test_unequal_lengths(scales: str, kv: str, page: int) -> None:
     given.check_kernel(run(given))
 
 
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_as_they_are(dtype: torch.dtype, page: int) -> None:
+    for queries in (1, 3, 64):
+        mask, lengths = "causal" if queries > 1 else "none", (777, 1, 0, 64, 2049, 130)
+        options = {"page": page, "heads": 4, "group": 4, "size": 128, "dtype": dtype, "queries": queries, "mask": mask}
+        given = paged(str(dtype).removeprefix("torch."), "none", lengths, **options)
+        given.check_plain_kernel(run(given))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("queries", [1, 3, 8])
 @pytest.mark.parametrize("in_pages", [True, False])

@@ -181,8 +181,10 @@ def problem(
     cache: Cache = []
     for width in (size, value_size or size):
         x = torch.randn(batch, heads, context, width)
-        scale = {"tensor": torch.tensor(0.02), "head": torch.rand(heads) / 50 + 0.01, "token": None}[scales]
-        if scale is not None:
+        scale = {"tensor": torch.tensor(0.02), "head": torch.rand(heads) / 50 + 0.01}.get(scales)
+        if scheme.plain:
+            scale = torch.ones(())
+        elif scale is not None:
             scale = scale * 448 / scheme.format.absmax
         cache += quantize(x, scheme, scale)
     spec = AttentionSpec(

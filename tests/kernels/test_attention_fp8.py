@@ -191,7 +191,7 @@ def test_devices_without_such_products_are_refused(monkeypatch: pytest.MonkeyPat
     for target, served in (("sm_80", False), ("sm_89", True), ("gfx942", False), ("gfx950", True)):
         monkeypatch.setattr(gpu, "target_of", lambda _, target=target: target)
         if served:
-            check_compute(given_.spec, torch.device("cuda"), "attention")
+            check_compute(given_.spec.scheme, torch.device("cuda"), "attention")
             continue
         with pytest.raises(DeviceError, match=f"attention of layer 3: .* {target} does not multiply FP8 .* leave"):
-            check_compute(given_.spec, torch.device("cuda"), "attention of layer 3")
+            check_compute(given_.spec.scheme, torch.device("cuda"), "attention of layer 3")

@@ -69,7 +69,7 @@ def run(given_: Problem | Plain, isa: str = BEST) -> Tensor:
 
 def check(given_: Problem, isa: str = BEST) -> None:
     """With the types that the kernel multiplies in."""
-    paired = given_.query.dtype == BF16 and "avx512_bf16" in ISAS[isa]
+    paired = given_.query.dtype == BF16 and "avx512_bf16" in ISAS[isa] and not given_.spec.scheme.compact
     multiplied = BF16 if paired else F32
     given_.check(run(given_, isa), weights=multiplied, compute=multiplied)
 
@@ -78,16 +78,21 @@ def check(given_: Problem, isa: str = BEST) -> None:
 def problems(draw: st.DrawFn, isa: str) -> Problem:
     context = draw(LENGTHS)
     kv, dtype = draw(st.sampled_from([kernel for kernel in KERNELS[isa] if kernel[0] != "plain"]))
+    scales = draw(st.sampled_from(SCALES))
+    compact = scales == "token" and draw(st.booleans())
+    sizes = st.sampled_from([32, 96, 128]) if compact else SIZES
     return problem(
         kv,
-        draw(st.sampled_from(SCALES)),
+        scales,
+        shared=draw(st.sampled_from([0, 16])) if compact else 0,
+        symmetric=not (compact and kv.startswith("int") and draw(st.booleans())),
         batch=draw(st.integers(1, 2)),
         heads=draw(st.integers(1, 3)),
         group=draw(st.sampled_from([1, 2, 3, 7, 8])),
         queries=draw(QUERIES),
         context=context,
-        size=draw(SIZES),
-        value_size=draw(st.none() | SIZES),
+        size=draw(sizes),
+        value_size=draw(st.none() | sizes),
         dtype=dtype,
         mask=draw(st.sampled_from(MASKS)),
         length=draw(st.none() | st.integers(0, context)),

@@ -23,6 +23,7 @@ from tests.kernels.test_attention import FORMATS, Cache, Problem, problem
 from tests.strategies import FLOATS
 from tests.triton_interpreter import interpret
 
+PLAIN = ("bfloat16", "float16", "float32")
 NAN = {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7F, "int8": 0, "int4": 0}
 """A code that is NaN where there is one."""
 
@@ -83,6 +84,10 @@ class Paged:
         """`check` with the types that the kernel multiplies in."""
         half = self.whole.query.dtype != torch.float32
         self.check(y, self.whole.query.dtype, torch.bfloat16 if half else torch.float32)
+
+    def check_plain_kernel(self, y: Tensor) -> None:
+        """`check` with the type of keys and values, which weights are rounded to."""
+        self.check(y, self.whole.query.dtype, self.whole.query.dtype)
 
     def check_cpu(self, y: Tensor) -> None:
         """`check` with the types that C++ kernels multiply in."""
@@ -151,7 +156,7 @@ def paged(
     free = torch.randperm(batch * most) + 1
     stored: Cache = []
     for t in whole.cache:
-        filler = NAN[kv] if t.dtype == torch.uint8 else torch.nan
+        filler = torch.nan if t.is_floating_point() else NAN[kv]
         stored.append(t.new_full((len(free) + 1, t.shape[1], page, *t.shape[3:]), filler) if t.dim() > 2 else t)
     for b, length in enumerate(lengths):
         for i in range(-(-length // page)):
@@ -168,7 +173,7 @@ def paged(
         for b, length in enumerate(lengths):
             for t in stored:
                 if t.dim() > 2:
-                    t[b, :, length:] = NAN[kv] if t.dtype == torch.uint8 else torch.nan
+                    t[b, :, length:] = torch.nan if t.is_floating_point() else NAN[kv]
     return Paged(whole, stored, torch.tensor(lengths), begin, table if in_pages else None)
 
 
@@ -195,6 +200,51 @@ def problems(draw: st.DrawFn) -> Paged:
         mask=draw(st.sampled_from(["none", "none", "causal", "padding", "per head", "additive"])),
         softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
     )
+
+
+@pytest.mark.parametrize("page", [1, 16, 48, 64])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kv", PLAIN)
+def test_pages_of_numbers_as_they_are(kv: str, dtype: torch.dtype, page: int) -> None:
+    for queries, starts in ((1, None), (1, (5, 0, 70)), (12, None)):
+        options = {"page": page, "starts": starts, "queries": queries, "size": 64, "dtype": dtype, "group": 3}
+        given_ = paged(kv, "none", (100, 1, 130), mask="causal" if queries > 1 else "none", **options)
+        given_.check_cpu(given_.operator())
+        if kv == str(dtype).removeprefix("torch.") and kv != "float32" and page > 1:
+            tile = AttentionTile(context=16, split=2, warps=4, stages=2, rows=16 if queries > 8 else 0)
+            given_.check_plain_kernel(given_.interpret("sm_90", tile))
+
+
+@pytest.mark.parametrize("in_pages", [True, False])
+@pytest.mark.parametrize("kv", ["fp8_e4m3", *PLAIN])
+def test_what_lies_before_the_start_is_not_read(kv: str, in_pages: bool) -> None:
+    for dtype in FLOATS:
+        starts, options = (37, 5, 70), {"size": 64, "dtype": dtype, "page": 64, "in_pages": in_pages}
+        given_ = paged(kv, "none" if kv in PLAIN else "token", (100, 40, 130), starts=starts, **options)
+        for b, start in enumerate(starts):
+            for t in given_.cache:
+                for i in range(start if t.dim() > 2 else 0):
+                    table = given_.block_table
+                    page, place = (b, i) if table is None else (int(table[b, i // 64]), i % 64)
+                    t[page, :, place] = torch.nan if t.is_floating_point() else NAN[kv]
+        given_.check_cpu(given_.operator())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_cross_compiled_kernels_of_numbers_as_they_are_do_not_spill(target: str) -> None:
+    kernels = []
+    for size, group, queries in ((128, 4, 1), (64, 3, 1), (256, 2, 1), (128, 4, 64)):
+        given_ = paged("bfloat16", "none", (5,) * 8, page=64, heads=8, group=group, size=size, dtype=torch.bfloat16)
+        if queries == 1:
+            tile = attention_gpu.tile_of(64, 16384, size, group, target, sequences=8, page=64)
+        else:
+            tile = attention_gpu.prefill_tile_of(256, size, target, torch.bfloat16, plain=True)
+        kernels.append(given_.kernel(target, tile))
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, found
+        assert found["spills"] == 0, (kernel, found)
+        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["mma"], f"no matrix instruction in {kernel}"
 
 
 @given(problems())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.caches import KVCache
 from qcompile.checkpoint.kv_scales import KVScales
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, DeviceError
 from qcompile.kv_cache import dequantize, parse_kv_cache, quantize
 
 transformers = pytest.importorskip("transformers")
@@ -144,6 +145,31 @@ def test_scales_that_cannot_be_are_refused() -> None:
         KVCache(1, 2, 8, 16, "fp8", k_scale=torch.ones(3))
     with pytest.raises(ConfigError, match="needs a format"):
         KVCache(1, 2, 8, 16, None)
+
+
+def test_products_that_a_device_has_not_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, states = {"format": "fp8", "compute": "fp8"}, [torch.randn(1, 2, 3, 16) for _ in "kv"]
+    makers: tuple[Callable[[], object], ...] = (
+        lambda: KVCache(1, 2, 8, 16, given),
+        lambda: QuantizedStaticLayer(8, parse_kv_cache(given)).update(*states),
+        lambda: qcompile.TransformersCache(llama(), given, max_cache_len=8),
+        lambda: qcompile.TransformersPagedCache(llama(), given, batch=1, max_length=8),
+    )
+    for make in makers:
+        with pytest.raises(
+            DeviceError, match=r'"compute": "fp8", and cpu does not multiply FP8 .* leave "compute" out'
+        ):
+            make()
+    monkeypatch.setattr("qcompile.attention._without_fp8", lambda _: None)
+    for make in makers:
+        make()
+
+
+def test_a_graph_that_allocates_knows_what_a_device_multiplies() -> None:
+    given, states = parse_kv_cache({"format": "fp8", "compute": "fp8"}), [torch.randn(1, 2, 3, 16) for _ in "kv"]
+    compiled = torch.compile(lambda k, v: QuantizedStaticLayer(8, given).update(k, v), backend="eager")
+    with pytest.raises(DeviceError, match=r"a cache on cpu: .* cpu does not multiply FP8"):
+        compiled(*states)
 
 
 def test_a_model_cache_takes_the_modules_scales() -> None:

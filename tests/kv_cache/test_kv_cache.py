@@ -43,6 +43,27 @@ def scheme(name: str, scales: str) -> KVScheme:
     return KVScheme(format=kv_format(name), scales=scales)
 
 
+def test_numbers_as_they_are() -> None:
+    for name in ("bfloat16", "float16", "float32"):
+        given_ = parse_kv_cache(name)
+        assert given_ is not None
+        assert given_.to_config() == name
+        assert str(given_) == f"{name}, not quantized"
+        assert parse_kv_cache("auto", getattr(torch, name)) == given_
+        x = torch.randn(1, 2, 3, 8).to(getattr(torch, name))
+        codes, scale = quantize(x, given_, torch.ones(()))
+        assert codes.dtype == x.dtype
+        assert torch.equal(dequantize(codes, scale, given_, 8), x.float())
+        with pytest.raises(ConfigError, match=f"{name} keys and values are not quantized, and have no options"):
+            parse_kv_cache({"format": name, "scales": "token"})
+        with pytest.raises(ConfigError, match="not quantized, and have no options"):
+            parse_kv_cache({"format": name, "rotate": True})
+    with pytest.raises(ConfigError, match='name it: "bfloat16"'):
+        parse_kv_cache("auto")
+    with pytest.raises(ConfigError, match=r"scales must be one of .*, not 'none'"):
+        parse_kv_cache({"format": "int8", "scales": "none"})
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_code_has_its_value_and_encodes_to_itself(name: str) -> None:
     fmt = kv_format(name)

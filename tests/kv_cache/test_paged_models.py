@@ -12,6 +12,7 @@ import qcompile
 from qcompile.errors import ConfigError
 from qcompile.kv_cache import decode_attention_spec
 from qcompile.passes.quantize_attention import ATTENTION, RULE
+from tests import tolerance
 from tests.capture import capture
 from tests.passes.test_quantize_attention import MODELS
 
@@ -82,6 +83,31 @@ def test_decoding_together_writes_what_decoding_alone_does(name: str, spelling: 
     windows = {decode_attention_spec(n.args[4]).window for n in nodes}
     assert windows == ({0, 5} if "gemma" in name and name != "gemma" else {5} if name == "mistral" else {0})
     assert all(n.args[2] is None and set(n.kwargs) == {"block_table"} for n in nodes)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_that_is_not_quantized_is_transformers_own(dtype: torch.dtype, compiled: bool) -> None:
+    model = model_of("llama", "sdpa").to(dtype)
+    cache, ids = begin(model, "auto")
+    assert all(layer.store.key_codes.dtype == dtype for layer in cache.layers)
+    own = [transformers.DynamicCache() for _ in PROMPTS]
+    for prompt, one in zip(PROMPTS, own, strict=True):
+        model(prompt[None], past_key_values=one)
+
+    def step(ids: Tensor) -> Tensor:
+        logits: Tensor = model(ids, **cache.inputs(1)).logits
+        return logits
+
+    run = torch.compile(step, backend="qcompile", fullgraph=True) if compiled else step
+    with torch.no_grad():
+        for _ in range(STEPS):
+            cache.pages.append()
+            expected = torch.cat([model(i[None], past_key_values=one).logits for i, one in zip(ids, own, strict=True)])
+            found = run(ids)
+            assert tolerance.sqnr(expected, found) > (35 if dtype == torch.bfloat16 else 100)
+            ids = expected.argmax(-1)
+    torch.compiler.reset()
 
 
 def test_prompts_of_unequal_length_are_padded_on_the_left() -> None:

@@ -112,6 +112,7 @@ def test_other_positions_are_attended_to_by_the_kernel() -> None:
 def test_products_in_fp8_stay_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "check_compute", lambda *_: None)
     monkeypatch.setattr("qcompile.attention.check_compute", lambda *_: None)
+    monkeypatch.setattr("qcompile.caches.check_compute", lambda *_: None)
     prompt = Prompt(SPELLINGS["is_causal"], {"format": "fp8", "compute": "fp8"})
     captured = capture(prompt, *prompt.inputs)
     (node,) = calls(captured, ATTENTION)

@@ -7,8 +7,9 @@
 //
 //     scores [rows, STRETCH] -> weights, with the values' scales -> output [rows, Dv] and, a row, top and total
 //
-// With PAIRED, products are of pairs of bfloat16: neighbours in a row of keys, and neighbouring positions of values, of
-// which the even columns of STEP come before the odd ones. Otherwise all numbers are float32.
+// With PAIRED, products are of pairs of bfloat16: neighbours in a row of keys, and neighbouring positions of values.
+// Columns lie as decoding leaves them: of STEP columns of values those that leave the least remainder by STEP / LANES
+// come first, and of 8-bit keys the even ones. Otherwise all numbers are float32.
 //
 // Stands for itself where the markers are: codes of 8-bit integers, queries of float32.
 #include "vector.h"
@@ -20,6 +21,9 @@ using Stored = std::uint8_t;   // codes, or the numbers of a cache that is not q
 constexpr bool PAIRED = false;
 constexpr int BITS = 8;        // of a code
 constexpr bool MASKED = true;  // whether decode needs the bits above a code to be 0
+constexpr bool COMPACT = false;  // whether a vector has scales of groups, and offsets, which decoding applies
+constexpr int GROUP_SIZE = 0;    // numbers of a group, 0 for all of a vector
+constexpr bool OFFSETS = false;
 // </constants>
 
 // <decode>
@@ -32,16 +36,23 @@ static inline u32 decode_pair(u32 codes) {
   u32 low = as_u32(decode((i32)(codes & 255))), high = as_u32(decode((i32)(codes >> 16 & 255)));
   return low >> 16 | (high & 0xffff0000u);
 }
+
+// Four codes, in the bytes of each lane, as bfloat16: those of bytes 0 and 2, and of bytes 1 and 3.
+static inline Pairs decode_four(u32 codes) {
+  return {decode_pair(codes & 0x00ff00ffu), decode_pair(codes >> 8 & 0x00ff00ffu)};
+}
 // </decode>
 
 constexpr bool PLAIN = !std::is_same_v<Stored, std::uint8_t>;
+
+using Scale = std::conditional_t<COMPACT, bfloat16, float>;
 
 using Element = std::conditional_t<PAIRED, bfloat16, float>;  // what is multiplied
 using Word = std::conditional_t<PAIRED, std::uint32_t, float>;  // values of a column: of two positions, or of one
 using Vector = std::conditional_t<PAIRED, u32, f32>;            // LANES of them
 
-constexpr int STEP = PAIRED ? 2 * LANES : LANES;  // columns that are decoded at a time
-constexpr int HALVES = BITS == 4 ? 2 : 1;        // low and high halves of bytes
+constexpr int HALVES = BITS == 4 ? 2 : 1;                             // low and high halves of bytes
+constexpr int STEP = (PAIRED ? BITS == 8 ? 4 : 2 : 1) * LANES;        // columns of a half that are decoded at a time
 constexpr int DEPTH = PAIRED ? 2 : 1;             // positions of a word
 constexpr i64 STRETCH = 128;                     // positions of a step of the running softmax
 #if defined(__AMX_BF16__)
@@ -49,11 +60,12 @@ constexpr bool SQUARES = PAIRED;  // whether the matrix unit multiplies
 #else
 constexpr bool SQUARES = false;
 #endif
-constexpr i64 KEYS = SQUARES ? 32 : LANES;  // positions whose keys are decoded at a time
-constexpr i64 UNIT = SQUARES ? STRETCH : 32;     // and whose values are
-constexpr i64 PARTS = 64;  // all blocks together, if the context is long enough
-constexpr i64 MOST_ROWS = 128;  // of a block
+constexpr i64 KEYS = SQUARES ? 32 : LANES;   // positions whose keys are decoded at a time
+constexpr i64 PARTS = 64;                    // all blocks together, if the context is long enough
+constexpr i64 MOST_ROWS = 128;               // of a block
 constexpr i64 NUMBERS_PER_THREAD = 1 << 16;  // as many are read sooner than another thread starts
+constexpr i64 ALL = i64(1) << 40;            // more positions than there are
+constexpr i64 AHEAD = 32;                    // positions that pages are fetched ahead
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 quotient(i64 a, i64 b) { return (a + b - 1) / b; }
@@ -85,148 +97,35 @@ struct Array {
 };
 
 #include "attention_call.h"
-
-// `from`, or where the LANES numbers from there on would go past `count`, a copy of what is there.
-template <class T>
-struct Some {
-  T copy[LANES];
-  const T* from;
-
-  Some(const T* given, i64 count) : from(given) {
-    if (count >= LANES) return;
-    std::memset(copy, 0, sizeof(copy));
-    std::memcpy(copy, given, count * sizeof(T));
-    from = copy;
-  }
-};
-
-template <class T>
-static inline f32 some(const void* from, i64 first, i64 count) {
-  return values(Some<T>((const T*)from + first, count).from);
-}
-
-// STEP numbers of a row, of which `count` are there, in 16 bits each: neighbours in the halves of a lane.
-static inline u32 neighbours(const std::uint16_t* from, i64 count) {
-  if (count >= STEP) return get<u32>(from);
-  u32 found{};
-  std::memcpy(&found, from, count * sizeof(*from));
-  return found;
-}
-static inline u32 neighbours(const bfloat16* from, i64 count) { return neighbours(&from->bits, count); }
-static inline u32 neighbours(const std::uint8_t* from, i64 count) {
-  typedef std::uint8_t bytes __attribute__((vector_size(2 * LANES)));
-  typedef std::uint16_t words __attribute__((vector_size(4 * LANES)));
-  bytes found{};
-  if (count >= STEP) found = get<bytes>(from);
-  else std::memcpy(&found, from, count);
-#if defined(__AVX512BW__)
-  return (u32)_mm512_cvtepu8_epi16((__m256i)found);  // compilers make two instructions and their joining
-#else
-  return (u32)__builtin_convertvector(found, words);
-#endif
-}
-
-// The bfloat16 of codes, or of numbers as they are; of 4-bit codes those of one half.
-template <int HALF>
-static inline u32 pair_of(u32 stored) {
-  if constexpr (PLAIN) {
-    return stored;
-  } else {
-    u32 codes = stored >> (4 * HALF);
-    if constexpr (HALVES > 1 && MASKED) codes &= 0x000f000fu;
-    return decode_pair(codes);
-  }
-}
-
-template <int HALF, class T>
-static inline f32 number_of(const T* from, i64 count) {
-  Some<T> there(from, count);
-  if constexpr (PLAIN) {
-    return values(there.from);
-  } else {
-    i32 codes = widen(load<u8>(there.from)) >> (4 * HALF);
-    if constexpr (HALVES > 1 && MASKED) codes &= 15;
-    return decode(codes);
-  }
-}
-
-// One row of keys.
-template <class T>
-static inline void decode_key(const T* row, i64 size, Element* to) {
-  const i64 columns = size / HALVES, half = padded(size) / HALVES;
-  for (i64 d = 0; d < columns; d += STEP) {
-    if constexpr (PAIRED) {
-      u32 stored = neighbours(row + d, columns - d);
-      each<HALVES>([&](auto h) { put(to + h * half + d, pair_of<h>(stored)); });
-    } else {
-      each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
-    }
-  }
-}
-
-// The rows of values of up to DEPTH positions as words; what is not there is that of code 0.
-template <class T>
-static inline void decode_value(const T* row, const T* next, i64 size, Word* to) {
-  const i64 columns = size / HALVES, half = padded(size) / HALVES;
-  for (i64 d = 0; d < columns; d += STEP) {
-    if constexpr (PAIRED) {
-      u32 first = neighbours(row + d, columns - d), second{};
-      if (next != nullptr) second = neighbours(next + d, columns - d);
-      u32 even = (first & 0xffffu) | second << 16, odd = first >> 16 | (second & 0xffff0000u);
-      each<HALVES>([&](auto h) {
-        put(to + h * half + d, pair_of<h>(even));
-        put(to + h * half + d + LANES, pair_of<h>(odd));
-      });
-    } else {
-      each<HALVES>([&](auto h) { put(to + h * half + d, number_of<h>(row + d, columns - d)); });
-    }
-  }
-}
-
-template <class To, class From>
-static inline To converted(From x) {
-  if constexpr (std::is_same_v<To, From>) return x;
-  else return number(x);
-}
-
-// A row of queries as keys are decoded, with zeros where they have no column.
-template <class T>
-static inline void arrange_query(const T* row, i64 size, Element* to) {
-  const i64 columns = size / HALVES, half = padded(size) / HALVES;
-  for (i64 h = 0; h < HALVES; ++h, row += columns, to += half) {
-    if constexpr (PAIRED) {
-      for (i64 d = 0; d < half; d += STEP) put(to + d, neighbours(row + d, columns - d));
-    } else {
-      for (i64 d = 0; d < half; ++d) to[d] = d < columns ? converted<Element>(row[d]) : Element{};
-    }
-  }
-}
+#include "attention_decode.h"
+#include "attention_places.h"
 
 // What a thread works with.
 struct Workspace {
   Array<Element> queries, weights, keys;
   Array<Word> words;
   Array<float> scores, higher, rescale;
+  Array<Found> places;  // of keys and values, and of those after these
 
   Workspace(const Attention& a, const Block& largest)
       : queries((SQUARES ? quotient(largest.rows(), 16) * 16 : largest.rows()) * padded(a.key.size)),
-        weights(largest.held() * STRETCH), keys(KEYS * padded(a.key.size)),
-        words(UNIT / DEPTH * padded(a.value.size)), scores(largest.rows() * STRETCH),
-        higher(largest.lines()), rescale(largest.lines()) {
+        weights(largest.held() * STRETCH), keys(2 * KEYS * padded(a.key.size)),
+        words(STRETCH / DEPTH * padded(a.value.size)), scores(largest.rows() * STRETCH),
+        higher(largest.lines()), rescale(largest.lines()), places(4) {
     if (SQUARES) std::memset(weights, 0, sizeof(Element) * largest.held() * STRETCH);
   }
 };
 
 // Whether rows are multiplied from where they lie.
 template <class To>
-static inline bool as_it_is(i64 size) {
-  return PLAIN && std::is_same_v<Stored, To> && size % STEP == 0;
+static inline bool lies_so(const Strip& strip) {
+  return PLAIN && std::is_same_v<Stored, To> && strip.size % STEP == 0 && strip.page % 32 == 0;
 }
 
 // The products of a query and LANES keys.
 static inline f32 products(const Element* query, const Element* keys, i64 stride, i64 columns) {
   f32 sum[LANES] = {};
-  for (i64 d = 0; d < columns; d += STEP) {
+  for (i64 d = 0; d < columns; d += sizeof(Vector) / sizeof(Element)) {
     Vector q = get<Vector>(query + d);
     each<LANES>([&](auto t) { sum[t] = dot(sum[t], get<Vector>(keys + t * stride + d), q); });
   }
@@ -235,28 +134,47 @@ static inline f32 products(const Element* query, const Element* keys, i64 stride
 
 #include "attention_squares.h"
 
-// Products of all rows and `count` keys from position `first` on: scores [rows, STRETCH].
-static void multiply_keys(const Block& block, const Workspace& w, const Strip& keys, i64 first, i64 count) {
-  const i64 columns = padded(keys.size);
-  for (i64 t = 0; t < count; t += KEYS) {
-    const Element* here = w.keys;
-    i64 stride = columns;
-    if (as_it_is<Element>(keys.size) && t + KEYS <= count) {
-      here = (const Element*)keys.row(first + t);
-      stride = keys.stride;
-    } else {
-      i64 end = least(KEYS, count - t);
-      for (i64 i = 0; i < end; ++i) decode_key(keys.row(first + t + i), keys.size, w.keys + i * columns);
+// A step of the decoding of `count` things, of `steps`: which of them.
+struct Share {
+  i64 begin, end;
+
+  Share(i64 count, i64 step, i64 steps) : begin(count * step / steps), end(count * (step + 1) / steps) {}
+};
+
+// Keys of up to KEYS positions from `t` of their stretch on.
+struct KeyBlock {
+  const Places& keys;
+  i64 t;
+  Element* to;
+
+  i64 count() const { return least(KEYS, keys.count - t); }
+  bool as_it_is() const { return lies_so<Element>(keys.of) && count() == KEYS && t >= keys.before; }
+  const Element* rows() const { return as_it_is() ? (const Element*)keys.row(t) : to; }
+  i64 stride() const { return as_it_is() ? keys.of.position : padded(keys.of.size); }
+
+  void decode(i64 step, i64 steps) const {
+    if (as_it_is()) return;
+    const Share share(count(), step, steps);
+    for (i64 i = share.begin; i < share.end; ++i) {
+      keys.fetch(t + i + AHEAD);
+      decode_key(keys.row(t + i), keys.of.size, keys.found->vectors[t + i], to + i * padded(keys.of.size));
     }
+  }
+};
+
+// Products of all rows and a block of keys: scores [rows, STRETCH]. Meanwhile another block is decoded.
+template <class Other>
+static void multiply_keys(const Block& block, const Workspace& w, const KeyBlock& keys, const Other& other) {
+  const i64 columns = padded(keys.keys.of.size);
 #if defined(__AMX_BF16__)
-    if constexpr (SQUARES) {
-      multiply_squares(w.queries, block.rows(), here, stride, columns, w.scores + t);
-      continue;
-    }
+  if constexpr (SQUARES) {
+    multiply_squares(w.queries, block.rows(), keys.rows(), keys.stride(), columns, w.scores + keys.t, other);
+    return;
+  }
 #endif
-    for (i64 r = 0; r < block.rows(); ++r) {
-      put(w.scores + r * STRETCH + t, products(w.queries + r * columns, here, stride, columns));
-    }
+  other.decode(0, 1);
+  for (i64 r = 0; r < block.rows(); ++r) {
+    put(w.scores + r * STRETCH + keys.t, products(w.queries + r * columns, keys.rows(), keys.stride(), columns));
   }
 }
 
@@ -271,18 +189,14 @@ static inline f32 add_mask(const Attention& a, f32 scores, i64 at, i64 count) {
   return scores;
 }
 
-static inline f32 scales(const Strip& strip, i64 at, i64 count) {
-  if constexpr (PLAIN) return everywhere(1.0f);
-  return strip.scale_stride == 0 ? everywhere(*strip.scale) : some<float>(strip.scale, at, count);
-}
-
 // The positions of a stretch from `first` on that a row attends to, counted from there.
 struct Seen {
   i64 begin, end;
 
   Seen(const Attention& a, const Block& block, i64 row, i64 first, i64 count) {
-    const i64 last = a.causal ? block.length - block.queries + row % block.queries : block.length - 1;
-    begin = a.window ? last + 1 - a.window - first : 0;
+    const i64 last = a.causal ? block.end - block.queries + row % block.queries : block.end - 1;
+    begin = block.start - first;
+    if (a.window && begin < last + 1 - a.window - first) begin = last + 1 - a.window - first;
     end = least(count, last + 1 - first);
   }
 
@@ -298,17 +212,16 @@ struct Seen {
 
 // The scores of a row, scaled, capped and masked, and the greatest of them.
 static inline float finish_scores(
-    const Attention& a, const Block& block, const Strip& keys, const Seen& seen, i64 row, i64 first, i64 count,
-    float* scores) {
+    const Attention& a, const Block& block, const Places& keys, const Seen& seen, i64 row, i64 first, float* scores) {
   const i64 query = block.first + row % block.queries, head = block.h * a.group + row / block.queries;
   const i64 mask = block.b * a.mask_batch + head * a.mask_head + query * a.mask_query;
   const float lowest = -__builtin_inff();
   f32 tops = everywhere(lowest);
-  for (i64 t = 0; t < count; t += LANES) {
+  for (i64 t = 0; t < keys.count; t += LANES) {
     if (seen.none(t)) continue;
-    f32 s = load<f32>(scores + t) * scales(keys, first + t, count - t) * (float)a.scale;
+    f32 s = load<f32>(scores + t) * keys.scale(t) * (float)a.scale;
     if (a.softcap != 0) s = (float)a.softcap * tanh_of(s / (float)a.softcap);
-    if (a.mask_kind != NONE) s = add_mask(a, s, mask + first + t, count - t);
+    if (a.mask_kind != NONE) s = add_mask(a, s, mask + first + t, keys.count - t);
     if (!seen.all(t)) s = where(seen.those(t), s, everywhere(lowest));
     put(scores + t, s);
     tops = where(s > tops, s, tops);
@@ -327,23 +240,23 @@ static inline void put_weights(bfloat16* to, f32 x) {
 
 // The weights of a row, times the scales of values: the sum of those before.
 static inline float weigh(
-    const Strip& values, const Seen& seen, i64 first, i64 count, float base, const float* scores, Element* weights) {
+    const Places& values, const Seen& seen, float base, const float* scores, Element* weights) {
   f32 sum{};
-  for (i64 t = 0; t < count; t += LANES) {
+  for (i64 t = 0; t < values.count; t += LANES) {
     f32 weight = seen.none(t) ? f32{} : exp_of(load<f32>(scores + t) - base);
     sum += weight;
-    put_weights(weights + t, weight * scales(values, first + t, count - t));
+    put_weights(weights + t, weight * values.scale(t));
   }
   return sum_of(sum);
 }
 
 // Scores of all rows to weights: the greatest so far and the sums of weights move on, and outputs with them.
-static void soften(const Attention& a, const Block& block, const Workspace& w, const Strip& keys, const Strip& values,
-                   i64 first, i64 count, float* output, float* top, float* total) {
-  const i64 out = padded(values.size);
+static void soften(const Attention& a, const Block& block, const Workspace& w, const Places& keys, const Places& values,
+                   i64 first, float* output, float* top, float* total) {
+  const i64 out = padded(values.of.size), count = keys.count;
   for (i64 r = 0; r < block.rows(); ++r) {
     const Seen seen(a, block, r, first, count);
-    const float here = finish_scores(a, block, keys, seen, r, first, count, w.scores + r * STRETCH);
+    const float here = finish_scores(a, block, keys, seen, r, first, w.scores + r * STRETCH);
     w.higher[r] = here > top[r] ? here : top[r];
   }
   for (i64 r = 0; r < block.rows(); r += LANES) {
@@ -356,7 +269,7 @@ static void soften(const Attention& a, const Block& block, const Workspace& w, c
     const Seen seen(a, block, r, first, count);
     const i64 at = r * STRETCH;
     const float rescale = w.rescale[r];
-    total[r] = total[r] * rescale + weigh(values, seen, first, count, w.higher[r], w.scores + at, w.weights + at);
+    total[r] = total[r] * rescale + weigh(values, seen, w.higher[r], w.scores + at, w.weights + at);
     if (rescale == 1.0f) continue;
     for (i64 d = 0; d < out; d += LANES) put(output + r * out + d, load<f32>(output + r * out + d) * rescale);
   }
@@ -393,40 +306,55 @@ static void add_rows(const Element* weights, const Word* words, i64 stride, i64 
   for (; d < columns; d += LANES) add_tile<ROWS, 1>(weights, words + d, stride, count, columns, output + d);
 }
 
-// output [rows, columns] += weights [rows, STRETCH] times the values of `count` positions from `first` on.
-static void add_values(
-    const Block& block, const Workspace& w, const Strip& values, i64 first, i64 count, float* output) {
-  const i64 columns = padded(values.size);
-  for (i64 t = 0; t < count; t += UNIT) {
-    const i64 end = least(UNIT, count - t);
-    const Word* words = w.words;
-    i64 stride = columns;
-    if (as_it_is<Word>(values.size)) {
-      words = (const Word*)values.row(first + t);
-      stride = values.stride;
-    } else {
-      for (i64 i = 0; i < end; i += DEPTH) {
-        const Stored* next = i + 1 < end ? values.row(first + t + i + 1) : nullptr;
-        decode_value(values.row(first + t + i), next, values.size, w.words + i / DEPTH * columns);
-      }
+// Values of up to `most` positions from `t` of their stretch on.
+struct ValueBlock {
+  const Places& values;
+  i64 t, most;
+  Word* to;
+
+  i64 count() const { return least(most, values.count - t); }
+  // With zeros where the matrix unit multiplies 32 positions at a time.
+  i64 held() const { return SQUARES ? quotient(count(), 32) * 32 : count(); }
+  bool as_it_is() const { return lies_so<Word>(values.of) && t >= values.before; }
+  const Word* words() const { return as_it_is() ? (const Word*)values.row(t) : to; }
+  i64 stride() const { return as_it_is() ? values.of.position : padded(values.of.size); }
+
+  void decode(i64 step, i64 steps) const {
+    if (as_it_is()) return;
+    const i64 columns = padded(values.of.size);
+    const Share share(quotient(held(), DEPTH), step, steps);
+    for (i64 i = share.begin; i < share.end; ++i) {
+      const i64 at = i * DEPTH, left = count() - at;
+      for (int j = 0; j < DEPTH; ++j) values.fetch(t + at + j + AHEAD);
+      // A position that is not there has a weight of 0; of the matrix unit's more may be left from before.
+      if (left <= 0) std::memset(to + i * columns, 0, sizeof(Word) * columns);
+      else decode_value(values.row(t + at), values.row(t + at + (left > 1)), values.of.size,
+                        values.found->vectors[t + at], to + i * columns);
     }
-#if defined(__AMX_BF16__)
-    if constexpr (SQUARES) {
-      const i64 there = quotient(end, DEPTH), whole = quotient(end, 32) * 32 / DEPTH;
-      std::memset(w.words + there * columns, 0, sizeof(Word) * (whole - there) * columns);
-      add_squares(w.weights + t, block.rows(), words, whole * DEPTH, columns, output);
-      continue;
-    }
-#endif
-    i64 r = 0;
-    auto rows_of = [&](auto rows) {
-      add_rows<rows>(w.weights + r * STRETCH + t, words, stride, end, columns, output + r * columns);
-      r += rows;
-    };
-    while (block.rows() - r >= 4) rows_of(std::integral_constant<int, 4>());
-    while (block.rows() - r >= 2) rows_of(std::integral_constant<int, 2>());
-    if (r < block.rows()) rows_of(std::integral_constant<int, 1>());
   }
+};
+
+// output [rows, columns] += weights [rows, STRETCH] times a block of values. Meanwhile another block is decoded.
+template <class Other>
+static void add_values(
+    const Block& block, const Workspace& w, const ValueBlock& values, const Other& other, float* output) {
+  const i64 columns = padded(values.values.of.size);
+  const Element* weights = w.weights + values.t;
+#if defined(__AMX_BF16__)
+  if constexpr (SQUARES) {
+    add_squares(weights, block.rows(), values.words(), values.held(), columns, output, other);
+    return;
+  }
+#endif
+  other.decode(0, 1);
+  i64 r = 0;
+  auto rows_of = [&](auto rows) {
+    add_rows<rows>(weights + r * STRETCH, values.words(), values.stride(), values.count(), columns, output + r * columns);
+    r += rows;
+  };
+  while (block.rows() - r >= 4) rows_of(std::integral_constant<int, 4>());
+  while (block.rows() - r >= 2) rows_of(std::integral_constant<int, 2>());
+  if (r < block.rows()) rows_of(std::integral_constant<int, 1>());
 }
 
 // What a part of a block gives: output [rows, columns], then the top and the total of each row.
@@ -436,34 +364,52 @@ static inline i64 partial_size(const Attention& a, const Block& block) {
 
 static void attend(const Attention& a, const Block& block, const Workspace& w, i64 begin, i64 end, float* partial) {
   const i64 rows = block.rows();
-  const Strip keys = a.key.strip(block.b, block.h), values = a.value.strip(block.b, block.h);
-  const i64 columns = padded(keys.size), out = padded(values.size);
+  const Strip key = a.strip(a.key, block.b, block.h), value = a.strip(a.value, block.b, block.h);
+  const i64 columns = padded(key.size), out = padded(value.size);
   float *top = partial + block.held() * out, *total = top + block.lines();
   std::memset(partial, 0, sizeof(float) * partial_size(a, block));
   for (i64 r = 0; r < rows; ++r) {
     Element* to = SQUARES ? w.keys + r % 16 * columns : w.queries + r * columns;
-    arrange_query(block.row(a.query, r), keys.size, to);
+    arrange_query(block.row(a.query, r), key.size, to);
     top[r] = -__builtin_inff();
 #if defined(__AMX_BF16__)
     if (SQUARES && (r % 16 == 15 || r + 1 == rows)) arrange_squares(w.keys, columns, w.queries + r / 16 * 16 * columns);
 #endif
   }
-  end = least(end, block.length);
+  end = least(end, block.end);
   if (a.window) {
-    i64 unseen = block.length - block.queries + 1 - a.window - begin;
+    i64 unseen = block.end - block.queries + 1 - a.window - begin;
     if (unseen > 0) begin += unseen / STRETCH * STRETCH;
   }
+  Places keys(key, w.places[0]), values(value, w.places[1]), next_keys(key, w.places[2]), next_values(value, w.places[3]);
+  const i64 unit = SQUARES && rows > 16 ? STRETCH : 32;  // outputs of few rows are little to load
+  auto keys_at = [&](const Places& from, i64 t) { return KeyBlock{from, t, w.keys + t / KEYS % 2 * KEYS * columns}; };
+  auto values_at = [&](i64 t) { return ValueBlock{values, t, unit, w.words + t / unit % 2 * unit / DEPTH * out}; };
+  keys.find(begin, end);
+  values.find(begin, end);
+  if (begin < end) keys_at(keys, 0).decode(0, 1);
   for (i64 first = begin; first < end; first += STRETCH) {
-    const i64 count = least(STRETCH, end - first);
-    multiply_keys(block, w, keys, first, count);
-    soften(a, block, w, keys, values, first, count, partial, top, total);
-    add_values(block, w, values, first, count, partial);
+    next_keys.find(first + STRETCH, end);
+    next_values.find(first + STRETCH, end);
+    keys.read_scales();
+    values.read_scales();
+    for (i64 t = 0; t < keys.count; t += KEYS) {
+      if (t + KEYS < keys.count) multiply_keys(block, w, keys_at(keys, t), keys_at(keys, t + KEYS));
+      else multiply_keys(block, w, keys_at(keys, t), values_at(0));
+    }
+    soften(a, block, w, keys, values, first, partial, top, total);
+    for (i64 t = 0; t < values.count; t += unit) {
+      if (t + unit < values.count) add_values(block, w, values_at(t), values_at(t + unit), partial);
+      else add_values(block, w, values_at(t), keys_at(next_keys, 0), partial);
+    }
+    std::swap(keys, next_keys);
+    std::swap(values, next_values);
   }
 }
 
 // The parts of a block, in their order, to y; each part has `size` numbers.
-static void combine(const Attention& a, const Block& block, const float* partials, i64 size) {
-  const i64 out = padded(a.value.size), parts = a.parts();
+static void combine(const Attention& a, const Block& block, const float* partials, i64 parts, i64 size) {
+  const i64 out = padded(a.value.size);
   const i64 columns = a.value.size / HALVES, half = out / HALVES;
   Array<float> scale(parts);
   for (i64 r = 0; r < block.rows(); ++r) {
@@ -484,8 +430,14 @@ static void combine(const Attention& a, const Block& block, const float* partial
     for (i64 h = 0; h < HALVES; ++h, y += columns) {
       for (i64 d = 0; d < columns; d += STEP) {
         if constexpr (PAIRED) {
-          u32 both = to_bfloat16(result(h * half + d)) | to_bfloat16(result(h * half + d + LANES)) << 16;
-          std::memcpy(y + d, &both, sizeof(Query) * least(STEP, columns - d));
+          const i64 at = h * half + d;
+          auto rounded = [&](i64 at) { return to_bfloat16(result(at)) | to_bfloat16(result(at + LANES)) << 16; };
+          u32 words[2] = {rounded(at)};
+          if constexpr (BITS == 8) {
+            Pairs both = together(words[0], rounded(at + 2 * LANES));
+            words[0] = both.even, words[1] = both.odd;
+          }
+          std::memcpy(y + d, words, sizeof(Query) * least(STEP, columns - d));
         } else {
           store(y + d, result(h * half + d), columns - d);
         }
@@ -497,8 +449,9 @@ static void combine(const Attention& a, const Block& block, const float* partial
 extern "C" void attention(const Attention* given, int most_threads) {
   const Attention& a = *given;
   const Block largest(a, 0);
-  const int threads = (int)least(most_threads, 1 + a.numbers() / NUMBERS_PER_THREAD);
-  const i64 tasks = a.tasks(), parts = a.parts(), part = a.part(), size = partial_size(a, largest);
+  const Plan plan(a);
+  const int threads = (int)least(most_threads, 1 + plan.numbers / NUMBERS_PER_THREAD);
+  const i64 tasks = a.tasks(), parts = plan.parts, size = partial_size(a, largest);
   Array<float> partials(tasks * parts * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -509,14 +462,19 @@ extern "C" void attention(const Attention* given, int most_threads) {
 #pragma omp for schedule(dynamic)
     for (i64 item = tasks * parts - 1; item >= 0; --item) {  // blocks of the last queries take the longest
       const Block block(a, item / parts);
-      const i64 begin = item % parts * part;
+      const i64 begin = block.begin + item % parts * plan.part;
+      if (begin >= block.end) continue;
 #if defined(__AMX_BF16__)
       if (SQUARES && configured != block.rows()) configure_tiles(configured = block.rows());
 #endif
-      attend(a, block, w, begin, least(begin + part, a.length), partials + item * size);
+      attend(a, block, w, begin, begin + plan.part, partials + item * size);
     }
 #pragma omp for schedule(static)
-    for (i64 task = 0; task < tasks; ++task) combine(a, Block(a, task), partials + task * parts * size, size);
+    for (i64 task = 0; task < tasks; ++task) {
+      const Block block(a, task);
+      const i64 own = block.end > block.begin ? quotient(block.end - block.begin, plan.part) : 0;
+      combine(a, block, partials + task * parts * size, own, size);
+    }
 #if defined(__AMX_BF16__)
     if (SQUARES) _tile_release();
 #endif

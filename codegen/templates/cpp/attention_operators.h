@@ -12,12 +12,21 @@ struct Rows {
   i64 batch, head, query;
 };
 
+struct Each {
+  const void* data;
+  i64 stride;
+};
+
 struct Attention {
   Rows query, y;
   Half key, value;
   const void* mask;
   i64 mask_kind, mask_batch, mask_head, mask_query;
-  i64 batch, heads, group, queries, length, causal, window;
+  const void* pages;
+  i64 pages_batch, page;
+  i64 batch, heads, group, queries, context;
+  Each length, start;
+  i64 causal, window;
   double scale, softcap;
 };
 
@@ -27,6 +36,7 @@ struct Attend {
   i64 rows;                // queries times query heads a head of keys, at most
   i64 key_size, value_size;
   double scale, softcap;
+  i64 causal, window;
 };
 
 namespace {
@@ -45,34 +55,63 @@ Half half_of(AtenTensorHandle codes, AtenTensorHandle scale, i64 size) {
   half.scale = data(scale);
   by = strides(scale);
   if (dimensions == 1) half.scale_head = by[0];
-  if (dimensions == 3) half.scale_batch = by[0], half.scale_head = by[1], half.scale_position = by[2];
+  if (dimensions > 2) half.scale_batch = by[0], half.scale_head = by[1], half.scale_position = by[2];
   return half;
+}
+
+// Whether neighbours in a vector, or scales of one, lie side by side.
+bool lies(AtenTensorHandle tensor) {
+  i64 dimensions = 0;
+  if (tensor != nullptr) check(aoti_torch_get_dim(tensor, &dimensions), "a tensor has no dimensions");
+  return dimensions < 4 || strides(tensor)[3] == 1;
 }
 
 struct Cache {
   AtenTensorHandle key, key_scale, value, value_scale;
 };
 
+// Which positions are attended to, and in which pages they are.
+struct Places {
+  AtenTensorHandle length, start, table;
+};
+
+// Whether integers, one for all or one for each sequence, are as kernels take them.
+bool each_of(AtenTensorHandle tensor, i64 batch, Each* each) {
+  *each = {nullptr, 0};
+  if (tensor == nullptr) return true;
+  std::int32_t type;
+  i64 dimensions;
+  check(aoti_torch_get_dtype(tensor, &type), "a length has no type");
+  check(aoti_torch_get_dim(tensor, &dimensions), "a length has no dimensions");
+  if (type != aoti_torch_dtype_int64() || dimensions > 1) return false;
+  const i64 count = dimensions == 0 ? 1 : sizes(tensor)[0];
+  *each = {data(tensor), count == 1 ? 0 : strides(tensor)[0]};
+  return count == 1 || count == batch;
+}
+
 // y [B, Hq, Q, Dv] of queries [B, Hq, Q, D]; null where no kernel is the one to take.
 AtenTensorHandle attend(
-    const Attend& kernel, AtenTensorHandle query, Kind kind, const Cache& cache, AtenTensorHandle length, i64 key_size,
+    const Attend& kernel, AtenTensorHandle query, Kind kind, const Cache& cache, const Places& places, i64 key_size,
     i64 value_size, double scale, bool causal, i64 window) {
-  const i64 *shape = sizes(query), *by = strides(query), *context = sizes(cache.key);
-  const i64 batch = context[0], heads = context[1], group = shape[1] / heads, queries = shape[2];
+  const i64 *shape = sizes(query), *by = strides(query), *stored = sizes(cache.key);
+  const i64 batch = shape[0], heads = stored[1], group = shape[1] / heads, queries = shape[2];
   for (int i = 0; i < 4; ++i) {
     if (shape[i] == 0) return nullptr;
   }
-  const bool rows_lie = by[3] == 1 && strides(cache.key)[3] == 1 && strides(cache.value)[3] == 1;
+  const bool rows_lie = by[3] == 1 && lies(cache.key) && lies(cache.value) && lies(cache.key_scale) &&
+                        lies(cache.value_scale);
   if (group * queries > kernel.rows || !rows_lie || value_size == 0) return nullptr;
-  i64 end = context[2];
-  if (length != nullptr) {
+  Each length, start;
+  if (!each_of(places.length, batch, &length) || !each_of(places.start, batch, &start)) return nullptr;
+  const void* pages = nullptr;
+  i64 pages_batch = 0, context = stored[2];
+  if (places.table != nullptr) {
     std::int32_t type;
-    i64 dimensions;
-    check(aoti_torch_get_dtype(length, &type), "a length has no type");
-    check(aoti_torch_get_dim(length, &dimensions), "a length has no dimensions");
-    if (type != aoti_torch_dtype_int64() || dimensions != 0) return nullptr;
-    const i64 told = *data<i64>(length);
-    end = told < 0 ? 0 : told < end ? told : end;
+    check(aoti_torch_get_dtype(places.table, &type), "a block table has no type");
+    if (type != aoti_torch_dtype_int32() || strides(places.table)[1] != 1) return nullptr;
+    pages = data(places.table);
+    pages_batch = strides(places.table)[0];
+    context *= sizes(places.table)[1];
   }
   // All heads of a token lie together, as the projection after it reads them.
   const i64 out_shape[4] = {shape[0], shape[1], queries, value_size};
@@ -80,7 +119,8 @@ AtenTensorHandle attend(
   AtenTensorHandle y = empty(out_shape, out_by, 4, kind);
   const Attention call = {
       {data(query), by[0], by[1], by[2]}, {data(y), out_by[0], out_by[1], out_by[2]},
-      half_of(cache.key, cache.key_scale, key_size), half_of(cache.value, cache.value_scale, value_size), nullptr, 0, 0, 0, 0, batch, heads, group, queries, end,
+      half_of(cache.key, cache.key_scale, key_size), half_of(cache.value, cache.value_scale, value_size),
+      nullptr, 0, 0, 0, 0, pages, pages_batch, stored[2], batch, heads, group, queries, context, length, start,
       causal, window, scale, kernel.softcap};
   kernel.attention(&call, threads_for(batch * heads * queries));
   return y;
@@ -96,8 +136,8 @@ void attention_plain_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
     if (const Attend* found = attends().find("", kind)) {
       const i64 key_size = sizes(cache.key)[3], value_size = sizes(cache.value)[3];
       y = attend(
-          *found, query, kind, cache, given(stack[4]), key_size, value_size, from<double>(stack[5]),
-          from<bool>(stack[6]), from<i64>(stack[7]));
+          *found, query, kind, cache, {given(stack[4]), nullptr, nullptr}, key_size, value_size,
+          from<double>(stack[5]), from<bool>(stack[6]), from<i64>(stack[7]));
     }
   }
   if (y == nullptr) return pass_on("qcompile::attention_plain_any", stack);
@@ -112,19 +152,18 @@ void attention_cpu(StableIValue* stack, std::uint64_t, std::uint64_t) {
   AtenTensorHandle query = from<AtenTensorHandle>(stack[0]), y = nullptr;
   StableListHandle list = from<StableListHandle>(stack[1]);
   Kind kind;
-  const bool plain = given(stack[2]) == nullptr && given(stack[5]) == nullptr && given(stack[6]) == nullptr;
-  const bool one = sizes(query)[2] == 1;  // of several, each may attend to other positions
-  if (plain && one && kind_of(query, &kind)) {
+  if (given(stack[2]) == nullptr && kind_of(query, &kind)) {
     if (const Attend* found = attends().find(text(stack[4]), kind)) {
       const Cache cache = {item(list, 0), item(list, 1), item(list, 2), item(list, 3)};
       y = attend(
-          *found, query, kind, cache, given(stack[3]), found->key_size, found->value_size, found->scale, false, 0);
+          *found, query, kind, cache, {given(stack[3]), given(stack[5]), given(stack[6])}, found->key_size,
+          found->value_size, found->scale, found->causal, found->window);
     }
   }
   if (y == nullptr) return pass_on("qcompile::attention_any", stack);
   drop(query);
   drop_list(list);
-  drop_optional(stack[3]);
+  for (int place : {3, 5, 6}) drop_optional(stack[place]);
   torch_delete_string(from<StringHandle>(stack[4]));
   stack[0] = to(y);
 }

@@ -56,10 +56,14 @@ static inline void turn(const float (*sums)[16], float* scores, i64 rows) {
   }
 }
 
-// Products of all rows and 32 keys.
+// Products of all rows and 32 keys; meanwhile the vector units decode another block.
+template <class Other>
 static void multiply_squares(
-    const Element* queries, i64 rows, const Element* keys, i64 stride, i64 columns, float* scores) {
+    const Element* queries, i64 rows, const Element* keys, i64 stride, i64 columns, float* scores,
+    const Other& other) {
   alignas(64) float sums[64][16];
+  const i64 steps = quotient(rows, 32) * columns / 32;
+  i64 step = 0;
   for (i64 r = 0; r < rows; r += 32, queries += 32 * columns) {
     const bool two = rows - r > 16;
     zero_tile<0>();
@@ -79,6 +83,7 @@ static void multiply_squares(
         dot_tiles_bf16<4, 2, 6>();
         dot_tiles_bf16<5, 7, 6>();
       }
+      other.decode(step++, steps);
     }
     store_tile<0>(sums[0], 64);
     store_tile<1>(sums[16], 64);
@@ -95,8 +100,12 @@ static void multiply_squares(
   }
 }
 
-// output [held rows, columns] += weights times words of `count` positions, a multiple of 32.
-static void add_squares(const Element* weights, i64 rows, const Word* words, i64 count, i64 columns, float* output) {
+// output [held rows, columns] += weights times words of `count` positions, a multiple of 32. Meanwhile as above.
+template <class Other>
+static void add_squares(
+    const Element* weights, i64 rows, const Word* words, i64 count, i64 columns, float* output, const Other& other) {
+  const i64 steps = quotient(rows, 32) * columns / 32;
+  i64 step = 0;
   for (i64 r = 0; r < rows; r += 32, weights += 32 * STRETCH, output += 32 * columns) {
     const bool two = rows - r > 16;
     float* second = output + 16 * columns;
@@ -125,6 +134,7 @@ static void add_squares(const Element* weights, i64 rows, const Word* words, i64
         store_tile<0>(second + d, 4 * columns);
         store_tile<1>(second + d + 16, 4 * columns);
       }
+      other.decode(step++, steps);
     }
   }
 }

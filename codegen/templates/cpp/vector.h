@@ -75,6 +75,42 @@ static inline f32 lookup(i32 code, const Table& table) {
 #endif
 }
 
+// bfloat16 of four codes in the bytes of a lane: those of bytes 0 and 2, and of bytes 1 and 3.
+struct Pairs {
+  u32 even, odd;
+};
+
+#if defined(__AVX512VBMI__)
+// The low and the high bytes of the bfloat16 of 64 codes, or of the 128 whose sign bit is 0.
+template <int COUNT>
+struct ByteTables {
+  std::uint8_t low[COUNT], high[COUNT];
+};
+
+template <int COUNT>
+static inline Pairs lookup(u32 codes, const ByteTables<COUNT>& table) {
+  auto part = [&](const std::uint8_t* bytes) {
+    __m512i first = _mm512_loadu_si512(bytes);
+    if constexpr (COUNT == 64) return (u32)_mm512_permutexvar_epi8((__m512i)codes, first);
+    else return (u32)_mm512_permutex2var_epi8(first, (__m512i)codes, _mm512_loadu_si512(bytes + 64));
+  };
+  u32 low = part(table.low), high = part(table.high);
+  if constexpr (COUNT == 128) high |= codes & 0x80808080u;
+  const __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
+  return {(u32)_mm512_mask_mov_epi8((__m512i)low, odd, _mm512_slli_epi16((__m512i)high, 8)),
+          (u32)_mm512_mask_mov_epi8(_mm512_srli_epi16((__m512i)low, 8), odd, (__m512i)high)};
+}
+#endif
+
+// The bytes of each lane as float32, less a number, in the halves of lanes that bfloat16 takes: exact up to 8 bits.
+static inline Pairs integers_of(u32 bytes, float less) {
+  // The lowest byte of a float is its integer where that begins at 2^23, the next one where it begins at 2^15.
+  auto low = [&](u32 x) { return as_u32(as_f32((x & 0xffu) | 0x4b000000u) - (0x1p23f + less)); };
+  auto next = [&](u32 x) { return as_u32(as_f32((x & 0xff00u) | 0x47000000u) - (0x1p15f + less)); };
+  u32 upper = bytes >> 16;
+  return {low(bytes) >> 16 | (low(upper) & 0xffff0000u), next(bytes) >> 16 | (next(upper) & 0xffff0000u)};
+}
+
 #if defined(__AVX512BW__)
 // Both halves of each lane at once.
 template <int COUNT>
