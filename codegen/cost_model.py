@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -132,10 +132,12 @@ def _instructions(spec: KernelSpec) -> float:
     if spec.in_rows:
         return 0.7
     fmt = FORMATS[spec.weight]
+    if spec.tile.form == "cores":
+        return 1.7  # half as many are decoded
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.offset:
         return 8.0
-    sparse = 0.32 * fmt.bits * spec.sparse
+    sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
         return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
     return 3.6 + narrow + sparse
@@ -180,7 +182,7 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     working = (multiplying + hidden * decoding) * value["fill"] ** 0.5
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, value["programs"] / (0.8 * device.processors))
     rounds = math.ceil(value["programs"] / (device.processors * resident(spec, device)))
-    turns = _TURN * rounds * math.ceil(spec.k / (tile.split * tile.k)) if tile.form == "loop" else 0.0
+    turns = _TURN * rounds * math.ceil(spec.k / (tile.split * tile.k)) if tile.form != "slab" else 0.0
     return (
         _LAUNCH + max(reading, value["cache"] / device.cache, working, turns) + (_SPLIT_COST if tile.split > 1 else 0)
     )
@@ -203,7 +205,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     if tile.form == "slab":
         return tile.m * (spec.k // tile.split) * width + 4 * tile.m * tile.n
     x = tile.m * tile.k * width
-    weight = tile.n * tile.k * spec.loaded_bits // 8
+    weight = tile.n * tile.k * spec.stored_bits // 8
     scale = _SCALE_BYTES.get(spec.scale_dtype, 1)
     block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
     blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0
@@ -259,7 +261,7 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
                 for split, stages in itertools.product((1,) if whole else _splits(like, k, block_m), (3, 4)):
                     tile = Tile(m=block_m, n=block_n, k=k, split=split, warps=warps, stages=stages)
                     found += [replace(tile, **way) for way in _ways(like, tile)]
-    return found + _slabs(like, m)
+    return found + _slabs(like, m) + _cores(like, m)
 
 
 def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
@@ -316,6 +318,26 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
             found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
+    return found
+
+
+def _cores(like: KernelSpec, m: int) -> list[Tile]:
+    """Tiles for sparse tensor cores, which read whole turns and have one scale for 64 columns at least.
+
+    For few rows: more are multiplied faster as dense weights, by instructions of a warp group.
+    """
+    scales = scales_of(like, "products")
+    sixteen = like.compute in ("bfloat16", "float16") and like.activation is None and like.super_columns == 0
+    served = like.sparse and sparse_cores(like.target) and sixteen and scales != "weights"
+    if m > 16 or not served or 0 < like.aligned < 64:
+        return []
+    found = []
+    for block_n, along, tiles in itertools.product((64, 128), (1, 2, 4), (1, 2)):
+        warps, k = along * block_n // 64, 64 * along * tiles
+        for split, stages in itertools.product((1, 2, 4, 8), (3, 4)):
+            if 2 <= warps <= 8 and like.k % (split * k) == 0 and -(-like.n // 64) * 64 % block_n == 0:
+                cut = Tile(m=8 if m == 1 else 16, n=block_n, k=k, split=split, warps=warps, stages=stages)
+                found.append(replace(cut, form="cores"))
     return found
 
 

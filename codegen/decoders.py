@@ -241,6 +241,40 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
     return "{ " + " ".join(line + ";" for line in lines) + " }"
 
 
+def kept_assembly(fmt: Format, dtype: str) -> str:
+    """PTX that decodes the kept weights of a thread in 32 columns, as `sparse_cores` takes them: field j to $<j>.
+
+    They are in word $4, or for 8 bits in $4 and $5.
+    """
+    assert isinstance(fmt, IntegerFormat)
+    packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
+    magic, number, room = MAGIC[dtype]
+    mask = ((1 << fmt.bits) - 1) * 0x10001
+    lines = [".reg .b32 s, o, z", f"mov.b32 o, {bits_of(1.0, dtype) * 0x10001:#x}"]
+    lines.append(f"mov.b32 z, {bits_of(-float(number + fmt.offset), dtype) * 0x10001:#x}")
+    for j in range(4):
+        word, low = divmod(fmt.bits * j, 16)
+        source, base = f"${4 + word}", "z"
+        if low:
+            lines.append(f"shr.b32 s, {source}, {low}")
+            source = "s"
+        if fmt.bits > room:  # 128 + seven bits, less 128 if the eighth is set, else 256
+            mask, base = 0x7F007F, "s"
+        lines.append(f"lop3.b32 ${j}, {source}, {mask:#x}, {magic:#x}, 0xea")  # (word & mask) | magic
+        if fmt.bits > room:
+            lines.append(f"lop3.b32 s, {source}, 0x800080, {magic ^ 0x80808080:#x}, 0x6a")  # (word & mask) ^ numbers
+        lines.append(f"fma.rn.{packed} ${j}, ${j}, o, {base}")
+    return "{ " + " ".join(line + ";" for line in lines) + " }"
+
+
+def sparse_product(dtype: str) -> str:
+    """PTX of one product of sparse tensor cores, as `sparse_cores` takes it."""
+    kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
+    registers = [", ".join(f"${i}" for i in range(first, first + 4)) for first in (0, 4, 8, 12)]
+    operands = "".join(f"{{{four}}}, " for four in registers)
+    return f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 {operands}$16, "
+
+
 def conversion(name: str, source: str | None, spec: KernelSpec) -> str:
     """A Triton function from stored 8-bit values (or activations as they are) to `spec.compute`."""
     if source is None or spec.compute in ("int8", "fp8"):

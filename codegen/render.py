@@ -19,16 +19,26 @@ from qcompile.codegen.decoders import (
     decode_formula,
     formula_of,
     helpers_of,
+    kept_assembly,
     pair_decoder,
     scale_decoder,
     scale_word_decoder,
+    sparse_product,
     word_assembly,
 )
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
-from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, launches_early, scales_of, super_last
+from qcompile.codegen.spec import (
+    AnySpec,
+    GroupedSpec,
+    KernelSpec,
+    launches_early,
+    scales_of,
+    super_last,
+    warp_columns,
+)
 from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.gates import ACTIVATIONS, gate
@@ -134,6 +144,8 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     # With overlap a turn of the loop has two chunks at least.
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
+    if spec.tile.form == "cores":
+        chunk = min(aligned, warp_columns(spec.tile))
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
     words, negative = "", 0
@@ -169,6 +181,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
         "SLAB": spec.tile.form == "slab" and scales != "weights",
+        "CORES": spec.tile.form == "cores",
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
         "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "HOPPER": spec.target == "sm_90",
@@ -194,7 +207,21 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
 def _fragment(spec: KernelSpec) -> dict[str, str]:
     # Values that are scaled before their products are summed are not rounded before.
     exactly = scales_of(spec, spec.tile.scales) == "weights" and not _holds(spec.compute, FORMATS[spec.weight])
-    return _fragment_holes(spec, "float32" if exactly else spec.compute) | _end(spec)
+    holes = _fragment_holes(spec, "float32" if exactly else spec.compute) | _end(spec)
+    return holes | {"sparse": _sparse_cores(spec) if spec.tile.form == "cores" else ""}
+
+
+def _sparse_cores(spec: KernelSpec) -> str:
+    """The functions of `sparse_cores`."""
+    constants: dict[str, object] = {
+        "WARPS": spec.tile.warps,
+        "STAGES": spec.tile.stages,
+        "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute),
+        "MULTIPLY": sparse_product(spec.compute),
+    }
+    text = _functions_of("sparse_cores")
+    text = text[text.index("# <cores>") :]
+    return fill_hole(text, "cores", _constants(constants))
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:

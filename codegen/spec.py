@@ -42,7 +42,8 @@ class Tile:
 
     Attributes:
         warps, stages: of a program; of its pipeline.
-        form: "loop", or "slab": all weights of a program are in registers before it multiplies.
+        form: "loop", "slab": all weights of a program are in registers before it multiplies, or "cores": 2:4 sparse
+            weights on sparse tensor cores (the template `sparse_cores`).
         scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
         overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
             fragments.
@@ -57,6 +58,11 @@ class Tile:
     form: str = "loop"
     scales: str = "products"
     overlap: bool = False
+
+
+def warp_columns(tile: Tile) -> int:
+    """Columns that a warp of the form "cores" has in a turn, of 64 rows."""
+    return tile.k // (tile.warps // (tile.n // 64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +113,8 @@ class KernelSpec:
 
     @property
     def loaded_bits(self) -> int:
-        """Bits that a program loads for a weight; threads load the codes of sparse weights in pairs."""
-        return FORMATS[self.weight].bits + (2 if self.sparse else 0)
+        """Bits that threads hold of a weight before it is decoded; of sparse ones neighbours hold the same."""
+        return FORMATS[self.weight].bits + (4 if self.sparse else 0)
 
     @property
     def groups(self) -> int:
@@ -218,6 +224,11 @@ def decode_kernel_spec(text: str) -> AnySpec:
 def native_fp8(target: str) -> bool:
     """Whether a target converts and multiplies OCP fp8: NVIDIA from sm_89, AMD gfx950 and gfx12."""
     return int(target[3:]) >= 89 if target.startswith("sm_") else target.startswith(("gfx950", "gfx12"))
+
+
+def sparse_cores(target: str) -> bool:
+    """Whether a target's tensor cores multiply 2:4 sparse matrices as `sparse_cores` has it: NVIDIA's from sm_80."""
+    return target.startswith("sm_") and int(target[3:]) >= 80
 
 
 def super_last(spec: KernelSpec) -> bool:

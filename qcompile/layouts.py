@@ -201,8 +201,8 @@ def _matrix(fields: Tensor) -> Tensor:
 
 
 def _join_fields(fields: Tensor, width: int) -> Tensor:
-    """Fields [..., 16, 2] of `width` bits as int32 words [..., width]: j, b at bit 16 b + width (j % (16 / width))."""
-    plane = fields.unflatten(-2, (width, 16 // width)).to(torch.int32)
+    """Fields [.., j, 2] of `width` bits as int32 words: j, b at bit 16 b + width (j % f), f = 16 / width in each."""
+    plane = fields.unflatten(-2, (-1, 16 // width)).to(torch.int32)
     words = torch.zeros(plane.shape[:-2], dtype=torch.int32, device=plane.device)
     for slot in range(16 // width):
         words |= plane[..., slot, 0] << (width * slot) | plane[..., slot, 1] << (16 + width * slot)
@@ -217,16 +217,16 @@ def _split_fields(words: Tensor, width: int) -> Tensor:
 
 
 class Fragment24Layout(Layout):
-    """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`: half as many codes, and a bit for each column.
+    """2:4 sparse weights of 4 or 8 bits in the tiles of `fragment`, in the order of sparse tensor cores.
 
-    The four columns 4 i to 4 i + 3 are those of field j of two neighbouring threads, 2 p + e with e < 2: column 2 e + b
-    is that of half b. At most two of their codes differ from the code of 0. Both are in the words of the pair p, `bits`
-    words in which field j has its place of `fragment`: if a thread keeps both its columns, each in its half b; if not,
-    what thread e keeps is in half e. What is not taken is 0. The words of all 64 pairs come first, for 8 bits the first
-    four of each and then the last four. One word of each of the 128 threads follows: with `f` fields in half a word, it
-    says in bit j // f of the field at half b, place j % f, whether the thread keeps that column.
+    Two of the four columns 4 i to 4 i + 3 are kept. Where `fragment` has these columns in field j = 4 v + 2 s + r of
+    threads 4 q + 2 p and 4 q + 2 p + 1 (p < 2), their codes, in their order, are here both halves of a field of one
+    thread, number 4 q + 2 p + s, which has `bits` / 2 words for v = 2 u + t: field 4 u + 2 t + r of those that
+    `_join_fields` makes. All threads' words come first, then a word of each that says which columns are kept: of thread
+    4 q + v column 4 i + c is in bit 16 r + 8 s + 4 p + c.
 
-    What is per block is as in `fragment`.
+    If less than two codes of four differ from the code of 0, others are kept too: of each pair of columns one, the
+    first. What is per block is as in `fragment`.
     """
 
     name = "fragment24"
@@ -240,29 +240,30 @@ class Fragment24Layout(Layout):
         n, k = weight.shape
         bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
         codes = F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE), value=zero)
-        fields = _fragments(codes).unflatten(2, (64, 2))  # tiles | p e | j b
-        own = fields != zero
-        kept = fields * own
-        both = own.all(-1, keepdim=True)
-        # Where a thread keeps one column, the sum is its code.
-        in_halves = torch.where(both, kept, 0).sum(3, dtype=torch.uint8)
-        by_thread = torch.where(both, 0, kept.sum(-1, keepdim=True, dtype=torch.uint8)).squeeze(-1).transpose(3, 4)
-        words = _join_fields(in_halves | by_thread, bits)  # [tiles, 64, bits]
-        words = words.unflatten(3, (-1, 4)).transpose(2, 3).flatten(2)
-        places = _join_fields(own, bits) << torch.arange(bits, dtype=torch.int32, device=codes.device)
-        places = places.sum(-1, dtype=torch.int32).flatten(2)
-        return replace(_rows_last(weight, TILE), codes=torch.cat([words, places], -1), layout=self.name)
+        fields = _fragments(codes).unflatten(3, (2, 2, 2, 2)).unflatten(2, (32, 2, 2))  # tiles | q p e | u t s r b
+        groups = fields.permute(0, 1, 2, 3, 7, 5, 6, 8, 4, 9)  # q p s u t r e b
+        kept = groups != zero
+        alone = kept.flatten(-2).sum(-1) < 2
+        kept[..., 0] |= alone.unsqueeze(-1) & ~kept[..., 1]
+        order = kept.flatten(-2).to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :2]
+        words = _join_fields(groups.flatten(-2).gather(-1, order).flatten(5, 7), bits).flatten(2)
+        places = kept.permute(0, 1, 2, 5, 6, 7, 4, 3, 8, 9).flatten(5).to(torch.int32)  # q u t | r s p e b
+        places = (places << torch.arange(32, dtype=torch.int32, device=codes.device)).sum(-1, dtype=torch.int32)
+        return replace(_rows_last(weight, TILE), codes=torch.cat([words, places.flatten(2)], -1), layout=self.name)
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
         bits, zero = weight.scheme.format.bits, weight.scheme.zero_code
         words, places = weight.codes.split([64 * bits, 128], -1)
-        slots = _split_fields(words.unflatten(2, (-1, 64, 4)).transpose(2, 3).flatten(3), bits)  # tiles | p | j c
-        places = places.unflatten(2, (64, 2, 1)) >> torch.arange(bits, dtype=torch.int32, device=words.device)
-        own = (_split_fields(places, bits) & 1).bool()  # tiles | p e | j b
-        both = own.all(-1, keepdim=True)
-        taken = torch.where(both, slots.unsqueeze(3), slots.transpose(3, 4).unsqueeze(-1))
-        matrix = _matrix(torch.where(own, taken, zero).flatten(2, 3))[:n, :k].contiguous()
+        kept = places.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+        kept = kept.unflatten(-1, (2, 2, 2, 4)).unflatten(2, (32, 2, 2))  # tiles | q u t | r s p c
+        kept = kept.permute(0, 1, 2, 7, 6, 3, 4, 5, 8)  # q p s u t r | c
+        order = kept.sort(dim=-1, descending=True, stable=True).indices[..., :2]
+        groups = torch.full(kept.shape, zero, dtype=torch.uint8, device=words.device)
+        pairs = _split_fields(words.unflatten(-1, (128, bits // 2)), bits)  # tiles | q p s | u t r | half
+        groups.scatter_(-1, order, pairs.view(order.shape))
+        fields = groups.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 8, 5, 6, 4, 7, 9)  # q p e | u t s r | b
+        matrix = _matrix(fields.flatten(5, 8).flatten(2, 4))[:n, :k].contiguous()
         return replace(_rows_first(weight), codes=pack_bits(matrix, bits), layout=LOGICAL)
 
 

@@ -172,7 +172,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         code = subprocess.run([tools / "cuobjdump", "-sass", file.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    mma = re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*", assembly["ptx"])
+    mma = re.findall(r"(?:wgmma\.mma_async|mma\.sync|mma\.sp|tcgen05\.mma)[\w.:]*", assembly["ptx"])
     return {
         "registers": int(found[1]),
         "spills": len(re.findall(_SPILL, code)),
@@ -180,10 +180,20 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         "flush": len(re.findall(r"(?:mul|fma|add|sub)(?:\.rn)?\.ftz", assembly["ptx"])),
         "mma": max(set(mma), key=mma.count) if mma else "",
         "order": _order(assembly["ptx"]),
+        "scattered": _scattered(assembly["ttgir"]),
         "copies": sorted(int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*, (0x\w+)", assembly["ptx"])),
         "loads": sorted(re.findall(r"\bld\.global[.\w]*?\.((?:v\d\.)?[bu]\d+)", assembly["ptx"])),
         "added": len(re.findall(r"\b(?:add|fma)(?:\.rn)?\.f32(?:x2)?\b", assembly["ptx"])),
     }
+
+
+def _scattered(ttgir: str) -> list[str]:
+    """Layouts of operands of mma.sp other than that which has element i in thread i."""
+    in_order = r"#ttg.blocked<{sizePerThread = \[1\], threadsPerWarp = \[32\], warpsPerCTA = \[\d+\], order = \[0\]}>"
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    operations = re.findall(r'elementwise_inline_asm "mma\.sp.*', ttgir)
+    used = {name for line in operations for name in re.findall(r"tensor<\d+x[if]32, (#\w+)>", line)}
+    return [layouts[name] for name in used if not re.fullmatch(in_order, layouts[name])]
 
 
 def _order(ptx: str) -> str:

@@ -104,21 +104,16 @@ def test_fragment24_puts_codes_where_its_docstring_says(name):
     plain = [w % 2**32 for w in words.flatten().tolist()]
     per_half = 16 // bits
 
-    def bit_of(j: int, half: int) -> int:
-        return 16 * half + bits * (j % per_half)
-
-    def kept(p: int, e: int, j: int, b: int) -> bool:
-        return plain[64 * bits + 2 * p + e] // 2 ** (bit_of(j, b) + j // per_half) % 2 == 1
-
-    for w, h, lane, v, s, r, b in itertools.product(range(4), range(8), range(4), range(4), *[range(2)] * 3):
-        n, k = 16 * w + 8 * r + h, 16 * v + 8 * s + 2 * lane + b
-        p, e, j = (32 * w + 4 * h + lane) // 2, lane % 2, 4 * v + 2 * s + r
-        assert kept(p, e, j, b) == (codes[n, k] != zero)
-        if kept(p, e, j, b):
-            q = j // per_half
-            word = plain[64 * 4 * (q // 4) + 4 * p + q % 4]
-            half = b if kept(p, e, j, 1 - b) else e
-            assert word // 2 ** bit_of(j, half) % 2**bits == codes[n, k]
+    for w, h, p, u, t, s, r in itertools.product(range(4), range(8), *[range(2)] * 5):
+        n, first = 16 * w + 8 * r + h, 32 * u + 16 * t + 8 * s + 4 * p
+        quad, j = 4 * (8 * w + h), 4 * u + 2 * t + r
+        places = plain[64 * bits + quad + 2 * u + t] // 2 ** (16 * r + 8 * s + 4 * p) % 16
+        kept = [first + i for i in range(4) if places // 2**i % 2]
+        assert len(kept) == 2
+        word = plain[bits // 2 * (quad + 2 * p + s) + j // per_half]
+        for half, k in enumerate(kept):
+            assert word // 2 ** (16 * half + bits * (j % per_half)) % 2**bits == codes[n, k]
+        assert {first + i for i in range(4) if codes[n, first + i] != zero} <= set(kept)
 
 
 @given(st.sampled_from(["int4", "int8"]), st.integers(1, 140), st.integers(1, 200), st.integers(0, 99))

@@ -11,6 +11,7 @@ any address, and is chosen for a whole process when Triton is imported. `install
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -181,6 +182,44 @@ for _name, _dtype in (("bf16x2", torch.bfloat16), ("f16x2", torch.float16)):
     _PTX[f"mul.rn.{_name}"] = _by_halves(torch.mul, _dtype)
     _PTX[f"fma.rn.{_name}"] = _by_halves(lambda a, b, c: a * b + c, _dtype)
 
+
+def _sparse_product(dtype: torch.dtype, registers: list[Any], selector: int) -> list[Any]:
+    """mma.sp::ordered_metadata.m16n8k32 of each warp: PTX's fragments of 2:4 sparse A, of B, sums and metadata.
+
+    Args:
+        registers: four words of A, four of B, four sums and the word of metadata, each of all threads.
+        selector: which two of four neighbours have the metadata.
+    """
+    words = [np.ascontiguousarray(r).reshape(-1, 8, 4) for r in registers]  # warp h l
+    warps = words[0].shape[0]
+
+    def halves(word: Any) -> Any:
+        values = torch.from_numpy(np.ascontiguousarray(word).view(np.int16).copy()).view(dtype).double().numpy()
+        return values.reshape(warps, 8, 4, 2)
+
+    a, b, c = np.zeros((warps, 16, 32)), np.zeros((warps, 32, 8)), np.zeros((warps, 16, 8))
+    warp, h = np.arange(warps)[:, None], np.arange(8)[None, :]
+    for lane in range(4):
+        for t, r in np.ndindex(2, 2):
+            field = words[12][:, :, 2 * selector + t] >> np.uint32(16 * r + 4 * lane)
+            places = [(field >> np.uint32(2 * i) & np.uint32(3)).astype(int) for i in range(2)]
+            assert (places[0] < places[1]).all(), "metadata is not ordered"
+            for i in range(2):
+                a[warp, h + 8 * r, 16 * t + 4 * lane + places[i]] = halves(words[2 * t + r])[:, :, lane, i]
+        for i, half in np.ndindex(4, 2):
+            b[:, 8 * i + 2 * lane + half, :] = halves(words[4 + i])[:, :, lane, half]
+        for r, half in np.ndindex(2, 2):
+            c[:, 8 * r : 8 * r + 8, 2 * lane + half] = words[8 + 2 * r + half].view(np.float32)[:, :, lane]
+    c = (c + a @ b).astype(np.float32)
+    sums = [c[:, 8 * r : 8 * r + 8, half::2] for r, half in np.ndindex(2, 2)]
+    return [np.ascontiguousarray(s).view(np.uint32).reshape(registers[0].shape) for s in sums]
+
+
+_SPARSE_PRODUCTS = {
+    f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{name}.{name}.f32": dtype
+    for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
+}
+
 _NO_EFFECT = ("griddepcontrol.", "cp.async.bulk.prefetch.", "//")
 """Instructions that change when things happen, not what."""
 
@@ -213,6 +252,12 @@ def _install_assembly(builder: Any) -> None:
             if not line or line.startswith((".reg", *_NO_EFFECT)):
                 continue
             name, rest = line.split(" ", 1)
+            if name in _SPARSE_PRODUCTS:
+                *names, selector = re.findall(r"\$\d+|0x\d", rest)
+                given = [registers[n] for n in names[4:]]
+                sums = _sparse_product(_SPARSE_PRODUCTS[name], given, int(selector, 0))
+                registers |= zip(names[:4], sums, strict=True)
+                continue
             if rest.startswith("{"):
                 target, source = rest[1:].split("}, ")
                 for half, register in enumerate(target.split(", ")):

@@ -34,6 +34,7 @@ GATED = tl.constexpr(False)
 PAIRED = tl.constexpr(False)
 SPLIT = tl.constexpr(1)
 SLAB = tl.constexpr(False)
+CORES = tl.constexpr(False)
 OVERLAP = tl.constexpr(False)
 EARLY = tl.constexpr(True)
 HOPPER = tl.constexpr(True)
@@ -57,6 +58,8 @@ ONES = tl.constexpr(((1 << 32) - 1) // FIELD.value)
 """A field of BITS bits, and the lowest bit of each field of a word."""
 ZERO_CODES = tl.constexpr((ONES.value << (BITS.value - 1)) - (1 << 32))
 """The code of 0 in each field."""
+HIGH = tl.constexpr((1 << 15) + (1 << (BITS.value - 1)))
+"""Moves bits 1 and 17 to the lowest bits of the first two fields of a word's high half."""
 HALVES = tl.constexpr(GATED.value and not PAIRED.value)
 WIDTH_N = tl.constexpr(N.value // 2 if GATED.value else N.value)
 BLOCK_WIDTH = tl.constexpr(BLOCK_N.value // 2 if GATED.value else BLOCK_N.value)
@@ -169,18 +172,23 @@ def extract(words, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
-    """As `load_plane`, of WIDTH words of which both threads of a pair load the same; one fetches them from memory."""
-    thread = tl.arange(0, KT * NT * 128)[:, None]
-    kt = thread // (NT * 128)
-    nt, place = place_of(tile_n, thread, 128)
-    source = codes + (nt * TILES_K + kt) * (128 * STORED) + 64 * LOW + place // 2 * WIDTH
-    source += tl.arange(0, WIDTH)[None, :]
+def load_shared(codes, tile_n, tile_k, FIRST: tl.constexpr, STEP: tl.constexpr, THREADS: tl.constexpr):
+    """Four words that THREADS neighbours have alike, one set of them STEP words behind the other: [.., 128 threads, 4].
+
+    FIRST: the place of the first set in a tile of 64 x 64 weights.
+    """
+    SETS: tl.constexpr = 128 // THREADS
+    each = tl.arange(0, KT * NT * SETS)[:, None]
+    kt = each // (NT * SETS)
+    nt, place = place_of(tile_n, each, SETS)
+    source = codes + (nt * TILES_K + kt) * (128 * STORED) + FIRST + place * STEP
+    source += tl.arange(0, 4)[None, :]
     if EVEN_K and EVEN_N:
         words = tl.load(source)
     else:
         words = tl.load(source, mask=(tile_k + kt < TILES_K) & (first_tile(tile_n) + nt < TILES_N), other=0)
-    return tl.reshape(words, (KT, NT, 128, WIDTH))
+    words = tl.broadcast_to(tl.reshape(words, (KT, NT, SETS, 1, 4)), (KT, NT, SETS, THREADS, 4))
+    return tl.reshape(words, (KT, NT, 128, 4))
 
 
 @triton.jit
@@ -190,28 +198,32 @@ def turned(words):
 
 
 @triton.jit
-def whole_fields(bits):
-    """For each word q the fields whose bit q is set in `bits` [K tiles, N tiles, 128 threads]: [.., BITS] words."""
-    q = tl.reshape(tl.arange(0, BITS), (1, 1, 1, BITS))
-    return ((tl.expand_dims(bits, 3) >> q) & ONES) * FIELD
+def own_fields(places):
+    """The fields of a thread's own columns that are kept, all their bits set: [.., BITS] words."""
+    lane = tl.reshape(tl.arange(0, 128) % 4, (1, 1, 128, 1))
+    own = (places >> (lane // 2 * 4 + lane % 2 * 2)) & 0x03030303  # r at bit 16, s at 8, b at 1
+    if BITS == 8:
+        own = tl.reshape(tl.join(own, own >> 8) & 0x00030003, (KT, NT, 128, 8))
+    low = (own | (own >> (16 - BITS))) & 0xFFFF
+    high = (own * HIGH) & -0x10000
+    return ((low | high) & ONES) * FIELD
 
 
 @triton.jit
 def load_sparse(codes, tile_n, tile_k):
     """The plane of 2:4 sparse codes, in full: [K tiles, N tiles, 128 threads, BITS]."""
-    kept = load_pairs(codes, tile_n, tile_k, 0, 4)
+    first = load_shared(codes, tile_n, tile_k, 0, BITS, 2)
     if BITS == 8:
-        both = tl.join(kept, load_pairs(codes, tile_n, tile_k, 4, 4))
-        kept = tl.reshape(tl.permute(both, (0, 1, 2, 4, 3)), (KT, NT, 128, 8))
-    first, second = tl.split(load_pairs(codes, tile_n, tile_k, BITS, 2))
-    even = tl.reshape(tl.arange(0, 128) % 2 == 0, (1, 1, 128))
-    own = tl.where(even, first, second)
-    # A thread's code is in its own column's half if it keeps both columns, or that half is the thread's.
-    in_place = own & (turned(own) | tl.where(even, 0xFFFF, -0x10000))
-    across = whole_fields(own & ~in_place)
-    in_place = whole_fields(in_place)
-    words = (kept & in_place) | (ZERO_CODES & ~in_place)
-    return (turned(kept) & across) | (words & ~across)
+        kept = tl.reshape(tl.join(first, load_shared(codes, tile_n, tile_k, 4, BITS, 2)), (KT, NT, 128, 8))
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(first, (KT, NT, 128, 2, 2)), (0, 1, 2, 4, 3)))
+        kept = (first & 0xFF00FF) | ((second & 0xFF00FF) << 8)
+        kept = tl.reshape(tl.join(kept, ((first >> 8) & 0xFF00FF) | (second & -0xFF0100)), (KT, NT, 128, 4))
+    own = own_fields(load_shared(codes, tile_n, tile_k, 64 * BITS, 4, 4))
+    # If a thread keeps both columns, each code is in its half; if one, in that half which is the thread's.
+    even = tl.reshape(tl.arange(0, 128) % 2 == 0, (1, 1, 128, 1))
+    in_place = turned(own) | tl.where(even, 0xFFFF, -0x10000)
+    return (own & ((kept & in_place) | (turned(kept) & ~in_place))) | (ZERO_CODES & ~own)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ from qcompile.codegen.templates.fragment_weights import (
     CHUNK,
     COLUMNS,
     COMPUTE,
+    CORES,
     EARLY,
     EVEN_K,
     GROUP_M,
@@ -83,6 +84,10 @@ from qcompile.codegen.templates.fragment_weights import (
 )
 
 # </weights>
+# <sparse>
+from qcompile.codegen.templates.sparse_cores import multiply_kept
+
+# </sparse>
 
 
 # <epilogue>
@@ -157,20 +162,23 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
 
 
 @triton.jit
-def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, token):
+def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, rows):
     """float32 [BLOCK_N, BLOCK_M]: K_PER_SPLIT columns from first_k of the weights of NT tiles from tile_n, times x.
 
-    x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are.
+    x and x_scale point to the first row of x and of its scales; rows says how many there are, BLOCK_M at most.
     """
     tile, n = place_of(tile_n, tl.arange(0, BLOCK_N), 64)
     n += (first_tile(tile_n) + tile) * 64
     row_mask = n < TILES_N * 64
+    token = tl.arange(0, BLOCK_M) < rows
     x_scale_rows = x_scale + tl.arange(0, BLOCK_M) * GROUPS
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if EARLY and PREFETCH > 0:
         prefetch(codes, tile_n, first_k // 64)
     wait_for_inputs()
-    if SLAB:
+    if CORES:
+        accumulator = multiply_kept(x, codes, scale, tile_n, first_k, rows)
+    elif SLAB:
         words = ()
         for step in tl.static_range(0, K_PER_SPLIT, LOADED):
             words = words + pieces(load_words(codes, tile_n, (first_k + step) // 64))
@@ -264,7 +272,6 @@ def kernel(
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     first_m = (band * GROUP_M + within % height) * BLOCK_M
     block_n = within // height
-    m = tl.arange(0, BLOCK_M)
     accumulator = multiply(
         x + first_m.to(tl.int64) * K,
         x_scale + first_m * GROUPS,
@@ -276,7 +283,7 @@ def kernel(
         super_offset,
         block_n * NT,
         split * K_PER_SPLIT,
-        first_m + m < M,
+        M - first_m,
     )
     first_n = block_n * BLOCK_WIDTH
     finish_parts(accumulator, scale, x_scale, bias, operand_0, y, partial, arrived, tile, split, first_m, first_n, M)

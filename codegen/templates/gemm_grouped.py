@@ -75,7 +75,6 @@ def kernel(
     first_m = tl.load(offsets + expert) + tile * BLOCK_M
     end_m = tl.load(offsets + expert + 1)
     rows = expert.to(tl.int64) * (TILES_N * 64)
-    token = first_m + tl.arange(0, BLOCK_M) < end_m
     accumulator = multiply(
         x + first_m.to(tl.int64) * K,
         x_scale + first_m * GROUPS,
@@ -87,7 +86,7 @@ def kernel(
         super_offset + rows * SUPER_GROUPS,
         block_n * (BLOCK_N // 64),
         split * K_PER_SPLIT,
-        token,
+        end_m - first_m,
     )
     bias += expert * N
     tile = block_n * tl.num_programs(0) + tl.program_id(0)

@@ -287,6 +287,27 @@ def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
         assert found["mma"], f"no matrix instruction in {kernel}"
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_sparse_tensor_cores_get_what_each_thread_has(target: str) -> None:
+    """The fastest by the model of some cuts; no spills in loops, and element i of each operand is in thread i."""
+    kernels = []
+    for name, m in (("int4_24", 1), ("int4_24", 16), ("int8_24", 16)):
+        like = timing.job(name, preset(name), (28672, 4096), m, torch.bfloat16).like(target)
+        cuts: dict[tuple[int, ...], KernelSpec] = {}
+        for kernel in rank(candidates(like, m), m, keep=1000):
+            tile = kernel.tile
+            if tile.form == "cores":
+                cuts.setdefault((tile.n, tile.k, tile.warps), kernel)
+        assert len(cuts) >= 5
+        kernels += [*cuts.values()][::4]
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, (kernel, found)
+        assert found["looped"] == 0, (kernel, found)
+        assert found["mma"].startswith("mma.sp"), (kernel, found)
+        assert found["scattered"] == [], (kernel, found)
+        assert found["shared"] <= shared_bytes(kernel), (kernel, found)
+
+
 def test_many_rows_on_blackwell_are_summed_in_tensor_memory() -> None:
     kernels = []
     for name, shape, m in itertools.product(("int4", "nf4"), ((8192, 4096), (4096, 14336)), (256, 1024)):
@@ -321,7 +342,8 @@ def test_kernels_of_the_shipped_table_do_not_spill() -> None:
         assert "error" not in found, (kernel, found)
         assert found["spills"] == 0, (kernel, found)
         assert found["shared"] <= device_of("sm_90").shared, (kernel, found)
-        assert found["mma"].startswith("wgmma"), (kernel, found)
+        expected = "mma.sp" if kernel.tile.form == "cores" else "wgmma"
+        assert found["mma"].startswith(expected), (kernel, found)
         assert not found["flush"], "subnormals would be flushed, which decoding fp8 relies on"
 
 

@@ -147,6 +147,18 @@ def test_sparse_weights_decode_as_dense_ones(name: str, dtype: torch.dtype) -> N
             assert torch.equal(*decoded)
 
 
+@pytest.mark.parametrize("m", [1, 5, 16])
+@pytest.mark.parametrize(("name", "dtype"), [("int4_24", BF16), ("int8_24", BF16), ("int4_24", torch.float16)], ids=str)
+def test_sparse_tensor_cores(name: str, dtype: torch.dtype, m: int) -> None:
+    """Tiles of all cuts, with and without a gate whose columns are a program's halves."""
+    for shape, epilogue in (((1024, 2048), ()), ((640, 1024), ("silu(a)*b",))):
+        given = problem(preset(name).fit("layer", shape), "fragment24", m, *shape, dtype, epilogue)
+        like = given.kernel(TARGET, Tile(m=16, n=64, k=128, split=1, warps=4, stages=1))
+        ranked = [kernel for kernel in rank(candidates(like, m), m, keep=1000) if kernel.tile.form == "cores"]
+        for kernel in ranked[:: max(1, len(ranked) // 5)]:
+            given.check(run(given, kernel), dtype)
+
+
 @pytest.mark.parametrize("name", ["int4", "int8", "fp8", "mxfp4", "nvfp4", "q4_1", "mxfp8", "int4_24"])
 def test_compiled_operator_equals_eager(name: str) -> None:
     scheme = parse_scheme(name).fit("layer", (256, 512))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from qcompile.codegen.cost_model import candidates
 from qcompile.codegen.spec import Tile
 from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
@@ -186,6 +187,43 @@ def test_fragment24(
 ) -> None:
     given_ = problem(scheme, "fragment24", *shape, dtype, seed=seed)
     given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
+
+
+@given(
+    st.sampled_from(["int4", "int8"]),
+    st.sampled_from([-1, 64, 128, 192, 256]),
+    st.sampled_from(["bfloat16", "float16", "float32", "float8_e8m0fnu"]),
+    st.tuples(st.sampled_from([1, 2, 9, 16]), st.integers(1, 260), st.sampled_from([64, 128, 192, 256, 512])),
+    st.sampled_from(FLOATS[:2]),
+    st.sampled_from(["sm_80", "sm_90"]),
+    st.integers(0, 1000),
+)
+def test_sparse_tensor_cores(
+    name: str, columns: int, scale: str, shape: tuple[int, int, int], dtype: torch.dtype, target: str, index: int
+) -> None:
+    """Any candidate for any shape."""
+    weight = replace(weight_scheme(name, Granularity(1, columns), scale), sparsity="2:4")
+    given_ = problem(Scheme(weight=weight), "fragment24", *shape, dtype, seed=index)
+    like = given_.kernel(target, SMALL)
+    tiles = [kernel.tile for kernel in candidates(like, shape[0]) if kernel.tile.form == "cores"]
+    assume(tiles)
+    given_.check(given_.interpret(target, tiles[index % len(tiles)]), dtype)
+
+
+def test_sparse_tensor_cores_are_for_what_they_take() -> None:
+    """They have no float32, no columns of 32 that share a scale, few rows of x, and are NVIDIA's from sm_80."""
+
+    def forms(columns: int, dtype: torch.dtype, target: str, m: int = 16) -> set[str]:
+        weight = replace(weight_scheme("int4", Granularity.group(columns)), sparsity="2:4")
+        like = problem(Scheme(weight=weight), "fragment24", 16, 64, 256, dtype).kernel(target, SMALL)
+        return {kernel.tile.form for kernel in candidates(like, m)}
+
+    assert "cores" in forms(64, torch.bfloat16, "sm_80")
+    assert "cores" not in forms(32, torch.bfloat16, "sm_90")
+    assert "cores" not in forms(64, torch.float32, "sm_90")
+    assert "cores" not in forms(64, torch.bfloat16, "sm_75")
+    assert "cores" not in forms(64, torch.bfloat16, "gfx942")
+    assert "cores" not in forms(64, torch.bfloat16, "sm_90", 64)
 
 
 @given(schemes("rows8"), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))
