@@ -232,13 +232,13 @@ class _Results(list[Any]):
 def _install_assembly(builder: Any) -> None:
     """Inline PTX of 32-bit registers and the instructions in `_PTX`, without branches; results may be 16-bit halves.
 
-    Elements may be packed: then registers hold bytes, and the one result 16-bit halves, of as many elements.
+    Elements may be packed: then registers hold bytes or halves, and the one result 16-bit halves, of as many elements.
     """
 
     def create_inline_asm(
         self: Any, text: str, constraints: str, operands: Any, types: Any, is_pure: bool, pack: int
     ) -> _Results:
-        assert pack == 1 or (pack == 4 and len(types) == 1)
+        assert pack == 1 or (pack in (2, 4) and len(types) == 1)
         registers = {}
         outputs = constraints.count("=")
         for i, operand in enumerate(operands):
