@@ -11,6 +11,7 @@ import time
 import torch
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+TOKENS = [1, 16, 32, 64, 128, 256, 1024]
 # M: shape: BM, RT (tiles of 64 rows), WGS, SPLIT, STAGES, AHEAD, maxnreg
 VARIANTS = {
     64: {
@@ -56,6 +57,36 @@ def compile_one(args):
     return ""
 
 
+def set_decoding(new):
+    from qcompile.codegen import decoders, render
+    from qcompile.runtime import cache
+
+    render.word_factor = decoders.word_factor if new else (lambda *args, **named: 1.0)
+    cache.load.cache_clear()
+    render.render.cache_clear()
+
+
+def choice_of(shape, m):
+    from qcompile.presets import PRESETS
+    from qcompile.runtime import gpu, measure
+    from qcompile.runtime.tuning import choose
+
+    device = torch.device("cuda", 0)
+    job = measure.job("", PRESETS["int4"].fit("", shape), shape, m, torch.bfloat16)
+    return job, choose(job.spec, m, torch.bfloat16, torch.bfloat16, gpu.target_of(device), gpu.name_of(device))
+
+
+def compile_plain(args):
+    from qcompile.runtime import measure
+
+    shape, m, new = args
+    set_decoding(new)
+    job, chosen = choice_of(shape, m)
+    if chosen.vendor is None:
+        measure.compile_kernel(chosen.kernel, job.spec)
+    return ""
+
+
 def main():
     from hopper_ws import Product
 
@@ -71,8 +102,27 @@ def main():
         for note in pool.imap_unordered(compile_one, wanted, chunksize=1):
             if note:
                 print("dropped", note)
+        plain = [(shape, m, new) for shape in SHAPES for m in TOKENS for new in (False, True)]
+        for _ in pool.imap_unordered(compile_plain, plain, chunksize=1):
+            pass
     print(f"compiled {len(wanted)} in {time.time() - begun:.0f} s", flush=True)
     sums = {}
+    print("the template: us with three and with one shift a word")
+    for m in TOKENS:
+        totals = [0.0, 0.0]
+        for shape in SHAPES:
+            job, chosen = choice_of(shape, m)
+            bench = measure.Bench(job, device)
+            times = []
+            for new in (False, True):
+                set_decoding(new)
+                y = bench.call(chosen, bench.copies[0])
+                error = float((measure.ends(y).double() - bench.problem.expected).norm() / bench.problem.expected.norm())
+                assert error <= measure.LIMIT[torch.bfloat16], error
+                times.append(statistics.median(clock.times_in_graph([lambda w=w: bench.call(chosen, w) for w in bench.copies])))
+            totals = [total + us for total, us in zip(totals, times)]
+            print(f"  M={m} {shape[0]}x{shape[1]} " + " ".join(f"{us:.2f}" for us in times))
+        print(f"  M={m} {totals[0]:.1f} {totals[1]:.1f}", flush=True)
     for m, shapes in VARIANTS.items():
         for (n, k), variants in shapes.items():
             job = measure.job("", PRESETS["int4"].fit("", (n, k)), (n, k), m, torch.bfloat16)

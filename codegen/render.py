@@ -23,6 +23,7 @@ from qcompile.codegen.decoders import (
     scale_decoder,
     scale_word_decoder,
     word_assembly,
+    word_factor,
 )
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
@@ -136,11 +137,13 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
-    words, negative = "", 0
+    words, negative, factor = "", 0, 1.0
     if fmt.bits == 4 and decoded in FIELDS and spec.target.startswith("sm_"):
         zero_points = not spec.symmetric and not spec.offset and scales != "weights"
         scaled = scales == "fragments"
-        words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled)
+        if scales != "weights":  # where offsets may be added to them
+            factor = word_factor(fmt, decoded, spec.target, at_once=scaled and not zero_points)
+        words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
         if isinstance(fmt, IntegerFormat):
             negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
     return {
@@ -165,6 +168,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "SUPER_LAST": scales != "total" and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
+        "FACTOR": factor,
         "GATED": spec.gated,
         "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
@@ -260,6 +264,7 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         SUPER_LAST=False,
         SCALES="weights",
         WORDS="",
+        FACTOR=1.0,
         EARLY=False,
     )
 
