@@ -63,7 +63,6 @@ def set_decoding(new):
 
     render.word_factor = decoders.word_factor if new else (lambda *args, **named: 1.0)
     cache.load.cache_clear()
-    render.render.cache_clear()
 
 
 def choice_of(shape, m):
