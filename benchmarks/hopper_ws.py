@@ -211,6 +211,7 @@ class Product:
         self.m = m
         self.bm, self.rt, self.wgs, self.split, self.stages, self.ahead, self.maxnreg = variant
         self.tiles = -(-m // self.bm) * -(-self.n // (64 * self.rt))
+        self.programs = min(132, self.tiles * (self.k // 128))
         self.arrived = torch.zeros(self.tiles * self.rt, dtype=torch.int32, device="cuda")
 
     def prepare(self, codes, scale, x):
@@ -225,6 +226,16 @@ class Product:
         if self.maxnreg:
             options["maxnreg"] = self.maxnreg
 
+        def call_persistent():
+            from hopper_ws_persistent import kernel
+
+            y = torch.empty(x.shape[0], self.n, dtype=torch.bfloat16, device="cuda")
+            partial = torch.empty(2 * self.programs * self.rt * 64 * self.bm, dtype=torch.float32, device="cuda")
+            kernel[(self.programs,)](
+                x_desc, codes_desc, scale_desc, y, partial, self.arrived, x.shape[0],
+                self.n, self.k, self.bm, self.rt, self.wgs, self.stages, self.ahead, True, **options)
+            return y
+
         def call():
             y = torch.empty(x.shape[0], self.n, dtype=torch.bfloat16, device="cuda")
             partial = y
@@ -235,4 +246,4 @@ class Product:
                 self.n, self.k, self.bm, self.rt, self.wgs, self.split, self.stages, self.ahead, True, **options)
             return y
 
-        return call
+        return call if self.split else call_persistent
