@@ -4,8 +4,10 @@
 """
 
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 
 import torch
@@ -41,7 +43,25 @@ VARIANTS = {
 }
 
 
+def limited(seconds, what):
+    def leave():
+        print("hangs:", what, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
 def compile_one(args):
+    timer = limited(50, args)
+    note = compile_variant(args)
+    timer.cancel()
+    return args, note
+
+
+def compile_variant(args):
     from hopper_ws import Product
 
     shape, variant = args
@@ -97,13 +117,23 @@ def main():
     begun = time.time()
     torch.manual_seed(0)
     wanted = sorted({(s, v) for shapes in VARIANTS.values() for s, vs in shapes.items() for v in vs})
-    with multiprocessing.get_context("spawn").Pool(14) as pool:
-        for note in pool.imap_unordered(compile_one, wanted, chunksize=1):
+    fine = set()
+    pool = multiprocessing.get_context("spawn").Pool(14, maxtasksperchild=3)
+    plain = [(shape, m, new) for shape in SHAPES for m in TOKENS for new in (False, True)]
+    templates = pool.imap_unordered(compile_plain, plain, chunksize=7)
+    results = pool.imap_unordered(compile_one, wanted, chunksize=1)
+    try:
+        for _ in plain:
+            templates.next(timeout=100)
+        for _ in wanted:
+            args, note = results.next(timeout=60)
             if note:
                 print("dropped", note)
-        plain = [(shape, m, new) for shape in SHAPES for m in TOKENS for new in (False, True)]
-        for _ in pool.imap_unordered(compile_plain, plain, chunksize=1):
-            pass
+            else:
+                fine.add(args)
+    except multiprocessing.TimeoutError:
+        print("not compiled:", [args for args in wanted if args not in fine])
+    pool.terminate()
     print(f"compiled {len(wanted)} in {time.time() - begun:.0f} s", flush=True)
     sums = {}
     print("the template: us with three and with one shift a word")
@@ -135,6 +165,9 @@ def main():
             rows.append((statistics.median(clock.times_in_graph([lambda w=w: torch.mm(x, w.t()) for w in many])), "cuBLAS", 0.0, ""))
             del dense, many
             for variant in variants:
+                if ((n, k), variant) not in fine:
+                    continue
+                timer = limited(15, (m, n, k, variant))
                 product = Product((n, k), m, variant)
                 try:
                     calls = [product.prepare(w.codes, w.scale, x) for w in bench.copies]
@@ -147,6 +180,7 @@ def main():
                 except Exception as failure:
                     us, error, note = float("inf"), 0.0, f"{type(failure).__name__}: {failure}"[:150]
                 rows.append((us, str(variant), error, note))
+                timer.cancel()
             good = [r[0] for r in rows[2:] if not r[3]]
             best = min(good, default=float("inf"))
             total = sums.setdefault(m, [0.0, 0.0, 0.0])
