@@ -13,7 +13,7 @@ import time
 import torch
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-TOKENS = [1, 16, 32, 64, 128, 256, 1024]
+TOKENS = [16, 64, 128, 256, 1024]
 # M: shape: BM, RT (tiles of 64 rows), WGS, SPLIT (0: persistent), STAGES, AHEAD, maxnreg
 VARIANTS = {
     64: {
