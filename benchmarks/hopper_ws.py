@@ -98,7 +98,7 @@ def finish(acc, y, partial, arrived, slot, split, row, first_m, M, N: gl.constex
         place = gl.expand_dims(n, 1) * BM + gl.expand_dims(m, 0)
         partial += slot.to(gl.int64) * (SPLIT * 64 * BM) + place
         gl.store(partial + split * (64 * BM), acc, cache_modifier=".cg")
-        gl.thread_barrier()
+        tl.debug_barrier()
         last = gl.atomic_add(arrived + slot, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
         if last:
             acc = gl.load(partial, cache_modifier=".cg")
@@ -211,7 +211,7 @@ class Product:
         self.m = m
         self.bm, self.rt, self.wgs, self.split, self.stages, self.ahead, self.maxnreg = variant
         self.tiles = -(-m // self.bm) * -(-self.n // (64 * self.rt))
-        self.programs = min(132, self.tiles * (self.k // 128))
+        self.programs = min(132 if self.split == 0 else -self.split * self.tiles, self.tiles * (self.k // 128))
         self.arrived = torch.zeros(self.tiles * self.rt, dtype=torch.int32, device="cuda")
 
     def prepare(self, codes, scale, x):
@@ -246,4 +246,4 @@ class Product:
                 self.n, self.k, self.bm, self.rt, self.wgs, self.split, self.stages, self.ahead, True, **options)
             return y
 
-        return call if self.split else call_persistent
+        return call if self.split > 0 else call_persistent

@@ -120,7 +120,7 @@ def finish(acc, y, partial, arrived, tile, begun, ended, first, total, tile_n, f
         start = tile * STEPS
         own = 2 * gl.program_id(0) + (begun > first).to(gl.int32)
         gl.store(places + own.to(gl.int64) * SLOT, acc, cache_modifier=".cg")
-        gl.thread_barrier()
+        tl.debug_barrier()
         # Programs that share the tile.
         least = ((start + 1) * programs - 1) // total
         most = ((start + STEPS) * programs - 1) // total

@@ -188,8 +188,8 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
 
 def _order(ptx: str) -> str:
     """What Hopper's code does: d decodes words, m multiplies, a digit waits for all but so many products."""
-    found = re.finditer(r"lop3\.b32 t\d|wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned (\d)", ptx)
-    letters = [match[1] or ("d" if match[0].startswith("lop3") else "m") for match in found]
+    found = re.finditer(r"(?:lop3|and)\.b32 t\d|wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned (\d)", ptx)
+    letters = [match[1] or ("d" if match[0].startswith(("lop3", "and")) else "m") for match in found]
     return "".join(letter for letter, before in zip(letters, ["", *letters], strict=False) if letter != before)
 
 
