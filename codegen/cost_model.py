@@ -16,7 +16,8 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, stream_objection
+from qcompile.compat import has_gluon
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -179,6 +180,9 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     # Half of what uneven filling costs is made up for by the programs that run alone, which run faster.
     working = (multiplying + hidden * decoding) * value["fill"] ** 0.5
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, value["programs"] / (0.8 * device.processors))
+    if tile.form == "stream":  # whose programs are filled evenly, and leave and add parts of two tiles each
+        parts = 16 * tile.m * tile.n * device.processors / device.cache
+        return _LAUNCH + max(reading, value["cache"] / device.cache, multiplying + 0.1 * decoding) + parts
     rounds = math.ceil(value["programs"] / (device.processors * resident(spec, device)))
     turns = _TURN * rounds * math.ceil(spec.k / (tile.split * tile.k)) if tile.form == "loop" else 0.0
     return (
@@ -216,7 +220,7 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
 
     After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
     """
-    tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m)
+    tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m) + _streams(like, m)
     return [replace(like, tile=tile) for tile in tiles]
 
 
@@ -316,6 +320,21 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
             found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
+    return found
+
+
+def _streams(like: KernelSpec, m: int) -> list[Tile]:
+    """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most."""
+    if m <= 32 or stream_objection(like) is not None or not has_gluon():
+        return []
+    found = []
+    for block_m, block_n in itertools.product((64, 128, 256), (256,) if like.gated else (128, 256)):
+        if block_m * block_n <= 128 * 256 and block_m <= max(64, m):
+            tile = Tile(
+                m=block_m, n=block_n, k=128, split=1, warps=8, stages=8, form="stream", scales="fragments", overlap=True
+            )
+            stage = shared_bytes(replace(like, tile=tile)) // tile.stages
+            found.append(replace(tile, stages=min(tile.stages, device_of(like.target).shared // stage)))
     return found
 
 

@@ -23,7 +23,14 @@ from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.ranges_spec import RangesSpec
-from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, decode_kernel_spec, native_fp8
+from qcompile.codegen.spec import (
+    STREAM_TEMPLATE,
+    AnySpec,
+    GroupedSpec,
+    KernelSpec,
+    decode_kernel_spec,
+    native_fp8,
+)
 from qcompile.norm_spec import decode_norm
 
 _POINTERS = {
@@ -75,6 +82,15 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "M": "i32",
     }
     return {name: types.get(name, out) for name in names}
+
+
+def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
+    """Types of a kernel of `gemm_stream`'s arguments that are tensors' descriptors, which it reads through."""
+    from qcompile.runtime.streams import blocks
+
+    return {
+        name: f"tensordesc<{types[name][1:]}{list(block)},{layout!r}>" for name, (block, layout) in blocks(spec).items()
+    }
 
 
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:
@@ -138,12 +154,19 @@ def compile_spec(spec: AnySpec) -> dict[str, Any]:
 
     kernel = cache.load(spec).kernel
     types = _SIGNATURES[type(spec)](spec, kernel.arg_names)
+    streams = isinstance(spec, KernelSpec) and spec.source == STREAM_TEMPLATE
+    if streams:
+        types |= _descriptors(spec, types)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
-    source = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
+    source: Any = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
+    if streams:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource(kernel, types, {}, aligned)
     nvidia = spec.target.startswith("sm_")
     target = GPUTarget("cuda", int(spec.target[3:]), 32) if nvidia else GPUTarget("hip", spec.target, 64)
     start = time.perf_counter()
-    options = {"num_warps": spec.tile.warps, "num_stages": spec.tile.stages}
+    options = {"num_warps": 4 if streams else spec.tile.warps, "num_stages": spec.tile.stages}
     compiled = triton.compile(source, target=target, options=options)
     found: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2), "shared": compiled.metadata.shared}
     return found | (_nvidia(compiled.asm) if nvidia else _amd(compiled.asm["amdgcn"]))
