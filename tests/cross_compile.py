@@ -61,6 +61,7 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     if spec.stored is not None:
         stored = _pointer(str(spec.stored.native_dtype).removeprefix("torch."), spec.target)
     scale = "*u8" if spec.scale_dtype.startswith("float8") else _POINTERS[spec.scale_dtype]
+    whole = spec.tile.split == 1 and spec.tile.form != "stream"
     above = "*fp32" if spec.super_columns == spec.k else "*fp16"  # as NVFP4 and K-quants have it
     types = {
         "x": _pointer(spec.x_dtype, spec.target),
@@ -76,9 +77,10 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "bias": "*fp32",
         "y": stored,
         f"operand_{spec.operand_count - 1}": out if spec.stored is None else "*fp32",
-        "partial": codes if spec.tile.split == 1 else "*fp32",
-        "arrived": codes if spec.tile.split == 1 else "*i32",
+        "partial": codes if whole else "*fp32",
+        "arrived": codes if whole else "*i32",
         "bias_stride": "i32",
+        "sharers": "i32",
         "M": "i32",
     }
     return {name: types.get(name, out) for name in names}
@@ -176,10 +178,11 @@ _SPILL = r"\b(?:STL|LDL)\b"
 
 
 def _in_loops(code: str) -> int:
-    """How many instructions that spill or reload are between a branch backwards and its target."""
+    """How many instructions that spill or reload are in innermost loops: between a branch backwards and its target."""
     lines = [(int(place, 16), text) for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", code)]
     branches = [(place, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for place, text in lines]
     loops = [(int(to[1], 16), place) for place, to in branches if to is not None and int(to[1], 16) < place]
+    loops = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
     spills = [place for place, text in lines if re.search(_SPILL, text)]
     return sum(any(first <= place <= last for first, last in loops) for place in spills)
 

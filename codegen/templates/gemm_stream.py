@@ -10,9 +10,9 @@ columns: `full` says that a stage has arrived, `empty` that both groups are done
 stages AHEAD, once the other has left them. So x is read from the L2 cache, whose rate limits such products, once for
 BLOCK_N rows of the weight.
 
-There are as many programs as multiprocessors. All steps of all tiles, one tile after another, are divided evenly among
-them: a program ends one tile, computes some whole, and begins another. Of a tile that several share, each leaves its
-part in memory, and the last to arrive adds them in their order, so that results do not depend on timing.
+Tiles are divided in two: as often as there are tiles for all programs, each takes one whole; then the steps of the tiles
+that are left, one tile after another, are shared evenly by the first `sharers` programs. Of a shared tile each leaves
+its part in memory, and the last to arrive adds all in their order, so that results do not depend on timing.
 
 With GATED a group's two tiles are of the same rows in both halves of the weight, and the epilogue gets both.
 """
@@ -44,6 +44,7 @@ WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
 GATED = tl.constexpr(False)
+OPERANDS = tl.constexpr(False)
 # </constants>
 
 STEPS = (K + 127) // 128
@@ -57,7 +58,7 @@ HALVES = tl.constexpr(2 if GATED.value else 1)
 WIDTH_N = N // HALVES
 TILES_N = (WIDTH_N + 64 * ROWS // HALVES - 1) // (64 * ROWS // HALVES)
 """Programs' tiles across the output."""
-AHEAD = tl.constexpr(STAGES.value - (1 if STAGES.value < 4 else 2))
+AHEAD = STAGES - 1
 BYTES = BLOCK_M * 256 + ROWS * (4096 + GROUPS * (128 if SYMMETRIC else 192))
 """Of a stage."""
 CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + (",r,r,r,r" if not SYMMETRIC.value else ",r,r"))
@@ -98,6 +99,10 @@ SLOTS = gl.constexpr(
 """What belongs to 64 rows: a thread has its two, r = 0 and 1."""
 OUT = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 """In which outputs [64, BLOCK_M] are stored, eight neighbours a thread."""
+WIDTH = tl.constexpr(64 * (1 if GATED.value else BLOCK_N.value // 128))
+AT_ONCE = tl.constexpr(min(4096 // WIDTH.value, BLOCK_M.value))
+"""Columns of the output that a group has, and of how many rows its parts are added at once."""
+PARTS = gl.constexpr(gl.BlockedLayout([4, 1], [WIDTH.value // 4, 128 // WIDTH.value], [1, 4], [0, 1]))
 
 
 # <epilogue>
@@ -156,10 +161,27 @@ def decode(codes, rows):
 
 
 @gluon.jit
-def place_of(step, tiles_m):
-    """Of a step of all: its tile's first tile of 64 rows, its first row of x, and which of the tile's steps it is."""
-    tile = step // STEPS
-    return tile // tiles_m * (ROWS // HALVES), tile % tiles_m * BLOCK_M, step % STEPS
+def shared_tiles(tiles_m):
+    """How often all programs take a tile whole, and how many steps the tiles have that are left."""
+    tiles, programs = TILES_N * tiles_m, gl.num_programs(0)
+    return tiles // programs, tiles % programs * STEPS
+
+
+@gluon.jit
+def first_shared(program, steps, sharers):
+    """The first of the shared steps that a program has; where those of the next begin, its end."""
+    return gl.minimum(program, sharers) * steps // sharers
+
+
+@gluon.jit
+def place_of(i, tiles_m, sharers):
+    """Of a program's step `i`: the tile, the first of its tiles of 64 rows, its first row of x, and the tile's step."""
+    whole, steps = shared_tiles(tiles_m)
+    programs = gl.num_programs(0)
+    shared = first_shared(gl.program_id(0), steps, sharers) + i - whole * STEPS
+    tile = gl.where(i < whole * STEPS, i // STEPS * programs + gl.program_id(0), whole * programs + shared // STEPS)
+    step = gl.where(i < whole * STEPS, i % STEPS, shared % STEPS)
+    return tile, tile // tiles_m * (ROWS // HALVES), tile % tiles_m * BLOCK_M, step
 
 
 @gluon.jit
@@ -191,39 +213,42 @@ def send_x(inputs, ring, first_m, step, stage, there):
 
 
 @gluon.jit
-def begin(inputs, ring, first, last, tiles_m):
+def begin(inputs, ring, steps, tiles_m, sharers):
     """Send for the first stages: for weights at once, for x when the kernels before have written all they write."""
     for i in gl.static_range(AHEAD):
-        tile_n, first_m, step = place_of(first + i, tiles_m)
-        send_weights(inputs, ring, tile_n, step, i, first + i < last)
+        tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
+        send_weights(inputs, ring, tile_n, step, i, i < steps)
     PTX: gl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     for i in gl.static_range(AHEAD):
-        tile_n, first_m, step = place_of(first + i, tiles_m)
-        send_x(inputs, ring, first_m, step, i, first + i < last)
+        tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
+        send_x(inputs, ring, first_m, step, i, i < steps)
 
 
 @gluon.jit
-def send_next(inputs, ring, first, last, now, tiles_m):
-    """At step `now`, send for step now + AHEAD, when both groups have left its stage."""
-    i = now + AHEAD - first
-    stage = i % STAGES
-    there = now + AHEAD < last
-    tile_n, first_m, step = place_of(now + AHEAD, tiles_m)
+def send_next(inputs, ring, now, steps, tiles_m, sharers):
+    """At step `now` of all that a program has, send for step now + AHEAD, when both groups have left its stage."""
+    i = now + AHEAD
+    stage, there = i % STAGES, i < steps
+    tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
     mbarrier.wait(ring[5].index(stage), (i // STAGES - 1) & 1, pred=there & (i >= STAGES))
     send_weights(inputs, ring, tile_n, step, stage, there)
     send_x(inputs, ring, first_m, step, stage, there)
 
 
 @gluon.jit
-def put(value, second, outputs, row, first_m, M):
-    """The epilogue of sums of 64 columns of the output from `row`; with GATED, of sums of both halves."""
+def finish_whole(value, second, outputs, row, first_m, M):
+    """The epilogue of sums of 64 columns of the output from `row`; with GATED, of sums of both halves.
+
+    Sums that operands are loaded for, and others when they are rounded, go to where neighbours are a thread's.
+    """
     bias, operand_0, y = outputs
-    m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS)), 0)
-    n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, SUMS)), 1)
-    mask = (m < M) & (n < WIDTH_N)
-    offsets = m.to(gl.int64) * WIDTH_N + n
-    value = epilogue(value * FACTOR, second * FACTOR, bias, operand_0, n, offsets, mask)
+    LAYOUT: gl.constexpr = OUT if OPERANDS else SUMS
+    value, second = gl.convert_layout(value * FACTOR, LAYOUT), gl.convert_layout(second * FACTOR, LAYOUT)
+    m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)), 0)
+    n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
+    offsets, mask = m.to(gl.int64) * WIDTH_N + n, (m < M) & (n < WIDTH_N)
+    value = epilogue(value, second, bias, operand_0, n, offsets, mask)
     value = gl.convert_layout(value.to(y.dtype.element_ty), OUT)
     m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)), 0)
     n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, OUT)), 1)
@@ -232,67 +257,96 @@ def put(value, second, outputs, row, first_m, M):
 
 @gluon.jit
 def add_parts(parts, slot, least, most):
-    """The sum of what the programs from `least` to `most` left, each first in its first slot, but `least` in `slot`."""
-    SLOT: gl.constexpr = BLOCK_N * BLOCK_M
-    total = gl.load(parts + slot.to(gl.int64) * SLOT, cache_modifier=".cg")
-    for other in range(least + 1, most + 1):
-        total += gl.load(parts + (2 * other).to(gl.int64) * SLOT, cache_modifier=".cg")
+    """The sum of what the programs from `least` to `most` left, each in its first slot, but `least` in `slot`.
+
+    Four are loaded at a time.
+    """
+    total = gl.load(parts + slot.to(gl.int64) * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+    for first in range(least + 1, most + 1, 4):
+        found = ()
+        for i in gl.static_range(4):
+            part = parts + (2 * (first + i)).to(gl.int64) * (BLOCK_N * BLOCK_M)
+            found = found + (gl.load(part, mask=first + i <= most, other=0.0, cache_modifier=".cg"),)
+        for i in gl.static_range(4):
+            total += found[i]
     return total
 
 
 @gluon.jit
-def finish(sum0, sum1, outputs, partial, arrived, tile, begun, ended, first, total, tiles_m, M, GROUP: gl.constexpr):
-    """The end of a group's tiles of 64 rows, of which this program has summed the steps from `begun` to `ended`."""
-    row = tile // tiles_m * (64 * ROWS // HALVES) + GROUP * (64 * PER // HALVES)
-    first_m = tile % tiles_m * BLOCK_M
-    if ended - begun == STEPS:
-        put(sum0, sum1, outputs, row, first_m, M)
-        if PER // HALVES == 2:
-            put(sum1, sum1, outputs, row + 64, first_m, M)
-    else:
-        programs = gl.num_programs(0)
-        m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))
-        n = gl.arange(0, 64, gl.SliceLayout(1, SUMS)) + GROUP * (64 * PER)
-        parts = partial + gl.expand_dims(n, 1) * BLOCK_M + gl.expand_dims(m, 0)
-        own = parts + (2 * gl.program_id(0) + (begun > first)).to(gl.int64) * (BLOCK_N * BLOCK_M)
-        gl.store(own, sum0, cache_modifier=".cg")
-        if PER == 2:
-            gl.store(own + 64 * BLOCK_M, sum1, cache_modifier=".cg")
-        tl.debug_barrier()  # all stores of this group come before its arrival
-        start = tile * STEPS
-        least = ((start + 1) * programs - 1) // total  # the programs that have the tile's first and last step
-        most = ((start + STEPS) * programs - 1) // total
-        if gl.atomic_add(arrived + 2 * tile + GROUP, 1, sem="acq_rel", scope="gpu") == most - least:
-            gl.store(arrived + 2 * tile + GROUP, 0)
-            slot = 2 * least + (least * total // programs < start)
-            whole = add_parts(parts, slot, least, most)
-            if GATED:
-                put(whole, add_parts(parts + 64 * BLOCK_M, slot, least, most), outputs, row, first_m, M)
-            else:
-                put(whole, whole, outputs, row, first_m, M)
-                if PER == 2:
-                    whole = add_parts(parts + 64 * BLOCK_M, slot, least, most)
-                    put(whole, whole, outputs, row + 64, first_m, M)
+def finish_parts(partial, slot, least, most, outputs, row, first_m, M):
+    """The epilogue of sums of parts of all columns that a group has, of AT_ONCE rows after another."""
+    bias, operand_0, y = outputs
+    n = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(1, PARTS)), 1)
+    for chunk in range(BLOCK_M // AT_ONCE):
+        m = chunk * AT_ONCE + gl.expand_dims(gl.arange(0, AT_ONCE, gl.SliceLayout(0, PARTS)), 0)
+        parts = partial + m * BLOCK_N + n
+        value = add_parts(parts, slot, least, most)
+        second = value
+        if GATED:
+            second = add_parts(parts + 64, slot, least, most)
+        m += first_m
+        offsets, mask = m.to(gl.int64) * WIDTH_N + row + n, (m < M) & (row + n < WIDTH_N)
+        value = epilogue(value * FACTOR, second * FACTOR, bias, operand_0, row + n, offsets, mask)
+        gl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
-def work(inputs, ring, outputs, partial, arrived, first, last, total, tiles_m, M, GROUP: gl.constexpr):
-    """All that warp group GROUP does: steps `first` to `last` of all."""
+def leave_part(partial, program_slot, sum0, sum1):
+    """Store a group's sums, [BLOCK_M, BLOCK_N] in a slot."""
+    m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS)), 0)
+    n = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, SUMS)), 1)
+    part = partial + program_slot.to(gl.int64) * (BLOCK_N * BLOCK_M) + m * BLOCK_N + n
+    gl.store(part, sum0, cache_modifier=".cg")
+    if PER == 2:
+        gl.store(part + 64, sum1, cache_modifier=".cg")
+
+
+@gluon.jit
+def finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP: gl.constexpr):
+    """The end of a group's sums of `length` steps of a tile; `later`: the program has had steps of another shared one."""
+    row = tile // tiles_m * (64 * ROWS // HALVES) + GROUP * WIDTH
+    first_m = tile % tiles_m * BLOCK_M
+    if length == STEPS:
+        finish_whole(sum0, sum1, outputs, row, first_m, M)
+        if WIDTH == 128:
+            finish_whole(sum1, sum1, outputs, row + 64, first_m, M)
+    else:
+        partial += GROUP * (64 * PER)
+        leave_part(partial, 2 * gl.program_id(0) + later, sum0, sum1)
+        tl.debug_barrier()  # all stores of this group come before its arrival
+        whole, steps = shared_tiles(tiles_m)
+        start = (tile - whole * gl.num_programs(0)) * STEPS
+        least = ((start + 1) * sharers - 1) // steps  # the programs that have the tile's first and last step
+        most = ((start + STEPS) * sharers - 1) // steps
+        arrived += 2 * (start // STEPS) + GROUP
+        if gl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == most - least:
+            gl.store(arrived, 0)
+            slot = 2 * least + (first_shared(least, steps, sharers) < start)
+            finish_parts(partial, slot, least, most, outputs, row, first_m, M)
+
+
+@gluon.jit
+def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl.constexpr):
+    """All that warp group GROUP does."""
     xs, codes, _, _, full, empty = ring
     FIRST: gl.constexpr = GROUP if GATED else GROUP * PER
     SECOND: gl.constexpr = FIRST + (2 if GATED else 1)
+    whole, shared = shared_tiles(tiles_m)
+    begun = first_shared(gl.program_id(0), shared, sharers)
+    steps = whole * STEPS + first_shared(gl.program_id(0) + 1, shared, sharers) - begun
     if GROUP == 0:
-        begin(inputs, ring, first, last, tiles_m)
-    for tile in range(first // STEPS, (last + STEPS - 1) // STEPS):
-        begun = gl.maximum(first, tile * STEPS)
-        ended = gl.minimum(last, tile * STEPS + STEPS)
+        begin(inputs, ring, steps, tiles_m, sharers)
+    i = 0
+    while i < steps:
+        tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
+        length = gl.minimum(STEPS - step, steps - i)
+        later = ((i > whole * STEPS) & (step == 0)).to(gl.int32)
         sum0 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         sum1 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
-        for now in range(begun, ended):
-            i = now - first
-            stage = i % STAGES
-            mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        for now in range(i, i + length):
+            stage = now % STAGES
+            mbarrier.wait(full.index(stage), (now // STAGES) & 1)
             for half in gl.static_range(2):
                 if half % (2 // GROUPS) == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
@@ -305,25 +359,26 @@ def work(inputs, ring, outputs, partial, arrived, first, last, total, tiles_m, M
                 warpgroup_mma_wait(1, deps=[held])
                 held = weight
                 if half == 0:  # products of the step before are done
-                    mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), pred=i > 0)
+                    mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)
                 elif GROUP == 0:
-                    send_next(inputs, ring, first, last, now, tiles_m)
+                    send_next(inputs, ring, now, steps, tiles_m, sharers)
                 if PER == 2:
                     weight = decode(words.slice(SECOND, 1, 0), rows1)
                     sum1 = warpgroup_mma(weight, columns, sum1, is_async=True)
                     warpgroup_mma_wait(1, deps=[held])
                     held = weight
         done0, done1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
-        finish(done0, done1, outputs, partial, arrived, tile, begun, ended, first, total, tiles_m, M, GROUP)
+        finish(done0, done1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
+        i += length
 
 
-@gluon.jit(do_not_specialize=["M"])
-def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, M):
-    """Grid: at most as many programs as there are steps.
+@gluon.jit(do_not_specialize=["sharers", "M"])
+def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, sharers, M):
+    """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
     x, codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 16, 256] words and of [N / 64, groups, 64], by
     blocks of [BLOCK_M, 128], [R, 4, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. partial: float32, two of BLOCK_M *
-    BLOCK_N a program; arrived: int32, 0 for both groups of each tile, and 0 again at the end.
+    BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
     code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 4, 256], codes.layout)
@@ -339,15 +394,12 @@ def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, M)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    total = TILES_N * STEPS * tiles_m
-    first = gl.program_id(0) * total // gl.num_programs(0)
-    last = (gl.program_id(0) + 1) * total // gl.num_programs(0)
     inputs, outputs = (x, codes, scale, zero_point), (bias, operand_0, y)
     ring = (xs, code_ring, scale_ring, zero_ring, full, empty)
     gl.warp_specialize(
         [
-            (work, (inputs, ring, outputs, partial, arrived, first, last, total, tiles_m, M, 0)),
-            (work, (inputs, ring, outputs, partial, arrived, first, last, total, tiles_m, M, 1)),
+            (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),
+            (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 1)),
         ],
         [4],
         [256],

@@ -36,6 +36,18 @@ def _processors(device: torch.device | None) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def division(tiles: int, steps: int, split: int, processors: int) -> tuple[int, int, int]:
+    """How many programs there are, how many tiles are not taken whole, and how many programs share these.
+
+    Args:
+        steps: of a tile.
+        split: programs for each tile; or 0 for as many as processors, of which about four at most share a tile.
+    """
+    programs = tiles * min(split, steps) if split else processors
+    shared = tiles % programs
+    return programs, shared, min(programs, shared * (split or min(4, steps)))
+
+
 def launch(
     kernel: KernelSpec,
     function: Any,
@@ -45,12 +57,12 @@ def launch(
     operands: list[Tensor],
     y: Tensor,
 ) -> None:
-    """Run `function`, the Gluon function of `kernel`'s module, on as many programs as there are multiprocessors."""
+    """Run `function`, the Gluon function of `kernel`'s module, on its programs."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     m, tile, codes = x.shape[0], kernel.tile, weight.codes
     tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
-    programs = min(_processors(x.device if x.is_cuda else None), tiles * -(-kernel.k // 128))
+    programs, shared, sharers = division(tiles, -(-kernel.k // 128), tile.split, _processors(x.device if x.is_cuda else None))
     x = x.contiguous()
     if x.data_ptr() % 16:  # where descriptors cannot begin
         x = x.clone()
@@ -58,7 +70,7 @@ def launch(
     given = blocks(kernel)
     if weight.zero_point is None:
         inputs["zero_point"], given["zero_point"] = inputs["scale"], given["scale"]
-    partial = x.new_empty(2 * programs * tile.m * tile.n, dtype=torch.float32)
+    partial = x.new_empty(max(1, 2 * sharers * tile.m * tile.n), dtype=torch.float32)
     launcher.launch(
         function,
         (programs,),
@@ -67,7 +79,8 @@ def launch(
         *([operand.contiguous() for operand in operands] or [codes]),
         y,
         partial,
-        zeros_kept_zero(2 * tiles, x.device),
+        zeros_kept_zero(max(1, 2 * shared), x.device),
+        max(1, sharers),
         m,
         num_warps=WARPS,
         launch_pdl=True,
