@@ -17,7 +17,6 @@ from typing import Any
 import sympy
 
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, launches_early, scales_of, stream_objection
-from qcompile.compat import has_gluon
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -349,7 +348,7 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
 
 def _streams(like: KernelSpec, m: int) -> list[Tile]:
     """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most."""
-    if m <= 32 or stream_objection(like) is not None or not has_gluon():
+    if m <= 32 or stream_objection(like) is not None:
         return []
     found = []
     processors = device_of(like.target).processors

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import json
 import math
 from dataclasses import dataclass
@@ -258,10 +260,21 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     return "fragments" if preferred == "fragments" and exact else "products"
 
 
+@functools.cache
+def has_gluon() -> bool:
+    """Whether a Triton is installed whose Gluon, an experimental language, is as the template in it was tried with."""
+    try:
+        return importlib.metadata.version("triton").startswith(("3.6.", "3.7."))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def stream_objection(spec: KernelSpec) -> str | None:
     """Why `gemm_stream` does not multiply as `spec` says, whatever the tile; None if it does."""
     if spec.target != "sm_90":
         return "it is for Hopper's tensor cores"
+    if not has_gluon():
+        return "it is in Triton's experimental language Gluon, as versions 3.6 and 3.7 have it"
     if isinstance(spec, GroupedSpec) or spec.in_rows:
         return "its weights are one linear's in the layout `fragment`"
     if FORMATS[spec.weight].bits != 4 or spec.sparse or spec.activation is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,15 +12,6 @@ from torch import Tensor, fx, nn
 
 _MODULE_STEP = re.compile(r"\._modules\['([^']*)'\]|\._(?:parameters|buffers)\['([^']*)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
 _ROOT = re.compile(r"^([LG])\['([^']+)'\]")
-
-
-@functools.cache
-def has_gluon() -> bool:
-    """Whether Triton's experimental language Gluon is as the templates in it were tried with: in 3.6 and 3.7."""
-    try:
-        return importlib.metadata.version("triton").startswith(("3.6.", "3.7."))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 def inductor_options() -> list[str]:
