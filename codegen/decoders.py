@@ -209,7 +209,7 @@ def word_factor(fmt: Format, dtype: str, target: str, *, at_once: bool) -> float
 
 
 def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, at_once: bool) -> list[str]:
-    """PTX as that of `_look_up`, for integers in bfloat16, which are `factor` less; `at_once`, times the scales $9, $10.
+    """PTX as that of `_look_up`, for integers in bfloat16, `factor` times less; at_once: times the scales $9 and $10.
 
     The lowest 8 bits of a bfloat16 count units of 2**-133 up to twice its first normal number. So two fields of each
     half are numbers where they lie, 2**-133 and 2**-129 times their codes, and one multiplication and addition, which
@@ -239,9 +239,7 @@ def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, 
     return lines
 
 
-def word_assembly(
-    fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool, factor: float = 1.0
-) -> str:
+def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool, factor: float = 1.0) -> str:
     """PTX that decodes word $8 of eight 4-bit codes: field j of the low half to $<2j>, of the high half to $<2j+1>.
 
     Fields 0 and 2 are of one row of weights, 1 and 3 of another. $9 and $10 are minus both rows' zero points, less the

@@ -213,7 +213,10 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
     names = ("N", "K", "COLUMNS", "SYMMETRIC", "COMPUTE", "BLOCK_M", "BLOCK_N", "WORDS", "NEGATIVE", "FACTOR", "GATED")
     constants = _fragment_constants(spec, spec.compute)
     assert constants["SCALES"] == "fragments", spec
-    chosen = {name: constants[name] for name in names} | {"STAGES": spec.tile.stages, "OPERANDS": spec.operand_count > 0}
+    chosen = {name: constants[name] for name in names} | {
+        "STAGES": spec.tile.stages,
+        "OPERANDS": spec.operand_count > 0,
+    }
     return {"constants": _constants(chosen), "epilogue": _epilogue(spec)}
 
 

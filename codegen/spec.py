@@ -281,7 +281,7 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "its weights are of 4 bits, its activations of 16"
     if scales_of(spec, "fragments") != "fragments" or spec.scale_dtype != spec.compute or spec.super_columns:
         return "scales are not of the activations' type, or not of groups"
-    if spec.columns != 64 and spec.columns % 128 or spec.k % 64:
+    if (spec.columns != 64 and spec.columns % 128) or spec.k % 64:
         return "64 columns have more than one scale"
     if spec.paired or (spec.gated and spec.n % 128):
         return "it takes a gate's columns from the halves of the weight, in tiles of 64"

@@ -10,9 +10,9 @@ columns: `full` says that a stage has arrived, `empty` that both groups are done
 stages AHEAD, once the other has left them. So x is read from the L2 cache, whose rate limits such products, once for
 BLOCK_N rows of the weight.
 
-Tiles are divided in two: as often as there are tiles for all programs, each takes one whole; then the steps of the tiles
-that are left, one tile after another, are shared evenly by the first `sharers` programs. Of a shared tile each leaves
-its part in memory, and the last to arrive adds all in their order, so that results do not depend on timing.
+As often as there are tiles for all programs, each takes one whole; then the steps of the tiles that are left, one tile
+after another, are shared evenly by the first `sharers` programs. Of a shared tile each leaves its part in memory, and
+the last to arrive adds all in their order, so that results do not depend on timing.
 
 With GATED a group's two tiles are of the same rows in both halves of the weight, and the epilogue gets both.
 """
@@ -187,7 +187,7 @@ def place_of(i, tiles_m, sharers):
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
-    x, codes, scale, zero_point = inputs
+    _, codes, scale, zero_point = inputs
     _, codes_ring, scale_ring, zero_ring, full, _ = ring
     mbarrier.expect(full.index(stage), BYTES, pred=there)
     group = step * 128 // COLUMNS
@@ -216,12 +216,12 @@ def send_x(inputs, ring, first_m, step, stage, there):
 def begin(inputs, ring, steps, tiles_m, sharers):
     """Send for the first stages: for weights at once, for x when the kernels before have written all they write."""
     for i in gl.static_range(AHEAD):
-        tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
+        _, tile_n, _, step = place_of(i, tiles_m, sharers)
         send_weights(inputs, ring, tile_n, step, i, i < steps)
     PTX: gl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     for i in gl.static_range(AHEAD):
-        tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
+        _, _, first_m, step = place_of(i, tiles_m, sharers)
         send_x(inputs, ring, first_m, step, i, i < steps)
 
 
@@ -230,7 +230,7 @@ def send_next(inputs, ring, now, steps, tiles_m, sharers):
     """At step `now` of all that a program has, send for step now + AHEAD, when both groups have left its stage."""
     i = now + AHEAD
     stage, there = i % STAGES, i < steps
-    tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
+    _, tile_n, first_m, step = place_of(i, tiles_m, sharers)
     mbarrier.wait(ring[5].index(stage), (i // STAGES - 1) & 1, pred=there & (i >= STAGES))
     send_weights(inputs, ring, tile_n, step, stage, there)
     send_x(inputs, ring, first_m, step, stage, there)
@@ -303,7 +303,10 @@ def leave_part(partial, program_slot, sum0, sum1):
 
 @gluon.jit
 def finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP: gl.constexpr):
-    """The end of a group's sums of `length` steps of a tile; `later`: the program has had steps of another shared one."""
+    """The end of a group's sums of `length` steps of a tile.
+
+    later: 1 if the program has had steps of another shared tile, else 0.
+    """
     row = tile // tiles_m * (64 * ROWS // HALVES) + GROUP * WIDTH
     first_m = tile % tiles_m * BLOCK_M
     if length == STEPS:
@@ -338,7 +341,8 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         begin(inputs, ring, steps, tiles_m, sharers)
     i = 0
     while i < steps:
-        tile, tile_n, first_m, step = place_of(i, tiles_m, sharers)
+        place = place_of(i, tiles_m, sharers)
+        tile, step = place[0], place[3]
         length = gl.minimum(STEPS - step, steps - i)
         later = ((i > whole * STEPS) & (step == 0)).to(gl.int32)
         sum0 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
@@ -377,8 +381,8 @@ def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, sh
     """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
     x, codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 16, 256] words and of [N / 64, groups, 64], by
-    blocks of [BLOCK_M, 128], [R, 4, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. partial: float32, two of BLOCK_M *
-    BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
+    blocks of [BLOCK_M, 128], [R, 4, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. partial: float32, two of
+    BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
     code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 4, 256], codes.layout)

@@ -62,7 +62,9 @@ def launch(
 
     m, tile, codes = x.shape[0], kernel.tile, weight.codes
     tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
-    programs, shared, sharers = division(tiles, -(-kernel.k // 128), tile.split, _processors(x.device if x.is_cuda else None))
+    programs, shared, sharers = division(
+        tiles, -(-kernel.k // 128), tile.split, _processors(x.device if x.is_cuda else None)
+    )
     x = x.contiguous()
     if x.data_ptr() % 16:  # where descriptors cannot begin
         x = x.clone()
