@@ -185,6 +185,16 @@ def place_of(i, tiles_m, sharers):
 
 
 @gluon.jit
+def sharers_of(tile, tiles_m, sharers):
+    """A shared tile's number among these, the programs that have its first and its last step, and the first's slot."""
+    whole, steps = shared_tiles(tiles_m)
+    number = tile - whole * gl.num_programs(0)
+    least = ((number * STEPS + 1) * sharers - 1) // steps
+    most = ((number * STEPS + STEPS) * sharers - 1) // steps
+    return number, least, most, 2 * least + gl.where(first_shared(least, steps, sharers) < number * STEPS, 1, 0)
+
+
+@gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
     _, codes, scale, zero_point = inputs
@@ -317,14 +327,10 @@ def finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, 
         partial += GROUP * (64 * PER)
         leave_part(partial, 2 * gl.program_id(0) + later, sum0, sum1)
         tl.debug_barrier()  # all stores of this group come before its arrival
-        whole, steps = shared_tiles(tiles_m)
-        start = (tile - whole * gl.num_programs(0)) * STEPS
-        least = ((start + 1) * sharers - 1) // steps  # the programs that have the tile's first and last step
-        most = ((start + STEPS) * sharers - 1) // steps
-        arrived += 2 * (start // STEPS) + GROUP
+        number, least, most, slot = sharers_of(tile, tiles_m, sharers)
+        arrived += 2 * number + GROUP
         if gl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == most - least:
             gl.store(arrived, 0)
-            slot = 2 * least + (first_shared(least, steps, sharers) < start)
             finish_parts(partial, slot, least, most, outputs, row, first_m, M)
 
 
