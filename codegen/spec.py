@@ -109,7 +109,8 @@ class KernelSpec:
     @property
     def source(self) -> str:
         """The module in `codegen/templates` that the kernel is made from: `template`, or that of the tile's form."""
-        return STREAM_TEMPLATE if self.tile.form == "stream" else self.template
+        streams = self.template == "gemm_fragment" and self.tile.form == "stream"
+        return STREAM_TEMPLATE if streams else self.template
 
     @property
     def stored_bits(self) -> int:

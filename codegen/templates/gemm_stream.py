@@ -224,7 +224,10 @@ def send_x(inputs, ring, first_m, step, stage, there):
 
 @gluon.jit
 def begin(inputs, ring, steps, tiles_m, sharers):
-    """Send for the first stages: for weights at once, for x when the kernels before have written all they write."""
+    """Send for the first stages: for weights at once, for x when the kernels before have written all they write.
+
+    The result says of the last what `place_of` does, but the tile.
+    """
     for i in gl.static_range(AHEAD):
         _, tile_n, _, step = place_of(i, tiles_m, sharers)
         send_weights(inputs, ring, tile_n, step, i, i < steps)
@@ -233,17 +236,26 @@ def begin(inputs, ring, steps, tiles_m, sharers):
     for i in gl.static_range(AHEAD):
         _, _, first_m, step = place_of(i, tiles_m, sharers)
         send_x(inputs, ring, first_m, step, i, i < steps)
+    place = place_of(AHEAD - 1, tiles_m, sharers)
+    return place[1], place[2], place[3]
 
 
 @gluon.jit
-def send_next(inputs, ring, now, steps, tiles_m, sharers):
-    """At step `now` of all that a program has, send for step now + AHEAD, when both groups have left its stage."""
+def send_next(inputs, ring, now, steps, tiles_m, sharers, tile_n, first_m, step):
+    """At step `now` of all that a program has, send for step now + AHEAD, when both groups have left its stage.
+
+    It comes after the step that tile_n, first_m and step say; the result says the same of it.
+    """
     i = now + AHEAD
+    step += 1
+    if step == STEPS:
+        place = place_of(i, tiles_m, sharers)
+        tile_n, first_m, step = place[1], place[2], place[3]
     stage, there = i % STAGES, i < steps
-    _, tile_n, first_m, step = place_of(i, tiles_m, sharers)
     mbarrier.wait(ring[5].index(stage), (i // STAGES - 1) & 1, pred=there & (i >= STAGES))
     send_weights(inputs, ring, tile_n, step, stage, there)
     send_x(inputs, ring, first_m, step, stage, there)
+    return tile_n, first_m, step
 
 
 @gluon.jit
@@ -344,7 +356,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
     begun = first_shared(gl.program_id(0), shared, sharers)
     steps = whole * STEPS + first_shared(gl.program_id(0) + 1, shared, sharers) - begun
     if GROUP == 0:
-        begin(inputs, ring, steps, tiles_m, sharers)
+        sent_n, sent_m, sent = begin(inputs, ring, steps, tiles_m, sharers)
     i = 0
     while i < steps:
         place = place_of(i, tiles_m, sharers)
@@ -371,7 +383,9 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                 if half == 0:  # products of the step before are done
                     mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)
                 elif GROUP == 0:
-                    send_next(inputs, ring, now, steps, tiles_m, sharers)
+                    sent_n, sent_m, sent = send_next(
+                        inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent
+                    )
                 if PER == 2:
                     weight = decode(words.slice(SECOND, 1, 0), rows1)
                     sum1 = warpgroup_mma(weight, columns, sum1, is_async=True)
