@@ -220,6 +220,22 @@ def prefill(batch: int, queries: int, context: int, rate: float) -> Iterator[dic
                 return sdpa(query, *found, attn_mask=mask)
 
             yield row("dequantize", name, dequantized, *restored)
+        if before == 0:
+            first = partial(first_prompt, cache, torch.arange(context, device=DEVICE), query, key, value)
+            yield row("qcompile, first prompt", name, first, *restored)
+
+
+@torch.compile(dynamic=False)
+def first_prompt(cache: KVCache, positions: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Store a prompt in a cache that is empty, and attend to what was stored: as `passes.quantize_attention` has it."""
+    stored = []
+    for codes, scale, x, spec in (
+        (cache.key_codes, cache.key_scale, key, cache.key_spec),
+        (cache.value_codes, cache.value_scale, value, cache.value_spec),
+    ):
+        torch.ops.qcompile.store_kv(codes, scale, x, positions, spec.encode())
+        stored.append(torch.ops.qcompile.dequantize_kv(codes, scale, None, spec.encode(), x.dtype))
+    return F.scaled_dot_product_attention(query, *stored, is_causal=True, enable_gqa=True)
 
 
 def main() -> None:

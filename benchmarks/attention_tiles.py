@@ -1,6 +1,7 @@
 """Time of decode attention on a GPU by how its work is cut, for choosing `attention_gpu.tile_of`.
 
     python benchmarks/attention_tiles.py [--shapes 1x4096,8x4096] [--caches fp8_e4m3,int8,int4] [--minutes 3]
+        [--pages equal | --pages unequal]
 
 Prints for each shape and cache the tiles from the fastest on, in microseconds; heads and timing are as in attention.py.
 Kernels are compiled by several processes beforehand.
@@ -14,9 +15,11 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from attention import PAGE, in_pages, table_of, unequal
 from torch import Tensor
 
 from qcompile.codegen.attention_spec import (
@@ -43,12 +46,19 @@ def spec_of(given: str) -> AttentionSpec:
     return AttentionSpec(key=half, value=half, scale=SIZE**-0.5)
 
 
-def tiles(batch: int, context: int) -> list[AttentionTile]:
+def tiles(batch: int, context: int, paged: bool) -> list[AttentionTile]:
     """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for."""
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     pairs, found = batch * HEADS, []
+    if paged and batch > 1:  # of whose sequences each takes one program more than its share
+        return [
+            AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=ways)
+            for block, (warps, ways), stages in itertools.product((64, 128), ((4, 1), (4, 4)), (3, 4, 5))
+            for split in (16, 32, 64, 128, 256)
+            if processors <= 2 * (pairs + HEADS * split) and split * block <= batch * context
+        ]
     kinds = [
-        *itertools.product((64,), ((4, 1), (4, 4), (2, 2)), (2, 3, 4)),
+        *itertools.product((64,), ((4, 1), (4, 4), (2, 2)), (2, 3, 4, 5)),
         *itertools.product((128,), ((4, 1), (4, 4), (8, 8)), (2, 3)),
         *itertools.product((32,), ((2, 2),), (3, 4)),
     ]
@@ -73,14 +83,26 @@ def tensors_of(spec: AttentionSpec, batch: int, context: int) -> list[Tensor]:
     return made
 
 
-def compile_one(given: tuple[str, list[tuple[torch.Size, torch.dtype]]]) -> str:
+def launches(kernel: AttentionKernelSpec, cold: list[list[Tensor]], lengths: list[int]) -> list[Callable[[], Tensor]]:
+    """One launch for each copy of a cache; in pages if the kernel reads them, of as many tokens as `lengths` say."""
+    function, table, ends = cache.load(kernel).kernel, None, None
+    query = torch.randn(len(lengths), HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
+    if kernel.reach.page:
+        table, ends = table_of(lengths), torch.tensor(lengths, device=DEVICE)
+    return [
+        partial(attention_gpu.launch, kernel, function, query, tensors, None, ends, block_table=table)
+        for tensors in cold
+    ]
+
+
+def compile_one(given: tuple[str, str]) -> str:
     """Compile a kernel in a process of its own, by a launch on one sequence."""
     kernel = decode_kernel_spec(given[0])
     assert isinstance(kernel, AttentionKernelSpec)
     try:
-        tensors = [torch.zeros(shape, dtype=dtype, device=DEVICE) for shape, dtype in given[1]]
-        query = torch.zeros(1, HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
-        attention_gpu.launch(kernel, cache.load(kernel).kernel, query, tensors, None, None)
+        tensors = tensors_of(spec_of(given[1]), 1, 128)
+        cold = [[in_pages(t) for t in tensors] if kernel.reach.page else tensors]
+        launches(kernel, cold, [128])[0]()
         torch.cuda.synchronize()
     except Exception as error:  # a compiler's error of any kind is the result
         return f"{type(error).__name__}: {error}"[:300]
@@ -94,6 +116,7 @@ def main() -> None:
     parser.add_argument("--caches", default="fp8_e4m3,int8,int4")
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--keep", type=int, default=8, help="tiles that are printed")
+    parser.add_argument("--pages", choices=["equal", "unequal"], default="", help="of paged caches")
     given = parser.parse_args()
     start, target = time.monotonic(), target_of(DEVICE)
     wanted = []
@@ -101,19 +124,16 @@ def main() -> None:
         given.caches.split(";" if "{" in given.caches else ","), given.shapes.split(",")
     ):
         batch, context = map(int, shape.split("x"))
-        spec = spec_of(name)
-        make = partial(
-            attention_kernel_spec, spec, HEADS, GROUP, 1, "none", Reach(length=False), torch.bfloat16, target
-        )
-        wanted.append((name, batch, context, spec, [make(tile) for tile in tiles(batch, context)]))
-    kernels: dict[AttentionKernelSpec, list[tuple[torch.Size, torch.dtype]]] = {}
-    for _, _, _, spec, found in wanted:
-        kinds = [(t.shape, t.dtype) for t in tensors_of(spec, 1, 128)]
-        kernels.update(dict.fromkeys(found, kinds))
+        spec, reach = spec_of(name), Reach(length=False)
+        if given.pages:
+            sequences = 1 << (batch - 1).bit_length() if batch > 1 else 0
+            reach = Reach(length=True, sequences=sequences, page=PAGE)
+        make = partial(attention_kernel_spec, spec, HEADS, GROUP, 1, "none", reach, torch.bfloat16, target)
+        wanted.append((name, batch, context, spec, [make(tile) for tile in tiles(batch, context, bool(given.pages))]))
+    kernels = {kernel: name for name, _, _, _, found in wanted for kernel in found}
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
-        notes = dict(
-            zip(kernels, pool.imap(compile_one, [(k.encode(), s) for k, s in kernels.items()], 4), strict=True)
-        )
+        compiled = pool.imap(compile_one, [(kernel.encode(), name) for kernel, name in kernels.items()], 4)
+        notes = dict(zip(kernels, compiled, strict=True))
     print(f"{len(kernels)} kernels compiled in {time.monotonic() - start:.0f} s")
     for kernel, note in notes.items():
         if note:
@@ -122,20 +142,23 @@ def main() -> None:
         if time.monotonic() - start > 60 * given.minutes:
             print("out of time before", name, batch, context)
             break
-        query = torch.randn(batch, HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
-        cold = copies(DEVICE, *tensors_of(spec, batch, context))
+        tensors = tensors_of(spec, batch, context)
+        cold = copies(DEVICE, *([in_pages(t) for t in tensors] if given.pages else tensors))
+        lengths = unequal(batch, context) if given.pages == "unequal" else [context] * batch
         chosen = attention_gpu.tile_of(
-            batch * HEADS, context, SIZE, GROUP, target, integers=has_integers(spec.scheme.format)
+            batch * HEADS,
+            context if given.pages != "unequal" else max(lengths),
+            SIZE,
+            GROUP,
+            target,
+            sequences=batch if given.pages and batch > 1 else 0,
+            integers=has_integers(spec.scheme.format),
+            page=PAGE if given.pages else 0,
         )
         times = {}
         for kernel in found:
             if not notes[kernel]:
-                function = cache.load(kernel).kernel
-                calls = [
-                    partial(attention_gpu.launch, kernel, function, query, list(tensors), None, None)
-                    for tensors in cold
-                ]
-                times[kernel.tile] = microseconds(calls, DEVICE)
+                times[kernel.tile] = microseconds(launches(kernel, [list(t) for t in cold], lengths), DEVICE)
         del cold
         print(f"\n{name} {batch}x{context}, chosen now {chosen}: {times.get(chosen, float('nan')):.2f}")
         for tile in sorted(times, key=times.__getitem__)[: given.keep]:

@@ -13,23 +13,38 @@ import argparse
 import json
 import math
 import statistics
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import plots
+from tables import (
+    OURS,
+    Row,
+    context,
+    filled,
+    layer_sums,
+    lines_of,
+    load,
+    number,
+    peers_of,
+    run_of,
+    summed,
+    table,
+    time_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 MEASURED = ROOT / "qcompile" / "evaluate" / "measured.json"
-OURS = "qcompile"
 
 HEAD = """# Performance
 
 Written by `benchmarks/report.py` from the files in `benchmarks/results`; do not edit. To measure again on a GPU:
 
 ```
-python benchmarks/linear.py && python benchmarks/linear.py --gate && python benchmarks/grouped.py
+python benchmarks/linear.py && python benchmarks/linear.py --gate
+python benchmarks/grouped.py && python benchmarks/grouped.py --gate
 python benchmarks/attention.py && python benchmarks/decode.py && python benchmarks/calibrate.py --machine nvidia-h100
 python benchmarks/report.py
 ```
@@ -43,104 +58,7 @@ large copy and in products of 8192 x 8192; other shapes may multiply a little fa
 run on a GPU of the same kind; what torch took there is among them, to compare the runs by.
 """
 
-Row = dict[str, Any]
-File = dict[str, Any]
-
-
-def load(folder: Path, bench: str) -> list[File]:
-    """The files of a benchmark, by machine."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"*.{bench}.json"))]
-
-
-def peers_of(folder: Path, machine: str, bench: str) -> list[Row]:
-    """Rows of other libraries on a machine."""
-    path = folder / f"{machine}.peers.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if row["bench"] == bench]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown; the first column is text, the others numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def filled(text: str) -> str:
-    """A paragraph."""
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) + "\n\n"
-
-
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def context(tokens: int) -> str:
-    """A number of tokens, such as 256 or 16k."""
-    return str(tokens) if tokens < 1024 else f"{tokens // 1024}k"
-
-
-def run_of(file: File) -> str:
-    """When, where and with what."""
-    versions = file["versions"]
-    named = [f"{name} {version}" for name, version in versions.items() if name not in ("gpu", "threads")]
-    where = versions.get("gpu") or f"{file['machine']}, {versions.get('threads')} threads"
-    return f"{where}, {', '.join(named)}, {file['date']}."
-
-
-def lines_of(
-    rows: list[Row],
-    peers: list[Row],
-    name: Callable[[Row], str],
-    place: Callable[[Row], Any],
-    places: Sequence[Any],
-    cell: Callable[[Row], str],
-) -> list[list[str]]:
-    """Lines of a table: one for each `name`, ours in bold, others' of another run after them with a mark.
-
-    Args:
-        place: the column of a row, one of `places`.
-    """
-    found: dict[str, dict[Any, str]] = {}
-    for source, mark in ((rows, ""), (peers, " †")):
-        for row in source:
-            label = f"**{name(row)}**" if row["impl"] == OURS else name(row) + mark
-            found.setdefault(label, {})[place(row)] = cell(row)
-    return [[label, *(cells.get(each, "") for each in places)] for label, cells in found.items()]
-
-
-def time_of(row: Row) -> str:
-    """Microseconds, and in brackets the share of the limit where it is known."""
-    share = f" ({row['floor_us'] / row['us']:.0%})" if "floor_us" in row else ""
-    return number(row["us"]) + share
-
-
 # ---- linears
-
-
-def layer_sums(rows: list[Row]) -> dict[tuple[str, str], dict[int, tuple[float, float]]]:
-    """(scheme, implementation) to M to microseconds and limit, summed over the shapes; only of what has all shapes."""
-    shapes = {(row["N"], row["K"]) for row in rows}
-    found: dict[tuple[str, str], dict[int, list[Row]]] = {}
-    for row in rows:
-        found.setdefault((row["scheme"], row["impl"]), {}).setdefault(row["M"], []).append(row)
-    return {
-        key: {
-            m: (sum(r["us"] for r in part), sum(r["floor_us"] for r in part))
-            for m, part in by_m.items()
-            if len(part) == len(shapes)
-        }
-        for key, by_m in found.items()
-    }
-
-
-def summed(rows: list[Row]) -> list[Row]:
-    """`layer_sums` as rows."""
-    return [
-        {"scheme": scheme, "impl": impl, "M": m, "us": us, "floor_us": least}
-        for (scheme, impl), by_m in layer_sums(rows).items()
-        for m, (us, least) in by_m.items()
-    ]
 
 
 def linear(folder: Path) -> str:
@@ -216,6 +134,24 @@ def gate(folder: Path) -> str:
         )
         rows = lines_of(file["rows"], [], _linear_name, lambda row: row["M"], tokens, time_of)
         text += table(["scheme, kernel", *(f"M={m}" for m in tokens)], rows) + "\n"
+    return text
+
+
+def grouped_gate(folder: Path) -> str:
+    """The section of experts' gate and up, with the gate in the product and after it."""
+    text = ""
+    for file in load(folder, "grouped_gate"):
+        text += f"## Experts' gate and up on {file['machine']}\n\n{run_of(file)}\n\n"
+        text += filled(
+            "Microseconds of the first product of a mixture's layer with the gate behind it, by tokens, in brackets "
+            "the share of the limit: by the product's own epilogue, and by a kernel of Inductor's after the product."
+        )
+        for name in dict.fromkeys(row["model"] for row in file["rows"]):
+            rows = [row for row in file["rows"] if row["model"] == name]
+            tokens = sorted({row["M"] for row in rows})
+            lines = lines_of(rows, [], _linear_name, lambda row: row["M"], tokens, time_of)
+            head = f"{name}: {rows[0]['chosen']} of {rows[0]['experts']} experts, {rows[0]['N']} x {rows[0]['K']}"
+            text += table([head, *map(str, tokens)], lines) + "\n"
     return text
 
 
@@ -445,106 +381,23 @@ def calibrate(folder: Path) -> str:
     return text
 
 
-SECTIONS: tuple[Callable[[Path], str], ...] = (linear, gate, grouped, decode, attention, cpu, calibrate, demo)
+SECTIONS: tuple[Callable[[Path], str], ...] = (
+    linear,
+    gate,
+    grouped,
+    grouped_gate,
+    decode,
+    attention,
+    cpu,
+    calibrate,
+    demo,
+)
 
 
 def page(folder: Path = RESULTS) -> str:
     """The text of docs/performance.md for the files in a folder."""
     texts = [section(folder).rstrip() for section in SECTIONS]
     return HEAD + "\n" + "\n".join(text + "\n" for text in texts if text)
-
-
-# ---- plots
-
-
-def _axes(title: str, ylabel: str) -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "qcompile", "svg.fonttype": "none"}  # equal plots are equal, small files
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    axes.set_title(title)
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
-
-
-def plot_linear(folder: Path, out: Path) -> None:
-    """Speed over bfloat16, and the share of the limit, against M; peers of int4 are dotted."""
-    for file in load(folder, "linear"):
-        sums = layer_sums(file["rows"])
-        plain = {m: us for m, (us, _) in sums["bfloat16", "F.linear"].items()}
-        ours = {scheme: by_m for (scheme, impl), by_m in sums.items() if impl == OURS}
-        figure, axes = _axes("A Llama-3-8B layer's linears", "speed over bfloat16")
-        for scheme, by_m in ours.items():
-            axes.plot(list(by_m), [plain[m] / us for m, (us, _) in by_m.items()], marker="o", label=scheme)
-        peers = peers_of(folder, file["machine"], "linear")
-        there = {row["M"]: row["us"] for row in peers if row["scheme"] == "bfloat16"}
-        for impl in dict.fromkeys(row["impl"] for row in peers if row["scheme"] == "int4"):
-            points = {r["M"]: there[r["M"]] / r["us"] for r in peers if (r["impl"], r["scheme"]) == (impl, "int4")}
-            axes.plot(list(points), list(points.values()), linestyle=":", label=f"int4, {impl} †")
-        axes.axhline(1, color="black", linewidth=0.8)
-        _finish_by_m(axes)
-        _save(figure, out / f"{file['machine']}.linear-speed.svg")
-        figure, axes = _axes("A Llama-3-8B layer's linears", "share of the limit")
-        for scheme, by_m in {**ours, "bfloat16, F.linear": sums["bfloat16", "F.linear"]}.items():
-            axes.plot(list(by_m), [least / us for us, least in by_m.values()], marker="o", label=scheme)
-        axes.set_ylim(0, 1.05)
-        _finish_by_m(axes)
-        _save(figure, out / f"{file['machine']}.linear-limit.svg")
-
-
-def _legend(axes: Any) -> None:
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _finish_by_m(axes: Any) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda m, _: f"{m:.0f}")
-    axes.set_xlabel("tokens (M)")
-    _legend(axes)
-
-
-def plot_attention(folder: Path, out: Path) -> None:
-    """The share of the limit for each batch and context."""
-    for file in load(folder, "attention"):
-        if not any("floor_us" in row for row in file["rows"]):
-            continue
-        figure, axes = _axes("Attention from one token", "share of the limit")
-        steps = [row for row in file["rows"] if "queries" not in row]
-        for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in steps):
-            mine = [row for row in steps if (row["kv"], row["impl"]) == (kv, impl)]
-            names = [f"{row['batch']} x {context(row['context'])}" for row in mine]
-            axes.plot(names, [row["floor_us"] / row["us"] for row in mine], marker="o", label=f"{kv}, {impl}")
-        axes.set_ylim(0, 1.05)
-        axes.set_xlabel("batch x context")
-        _legend(axes)
-        _save(figure, out / f"{file['machine']}.attention-limit.svg")
-
-
-def plot_cpu(folder: Path, out: Path) -> None:
-    """Rates of decoding and prefill over llama.cpp's, or tokens a second where that was not measured."""
-    for file in load(folder, "cpu"):
-        rows = [row for row in file["rows"] if row["bench"] == "cpu-model"]
-        if not rows:
-            continue
-        kind = "ratio" if all("decode_ratio" in row for row in rows) else "tok_s"
-        rows.sort(key=lambda row: row[f"decode_{kind}"])
-        figure, axes = _axes("SmolLM2-135M", "rate over llama.cpp's" if kind == "ratio" else "tokens a second")
-        places = range(len(rows))
-        for shift, name in ((-0.2, "prefill"), (0.2, "decode")):
-            axes.bar([p + shift for p in places], [row[f"{name}_{kind}"] for row in rows], width=0.4, label=name)
-        axes.set_xticks(list(places), [f"{row['scheme']}\n{row['impl']}" for row in rows], fontsize=7, rotation=45)
-        _legend(axes)
-        _save(figure, out / f"{file['machine']}.cpu-model.svg")
 
 
 def measured(folder: Path = RESULTS) -> str:
@@ -579,9 +432,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="only the text, which needs no matplotlib")
     if not parser.parse_args().tables:
-        plot_linear(RESULTS, PAGE.parent / "performance")
-        plot_attention(RESULTS, PAGE.parent / "performance")
-        plot_cpu(RESULTS, PAGE.parent / "performance")
+        plots.plot_linear(RESULTS, PAGE.parent / "performance")
+        plots.plot_attention(RESULTS, PAGE.parent / "performance")
+        plots.plot_cpu(RESULTS, PAGE.parent / "performance")
     PAGE.write_text(page())
     MEASURED.write_text(measured())
 

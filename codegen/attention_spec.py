@@ -97,7 +97,7 @@ class AttentionKernelSpec:
     @property
     def rows(self) -> int:
         """Queries of a program, rounded up to what matrix units take."""
-        return self.tile.rows or _power(self.group * self.queries, least_rows(self.in_fp8, self.target))
+        return self.tile.rows or _power(self.group * self.queries)
 
     def pieces(self, size: int) -> int:
         """Parts of a vector that are multiplied by themselves."""
@@ -121,6 +121,12 @@ class AttentionKernelSpec:
     def plain(self) -> bool:
         """Whether keys and values are numbers of `x_dtype` themselves."""
         return self.scales == "none"
+
+    @property
+    def turned(self) -> bool:
+        """Whether values are decoded before they are turned: from 64 rows on, matrix units read them as they lie."""
+        few = not self.tile.rows and self.rows < 64
+        return few and self.compute == "float16" and not self.plain and self.target.startswith("sm_")
 
     def constants(self) -> dict[str, object]:
         """Those of the template."""
@@ -149,6 +155,7 @@ class AttentionKernelSpec:
             "WINDOW": self.window,
             "COMPUTE": f"tl.{self.compute}",
             "APART": self.in_fp8 and self.target.startswith("sm_"),
+            "TURNED": self.turned,
             "DIVIDE": (self.x_dtype == "bfloat16" and not self.plain) or self.in_fp8,
             "PRECISION": "tf32x3" if self.target.startswith("sm_") else "ieee",
             "ROWS": self.rows,
@@ -163,11 +170,6 @@ class AttentionKernelSpec:
     def encode(self) -> str:
         """One line of JSON."""
         return json.dumps(dataclasses.asdict(self))
-
-
-def least_rows(in_fp8: bool, target: str) -> int:
-    """Rows that matrix units take: where warp groups multiply FP8, only they do."""
-    return 64 if in_fp8 and target in WARP_GROUPS else 16
 
 
 def _power(size: int, least: int = 16) -> int:

@@ -29,6 +29,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+sys.path.insert(0, str(ROOT / "benchmarks"))  # where scripts find each other
 report = script("report")
 
 

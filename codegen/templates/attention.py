@@ -8,6 +8,10 @@ Or (COMPUTE float8e4nv) codes of FP8 are multiplied as they are, by queries that
 greatest and by weights of at most 2^8, both rounded to E4M3. NVIDIA's matrix units add products of FP8 with fewer
 digits than float32 has, so that each block's are added to those before outside of them (APART).
 
+Matrix units want neighbouring tokens' values side by side, and memory has those of one token. Pairs of 16 bits are
+turned on their way from shared memory to registers, bytes one by one: so values are decoded in the order in which they
+lie, and turned afterwards (TURNED).
+
 The block table of a paged cache says where the tokens of a sequence lie; it is read a turn ahead.
 
 Vectors consist of pieces that are multiplied by themselves: what the lower and the higher halves of bytes hold, or
@@ -43,6 +47,7 @@ CAUSAL = tl.constexpr(False)
 WINDOW = tl.constexpr(0)
 COMPUTE = tl.constexpr(tl.float16)
 APART = tl.constexpr(False)
+TURNED = tl.constexpr(False)
 DIVIDE = tl.constexpr(True)
 PRECISION = tl.constexpr("tf32x3")
 ROWS = tl.constexpr(16)
@@ -90,6 +95,16 @@ def multiplied(left, right):
 
 
 @triton.jit
+def decoded(codes, HALF: tl.constexpr):
+    """`values_of` codes, turned afterwards: compilers turn codes unless there is something they cannot see into."""
+    values = values_of(codes, HALF)
+    if TURNED:
+        MOVE: tl.constexpr = "mov.b32 $0, $1;"
+        values = tl.inline_asm_elementwise(MOVE, "=r,r", [values], dtype=tl.float16, is_pure=False, pack=2)
+    return values
+
+
+@triton.jit
 def column(x):
     """x [..., n] as [..., n, 1]."""
     return tl.expand_dims(x, -1)
@@ -102,44 +117,54 @@ def line(x):
 
 
 @triton.jit
+def pages_of(block_table, t, inside, block, end):
+    """The page of a block of tokens t, or of each of them if a block may be in several."""
+    if PAGE == 0:
+        return 0
+    elif PAGE % BLOCK_T == 0:
+        return tl.load(block_table + block * BLOCK_T // PAGE, mask=block * BLOCK_T < end, other=0)
+    else:
+        return tl.load(block_table + t // PAGE, mask=inside, other=0)
+
+
+@triton.jit
+def vectors_of(page, t, token, block, head):
+    """Where a block's tokens t lie, in vectors: a first and what to add, in one page the same for all blocks."""
+    if PAGE == 0:
+        return 0, t.to(tl.int64)
+    elif PAGE % BLOCK_T == 0:
+        first = (page.to(tl.int64) * HEADS + head) * PAGE + block * BLOCK_T % PAGE
+        return first, token.to(tl.int64)
+    else:
+        return 0, (page.to(tl.int64) * HEADS + head) * PAGE + t % PAGE
+
+
+@triton.jit
 def load_codes(codes, t, d, inside, WIDTH: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr):
     """Stored elements d of vectors t, of which those that are not inside are 0."""
     if LIVE != BLOCK:
         inside = inside & (d < LIVE)
-    return tl.load(codes + t.to(tl.int64) * WIDTH + d, mask=inside, other=0.0 if NATIVE else 0)
+    return tl.load(codes + t * WIDTH + d, mask=inside, other=0.0 if NATIVE else 0)
 
 
 @triton.jit
-def vectors_of(t, inside, head, block_table, block, end):
-    """Where the tokens t of a block lie, in vectors."""
-    if PAGE == 0:
-        vector = t
-    elif PAGE % BLOCK_T == 0:
-        page = tl.load(block_table + block * BLOCK_T // PAGE, mask=block * BLOCK_T < end, other=0).to(tl.int64)
-        vector = (page * HEADS + head) * PAGE + t % PAGE
-    else:
-        page = tl.load(block_table + t // PAGE, mask=inside, other=0).to(tl.int64)
-        vector = (page * HEADS + head) * PAGE + t % PAGE
-    return vector
-
-
-@triton.jit
-def load_scales(scales, t, inside, COUNT: tl.constexpr):
-    """Of vectors t: the scales of their pieces, or of all of them, then offsets; () for scales of several tokens."""
+def load_scales(scales, vectors, inside, COUNT: tl.constexpr):
+    """Of vectors: the scales of their pieces, or of all of them, then offsets; () for scales of several tokens."""
     found = ()
     if SCALES == "token":
         STEP: tl.constexpr = COUNT * (2 if OFFSETS else 1)
+        own = scales + vectors[0] * STEP
         for place in tl.static_range(STEP):
-            found = found + (tl.load(scales + t * STEP + place, mask=inside, other=0.0).to(tl.float32),)
+            found = found + (tl.load(own + (vectors[1] * STEP + place), mask=inside, other=0.0).to(tl.float32),)
     return found
 
 
 @triton.jit
-def scales_ahead(scales, t, inside, COUNT: tl.constexpr):
+def scales_ahead(scales, vectors, inside, COUNT: tl.constexpr):
     """`load_scales` a turn ahead; those of groups, which are too many to be held, are left to `attend`."""
     found = ()
     if not GROUP_SIZE:
-        found = load_scales(scales, t, inside, COUNT)
+        found = load_scales(scales, vectors, inside, COUNT)
     return found
 
 
@@ -224,7 +249,7 @@ def beginning(shape_of):
 @triton.jit
 def attend(
     t,
-    vector,
+    vectors,
     inside,
     queries,
     query_sums,
@@ -248,16 +273,16 @@ def attend(
 ):
     """Attend to positions t too, [BLOCK_T] or [WAYS, BLOCK_T / WAYS]: what `beginning` gives, anew.
 
-    vector: where they lie. inside: which of them count. MASKED: whether some do not, or are hidden from some rows.
+    vectors: where they lie. inside: which of them count. MASKED: whether some do not, or are hidden from some rows.
     """
     d = tl.arange(0, BLOCK_K)
     dv = tl.arange(0, BLOCK_V)
     if GROUP_SIZE:
-        key_scales = load_scales(key_scale, vector, inside, KEY_SCALED)
+        key_scales = load_scales(key_scale, vectors, inside, KEY_SCALED)
     scores = line(t * 0).to(tl.float32)
     for number in tl.static_range(KEY_PIECES // HALVES):
-        own = key_codes + number * KEY_PIECE
-        codes = load_codes(own, line(vector), column(d), line(inside), KEY_SIZE // HALVES, KEY_PIECE, BLOCK_K)
+        own = key_codes + (vectors[0] * (KEY_SIZE // HALVES) + number * KEY_PIECE)
+        codes = load_codes(own, line(vectors[1]), column(d), line(inside), KEY_SIZE // HALVES, KEY_PIECE, BLOCK_K)
         for half in tl.static_range(HALVES):
             rows = queries[half * (KEY_PIECES // HALVES) + number]
             product = multiplied(rows, values_of(codes, half))
@@ -283,7 +308,7 @@ def attend(
     rescale = tl.exp2(top - base)
     total = total * rescale + tl.sum(weights, -1)
     if GROUP_SIZE:
-        value_scales = load_scales(value_scale, vector, inside, VALUE_SCALED)
+        value_scales = load_scales(value_scale, vectors, inside, VALUE_SCALED)
     next_shifts = ()
     if OFFSETS:
         for piece in tl.static_range(VALUE_SCALED):
@@ -302,14 +327,15 @@ def attend(
     # In the order of bytes; sums are in the order of numbers.
     parts = ()
     for number in tl.static_range(VALUE_PIECES // HALVES):
-        own = value_codes + number * VALUE_PIECE
-        codes = load_codes(own, column(vector), dv[None, :], column(inside), VALUE_SIZE // HALVES, VALUE_PIECE, BLOCK_V)
+        own = value_codes + (vectors[0] * (VALUE_SIZE // HALVES) + number * VALUE_PIECE)
+        t = column(vectors[1])
+        codes = load_codes(own, t, dv[None, :], column(inside), VALUE_SIZE // HALVES, VALUE_PIECE, BLOCK_V)
         for half in tl.static_range(HALVES):
             factors = weights
             if GROUP_SIZE:
                 factors = weights * line(value_scales[half * (VALUE_PIECES // HALVES) + number] * inverse)
             sofar = sums[half * (VALUE_PIECES // HALVES) + number] * column(rescale)
-            parts = parts + (sofar + multiplied(factors.to(COMPUTE), values_of(codes, half)),)
+            parts = parts + (sofar + multiplied(factors.to(COMPUTE), decoded(codes, half)),)
     next_sums = ()
     for half in tl.static_range(HALVES):
         for number in tl.static_range(VALUE_PIECES // HALVES):

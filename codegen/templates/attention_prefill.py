@@ -41,6 +41,7 @@ from qcompile.codegen.templates.attention import (
     column,
     finish,
     finite,
+    pages_of,
     queries_of,
     scaled,
     scales_ahead,
@@ -141,19 +142,21 @@ def kernel(
     # Scales and the block table are read a turn ahead.
     t = first * BLOCK_T + token
     inside = (t >= begin) & (t < end)
-    vector = vectors_of(t, inside, head, block_table, first, end)
-    key_scales = scales_ahead(key_scale, vector, inside, KEY_SCALED)
-    value_scales = scales_ahead(value_scale, vector, inside, VALUE_SCALED)
+    page = pages_of(block_table, t, inside, first, end)
+    vectors = vectors_of(page, t, token, first, head)
+    key_scales = scales_ahead(key_scale, vectors, inside, KEY_SCALED)
+    value_scales = scales_ahead(value_scale, vectors, inside, VALUE_SCALED)
     for hidden in tl.static_range(2):
         for block in tl.range(seen if hidden else first, blocks if hidden else seen):
             ahead = t + BLOCK_T
             next_inside = (ahead >= begin) & (ahead < end)
-            next_vector = vectors_of(ahead, next_inside, head, block_table, block + 1, end)
-            next_key_scales = scales_ahead(key_scale, next_vector, next_inside, KEY_SCALED)
-            next_value_scales = scales_ahead(value_scale, next_vector, next_inside, VALUE_SCALED)
+            next_page = pages_of(block_table, ahead, next_inside, block + 1, end)
+            next_vectors = vectors_of(next_page, ahead, token, block + 1, head)
+            next_key_scales = scales_ahead(key_scale, next_vectors, next_inside, KEY_SCALED)
+            next_value_scales = scales_ahead(value_scale, next_vectors, next_inside, VALUE_SCALED)
             top, total, sums, shifts, value_unit = attend(
                 t,
-                vector,
+                vectors_of(page, t, token, block, head),
                 (t >= begin) & (t < end),
                 queries,
                 query_sums,
@@ -175,7 +178,7 @@ def kernel(
                 value_unit,
                 hidden == 1,
             )
-            key_scales, value_scales, t, vector = next_key_scales, next_value_scales, ahead, next_vector
+            key_scales, value_scales, t, page = next_key_scales, next_value_scales, ahead, next_page
     if SCALES == "token":
         value_factor = value_unit
     sums = scaled(sums, value_factor, shifts)

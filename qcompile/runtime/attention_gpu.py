@@ -22,7 +22,6 @@ from qcompile.codegen.attention_spec import (
     attention_kernel_spec,
     has_integers,
     has_number,
-    least_rows,
     plain_kernel_spec,
 )
 from qcompile.codegen.cost_model import device_of
@@ -72,31 +71,30 @@ def tile_of(
         size: of a key or a value, whichever is greater.
         rows: queries of a program.
         sequences: how many, if their lengths differ; else 0.
-        integers: whether codes are integers, whose decoding and scales take registers too: smaller blocks, and more
-            programs beside each other.
+        integers: whether codes are integers, whose decoding and scales take registers too: more and smaller programs.
         in_fp8: see `AttentionKernelSpec`; products then are of 32 tokens and more.
-        page: tokens of a page, of a paged cache; else 0. Of a multiple of 64, a block is in one page.
+        page: tokens of a page, of a paged cache; else 0.
     """
-    rows = max(rows, least_rows(in_fp8, target))
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
     nvidia = target.startswith("sm_")
-    block = 128 if nvidia and rows <= 16 and size <= 128 and not (wide or integers) else 64 if nvidia else 16
+    small = nvidia and rows <= 16 and size <= 128 and not wide
+    block = 128 if small and (page or not integers) else 64 if nvidia else 16
+    halved = target == "sm_90" and small and block == 64  # among two warps, each of which attends by itself
     if size > 128:
         block = 32 if in_fp8 or (nvidia and not wide and rows <= 32) else 16
-    if page % 64 == 0 and page > 0:
-        block = min(block, page & -page)
-    warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 4
+    warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 2 if halved else 4
+    ways = 2 if halved else 1
     enough, split = device_of(target).processors * (2 if integers else 1), 1
     if sequences:  # of all of them together; each may take one more
-        wanted = max(
-            1, min(2 * device_of(target).processors * sequences // pairs, sequences * (context // (4 * block)))
-        )
+        parts = max(2 * device_of(target).processors * sequences // pairs, 2 * sequences)
+        wanted = max(1, min(parts, sequences * (context // (4 * block))))
         split = 1 << (wanted.bit_length() - 1)
-        return AttentionTile(context=block, split=split, warps=warps, stages=3)
-    while split < _MOST_SPLITS and 2 * split * pairs <= enough and 4 * split * block <= context:
+        return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
+    least = 8 if halved else 4
+    while split < _MOST_SPLITS and 2 * split * pairs <= enough and least * split * block <= context:
         split *= 2
-    return AttentionTile(context=block, split=split, warps=warps, stages=3)
+    return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
 
 
 def prefill_tile_of(
@@ -110,7 +108,7 @@ def prefill_tile_of(
         grouped: whether a vector has several scales.
         in_fp8: see `AttentionKernelSpec`; the type of queries then does not matter.
     """
-    least = max(least_rows(in_fp8, target), 1 << (rows - 1).bit_length())
+    least = max(16, 1 << (rows - 1).bit_length())
     if not target.startswith("sm_"):
         return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
     if x_dtype == torch.float32 and not in_fp8:

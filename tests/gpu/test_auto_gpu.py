@@ -12,6 +12,7 @@ pytest.importorskip("scipy")
 
 import qcompile
 from qcompile.evaluate import recommend as r
+from qcompile.evaluate.model_shape import read_model
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +58,6 @@ def test_this_card(tmp_path):
     transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **SHAPE).save_pretrained(tmp_path)
     target = r.target_of("cuda")
     assert target.capacity == torch.cuda.get_device_properties(0).total_memory
-    best = r.recommend(r.read_model(tmp_path), target, "speed").best
+    best = r.recommend(read_model(tmp_path), target, "speed").best
     assert best is not None
     assert 0 < best.step < 1

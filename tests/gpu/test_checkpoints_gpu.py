@@ -134,10 +134,11 @@ def test_mixtures_of_experts(name: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def check_experts(model: nn.Module) -> None:
-    """One projection of each kind, expert by expert; one of them has no rows."""
+    """One projection of each kind, expert by expert, without the gate behind it; one of them has no rows."""
     layers = {layer.spec: layer for layer in model.modules() if isinstance(layer, GroupedLinear)}
     assert layers
     for layer in layers.values():
+        layer.end_with("")
         counts = torch.tensor([1, 0, 40, *[3] * (layer.experts - 3)])
         ids = torch.arange(layer.experts).repeat_interleave(counts).to(DEVICE)
         x = random(len(ids), layer.in_features)
