@@ -109,8 +109,8 @@ _SPLIT_COST = 1e-6
 """Seconds of a launch, and of adding parts of K at the end."""
 _TURN = 6e-7
 """Seconds from the arrival of a turn's operands to the end of its products."""
-_NARROW = 1.3
-"""How much longer `gemm_stream` multiplies 64 rows than half of 128."""
+_NARROW = {128: 1.55, 256: 1.3}
+"""How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
 _HIDDEN = 0.4
 """Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
@@ -186,12 +186,12 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
     programs = value["programs"] * tile.split or device.processors
     fill = math.ceil(programs / device.processors) * device.processors / programs
-    slow = _NARROW if tile.m == 64 else 1.0
+    slow = _NARROW[tile.n] if tile.m == 64 else 1.0
     working = value["operations"] / (device.operations * 0.83) * slow * (fill if tile.split else 1.0)
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0
     if tile.split != 1 and (tile.split or value["programs"] % device.processors):
-        parts = 2 * _SPLIT_COST + 4 * (1 + max(2, tile.split)) * tile.m * tile.n * device.processors / device.cache
+        parts = _SPLIT_COST + 3 * (1 + (tile.split or 4)) * tile.m * tile.n * device.processors / device.cache
     return _LAUNCH + max(reading, value["cache"] / device.cache, working) + parts
 
 
