@@ -53,6 +53,23 @@ def decode_pair(pair):
 """
 
 
+_PAIR_IN_PLACE = """@triton.jit
+def decode_pair(pair):
+    \"\"\"Codes in the two halves of an int32, as values: low half, high half; {factor} times less.\"\"\"
+    # 2**-133 times the code in bfloat16, times 2**133, less what the format subtracts
+    low, high = tl.inline_asm_elementwise(
+        "{{ .reg .b32 t, s, z; mov.b32 s, {unit:#x}; mov.b32 z, {negative:#x}; "
+        "fma.rn.bf16x2 t, $2, s, z; mov.b32 {{$0, $1}}, t; }}",
+        "=h,=h,r",
+        [pair],
+        dtype=(tl.int16, tl.int16),
+        is_pure=True,
+        pack=1,
+    )
+    return low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+"""
+
+
 _SIGNED_BYTE_PAIR = """@triton.jit
 def decode_pair(pair):
     \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
@@ -115,13 +132,18 @@ def decode_formula(fmt: Format) -> str:
     return helpers_of(formula) + jit_function("decode(code):", to_triton(formula))
 
 
-def pair_decoder(fmt: Format, dtype: str, target: str = "") -> str:
+def pair_decoder(fmt: Format, dtype: str, target: str = "", factor: float = 1.0) -> str:
     """A Triton function `decode_pair`: int32 with a code in each half to two tensors of `dtype`.
 
     Where a code fits in a type's mantissa, the code is put there with one `or` for both halves, and one exact
     subtraction leaves its value; floats' fields are moved for both halves at once. Otherwise the format's formula
-    decodes one half after the other.
+    decodes one half after the other. Integers that may be `factor` times less (`word_factor`) take one instruction.
     """
+    if factor != 1.0:
+        assert isinstance(fmt, IntegerFormat)
+        values = 2.0**127 * (2.0**6 / factor), -fmt.offset / factor
+        unit, negative = (bits_of(value, dtype) * 0x10001 for value in values)
+        return _PAIR_IN_PLACE.format(unit=unit, negative=negative, factor=factor)
     if isinstance(fmt, IntegerFormat) and dtype in MAGIC:
         bits, number, room = MAGIC[dtype]
         if fmt.bits <= room:
@@ -198,10 +220,10 @@ def _move_fields(fmt: FloatFormat, dtype: str) -> list[str]:
 
 
 def word_factor(fmt: Format, dtype: str, target: str, *, at_once: bool) -> float:
-    """By how much weights may be more than what `word_assembly` makes of their codes, a power of two; 1 if by nothing.
+    """By how much weights may be more than what `word_assembly` or `pair_decoder` makes of codes: a power of two, or 1.
 
     Args:
-        at_once: whether they are multiplied by scales, of which those up to 2**33 leave all factors finite then.
+        at_once: whether they are multiplied by scales too, of which those up to 2**33 leave all factors finite then.
     """
     if not isinstance(fmt, IntegerFormat) or dtype != "bfloat16" or not launches_early(target):
         return 1.0

@@ -146,11 +146,11 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
     words, negative, factor = "", 0, 1.0
+    zero_points = not spec.symmetric and not spec.offset and scales != "weights"
+    scaled = scales == "fragments"
+    if scales != "weights" and (fmt.bits == 4 or not zero_points):  # else something is added to weights after
+        factor = word_factor(fmt, decoded, spec.target, at_once=fmt.bits == 4 and scaled and not zero_points)
     if fmt.bits == 4 and decoded in FIELDS and spec.target.startswith("sm_"):
-        zero_points = not spec.symmetric and not spec.offset and scales != "weights"
-        scaled = scales == "fragments"
-        if scales != "weights":  # where offsets may be added to them
-            factor = word_factor(fmt, decoded, spec.target, at_once=scaled and not zero_points)
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
         if isinstance(fmt, IntegerFormat):
             negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
@@ -189,16 +189,17 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
 
 def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
     """What fills `fragment_weights`, some of its constants changed."""
+    constants = _fragment_constants(spec, decoded) | changed
+    factor = 1.0 if constants["WORDS"] else float(str(constants["FACTOR"]))
     decoders = (
         scale_decoder(spec.scale_dtype, spec.target),
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
-        pair_decoder(FORMATS[spec.weight], decoded, spec.target),
+        pair_decoder(FORMATS[spec.weight], decoded, spec.target, factor),
         conversion("decode_x", spec.activation, spec),
     )
-    constants = _constants(_fragment_constants(spec, decoded) | changed)
     return {
         "weights": _functions_of("fragment_weights"),
-        "constants": constants,
+        "constants": _constants(constants),
         "decode": "\n\n".join(decoders) + "\n\n",
     }
 

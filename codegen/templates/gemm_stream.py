@@ -383,9 +383,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                 if half == 0:  # products of the step before are done
                     mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)
                 elif GROUP == 0:
-                    sent_n, sent_m, sent = send_next(
-                        inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent
-                    )
+                    sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
                 if PER == 2:
                     weight = decode(words.slice(SECOND, 1, 0), rows1)
                     sum1 = warpgroup_mma(weight, columns, sum1, is_async=True)
