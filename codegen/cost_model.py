@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, launches_early, scales_of, stream_objection
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, stream_objection
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -139,8 +139,7 @@ def _instructions(spec: KernelSpec) -> float:
         return 8.0
     sparse = 0.32 * fmt.bits * spec.sparse
     if fmt.bits == 4:
-        integers = 1.7 if spec.compute == "bfloat16" and launches_early(spec.target) else 2.4
-        return (integers if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
+        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
     return 3.6 + narrow + sparse
 
 
