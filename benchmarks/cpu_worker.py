@@ -31,7 +31,7 @@ def build(job: str, path: Path) -> Any:
     from qcompile.cli.options import config_of
 
     impl, _, scheme = job.partition("-")
-    if job == "qcompile-gguf":
+    if job.startswith("qcompile-gguf"):
         return qcompile.load(path, dtype=torch.bfloat16, progress=False)
     model = load_decoded(path, torch.float32 if scheme == "fp32" else torch.bfloat16, torch.device("cpu"))
     if impl == "qcompile":
@@ -55,7 +55,8 @@ def compiled(job: str, model: Any) -> Any:
     if impl == "eager":
         return model
     if impl == "qcompile":
-        return torch.compile(model, backend="qcompile", fullgraph=True, dynamic=False)
+        options = {"cpp_wrapper": job.endswith("-cpp_wrapper")}
+        return torch.compile(model, backend="qcompile", fullgraph=True, dynamic=False, options=options)
     return torch.compile(model, fullgraph=True, dynamic=False, options={"freezing": True})
 
 
@@ -68,7 +69,11 @@ class Session:
         self.model = build(job, path)
         self.run = compiled(job, self.model)
         self.prompt, self.tokens = torch.tensor([text["prompt"]]), int(text["tokens"])
-        self.cache = StaticCache(config=self.model.config, max_cache_len=self.prompt.shape[1] + self.tokens)
+        config = self.model.config
+        self.cache = StaticCache(config=config, max_cache_len=self.prompt.shape[1] + self.tokens)
+        # Else the first prompt is another graph than all later ones, which would be compiled while they are timed.
+        shape = (1, config.num_key_value_heads, config.head_dim)
+        self.cache.early_initialization(*shape, dtype=self.model.dtype, device=torch.device("cpu"))
 
     def step(self, ids: Tensor) -> Tensor:
         logits = self.run(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits

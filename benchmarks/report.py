@@ -294,7 +294,8 @@ def cpu(folder: Path) -> str:
                 "llama.cpp's in the same rounds; the most memory of the process, and what of it the libraries take; "
                 "seconds from the start of the process to the second token, with empty caches and with full ones; "
                 "perplexity of the essay in the package in windows of 512. The file is Q4_1, its head Q8_0 "
-                "(`gguf`); the other schemes are of its decoded weights."
+                "(`gguf`); the other schemes are of its decoded weights. With `cpp_wrapper`, an option of Inductor's, "
+                "the calls of kernels are compiled too."
             )
             head = ["scheme, implementation", "prefill", "decode", "MB", "libraries", "start s", "again", "perplexity"]
             text += table(head, [_cpu_line(row) for row in sorted(models, key=lambda row: -row["decode_tok_s"])])

@@ -12,6 +12,7 @@ from qcompile.passes.normalize import normalize
 from qcompile.passes.quantize_attention import quantize_attention
 from qcompile.passes.quantize_linear import quantize_linear
 from qcompile.passes.quantize_norms import quantize_norms
+from qcompile.passes.rotate_positions import rotate_positions
 from qcompile.passes.share_heads import share_heads
 from qcompile.passes.share_quantization import share_quantization
 from qcompile.passes.store_codes import store_codes
@@ -25,6 +26,7 @@ PASSES: tuple[Pass, ...] = (
     quantize_attention,
     share_heads,
     merge_counters,
+    rotate_positions,
     fuse_gate,
     fuse_epilogue,
     store_codes,

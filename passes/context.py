@@ -11,12 +11,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from qcompile import compat
+from qcompile import compat, ops
 from qcompile.config import QuantConfig
 from qcompile.packed import PackedWeight
 from qcompile.scheme import Scheme
 
-OP = torch.ops.qcompile.linear.default
+OP = ops.OP
 """The operator that linears become; its arguments in order are named by `Args`."""
 
 QUANTIZE = torch.ops.qcompile.quantize.default

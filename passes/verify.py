@@ -14,7 +14,12 @@ from qcompile.linear_spec import decode_spec
 from qcompile.passes.context import OP, Args, GraphContext, example
 
 
-def _check_operator(context: GraphContext, node: fx.Node, name: str) -> None:
+def _kind(node: fx.Node) -> str:
+    """The same for nodes whose operator makes the same of inputs that are alike: equal layers' are described once."""
+    return repr(fx.node.map_arg(node.args, lambda n: (example(n).shape, example(n).dtype)))
+
+
+def _check_operator(context: GraphContext, node: fx.Node, name: str, made: dict[str, Tensor]) -> None:
     spec = decode_spec(node.args[Args.index("spec")])  # type: ignore[arg-type]
     given = dict(zip(Args, node.args, strict=True))
     problems = []
@@ -28,11 +33,12 @@ def _check_operator(context: GraphContext, node: fx.Node, name: str) -> None:
     if (static or spec.codes_of != "") != (given["input_scale"] is not None):
         problems.append("an input scale and a static scheme, or activations that come as codes, go together")
     if not problems:
-        arguments = fx.node.map_arg(node.args, example)
-        with context.fake_mode:
-            made, result = OP(*arguments), example(node)
-        if isinstance(result, Tensor) and (made.shape != result.shape or made.dtype != result.dtype):
-            problems.append(f"it makes {made.dtype} {tuple(made.shape)}, expected {result.dtype} {tuple(result.shape)}")
+        if (kind := _kind(node)) not in made:
+            with context.fake_mode:
+                made[kind] = OP(*fx.node.map_arg(node.args, example))
+        y, said = made[kind], example(node)
+        if isinstance(said, Tensor) and (y.shape != said.shape or y.dtype != said.dtype):
+            problems.append(f"it makes {y.dtype} {tuple(y.shape)}, expected {said.dtype} {tuple(said.shape)}")
     if problems:
         raise QCompileError(f"{name}: the rewritten graph is wrong: {'; '.join(problems)}. This is a bug in qcompile")
 
@@ -44,10 +50,11 @@ def verify(context: GraphContext) -> None:
         QCompileError: a bug in a pass.
     """
     context.graph.lint()
+    made: dict[str, Tensor] = {}
     for node in context.graph.nodes:
         if node.target is OP:
             layer = context.layers.get(node)
-            _check_operator(context, node, layer.name if layer else node.name)
+            _check_operator(context, node, layer.name if layer else node.name, made)
         elif node.target is F.linear and node in context.layers:
             raise QCompileError(
                 f"{context.layers[node].name}: has a scheme, but was not quantized. This is a bug in qcompile"

@@ -6,9 +6,8 @@ import difflib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, GradientError
 from qcompile.flags import flags, override
 from qcompile.linear_spec import decode_spec
+from qcompile.memory import give_back
 from qcompile.passes import GraphContext
 from qcompile.passes.context import OP, Args, example
 from qcompile.pipeline import bind_inputs, rewrite
@@ -104,38 +104,43 @@ def backend(
     """
     parsed = parse_options(options, mode)
     check_gradients(example_inputs)
-    context = rewrite(graph_module, example_inputs, parsed.config, free_weights=parsed.free_weights)
-    if parsed.tune or flags.tune:
-        _tune(context)
-    inner: list[Callable[..., Any]] = []
-    inputs, call = bind_inputs(context, lambda *args: inner[0](*args))
-    with _building(context):
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1)) as threads:
+        on_cpus = all(_on_cpus(t) for t in example_inputs if isinstance(t, Tensor))
+        threads.submit(compat.prepare_inductor, on_cpus=on_cpus)
+        context = rewrite(graph_module, example_inputs, parsed.config, free_weights=parsed.free_weights)
+        give_back()  # what tracing and merging weights freed, before Inductor takes more
+        if parsed.tune or flags.tune:
+            _tune(context)
+        for build in _kernels_on_cpus(context):
+            threads.submit(build)
+        inner: list[Callable[..., Any]] = []
+        inputs, call = bind_inputs(context, lambda *args: inner[0](*args))
         inner.append(compat.compile_with_inductor(context.module, inputs, parsed.inductor))
     if parsed.free_weights:
         _free(context)
     return _tuning(call) if parsed.tune else call
 
 
-@contextmanager
-def _building(context: GraphContext) -> Iterator[None]:
-    """Build what a graph calls on CPUs on the other cores meanwhile: compiling the graph occupies one.
+def _on_cpus(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
-    What fails here fails again when it is called, which then says so.
+
+def _kernels_on_cpus(context: GraphContext) -> Iterable[Callable[[], None]]:
+    """What builds the kernels that a graph calls on CPUs: on the other cores, since compiling the graph occupies one.
+
+    What fails there fails again when it is called, which then says so.
     """
     wanted: dict[Any, Callable[[], None]] = {}
     for node in context.graph.find_nodes(op="call_function", target=OP):
         x, spec = example(node.args[0]), node.args[Args.index("spec")]
-        if x.device.type == "cpu":
+        if _on_cpus(x):
             wanted[spec, x.dtype] = functools.partial(ops.prepare, spec, x.dtype)
     for target in (torch.ops.qcompile.attention.default, torch.ops.qcompile.attention_plain.default):
         for node in context.graph.find_nodes(op="call_function", target=target):
             query, spec = example(node.args[0]), next((a for a in node.args if isinstance(a, str)), None)
-            if query.device.type == "cpu":
+            if _on_cpus(query):
                 wanted[spec, query.dtype] = functools.partial(attention.prepare, query.dtype, spec)
-    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1)) as threads:
-        for task in [compat.find_vector_instructions, *wanted.values()] if wanted else []:
-            threads.submit(task)
-        yield
+    return wanted.values()
 
 
 def _tune(context: GraphContext) -> None:

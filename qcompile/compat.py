@@ -46,14 +46,18 @@ def compile_with_inductor(graph: fx.GraphModule, inputs: Sequence[Any], options:
     return torch._inductor.compile(graph, list(inputs), options={"size_asserts": False} | options)
 
 
-def find_vector_instructions() -> None:
-    """Have Inductor find out what the processor's vector instructions are, which it keeps.
+def prepare_inductor(on_cpus: bool) -> None:
+    """Have Inductor find out what it keeps for a process: in another thread that takes little of its time.
 
-    It builds and runs a library for each, at its first kernel; in another thread that takes none of its time.
+    That is the hash of torch's and of Triton's files, and on CPUs what the processor's vector instructions are, for
+    which it builds and runs a library each.
     """
-    import torch._inductor.cpu_vec_isa
+    from torch._inductor import codecache, cpu_vec_isa
 
-    torch._inductor.cpu_vec_isa.valid_vec_isa_list()
+    if on_cpus:
+        cpu_vec_isa.valid_vec_isa_list()
+    codecache.CacheBase.get_system()
+    codecache.torch_key()
 
 
 def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -97,6 +101,10 @@ def add_input(graph: fx.Graph, name: str, tensor: Tensor, after: fx.Node | None,
         after: the last placeholder there is; None where there is none.
         fake_mode: see `fake_mode_of`.
     """
+    from torch._dynamo.source import ConstantSource
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
     if after is not None:
         with graph.inserting_after(after):
             node = graph.placeholder(name)
@@ -106,6 +114,9 @@ def add_input(graph: fx.Graph, name: str, tensor: Tensor, after: fx.Node | None,
     node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     node.meta["example_value"] = fake_mode.from_tensor(tensor, static_shapes=True)
+    if (context := TracingContext.try_get()) is not None:  # in which AOTAutograd would make symbols of its sizes
+        sizes = [DimDynamic.STATIC] * tensor.dim()
+        context.tensor_to_context[tensor] = StatefulSymbolicContext(sizes, tensor_source=ConstantSource(name))
     return node
 
 

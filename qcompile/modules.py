@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qcompile.layouts import LAYOUTS, Layout, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
+from qcompile.ops import OP
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.reference import dequantize
 from qcompile.scheme import ActivationScheme, Scheme
@@ -83,11 +84,13 @@ class PackedModule(nn.Module):
         return PackedWeight.from_tensors(self._tensors(), self.packed_shape, self.scheme.weight, self.layout)
 
     def _tensors(self) -> list[Tensor]:
-        # Compilers guard all that is looked at here, at every call: so nothing but the buffers. Before Python 3.12 they
-        # trace a comprehension as a function of its own, which takes twice the time of the loop.
-        tensors: list[Any] = []
+        # Compilers guard all that is looked at here, at every call: so nothing but the buffers, and no unpacking, for
+        # which they guard all keys. They trace it anew for each module: so few steps. Before Python 3.12 they trace a
+        # comprehension as a function of its own, which takes twice the time of the loop.
+        buffers: dict[str, Any] = self._buffers
+        tensors = []
         for name in self.fields:
-            tensors.append(self._buffers[name])
+            tensors.append(buffers[name])
         return tensors
 
     def logical(self) -> PackedWeight:
@@ -186,9 +189,7 @@ class QuantizedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         beside = self._buffers  # guarded less than attributes, see `_tensors`
-        return torch.ops.qcompile.linear.default(
-            x, self._tensors(), self.bias, beside["input_scale"], beside["pre_quant_scale"], [], self.spec
-        )
+        return OP(x, self._tensors(), self.bias, beside["input_scale"], beside["pre_quant_scale"], [], self.spec)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"

@@ -25,7 +25,12 @@ _library.define(
     "linear(Tensor x, Tensor[] weight, Tensor? bias, Tensor? input_scale, Tensor? pre_quant_scale, "
     "Tensor[] operands, str spec) -> Tensor"
 )
+OP = torch.ops.qcompile.linear.default
+"""What quantized modules call, and linears of rewritten graphs become."""
+
 _library.define("quantize(Tensor x, Tensor? static_scale, str spec) -> (Tensor, Tensor)")
+_library.define("keep(Tensor(a) x) -> Tensor(a)")
+_library.define("turn_halves(Tensor x) -> Tensor")
 _library.define("gemm_cpu(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
 _library.define("gemm_any(Tensor x, Tensor? x_scale, Tensor[] weight, str spec) -> Tensor")
 _library.define(
@@ -104,8 +109,18 @@ def _quantize(x: Tensor, static_scale: Tensor | None, spec: str) -> tuple[Tensor
     activation = decode_spec(spec).scheme.activation
     assert activation is not None
     codes, scale = quantize_activation(x, activation, static_scale)
-    # Inductor writes what this is of once; without it every reader would have a copy written for it.
-    return codes.as_strided(codes.shape, codes.stride()), scale.as_strided(scale.shape, scale.stride())
+    return _keep(codes), _keep(scale)
+
+
+def _keep(x: Tensor) -> Tensor:
+    """x itself. Inductor writes it once; without this every reader would compute it, or have a copy written."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def _turn_halves(x: Tensor) -> Tensor:
+    """cat((-b, a), -1) of the halves a and b of the last dimension, element by element: Inductor writes no copy."""
+    other = x.unflatten(-1, (2, x.shape[-1] // 2)).flip(-2)
+    return torch.where(torch.arange(2, device=x.device)[:, None] == 0, -other, other).flatten(-2)
 
 
 def quantized_by_product(rows: Tensor, parsed: LinearSpec) -> bool:
@@ -204,6 +219,8 @@ def _gemm(
 
 _library.impl("linear", _linear, "CompositeImplicitAutograd")
 _library.impl("quantize", _quantize, "CompositeImplicitAutograd")
+_library.impl("keep", _keep, "CompositeImplicitAutograd")
+_library.impl("turn_halves", _turn_halves, "CompositeImplicitAutograd")
 _library.impl("gemm_cpu", _gemm_any, "CompositeExplicitAutograd")  # C++ registers for CPUs: runtime/cpu_operators.py
 _library.impl("gemm_any", _gemm_any, "CPU")
 _library.impl("gemm", _gemm, "CUDA")
