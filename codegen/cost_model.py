@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores, stream_objection
 from qcompile.formats import FORMATS, IntegerFormat
 
 
@@ -109,6 +109,8 @@ _SPLIT_COST = 1e-6
 """Seconds of a launch, and of adding parts of K at the end."""
 _TURN = 6e-7
 """Seconds from the arrival of a turn's operands to the end of its products."""
+_NARROW = {128: 1.55, 256: 1.3}
+"""How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
 _HIDDEN = 0.4
 """Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
@@ -160,19 +162,9 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     them, on unevenly filled processors; and a program's turns follow each other.
     """
     device, tile = device or device_of(spec.target), spec.tile
-    given = (
-        m,
-        stacked_rows(spec, m),
-        spec.k,
-        spec.stored_bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
-        _BYTES.get(spec.x_dtype, 1),
-        bytes_out(spec),
-        tile.m,
-        tile.n,
-        tile.split,
-        device.processors,
-    )
-    value = {name: compute(*given) for name, compute in _compiled().items()}
+    if tile.form == "stream":
+        return _stream_seconds(spec, m, device)
+    value = {name: compute(*_given(spec, m, device)) for name, compute in _compiled().items()}
     multiplying = value["operations"] / (
         device.operations * 0.83 * {"int8": 2, "fp8": 2, "float32": 1 / 6}.get(spec.compute, 1)
     )
@@ -185,6 +177,38 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
     turns = _TURN * rounds * math.ceil(spec.k / (tile.split * tile.k)) if tile.form != "slab" else 0.0
     return (
         _LAUNCH + max(reading, value["cache"] / device.cache, working, turns) + (_SPLIT_COST if tile.split > 1 else 0)
+    )
+
+
+def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
+    """`seconds` of `gemm_stream`, which decodes while it multiplies, one program on a processor at a time."""
+    tile = spec.tile
+    alike = replace(spec, tile=replace(tile, form="loop", split=1))
+    value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
+    programs = value["programs"] * tile.split or device.processors
+    fill = math.ceil(programs / device.processors) * device.processors / programs
+    slow = _NARROW[tile.n] if tile.m == 64 else 1.0
+    working = value["operations"] / (device.operations * 0.83) * slow * (fill if tile.split else 1.0)
+    reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
+    parts = 0.0
+    if tile.split != 1 and (tile.split or value["programs"] % device.processors):
+        parts = _SPLIT_COST + 3 * (1 + (tile.split or 4)) * tile.m * tile.n * device.processors / device.cache
+    return _LAUNCH + max(reading, value["cache"] / device.cache, working) + parts
+
+
+def _given(spec: KernelSpec, m: int, device: Device) -> tuple[float, ...]:
+    """Values of `_SYMBOLS`."""
+    return (
+        m,
+        stacked_rows(spec, m),
+        spec.k,
+        spec.stored_bits + 8 * _SCALE_BYTES.get(spec.scale_dtype, 1) / spec.columns,
+        _BYTES.get(spec.x_dtype, 1),
+        bytes_out(spec),
+        spec.tile.m,
+        spec.tile.n,
+        spec.tile.split,
+        device.processors,
     )
 
 
@@ -210,6 +234,8 @@ def shared_bytes(spec: KernelSpec) -> int:
     block = scale * (2 if spec.offset else 1) + (not spec.symmetric and not spec.offset)
     blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0
     stages = tile.stages * (x + weight + blocks * block) + (8 * blocks if spec.offset else 0)
+    if tile.form == "stream":  # in which sums of two groups go through 16 KB each to their operands
+        stages += 33 * 1024
     return max(stages, 4 * tile.m * tile.n)
 
 
@@ -218,7 +244,7 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
 
     After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
     """
-    tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m)
+    tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m) + _streams(like, m)
     return [replace(like, tile=tile) for tile in tiles]
 
 
@@ -338,6 +364,22 @@ def _cores(like: KernelSpec, m: int) -> list[Tile]:
             if 2 <= warps <= 8 and like.k % (split * k) == 0 and -(-like.n // 64) * 64 % block_n == 0:
                 cut = Tile(m=8 if m == 1 else 16, n=block_n, k=k, split=split, warps=warps, stages=stages)
                 found.append(replace(cut, form="cores"))
+    return found
+
+
+def _streams(like: KernelSpec, m: int) -> list[Tile]:
+    """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most."""
+    if m <= 32 or stream_objection(like) is not None:
+        return []
+    found = []
+    processors = device_of(like.target).processors
+    for block_m, block_n in itertools.product((64, 128) if m > 64 else (64,), (256,) if like.gated else (128, 256)):
+        tiles = -(-m // block_m) * -(-like.n // block_n)
+        for split in (0, *(z for z in (1, 2, 4, 8) if z == 1 or (tiles * z <= processors and 256 * z <= like.k))):
+            tile = Tile(m=block_m, n=block_n, k=128, split=split, warps=8, stages=8, form="stream", scales="fragments")
+            while shared_bytes(replace(like, tile=tile)) > device_of(like.target).shared:
+                tile = replace(tile, stages=tile.stages - 1)
+            found.append(tile)
     return found
 
 

@@ -53,6 +53,23 @@ def decode_pair(pair):
 """
 
 
+_PAIR_IN_PLACE = """@triton.jit
+def decode_pair(pair):
+    \"\"\"Codes in the two halves of an int32, as values: low half, high half; {factor} times less.\"\"\"
+    # 2**-133 times the code in bfloat16, times 2**133, less what the format subtracts
+    low, high = tl.inline_asm_elementwise(
+        "{{ .reg .b32 t, s, z; mov.b32 s, {unit:#x}; mov.b32 z, {negative:#x}; "
+        "fma.rn.bf16x2 t, $2, s, z; mov.b32 {{$0, $1}}, t; }}",
+        "=h,=h,r",
+        [pair],
+        dtype=(tl.int16, tl.int16),
+        is_pure=True,
+        pack=1,
+    )
+    return low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
+"""
+
+
 _SIGNED_BYTE_PAIR = """@triton.jit
 def decode_pair(pair):
     \"\"\"Codes in the two halves of an int32, as values: low half, high half.\"\"\"
@@ -115,13 +132,18 @@ def decode_formula(fmt: Format) -> str:
     return helpers_of(formula) + jit_function("decode(code):", to_triton(formula))
 
 
-def pair_decoder(fmt: Format, dtype: str, target: str = "") -> str:
+def pair_decoder(fmt: Format, dtype: str, target: str = "", factor: float = 1.0) -> str:
     """A Triton function `decode_pair`: int32 with a code in each half to two tensors of `dtype`.
 
     Where a code fits in a type's mantissa, the code is put there with one `or` for both halves, and one exact
     subtraction leaves its value; floats' fields are moved for both halves at once. Otherwise the format's formula
-    decodes one half after the other.
+    decodes one half after the other. Integers that may be `factor` times less (`word_factor`) take one instruction.
     """
+    if factor != 1.0:
+        assert isinstance(fmt, IntegerFormat)
+        values = 2.0**127 * (2.0**6 / factor), -fmt.offset / factor
+        unit, negative = (bits_of(value, dtype) * 0x10001 for value in values)
+        return _PAIR_IN_PLACE.format(unit=unit, negative=negative, factor=factor)
     if isinstance(fmt, IntegerFormat) and dtype in MAGIC:
         bits, number, room = MAGIC[dtype]
         if fmt.bits <= room:
@@ -197,11 +219,54 @@ def _move_fields(fmt: FloatFormat, dtype: str) -> list[str]:
     return lines
 
 
-def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool) -> str:
+def word_factor(fmt: Format, dtype: str, target: str, *, at_once: bool) -> float:
+    """By how much weights may be more than what `word_assembly` or `pair_decoder` makes of codes: a power of two, or 1.
+
+    Args:
+        at_once: whether they are multiplied by scales too, of which those up to 2**33 leave all factors finite then.
+    """
+    if not isinstance(fmt, IntegerFormat) or dtype != "bfloat16" or not launches_early(target):
+        return 1.0
+    return 2.0**40 if at_once else 2.0**6
+
+
+def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, at_once: bool) -> list[str]:
+    """PTX as that of `_look_up`, for integers in bfloat16, `factor` times less; at_once: times the scales $9 and $10.
+
+    The lowest 8 bits of a bfloat16 count units of 2**-133 up to twice its first normal number. So two fields of each
+    half are numbers where they lie, 2**-133 and 2**-129 times their codes, and one multiplication and addition, which
+    rounds once, makes weights of them.
+    """
+
+    def word(value: float) -> str:
+        return f"{bits_of(value, 'bfloat16') * 0x10001:#x}"
+
+    lines = [".reg .b32 v, c, d, s0, s1, z0, z1", "shr.b32 v, w, 8"]
+    for r in range(2):
+        unit = 2.0 ** (127 - 4 * r) * (2.0**6 / factor)
+        if at_once:
+            lines += [f"mov.b32 c, {word(unit)}", f"mul.rn.bf16x2 s{r}, ${9 + r}, c"]
+            lines += [f"mov.b32 c, {word(-fmt.offset / factor)}", f"mul.rn.bf16x2 z{r}, ${9 + r}, c"]
+            continue
+        lines.append(f"mov.b32 s{r}, {word(unit)}")
+        if zero_points:
+            number = MAGIC["bfloat16"][1]
+            lines += [f"mov.b32 c, {word(1 / factor)}", f"mov.b32 d, {word(number / factor)}"]
+            lines.append(f"fma.rn.bf16x2 z{r}, ${9 + r}, c, d")
+        else:
+            lines.append(f"mov.b32 z{r}, {word(-fmt.offset / factor)}")
+    for j in range(4):
+        r = j % 2
+        lines += [f"and.b32 t{j}, {'wv'[j // 2]}, {0xF000F << 4 * r:#x}", f"fma.rn.bf16x2 t{j}, t{j}, s{r}, z{r}"]
+    return lines
+
+
+def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool, factor: float = 1.0) -> str:
     """PTX that decodes word $8 of eight 4-bit codes: field j of the low half to $<2j>, of the high half to $<2j+1>.
 
     Fields 0 and 2 are of one row of weights, 1 and 3 of another. $9 and $10 are minus both rows' zero points, less the
-    number of `MAGIC`, twice in a word each; the next two operands both rows' scales.
+    number of `MAGIC`, twice in a word each; the next two operands both rows' scales. Results are `factor` times less:
+    `word_factor`, or 1.
     """
     packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
     fused = packed == "bf16x2" and int(target[3:]) < 90  # has no addition and multiplication of its own
@@ -221,6 +286,11 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
         lines += [calculate("mul", j, "f") for j in range(4)]
     elif values is not None:
         lines += _look_up(values, dtype)
+    elif factor != 1.0:
+        assert isinstance(fmt, IntegerFormat)
+        at_once = scaled and not zero_points
+        lines += _multiply_in_place(fmt, factor, zero_points=zero_points, at_once=at_once)
+        scaled = scaled and not at_once
     else:
         assert isinstance(fmt, IntegerFormat)
         magic, number, _ = MAGIC[dtype]

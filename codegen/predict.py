@@ -14,12 +14,14 @@ from collections.abc import Callable
 import sympy
 
 from qcompile.codegen.cost_model import Device, bytes_out, device_of, seconds, stacked_rows
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import STREAM_TEMPLATE, KernelSpec
 from qcompile.scheme import SCALE_DTYPES
 
 STRETCH = {
     ("gemm_fragment", "bfloat16"): 1.4,
     ("gemm_fragment", "float16"): 1.4,
+    ("gemm_stream", "bfloat16"): 1.05,
+    ("gemm_stream", "float16"): 1.05,
     ("gemm_rows8", "fp8"): 1.0,
     ("gemm_rows8", "int8"): 0.8,
 }
@@ -76,6 +78,8 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device 
     """
     if vendor is None:
         template = "gemm_rows8" if spec.in_rows else "gemm_fragment"
+        if spec.source == STREAM_TEMPLATE:
+            template = STREAM_TEMPLATE
         return STRETCH.get((template, spec.compute), 1.3) * seconds(spec, m, device)
     device, width = device or device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
     bits = spec.stored_bits

@@ -25,12 +25,14 @@ from qcompile.codegen.decoders import (
     scale_word_decoder,
     sparse_product,
     word_assembly,
+    word_factor,
 )
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import (
+    STREAM_TEMPLATE,
     AnySpec,
     GroupedSpec,
     KernelSpec,
@@ -148,11 +150,13 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         chunk = min(aligned, warp_columns(spec.tile))
     run = min(aligned, chunk)
     fmt = FORMATS[spec.weight]
-    words, negative = "", 0
+    words, negative, factor = "", 0, 1.0
+    zero_points = not spec.symmetric and not spec.offset and scales != "weights"
+    scaled = scales == "fragments"
+    if scales != "weights" and (fmt.bits == 4 or not zero_points):  # else something is added to weights after
+        factor = word_factor(fmt, decoded, spec.target, at_once=fmt.bits == 4 and scaled and not zero_points)
     if fmt.bits == 4 and decoded in FIELDS and spec.target.startswith("sm_"):
-        zero_points = not spec.symmetric and not spec.offset and scales != "weights"
-        scaled = scales == "fragments"
-        words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled)
+        words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
         if isinstance(fmt, IntegerFormat):
             negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
     return {
@@ -177,6 +181,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "SUPER_LAST": scales != "total" and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
+        "FACTOR": factor,
         "GATED": spec.gated,
         "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
@@ -190,16 +195,17 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
 
 def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
     """What fills `fragment_weights`, some of its constants changed."""
+    constants = _fragment_constants(spec, decoded) | changed
+    factor = 1.0 if constants["WORDS"] else float(str(constants["FACTOR"]))
     decoders = (
         scale_decoder(spec.scale_dtype, spec.target),
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
-        pair_decoder(FORMATS[spec.weight], decoded, spec.target),
+        pair_decoder(FORMATS[spec.weight], decoded, spec.target, factor),
         conversion("decode_x", spec.activation, spec),
     )
-    constants = _constants(_fragment_constants(spec, decoded) | changed)
     return {
         "weights": _functions_of("fragment_weights"),
-        "constants": constants,
+        "constants": _constants(constants),
         "decode": "\n\n".join(decoders) + "\n\n",
     }
 
@@ -222,6 +228,17 @@ def _sparse_cores(spec: KernelSpec) -> str:
     text = _functions_of("sparse_cores")
     text = text[text.index("# <cores>") :]
     return fill_hole(text, "cores", _constants(constants))
+
+
+def _stream(spec: KernelSpec) -> dict[str, str]:
+    names = ("N", "K", "COLUMNS", "SYMMETRIC", "COMPUTE", "BLOCK_M", "BLOCK_N", "WORDS", "NEGATIVE", "FACTOR", "GATED")
+    constants = _fragment_constants(spec, spec.compute)
+    assert constants["SCALES"] == "fragments", spec
+    chosen = {name: constants[name] for name in names} | {
+        "STAGES": spec.tile.stages,
+        "OPERANDS": spec.operand_count > 0,
+    }
+    return {"constants": _constants(chosen), "epilogue": _epilogue(spec)}
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:
@@ -287,6 +304,7 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
         SUPER_LAST=False,
         SCALES="weights",
         WORDS="",
+        FACTOR=1.0,
         EARLY=False,
     )
 
@@ -371,11 +389,12 @@ def _holes(spec: AnySpec) -> dict[str, str]:
         return _attention(spec)
     if isinstance(spec, NormKernelSpec):
         return {"constants": _constants(spec.constants())}
-    return _choosing(spec) if isinstance(spec, (ColumnsSpec, RangesSpec)) else _FILL[spec.template](spec)
+    return _choosing(spec) if isinstance(spec, (ColumnsSpec, RangesSpec)) else _FILL[spec.source](spec)
 
 
 _FILL = {
     "gemm_fragment": _fragment,
+    STREAM_TEMPLATE: _stream,
     "gemm_rows8": _rows8,
     "gemm_grouped": _grouped,
     "gemm_grouped_rows8": _grouped_rows8,
@@ -395,19 +414,20 @@ def render(spec: AnySpec) -> str:
     All that a user's configuration contributes is numbers and names of registries, and the header's JSON is one comment
     line.
     """
-    text = _template(spec.template)
+    template = spec.source if isinstance(spec, KernelSpec) else spec.template
+    text = _template(template)
     for name, content in _holes(spec).items():
         text = fill_hole(text, name, content)
     if isinstance(spec, KernelSpec):
         operands = ", ".join(f"operand_{i}" for i in range(max(1, spec.operand_count)))
         text = text.replace("operand_0,", f"{operands},")
     # Profilers and Inductor show the function's own name.
-    name = f"qcompile_{spec.template}"
+    name = f"qcompile_{template}"
     text = text.replace("\ndef kernel(", f"\ndef {name}(") + f"\n\nkernel = {name}\n"
     encoded = spec.encode()
     assert encoded.isprintable()
     header = (
-        f"# Generated by qcompile from codegen/templates/{spec.template}.py. To make it again:\n"
+        f"# Generated by qcompile from codegen/templates/{template}.py. To make it again:\n"
         "#   from qcompile.codegen.render import render\n"
         "#   from qcompile.codegen.spec import decode_kernel_spec\n"
         "#   render(decode_kernel_spec(line))   with the text of this line:\n"

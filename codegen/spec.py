@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import json
 import math
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ DECODE_TEMPLATE = "decode_fragment"
 FINISH_TEMPLATE = "finish_product"
 """The template that does what is left to do after a product of torch's."""
 
+STREAM_TEMPLATE = "gemm_stream"
+"""The template of tiles of the form "stream", which multiplies as `gemm_fragment` does, in Gluon."""
+
 GROUPED_TEMPLATES = {"gemm_fragment": "gemm_grouped", "gemm_rows8": "gemm_grouped_rows8"}
 """The template that multiplies stacks of experts as another multiplies one weight."""
 
@@ -42,8 +47,9 @@ class Tile:
 
     Attributes:
         warps, stages: of a program; of its pipeline.
-        form: "loop", "slab": all weights of a program are in registers before it multiplies, or "cores": 2:4 sparse
-            weights on sparse tensor cores (the template `sparse_cores`).
+        form: "loop"; "slab": all weights of a program are in registers before it multiplies; "cores": 2:4 sparse weights
+            on sparse tensor cores (the template `sparse_cores`); or "stream": see `gemm_stream`, where split may be 0: as
+            many programs as multiprocessors share the work evenly.
         scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
         overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
             fragments.
@@ -70,7 +76,7 @@ class KernelSpec:
     """A kernel for one linear, one kind of device and a range of M.
 
     Attributes:
-        template: name of a module in `codegen/templates`.
+        template: name of a module in `codegen/templates`; see `source`.
         n, k: out and in features.
         weight: name of the weights' format.
         symmetric: whether there are no zero points.
@@ -105,6 +111,12 @@ class KernelSpec:
     target: str
     tile: Tile
     sparse: bool = False
+
+    @property
+    def source(self) -> str:
+        """The module in `codegen/templates` that the kernel is made from: `template`, or that of the tile's form."""
+        streams = self.template == "gemm_fragment" and self.tile.form == "stream"
+        return STREAM_TEMPLATE if streams else self.template
 
     @property
     def stored_bits(self) -> int:
@@ -258,6 +270,34 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
     exact = exact and (spec.super_columns == 0 or super_last(spec))
     return "fragments" if preferred == "fragments" and exact else "products"
+
+
+@functools.cache
+def has_gluon() -> bool:
+    """Whether a Triton is installed whose Gluon, an experimental language, is as the template in it was tried with."""
+    try:
+        return importlib.metadata.version("triton").startswith(("3.6.", "3.7."))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def stream_objection(spec: KernelSpec) -> str | None:
+    """Why `gemm_stream` does not multiply as `spec` says, whatever the tile; None if it does."""
+    if spec.target != "sm_90":
+        return "it is for Hopper's tensor cores"
+    if not has_gluon():
+        return "it is in Triton's experimental language Gluon, as versions 3.6 and 3.7 have it"
+    if isinstance(spec, GroupedSpec) or spec.in_rows:
+        return "its weights are one linear's in the layout `fragment`"
+    if FORMATS[spec.weight].bits != 4 or spec.sparse or spec.activation is not None:
+        return "its weights are of 4 bits, its activations of 16"
+    if scales_of(spec, "fragments") != "fragments" or spec.scale_dtype != spec.compute or spec.super_columns:
+        return "scales are not of the activations' type, or not of groups"
+    if (spec.columns != 64 and spec.columns % 128) or spec.k % 64:
+        return "64 columns have more than one scale"
+    if spec.paired or (spec.gated and spec.n % 128):
+        return "it takes a gate's columns from the halves of the weight, in tiles of 64"
+    return None
 
 
 def launches_early(target: str) -> bool:

@@ -23,7 +23,14 @@ from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.ranges_spec import RangesSpec
-from qcompile.codegen.spec import AnySpec, GroupedSpec, KernelSpec, decode_kernel_spec, native_fp8
+from qcompile.codegen.spec import (
+    STREAM_TEMPLATE,
+    AnySpec,
+    GroupedSpec,
+    KernelSpec,
+    decode_kernel_spec,
+    native_fp8,
+)
 from qcompile.norm_spec import decode_norm
 
 _POINTERS = {
@@ -54,6 +61,7 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     if spec.stored is not None:
         stored = _pointer(str(spec.stored.native_dtype).removeprefix("torch."), spec.target)
     scale = "*u8" if spec.scale_dtype.startswith("float8") else _POINTERS[spec.scale_dtype]
+    whole = spec.tile.split == 1 and spec.tile.form != "stream"
     above = "*fp32" if spec.super_columns == spec.k else "*fp16"  # as NVFP4 and K-quants have it
     types = {
         "x": _pointer(spec.x_dtype, spec.target),
@@ -69,12 +77,22 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "bias": "*fp32",
         "y": stored,
         f"operand_{spec.operand_count - 1}": out if spec.stored is None else "*fp32",
-        "partial": codes if spec.tile.split == 1 else "*fp32",
-        "arrived": codes if spec.tile.split == 1 else "*i32",
+        "partial": codes if whole else "*fp32",
+        "arrived": codes if whole else "*i32",
         "bias_stride": "i32",
+        "sharers": "i32",
         "M": "i32",
     }
     return {name: types.get(name, out) for name in names}
+
+
+def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
+    """Types of a kernel of `gemm_stream`'s arguments that are tensors' descriptors, which it reads through."""
+    from qcompile.runtime.streams import blocks
+
+    return {
+        name: f"tensordesc<{types[name][1:]}{list(block)},{layout!r}>" for name, (block, layout) in blocks(spec).items()
+    }
 
 
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:
@@ -138,12 +156,19 @@ def compile_spec(spec: AnySpec) -> dict[str, Any]:
 
     kernel = cache.load(spec).kernel
     types = _SIGNATURES[type(spec)](spec, kernel.arg_names)
+    streams = isinstance(spec, KernelSpec) and spec.source == STREAM_TEMPLATE
+    if streams:
+        types |= _descriptors(spec, types)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
-    source = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
+    source: Any = ASTSource(fn=kernel, signature=types, constexprs={}, attrs=aligned)
+    if streams:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource(kernel, types, {}, aligned)
     nvidia = spec.target.startswith("sm_")
     target = GPUTarget("cuda", int(spec.target[3:]), 32) if nvidia else GPUTarget("hip", spec.target, 64)
     start = time.perf_counter()
-    options = {"num_warps": spec.tile.warps, "num_stages": spec.tile.stages}
+    options = {"num_warps": 4 if streams else spec.tile.warps, "num_stages": spec.tile.stages}
     compiled = triton.compile(source, target=target, options=options)
     found: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 2), "shared": compiled.metadata.shared}
     return found | (_nvidia(compiled.asm) if nvidia else _amd(compiled.asm["amdgcn"]))
@@ -153,10 +178,11 @@ _SPILL = r"\b(?:STL|LDL)\b"
 
 
 def _in_loops(code: str) -> int:
-    """How many instructions that spill or reload are between a branch backwards and its target."""
+    """How many instructions that spill or reload are in innermost loops: between a branch backwards and its target."""
     lines = [(int(place, 16), text) for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", code)]
     branches = [(place, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for place, text in lines]
     loops = [(int(to[1], 16), place) for place, to in branches if to is not None and int(to[1], 16) < place]
+    loops = [(a, b) for a, b in loops if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in loops)]
     spills = [place for place, text in lines if re.search(_SPILL, text)]
     return sum(any(first <= place <= last for first, last in loops) for place in spills)
 
@@ -198,8 +224,8 @@ def _scattered(ttgir: str) -> list[str]:
 
 def _order(ptx: str) -> str:
     """What Hopper's code does: d decodes words, m multiplies, a digit waits for all but so many products."""
-    found = re.finditer(r"lop3\.b32 t\d|wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned (\d)", ptx)
-    letters = [match[1] or ("d" if match[0].startswith("lop3") else "m") for match in found]
+    found = re.finditer(r"(?:lop3|and)\.b32 t\d|wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned (\d)", ptx)
+    letters = [match[1] or ("d" if match[0].startswith(("lop3", "and")) else "m") for match in found]
     return "".join(letter for letter, before in zip(letters, ["", *letters], strict=False) if letter != before)
 
 

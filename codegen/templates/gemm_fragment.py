@@ -45,6 +45,7 @@ from qcompile.codegen.templates.fragment_weights import (
     CORES,
     EARLY,
     EVEN_K,
+    FACTOR,
     GROUP_M,
     GROUPS,
     HALVES,
@@ -222,6 +223,8 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
             if SCALES != "products" and not OVERLAP:
                 accumulator = settled(accumulator)
             blocks = next_blocks
+    if FACTOR != 1.0:
+        accumulator *= FACTOR
     if SCALES == "total":
         accumulator *= load_scale(scale, super_scale, n, row_mask, 0)[:, None]
         if X_SCALE == "group":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.predict import limit, predict
-from qcompile.codegen.spec import TEMPLATES, KernelSpec, launches_early, native_fp8
+from qcompile.codegen.spec import STREAM_TEMPLATE, TEMPLATES, KernelSpec, launches_early, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.flags import flags
 from qcompile.formats import Format, IntegerFormat
@@ -20,7 +20,7 @@ from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec, decode_spec
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation
-from qcompile.runtime import cache, launcher, vendor
+from qcompile.runtime import cache, launcher, streams, vendor
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.tuning import Chosen, choose, gpu_family, show
 from qcompile.tensors import by_bytes
@@ -74,6 +74,9 @@ def launch(
         return y
     if tile.form == "cores" and x.data_ptr() % 4:  # which reads words of two numbers
         x = x.clone()
+    if kernel.source == STREAM_TEMPLATE:
+        streams.launch(kernel, function, x, weight, bias, operands, y)
+        return y
     tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
     native = native_fp8(kernel.target)
     codes = weight.codes if native else by_bytes(weight.codes)

@@ -20,18 +20,22 @@ def launch(function: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> 
 
     Args:
         function: of Triton, or what takes its place: an interpreter, or what a compiler traces.
-        args: tensors, of which the first says the device, and integers.
+        args: tensors, descriptors of tensors, which a function takes in blocks of its own, and integers. The first, or
+            the tensor that it describes, says the device.
         options: the same for each launch of a function on a device.
     """
     if not _is_triton(function):
         function[grid](*args, **options)
         return
     # Triton compiles apart for types, addresses that 16 divides, and integers that are 1, divisible or wide.
-    alike: list[Hashable] = [id(function), args[0].device]
+    first = args[0]
+    alike: list[Hashable] = [id(function), first.device if hasattr(first, "device") else first.base.device]
     addresses = 0
     for argument in args:
         if isinstance(argument, int):
             alike.append((argument == 1, argument % 16 == 0, argument.bit_length() > 31))
+        elif hasattr(argument, "base"):  # at an address that 16 divides
+            alike.append(argument.base.dtype)
         else:
             alike.append(argument.dtype)
             addresses |= argument.data_ptr()
@@ -48,4 +52,4 @@ def launch(function: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> 
 
 def _is_triton(function: Any) -> bool:
     triton: Any = sys.modules.get("triton.runtime.jit")
-    return triton is not None and type(function) is triton.JITFunction
+    return triton is not None and isinstance(function, triton.JITFunction)

@@ -84,7 +84,7 @@ class Chosen:
     @property
     def name(self) -> str:
         """The template or the path."""
-        return self.vendor or self.kernel.template
+        return self.vendor or self.kernel.source
 
 
 def gpu_family(name: str) -> str:

@@ -478,7 +478,7 @@ def test_explain_tells_the_choice_its_origin_and_its_time(monkeypatch: pytest.Mo
     assert (told["origin"], told["measured_us"]) == (tuning.TUNED, 8.0)
     # 8.4 MB of codes at 3.3 TB/s take 2.54 us, and 0.26 MB each of scales and of 16 rows of in- and outputs, 0.08 us.
     assert told["of_limit"] == pytest.approx(2.70 / 8.0, rel=0.01)
-    long = _plan(spec, 4096, BF16, device)
+    long = _plan(job("nf4").spec, 4096, BF16, device)
     assert (long["kernel"], long["origin"]) == ("decode_mm", tuning.PREDICTED)
     assert _plan(replace(spec, layout="logical"), 1, BF16, device) == {}
     layers = (

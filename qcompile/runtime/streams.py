@@ -1,0 +1,89 @@
+"""Launches of kernels of `gemm_stream`, whose inputs are descriptors of tensors."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.codegen.spec import KernelSpec
+from qcompile.packed import PackedWeight
+from qcompile.runtime import launcher
+from qcompile.runtime.counters import zeros_kept_zero
+
+WARPS = 4
+"""Of a group: what Triton is told of a program's warps, to which the kernel adds those of the other group."""
+
+
+def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
+    """For each input that has a descriptor, the block that is copied at once, and its layout in shared memory."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    rows = kernel.tile.n // (128 if kernel.gated else 64)
+    groups = max(1, 128 // kernel.columns)
+    return {
+        "x": ([kernel.tile.m, 128], NVMMASharedLayout(128, 16, 2)),
+        "codes": ([rows, 4, 256], NVMMASharedLayout(0, 32, 3)),
+        "scale": ([rows, groups, 64], NVMMASharedLayout(0, 16, 3)),
+        "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
+    }
+
+
+@functools.cache
+def _processors(device: torch.device | None) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def division(tiles: int, steps: int, split: int, processors: int) -> tuple[int, int, int]:
+    """How many programs there are, how many tiles are not taken whole, and how many programs share these.
+
+    Args:
+        steps: of a tile.
+        split: programs for each tile; or 0 for as many as processors, of which about four at most share a tile.
+    """
+    programs = tiles * min(split, steps) if split else processors
+    shared = tiles % programs
+    return programs, shared, min(programs, shared * (split or min(4, steps)))
+
+
+def launch(
+    kernel: KernelSpec,
+    function: Any,
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    operands: list[Tensor],
+    y: Tensor,
+) -> None:
+    """Run `function`, the Gluon function of `kernel`'s module, on its programs."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    m, tile, codes = x.shape[0], kernel.tile, weight.codes
+    tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
+    programs, shared, sharers = division(
+        tiles, -(-kernel.k // 128), tile.split, _processors(x.device if x.is_cuda else None)
+    )
+    x = x.contiguous()
+    if x.data_ptr() % 16:  # where descriptors cannot begin
+        x = x.clone()
+    inputs = {"x": x, "codes": codes.view(len(codes), -1, 256), "scale": weight.scale, "zero_point": weight.zero_point}
+    given = blocks(kernel)
+    if weight.zero_point is None:
+        inputs["zero_point"], given["zero_point"] = inputs["scale"], given["scale"]
+    partial = x.new_empty(max(1, 2 * sharers * tile.m * tile.n), dtype=torch.float32)
+    launcher.launch(
+        function,
+        (programs,),
+        *(TensorDescriptor.from_tensor(inputs[name], *given[name]) for name in inputs),
+        codes if bias is None else bias,
+        *([operand.contiguous() for operand in operands] or [codes]),
+        y,
+        partial,
+        zeros_kept_zero(max(1, 2 * shared), x.device),
+        max(1, sharers),
+        m,
+        num_warps=WARPS,
+        launch_pdl=True,
+    )

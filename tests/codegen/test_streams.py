@@ -1,0 +1,120 @@
+"""What can be known of `gemm_stream` without a GPU: who computes what, machine code, and what it does not take."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.codegen import spec as specs
+from qcompile.codegen.cost_model import candidates, device_of, shared_bytes
+from qcompile.codegen.spec import KernelSpec, stream_objection
+from qcompile.presets import preset
+from qcompile.runtime import cache
+from qcompile.runtime import measure as timing
+from qcompile.runtime.streams import division
+from tests.cross_compile import measure
+
+BF16 = torch.bfloat16
+
+
+def like(name: str = "int4", shape: tuple[int, int] = (4096, 4096), *steps: str) -> KernelSpec:
+    return replace(timing.job(name, preset(name), shape, 256, BF16).like("sm_90"), epilogue=steps)
+
+
+def streams(kernel: KernelSpec, m: int) -> list[KernelSpec]:
+    return [found for found in candidates(kernel, m) if found.tile.form == "stream"]
+
+
+def scalar_functions(steps: int, tiles: int, programs: int, program: int) -> Any:
+    """The template's functions of who computes what, as plain Python of integers, in a program."""
+    module = cache.load(streams(like(), 256)[0])
+    language = types.SimpleNamespace(
+        num_programs=lambda axis: programs,
+        program_id=lambda axis: program,
+        minimum=min,
+        where=lambda condition, yes, no: yes if condition else no,
+    )
+    names = {"gl": language, "STEPS": steps, "TILES_N": tiles, "ROWS": 4, "HALVES": 1, "BLOCK_M": 128}
+    for name in ("shared_tiles", "first_shared", "place_of", "sharers_of"):
+        names[name] = types.FunctionType(getattr(module, name).fn.__code__, names)
+    return types.SimpleNamespace(**names)
+
+
+@given(
+    tiles_n=st.integers(1, 80),
+    tiles_m=st.integers(1, 4),
+    steps=st.integers(1, 40),
+    split=st.sampled_from([0, 1, 2, 4, 8]),
+    processors=st.integers(1, 140),
+)
+def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split: int, processors: int) -> None:
+    tiles = tiles_n * tiles_m
+    programs, shared, sharers = division(tiles, steps, split, processors)
+    sharers = max(1, sharers)
+    done: set[tuple[int, int]] = set()
+    parts: dict[int, list[tuple[int, int]]] = {}
+    for program in range(programs):
+        scalar = scalar_functions(steps, tiles_n, programs, program)
+        whole, left = scalar.shared_tiles(tiles_m)
+        assert left == shared * steps
+        begun, ended = (scalar.first_shared(p, left, sharers) for p in (program, program + 1))
+        i, count = 0, whole * steps + ended - begun
+        while i < count:
+            tile, tile_n, first_m, step = scalar.place_of(i, tiles_m, sharers)
+            assert (tile_n, first_m) == (tile // tiles_m * 4, tile % tiles_m * 128)
+            length = min(steps - step, count - i)
+            new = {(tile, step + j) for j in range(length)}
+            assert len(new) == length
+            assert not new & done
+            done |= new
+            if length < steps:
+                assert program < sharers
+                parts.setdefault(tile, []).append((program, 2 * program + (i > whole * steps and step == 0)))
+            i += length
+    assert done == {(tile, step) for tile in range(tiles) for step in range(steps)}
+    slots = [slot for found in parts.values() for _, slot in found]
+    assert len(slots) == len(set(slots))
+    for tile, found in parts.items():
+        number, least, most, slot = scalar_functions(steps, tiles_n, programs, 0).sharers_of(tile, tiles_m, sharers)
+        assert 0 <= number < shared
+        assert found == [(p, slot if p == least else 2 * p) for p in range(least, most + 1)]
+
+
+@pytest.mark.parametrize("steps", [(), ("silu(a)*b",), ("bias", "silu", "mul", "add")], ids=str)
+@pytest.mark.parametrize("name", ["int4", "int4_asym"])
+def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
+    """Weights are decoded while the product before is under way; nothing in the loop spills."""
+    one_of_each = {(kernel.tile.m, kernel.tile.n): kernel for kernel in streams(like(name, (4096, 4096), *steps), 256)}
+    kernels = list(one_of_each.values())
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, found
+        assert found["looped"] == 0, (kernel.tile, found)
+        assert steps or found["spills"] == 0, (kernel.tile, found)
+        assert found["shared"] <= min(shared_bytes(kernel), device_of("sm_90").shared), (kernel.tile, found)
+        a_group = "dm1" * (kernel.tile.n // 64) + "0"
+        assert found["order"] == 2 * a_group, (kernel.tile, found)
+
+
+def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stream_objection(like()) is None
+    for other in (
+        replace(like(), target="sm_100"),
+        replace(like(), x_dtype="float16"),
+        replace(like(), columns=32),
+        replace(like(), epilogue=("pairs a*b",)),
+        like("int8_weight_only"),
+        like("mxfp4"),
+        like("int4_24"),
+        like("fp8"),
+    ):
+        assert stream_objection(other) is not None, other
+        assert not streams(other, 256)
+    assert not streams(like(), 32)
+    monkeypatch.setattr(specs, "has_gluon", lambda: False)
+    assert "Gluon" in str(stream_objection(like()))

@@ -1,0 +1,95 @@
+"""Kernels of `gemm_stream`, which no interpreter runs, against float64, and bit for bit the same at every launch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qcompile.codegen.cost_model import candidates
+from qcompile.codegen.spec import KernelSpec, Tile, has_gluon
+from qcompile.scheme import Granularity, Scheme
+from tests.gpu.test_gemm_gpu import BF16, TARGET, run
+from tests.kernels.problems import Problem, problem
+from tests.kernels.test_gemm import weight_scheme
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(TARGET != "sm_90" or not has_gluon(), reason="needs Hopper and a Triton with Gluon"),
+]
+
+SMALL = Tile(m=16, n=64, k=64, split=1, warps=4, stages=3)
+FORMATS = {
+    "int4": ("int4", 128, BF16),
+    "uint4": ("uint4", 128, BF16),
+    "int4 of 64": ("int4", 64, BF16),
+    "uint4 of 64": ("uint4", 64, BF16),
+    "int4 of 256": ("int4", 256, BF16),
+    "nf4 of 64": ("nf4", 64, BF16),
+    "int4 float16": ("int4", 128, torch.float16),
+}
+"""Format of weights, columns of a group and type of activations."""
+
+
+def given(name: str, m: int, n: int, k: int, *steps: str, identity: bool = False) -> Problem:
+    number, columns, dtype = FORMATS[name]
+    scale = "float16" if dtype == torch.float16 else "bfloat16"
+    scheme = Scheme(weight=weight_scheme(number, Granularity.group(columns), scale))
+    return problem(scheme, "fragment", m, n, k, dtype, steps, identity=identity)
+
+
+def streams(problem: Problem, m: int) -> list[KernelSpec]:
+    found = [kernel for kernel in candidates(problem.kernel(TARGET, SMALL), m) if kernel.tile.form == "stream"]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_identity_returns_the_weights(name: str) -> None:
+    probe = given(name, 512, 200, 512, identity=True)
+    for kernel in streams(probe, 512)[:: 3 if name == "int4" else 7]:
+        assert torch.equal(run(probe, kernel).double(), probe.weight.to(probe.x.dtype).double().T), kernel.tile
+
+
+@pytest.mark.parametrize("m", [33, 100, 300])
+@pytest.mark.parametrize("shape", [(200, 448), (1024, 4096)], ids=str)
+def test_every_tile(shape: tuple[int, int], m: int) -> None:
+    """Of the last rows, columns and tokens there are fewer than a tile has; some tiles are shared by programs."""
+    probe = given("int4", m, *shape)
+    for kernel in streams(probe, 512):
+        probe.check(run(probe, kernel), BF16)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_and_operands(name: str) -> None:
+    for m, steps in ((64, ()), (200, ("bias", "silu", "mul", "add"))):
+        probe = given(name, m, 640, 1024, *steps)
+        for kernel in streams(probe, 256)[::4]:
+            probe.check(run(probe, kernel), probe.x.dtype)
+
+
+@pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
+@pytest.mark.parametrize("name", ["int4", "uint4 of 64"])
+def test_gates(name: str, steps: tuple[str, ...]) -> None:
+    """Halves of 320 rows are no multiple of what a program holds of them."""
+    for m in (64, 200):
+        probe = given(name, m, 640, 1024, *steps)
+        for kernel in streams(probe, 256):
+            probe.check(run(probe, kernel), BF16)
+
+
+def test_more_tiles_than_processors() -> None:
+    """Programs take some tiles whole, and share what is left."""
+    probe = given("int4", 700, 4096 + 128, 512)
+    for kernel in streams(probe, 1024):
+        probe.check(run(probe, kernel), BF16)
+
+
+def test_activations_that_are_not_aligned() -> None:
+    probe = given("int4", 64, 256, 512)
+    kernel = streams(probe, 64)[0]
+    x, *others = probe.arguments("cuda")
+    shifted = replace(probe)
+    shifted.arguments = lambda device: (x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x), *others)  # type: ignore
+    probe.check(run(shifted, kernel), BF16)
