@@ -163,15 +163,14 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
 
 
 @triton.jit
-def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, rows):
+def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, token, rows):
     """float32 [BLOCK_N, BLOCK_M]: K_PER_SPLIT columns from first_k of the weights of NT tiles from tile_n, times x.
 
-    x and x_scale point to the first row of x and of its scales; rows says how many there are, BLOCK_M at most.
+    x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are, rows how many.
     """
     tile, n = place_of(tile_n, tl.arange(0, BLOCK_N), 64)
     n += (first_tile(tile_n) + tile) * 64
     row_mask = n < TILES_N * 64
-    token = tl.arange(0, BLOCK_M) < rows
     x_scale_rows = x_scale + tl.arange(0, BLOCK_M) * GROUPS
     accumulator = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if EARLY and PREFETCH > 0:
@@ -275,6 +274,7 @@ def kernel(
     height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     first_m = (band * GROUP_M + within % height) * BLOCK_M
     block_n = within // height
+    m = tl.arange(0, BLOCK_M)
     accumulator = multiply(
         x + first_m.to(tl.int64) * K,
         x_scale + first_m * GROUPS,
@@ -286,6 +286,7 @@ def kernel(
         super_offset,
         block_n * NT,
         split * K_PER_SPLIT,
+        first_m + m < M,
         M - first_m,
     )
     first_n = block_n * BLOCK_WIDTH

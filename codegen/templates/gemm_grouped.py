@@ -86,6 +86,7 @@ def kernel(
         super_offset + rows * SUPER_GROUPS,
         block_n * (BLOCK_N // 64),
         split * K_PER_SPLIT,
+        first_m + tl.arange(0, BLOCK_M) < end_m,
         end_m - first_m,
     )
     bias += expert * N
