@@ -166,7 +166,8 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
 def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_offset, tile_n, first_k, token, rows):
     """float32 [BLOCK_N, BLOCK_M]: K_PER_SPLIT columns from first_k of the weights of NT tiles from tile_n, times x.
 
-    x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are, rows how many.
+    x and x_scale point to the first row of x and of its scales; token says which of BLOCK_M rows there are, rows how
+    many.
     """
     tile, n = place_of(tile_n, tl.arange(0, BLOCK_N), 64)
     n += (first_tile(tile_n) + tile) * 64
