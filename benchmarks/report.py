@@ -36,6 +36,9 @@ from tables import (
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+TUNED = ROOT / "codegen" / "tuned"
+SHAPES = 4
+"""Linears of a Llama-3-8B layer."""
 MEASURED = ROOT / "qcompile" / "evaluate" / "measured.json"
 
 HEAD = """# Performance
@@ -91,6 +94,46 @@ def linear(folder: Path) -> str:
 
 def _linear_name(row: Row) -> str:
     return f"{row['scheme']}, {row['impl']}"
+
+
+def tuned(folder: Path) -> str:
+    """The section of products as `tune.py` found them, of the folder's machines."""
+    text = ""
+    for machine in dict.fromkeys(file["machine"] for file in load(folder, "linear")):
+        table_of = json.loads((TUNED / f"{machine}.json").read_text())
+        times: dict[str, dict[int, list[float]]] = {}
+        for entry in table_of["entries"]:
+            named = _family(entry["family"])
+            if named is not None:
+                times.setdefault(named, {}).setdefault(entry["m"], []).append(entry["us"])
+        tokens = sorted({m for by_m in times.values() for m, found in by_m.items() if len(found) == SHAPES})
+        cells = {
+            named: [number(sum(by_m[m])) if len(by_m.get(m, ())) == SHAPES else "" for m in tokens]
+            for named, by_m in times.items()
+        }
+        text += f"### As they were tuned\n\n{run_of(table_of | {'machine': machine})}\n\n"
+        text += filled(
+            "Microseconds of the same products, alone: activations of 8 bits come quantized. These are the times at "
+            "which `benchmarks/tune.py` chose the kernels that the package names for this GPU (`codegen/tuned`), in "
+            "several runs; where they are below those of the table above, the kernel is newer than its measurement "
+            "there."
+        )
+        lines = [[f"**{named}**", *row] for named, row in cells.items() if any(row)]
+        text += table(["weights", *(f"M={m}" for m in tokens)], lines) + "\n"
+    return text
+
+
+def _family(text: str) -> str | None:
+    """What a family of kernels multiplies, in words; None for experts."""
+    given = dict(part.split("=") for part in text.split())
+    if "experts" in given:
+        return None
+    rows, columns = given["rows"], given["columns"]
+    shared = "a scale a row" if (rows, columns) == ("1", "all") else f"a scale for {columns}"
+    shared = f"a scale for {rows} x {columns}" if rows != "1" else shared
+    beside = ["2:4 sparse"] if "sparse" in given else []
+    beside += [f"{given['activation']} activations"] if "activation" in given else []
+    return ", ".join([given["weight"], shared, *beside])
 
 
 # ---- mixtures of experts
@@ -384,6 +427,7 @@ def calibrate(folder: Path) -> str:
 
 SECTIONS: tuple[Callable[[Path], str], ...] = (
     linear,
+    tuned,
     gate,
     grouped,
     grouped_gate,

@@ -87,7 +87,8 @@ def tile_of(
     nvidia = target.startswith("sm_")
     small = nvidia and rows <= 16 and size <= 128 and not wide
     block = 128 if small and (page or not integers) else 64 if nvidia else 16
-    halved = target == "sm_90" and small and block == 64  # among two warps, each of which attends by itself
+    # Where there is much to attend to, two warps share a block of integers, and each attends by itself.
+    halved = target == "sm_90" and small and block == 64 and pairs * context >= 1 << 17
     if size > 128:
         block = 32 if in_fp8 or (nvidia and not wide and rows <= 32) else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 2 if halved else 4
@@ -98,7 +99,7 @@ def tile_of(
         wanted = max(1, min(parts, sequences * (context // (4 * block))))
         split = 1 << (wanted.bit_length() - 1)
         return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
-    least = 8 if halved else 4
+    least = 8 if integers and context >= 4096 else 4
     while split < _MOST_SPLITS and 2 * split * pairs <= enough and least * split * block <= context:
         split *= 2
     return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
