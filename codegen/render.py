@@ -153,7 +153,8 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     words, negative, factor = "", 0, 1.0
     zero_points = not spec.symmetric and not spec.offset and scales != "weights"
     scaled = scales == "fragments"
-    if scales != "weights" and (fmt.bits == 4 or not zero_points):  # else something is added to weights after
+    changed = scales != "weights" and spec.tile.form != "cores"
+    if changed and (fmt.bits == 4 or not zero_points):  # else something is added to weights after
         factor = word_factor(fmt, decoded, spec.target, at_once=fmt.bits == 4 and scaled and not zero_points)
     if fmt.bits == 4 and decoded in FIELDS and spec.target.startswith("sm_"):
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)

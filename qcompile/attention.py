@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile.compat import constant
 from qcompile.errors import DeviceError, GradientError
 from qcompile.kv_cache import (
     AttentionSpec,
@@ -227,7 +228,7 @@ def spec_as_stored(spec: AttentionSpec) -> AttentionSpec:
     return replace(spec, key=key, value=value)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _without_fp8(device: torch.device) -> str | None:
     """The name of a device that does not multiply FP8."""
     if device.type != "cuda":

@@ -194,6 +194,12 @@ def allow_recompilations(count: int) -> None:
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, count)
 
 
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, which imports Dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def mark_static(*tensors: Tensor) -> None:
     """Promise that these tensors' addresses stay, so that CUDA graphs may change them in place.
 
