@@ -13,12 +13,13 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import plots
 from tables import (
     OURS,
+    File,
     Row,
     context,
     filled,
@@ -150,18 +151,20 @@ def grouped(folder: Path) -> str:
             "once. Tokens choose at random. `mm` multiplies for each expert that is chosen, which the host knows here "
             "and not in a model. 8-bit activations (fp8) are quantized from bfloat16 within the time."
         )
-        for name in dict.fromkeys(row["model"] for row in file["rows"]):
-            rows = [row for row in file["rows"] if row["model"] == name]
-            lines = []
+        for head, rows in _models(file):
             sums = summed(rows)
             tokens = sorted({row["M"] for row in sums})
-            for scheme in dict.fromkeys(row["scheme"] for row in rows):
-                own = [row for row in sums if row["scheme"] == scheme]
-                lines += lines_of(own, [], _linear_name, lambda row: row["M"], tokens, time_of)
-            shapes = ", ".join(f"{n} x {k}" for n, k in dict.fromkeys((row["N"], row["K"]) for row in rows))
-            head = f"{name}: {rows[0]['chosen']} of {rows[0]['experts']} experts, {shapes}"
+            lines = lines_of(sums, [], _linear_name, lambda row: row["M"], tokens, time_of)
             text += table([head, *map(str, tokens)], lines) + "\n"
     return text
+
+
+def _models(file: File) -> Iterator[tuple[str, list[Row]]]:
+    """Each model's mixture in words, and its rows."""
+    for name in dict.fromkeys(row["model"] for row in file["rows"]):
+        rows = [row for row in file["rows"] if row["model"] == name]
+        shapes = ", ".join(f"{n} x {k}" for n, k in dict.fromkeys((row["N"], row["K"]) for row in rows))
+        yield f"{name}: {rows[0]['chosen']} of {rows[0]['experts']} experts, {shapes}", rows
 
 
 def gate(folder: Path) -> str:
@@ -189,11 +192,9 @@ def grouped_gate(folder: Path) -> str:
             "Microseconds of the first product of a mixture's layer with the gate behind it, by tokens, in brackets "
             "the share of the limit: by the product's own epilogue, and by a kernel of Inductor's after the product."
         )
-        for name in dict.fromkeys(row["model"] for row in file["rows"]):
-            rows = [row for row in file["rows"] if row["model"] == name]
+        for head, rows in _models(file):
             tokens = sorted({row["M"] for row in rows})
             lines = lines_of(rows, [], _linear_name, lambda row: row["M"], tokens, time_of)
-            head = f"{name}: {rows[0]['chosen']} of {rows[0]['experts']} experts, {rows[0]['N']} x {rows[0]['K']}"
             text += table([head, *map(str, tokens)], lines) + "\n"
     return text
 
