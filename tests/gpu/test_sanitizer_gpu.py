@@ -72,14 +72,13 @@ def test_decoding(name: str) -> None:
 
 def test_finishing() -> None:
     given = problem(shipped("int8", (200, 64)), "rows8", 7, 200, 64, epilogue=("bias", "silu", "mul"))
-    _, x_scale, weight, bias, operands = given.arguments("cuda")
-    product = torch.randint(-1000, 1000, (7, 200), dtype=torch.int32)
-    parts = product.cuda(), x_scale, weight.scale.reshape(-1)
-    y = vendor.finish(parts, bias, operands, given.spec, given.kernel(TARGET, SMALL), lambda function: function)
-    assert given.x_scale is not None
-    plain = product, given.x_scale, given.packed.scale.reshape(-1)
-    expected = vendor.finish_in_torch(plain, given.bias, given.operands, given.spec, BF16)
-    torch.testing.assert_close(y.cpu(), expected, rtol=2.0**-7, atol=1e-6)  # two roundings to bfloat16
+    x, x_scale, weight, bias, operands = given.arguments("cpu")
+    product = x.int() @ weight.codes.view(torch.int8).int().T
+    parts = [t.cuda() for t in (product, x_scale, weight.scale.reshape(-1), bias)]
+    finished = vendor.finish(
+        tuple(parts[:3]), parts[3], [t.cuda() for t in operands], given.spec, given.kernel(TARGET, SMALL), lambda f: f
+    )
+    given.check(finished.cpu(), BF16)
 
 
 @pytest.mark.parametrize("name", ["int4", "fp8", "fp8_block", "mxfp4"])
