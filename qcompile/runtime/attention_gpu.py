@@ -79,7 +79,7 @@ def tile_of(
         rows: queries of a program.
         sequences: how many, if their lengths differ; else 0.
         integers: whether codes are integers, whose decoding and scales take registers too: more and smaller programs.
-        in_fp8: see `AttentionKernelSpec`; products then are of 32 tokens and more.
+        in_fp8: see `AttentionKernelSpec`, whose products are of 32 tokens and more.
         page: tokens of a page, of a paged cache; else 0.
     """
     wide = x_dtype == torch.float32
