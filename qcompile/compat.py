@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 _MODULE_STEP = re.compile(r"\._modules\['([^']*)'\]|\._(?:parameters|buffers)\['([^']*)'\]|\.([A-Za-z_]\w*)|\[(\d+)\]")
-_ROOT = re.compile(r"^([LG])\['([^']+)'\]")
+_ROOT = re.compile(r"^([LG])\['([^']+)'\](?:(?<=\['args'\])\[(\d+)\])?")
+"""A variable, or one of the `args` of a function that wraps `forward`, as transformers has it from 5.24 on."""
 
 
 def inductor_options() -> list[str]:
@@ -161,12 +162,14 @@ def root_module(nodes: Sequence[fx.Node]) -> nn.Module | None:
     roots = {match.groups() for n in nodes if is_state(n) and (match := _ROOT.match(source_name(n) or ""))}
     if len(roots) != 1:
         return None
-    scope, name = roots.pop()
+    scope, name, place = roots.pop()
     try:
         frame = InstructionTranslator.current_tx().output.root_tx
         found = (frame.f_locals if scope == "L" else frame.f_globals).get(name)
     except AttributeError:  # no trace is going on, or its form changed; rules are then checked against the graph alone
         return None
+    if place is not None and isinstance(found, tuple):
+        found = found[int(place)]
     return found if isinstance(found, nn.Module) else None
 
 

@@ -125,6 +125,28 @@ def test_names_and_first_matching_rule():
     assert [layer.name for layer in context.layers.values()] == ["up"]
 
 
+class Wrapped(nn.Module):
+    """A model whose `forward` is wrapped by a function of any arguments, as transformers does it from 5.24 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.spare = linear(), linear()
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x)
+
+    def forward(*args: object, **kwargs: object) -> torch.Tensor:
+        return Wrapped.plain(*args, **kwargs)
+
+
+def test_names_do_not_tell_how_forward_is_wrapped():
+    """`spare` is in no graph: that its rule is right is known from the module alone."""
+    rules = [{"layers": "spare", "scheme": None}, {"layers": "up", "scheme": "int4"}]
+    captured = capture(Wrapped(), torch.randn(3, WIDTH), config={"rules": rules})
+    assert captured.contexts[0].names == ["up"]
+    assert [layer.name for layer in captured.contexts[0].layers.values()] == ["up"]
+
+
 def test_a_rule_that_matches_nothing_names_the_nearest():
     model = nn.Sequential()
     model.up_proj, model.down_proj = linear(), linear()
