@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ from qcompile.codegen.attention_spec import (
     AttentionTile,
     Reach,
     attention_kernel_spec,
-    has_integers,
+    lanes_objection,
 )
 from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.evaluate.timing import copies, microseconds
@@ -46,12 +47,18 @@ def spec_of(given: str) -> AttentionSpec:
     return AttentionSpec(key=half, value=half, scale=SIZE**-0.5)
 
 
-def tiles(batch: int, context: int, paged: bool) -> list[AttentionTile]:
+def tiles(batch: int, context: int, paged: bool, lanes: bool) -> list[AttentionTile]:
     """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for."""
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     pairs, found = batch * HEADS, []
+    for warps, stages, power in itertools.product((4, 8) if lanes else (), (2, 3, 4), range(9)):
+        programs = pairs << power if batch == 1 or not paged else pairs + (HEADS << power)
+        enough = processors <= 2 * programs and (programs <= 8 * processors or power == 0)
+        if enough and 16 * warps << power <= context * (batch if paged else 1):
+            cut = AttentionTile(context=16 * warps, split=1 << power, warps=warps, stages=stages, ways=warps)
+            found.append(replace(cut, lanes=True))
     if paged and batch > 1:  # of whose sequences each takes one program more than its share
-        return [
+        return found + [
             AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=ways)
             for block, (warps, ways), stages in itertools.product((64, 128), ((4, 1), (4, 4)), (3, 4, 5))
             for split in (16, 32, 64, 128, 256)
@@ -129,7 +136,9 @@ def main() -> None:
             sequences = 1 << (batch - 1).bit_length() if batch > 1 else 0
             reach = Reach(length=True, sequences=sequences, page=PAGE)
         make = partial(attention_kernel_spec, spec, HEADS, GROUP, 1, "none", reach, torch.bfloat16, target)
-        wanted.append((name, batch, context, spec, [make(tile) for tile in tiles(batch, context, bool(given.pages))]))
+        lanes = lanes_objection(spec, GROUP, reach.page, torch.bfloat16, target) is None
+        cuts = tiles(batch, context, bool(given.pages), lanes)
+        wanted.append((name, batch, context, spec, [make(tile) for tile in cuts]))
     kernels = {kernel: name for name, _, _, _, found in wanted for kernel in found}
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
         compiled = pool.imap(compile_one, [(kernel.encode(), name) for kernel, name in kernels.items()], 4)
@@ -145,16 +154,9 @@ def main() -> None:
         tensors = tensors_of(spec, batch, context)
         cold = copies(DEVICE, *([in_pages(t) for t in tensors] if given.pages else tensors))
         lengths = unequal(batch, context) if given.pages == "unequal" else [context] * batch
-        chosen = attention_gpu.tile_of(
-            batch * HEADS,
-            context if given.pages != "unequal" else max(lengths),
-            SIZE,
-            GROUP,
-            target,
-            sequences=batch if given.pages and batch > 1 else 0,
-            integers=has_integers(spec.scheme.format),
-            page=PAGE if given.pages else 0,
-        )
+        chosen = attention_gpu.choose(
+            spec, batch, HEADS, GROUP, 1, max(lengths), "none", found[0].reach, torch.bfloat16, target
+        ).tile
         times = {}
         for kernel in found:
             if not notes[kernel]:
@@ -164,13 +166,14 @@ def main() -> None:
         for tile in sorted(times, key=times.__getitem__)[: given.keep]:
             print(
                 f"  {times[tile]:9.2f}  context {tile.context} ways {tile.ways} of {tile.warps} warps, "
-                f"{tile.stages} stages, split {tile.split}"
+                f"{tile.stages} stages, split {tile.split}{', lanes' if tile.lanes else ''}"
             )
-        for warps, ways in sorted({(t.warps, t.ways) for t in times}):
-            best = min((t for t in times if (t.warps, t.ways) == (warps, ways)), key=times.__getitem__)
+        for warps, ways, lanes in sorted({(t.warps, t.ways, t.lanes) for t in times}):
+            kind = (t for t in times if (t.warps, t.ways, t.lanes) == (warps, ways, lanes))
+            best = min(kind, key=times.__getitem__)
             print(
-                f"  best of {warps} warps, {ways} ways: {times[best]:.2f} context {best.context}, "
-                f"{best.stages} stages, split {best.split}"
+                f"  best of {warps} warps, {ways} ways{', lanes' if lanes else ''}: {times[best]:.2f} "
+                f"context {best.context}, {best.stages} stages, split {best.split}"
             )
 
 

@@ -27,6 +27,7 @@ class AttentionTile:
     Attributes:
         ways: `warps`, if each warp attends by itself to its part of these tokens, or 1.
         rows: queries of a program, in kernels for many; 0 if it takes all of a head of keys.
+        lanes: whether keys and values go from memory to registers, of 16 tokens at a time for each warp.
     """
 
     context: int
@@ -35,6 +36,7 @@ class AttentionTile:
     stages: int
     ways: int = 1
     rows: int = 0
+    lanes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,8 @@ class AttentionKernelSpec:
     @property
     def rows(self) -> int:
         """Queries of a program, rounded up to what matrix units take."""
+        if self.tile.lanes:
+            return 8
         return self.tile.rows or _power(self.group * self.queries)
 
     def pieces(self, size: int) -> int:
@@ -164,6 +168,7 @@ class AttentionKernelSpec:
             "BLOCK_T": self.tile.context,
             "WAYS": self.tile.ways,
             "SPLIT": self.tile.split,
+            "LANES": self.tile.lanes,
             "EARLY": launches_early(self.target),
         }
 
@@ -186,6 +191,25 @@ def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:
 def reads(fmt: KVFormat, x_dtype: torch.dtype) -> bool:
     """Whether the templates read a format: codes of numbers, or 16-bit numbers of the queries' type."""
     return isinstance(fmt, NumberFormat) or (fmt.dtype == x_dtype and x_dtype in (torch.bfloat16, torch.float16))
+
+
+def lanes_objection(spec: AttentionSpec, rows: int, page: int, x_dtype: torch.dtype, target: str) -> str | None:
+    """Why a tile may not have `lanes`, or None.
+
+    Args:
+        rows: queries of a head of keys.
+        page: tokens of a page, of a paged cache; else 0.
+    """
+    fmt, sizes = spec.scheme.format, (spec.key.head_dim, spec.value.head_dim)
+    if not (isinstance(fmt, NumberFormat) and fmt.name.startswith("fp8") and native_fp8(target)):
+        return "codes are not FP8 that the target converts"
+    if spec.scheme.compute == "fp8" or x_dtype not in (torch.bfloat16, torch.float16):
+        return "products are not of float16"
+    if spec.scheme.scales not in ("tensor", "head"):
+        return "tokens have scales"
+    if rows > 8 or not all(size in (64, 128) for size in sizes):  # of 256, registers do not hold
+        return "there are more than 8 queries, or vectors are not of 64 or 128"
+    return "a page is not of whole 16 tokens" if page % 16 else None
 
 
 def has_integers(fmt: KVFormat) -> bool:

@@ -8,7 +8,7 @@ import re
 import struct
 from importlib import resources
 
-from qcompile.codegen.attention_spec import AttentionKernelSpec
+from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.decoders import (
     DTYPES,
@@ -377,7 +377,19 @@ def _values(spec: AttentionKernelSpec) -> str:
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
     constants = _constants(spec.constants())
-    return {"attention": _functions_of("attention"), "constants": constants, "decode": _values(spec) + "\n\n"}
+    found = {"attention": _functions_of("attention"), "constants": constants, "decode": _values(spec) + "\n\n"}
+    return found | ({"lanes": _lanes(spec)} if spec.template == ATTENTION_TEMPLATE else {})
+
+
+def _lanes(spec: AttentionKernelSpec) -> str:
+    """The functions of `attention_lanes`, for tiles that have them."""
+    if not spec.tile.lanes:
+        return ""
+    text = _functions_of("attention_lanes")
+    convert = {"fp8_e4m3": "cvt.rn.f16x2.e4m3x2", "fp8_e5m2": "cvt.rn.f16x2.e5m2x2"}[spec.number]
+    return fill_hole(
+        text[text.index("# <lanes>") :], "lanes", _constants({"STAGES": spec.tile.stages, "CONVERT": convert})
+    )
 
 
 def _choosing(spec: ColumnsSpec | RangesSpec) -> dict[str, str]:

@@ -221,7 +221,63 @@ _SPARSE_PRODUCTS = {
     for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
 }
 
-_NO_EFFECT = ("griddepcontrol.", "cp.async.bulk.prefetch.", "//")
+_KINDS = {"e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2}
+
+
+def _to_halves(kind: str) -> Any:
+    """PTX cvt of two bytes of FP8 to two of float16."""
+
+    def convert(pairs: Any) -> Any:
+        values = torch.from_numpy(np.ascontiguousarray(pairs, dtype=np.uint16).view(np.uint8).copy()).view(_KINDS[kind])
+        return values.half().numpy().view(np.uint32).reshape(np.shape(pairs))
+
+    return convert
+
+
+def _pack_halves(high: Any, low: Any) -> Any:
+    """PTX cvt of two numbers of float32 to float16."""
+    both = np.stack([np.ascontiguousarray(x).view(np.float32) for x in (low, high)], -1)
+    with np.errstate(over="ignore"):
+        return both.astype(np.float16).view(np.uint32)[..., 0]
+
+
+def _of_lanes(value: Any, lane: Any) -> Any:
+    """PTX shfl.sync of all 32 threads: what those of each warp that `lane` names have."""
+    return np.take_along_axis(value.reshape(-1, 32), np.broadcast_to(lane, value.shape).reshape(-1, 32), 1).reshape(-1)
+
+
+def _turned(words: Any) -> Any:
+    """PTX movmatrix of 8 x 8 halves of each warp."""
+    halves = np.ascontiguousarray(words).view(np.uint16).reshape(-1, 8, 8)
+    return np.ascontiguousarray(halves.transpose(0, 2, 1)).view(np.uint32).reshape(words.shape)
+
+
+def _product(registers: list[Any]) -> list[Any]:
+    """mma.m16n8k16 of float16 of each warp: four words of the first operand, two of the second, four sums."""
+
+    def fragment(word: Any, dtype: Any) -> Any:  # warps, g, what a row's threads have together
+        values = np.ascontiguousarray(word).view(dtype)
+        return values.reshape(word.size // 32, 8, -1).astype(np.float64)
+
+    a = [fragment(word, np.float16) for word in registers[:4]]
+    first = np.concatenate([np.concatenate(a[::2], 2), np.concatenate(a[1::2], 2)], 1)
+    second = np.concatenate([fragment(word, np.float16) for word in registers[4:6]], 2)
+    c = np.stack([fragment(word, np.float32) for word in registers[6:]], -1)  # warps, g, c, four sums
+    sums = np.concatenate([c[..., :2], c[..., 2:]], 1).reshape(-1, 16, 8)
+    sums = (sums + first @ second.transpose(0, 2, 1)).astype(np.float32).reshape(-1, 2, 8, 4, 2)
+    parts = [sums[:, r, :, :, e] for r in range(2) for e in range(2)]
+    return [np.ascontiguousarray(part).view(np.uint32).reshape(registers[0].shape) for part in parts]
+
+
+_PRODUCT = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+_PTX |= {f"cvt.rn.f16x2.{kind}": _to_halves(kind) for kind in _KINDS} | {
+    "cvt.rn.f16x2.f32": _pack_halves,
+    "movmatrix.sync.aligned.m8n8.trans.b16": _turned,
+    "shfl.sync.bfly.b32": lambda value, distance, *_: _of_lanes(value, np.arange(value.size) % 32 ^ int(distance)),
+    "shfl.sync.idx.b32": lambda value, lane, *_: _of_lanes(value, lane.astype(np.int64)),
+}
+
+_NO_EFFECT = ("griddepcontrol.", "cp.async.bulk.prefetch.", "bar.warp.sync ", "//")
 """Instructions that change when things happen, not what; only these may have a predicate."""
 
 
@@ -258,6 +314,10 @@ def _install_assembly(builder: Any) -> None:
                 given = [registers[n] for n in names[4:]]
                 sums = _sparse_product(_SPARSE_PRODUCTS[name], given, int(selector, 0))
                 registers |= zip(names[:4], sums, strict=True)
+                continue
+            if name == _PRODUCT:
+                names = re.findall(r"[$\w]+", rest)
+                registers |= zip(names[:4], _product([registers[n] for n in names[4:]]), strict=True)
                 continue
             if rest.startswith("{"):
                 target, source = rest[1:].split("}, ")

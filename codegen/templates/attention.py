@@ -56,6 +56,7 @@ BLOCK_V = tl.constexpr(128)
 BLOCK_T = tl.constexpr(64)
 WAYS = tl.constexpr(1)
 SPLIT = tl.constexpr(8)
+LANES = tl.constexpr(False)
 EARLY = tl.constexpr(True)
 # </constants>
 
@@ -169,6 +170,15 @@ def scales_ahead(scales, vectors, inside, COUNT: tl.constexpr):
     if not GROUP_SIZE:
         found = load_scales(scales, vectors, inside, COUNT)
     return found
+
+
+@triton.jit
+def within(t, begin, end):
+    """Which positions are attended to."""
+    inside = t < end
+    if START or WINDOW:
+        inside = inside & (t >= begin)
+    return inside
 
 
 @triton.jit

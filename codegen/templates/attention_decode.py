@@ -29,6 +29,7 @@ from qcompile.codegen.templates.attention import (
     KEY_BYTES,
     KEY_SCALED,
     KEY_SIZE,
+    LANES,
     LENGTH,
     OFFSETS,
     PAGE,
@@ -55,9 +56,14 @@ from qcompile.codegen.templates.attention import (
     scaled,
     scales_ahead,
     vectors_of,
+    within,
 )
 
 # </attention>
+# <lanes>
+from qcompile.codegen.templates.attention_lanes import attend_in_lanes, sum_of_ways
+
+# </lanes>
 
 LIVE_ROWS = tl.constexpr(GROUP.value * QUERIES.value)
 KEPT_ROWS = tl.constexpr(1 << (LIVE_ROWS.value - 1).bit_length())
@@ -127,31 +133,48 @@ def share_of(begin, end):
 
 
 @triton.jit
-def load_parts(partial, first, sharers, piece: tl.constexpr):
-    """The greatest scores of parts from `first` on, and a piece of their sums of weighted values."""
+def load_parts(partial, first, sharers):
+    """Of parts from `first` on, one after another: the greatest scores, sums of weights, and pieces of sums of values.
+
+    What each thread has of all of them are the same elements, so that adding parts is its own affair.
+    """
     row = tl.arange(0, KEPT_ROWS)
-    part = first + tl.arange(0, AT_ONCE)[:, None]
-    known = (row < LIVE_ROWS)[None, :] & (part < sharers)
-    theirs = partial + part * PART
-    tops = tl.load(theirs + TOPS + row[None, :], mask=known, other=float("-inf"), cache_modifier=".cg")
-    numbers = row[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    places = theirs[:, :, None] + piece * KEPT_ROWS * BLOCK_V + numbers[None, :, :]
-    return tops, tl.load(places, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
+    live = row < LIVE_ROWS
+    cells = row[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    found = ()
+    for i in tl.static_range(AT_ONCE):
+        part = partial + (first + i) * PART
+        known = live & (first + i < sharers)
+        top = tl.load(part + TOPS + row, mask=known, other=float("-inf"), cache_modifier=".cg")
+        total = tl.load(part + TOPS + KEPT_ROWS + row, mask=known, other=0.0, cache_modifier=".cg")
+        sums = ()
+        for piece in tl.static_range(VALUE_PIECES):
+            source = part + piece * KEPT_ROWS * BLOCK_V + cells
+            sums += (tl.load(source, mask=known[:, None], other=0.0, cache_modifier=".cg"),)
+        found += ((top, total, sums),)
+    return found
 
 
 @triton.jit
-def added_parts(tops, sums, best):
-    """Sums [rows, BLOCK_V] of parts whose greatest scores are `tops`, for a greatest of `best`."""
-    return tl.sum(sums * tl.exp2(tops - best[None, :])[:, :, None], 0)
-
-
-@triton.jit
-def within(t, begin, end):
-    """Which positions are attended to."""
-    inside = t < end
-    if START or WINDOW:
-        inside = inside & (t >= begin)
-    return inside
+def add_parts(best, whole, sums, parts):
+    """The greatest scores, sums of weights, and pieces of sums of values, of `parts` too."""
+    higher = best
+    for i in tl.static_range(AT_ONCE):
+        higher = tl.maximum(higher, parts[i][0])
+    base = finite(higher)
+    smaller = tl.exp2(best - base)
+    whole *= smaller
+    added = ()
+    for piece in tl.static_range(VALUE_PIECES):
+        added += (sums[piece] * smaller[:, None],)
+    for i in tl.static_range(AT_ONCE):
+        factor = tl.exp2(parts[i][0] - base)
+        whole += parts[i][1] * factor
+        more = ()
+        for piece in tl.static_range(VALUE_PIECES):
+            more += (added[piece] + parts[i][2][piece] * factor[:, None],)
+        added = more
+    return higher, whole, added
 
 
 @triton.jit(
@@ -219,7 +242,7 @@ def kernel(
     row = tl.arange(0, ROWS)
     live = row < LIVE_ROWS
     dv = tl.arange(0, BLOCK_V)
-    queries, query_sums, unit = queries_of(query + pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE), row * KEY_SIZE, live)
+    query += pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE)
     if PAGE == 0:
         before = pair.to(tl.int64) * context
         key_codes += before * (KEY_SIZE // HALVES)
@@ -227,63 +250,84 @@ def kernel(
     else:
         block_table += batch.to(tl.int64) * (context // PAGE)
     mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
-    places = row // QUERIES * mask_head + row % QUERIES * mask_query
-    key_factor, value_factor = unit * FACTOR, 1.0
+    key_factor, value_factor = FACTOR * 1.0, 1.0
     if SCALES == "tensor" or SCALES == "head":
         own_scale = head if SCALES == "head" else 0
         key_factor = tl.load(key_scale + own_scale) * key_factor
         value_factor = tl.load(value_scale + own_scale)
-    if SCALES == "token" and PAGE == 0:
-        key_scale += before * (KEY_SCALED * (2 if OFFSETS else 1))
-        value_scale += before * (VALUE_SCALED * (2 if OFFSETS else 1))
-    last = end - QUERIES + row % QUERIES
-    if WAYS == 1:
-        token = tl.arange(0, BLOCK_T)
-        top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
-    else:
-        EACH: tl.constexpr = BLOCK_T // WAYS
-        token = column(tl.arange(0, WAYS)) * EACH + tl.arange(0, EACH)[None, :]
-        top, total, sums, shifts, value_unit = beginning(tl.zeros((WAYS, ROWS), tl.float32))
     first = begin // BLOCK_T + split * share
-    # Scales and the block table are read a turn ahead.
-    t = first * BLOCK_T + token
-    inside = within(t, begin, end)
-    page = pages_of(block_table, t, inside, first, end)
-    vectors = vectors_of(page, t, token, first, head)
-    key_scales = scales_ahead(key_scale, vectors, inside, KEY_SCALED)
-    value_scales = scales_ahead(value_scale, vectors, inside, VALUE_SCALED)
-    for block in tl.range(first, tl.minimum(first + share, (end + BLOCK_T - 1) // BLOCK_T)):
-        ahead = t + BLOCK_T
-        next_inside = within(ahead, begin, end)
-        next_page = pages_of(block_table, ahead, next_inside, block + 1, end)
-        next_vectors = vectors_of(next_page, ahead, token, block + 1, head)
-        next_key_scales = scales_ahead(key_scale, next_vectors, next_inside, KEY_SCALED)
-        next_value_scales = scales_ahead(value_scale, next_vectors, next_inside, VALUE_SCALED)
-        top, total, sums, shifts, value_unit = attend(
-            t,
-            vectors_of(page, t, token, block, head),
-            within(t, begin, end),
-            queries,
-            query_sums,
-            key_factor,
+    stop = tl.minimum(first + share, (end + BLOCK_T - 1) // BLOCK_T)
+    if LANES:
+        top, total, sums = attend_in_lanes(
+            query,
             key_codes,
             value_codes,
-            key_scale,
-            value_scale,
-            key_scales,
-            value_scales,
+            block_table,
             mask,
-            places,
-            live,
-            last,
-            top,
-            total,
-            sums,
-            shifts,
-            value_unit,
-            True,
+            mask_head,
+            mask_query,
+            head,
+            begin,
+            end,
+            first,
+            stop,
+            key_factor,
         )
-        key_scales, value_scales, t, page = next_key_scales, next_value_scales, ahead, next_page
+        sums, shifts = (sums,), ()
+    else:
+        queries, query_sums, unit = queries_of(query, row * KEY_SIZE, live)
+        key_factor = unit * key_factor
+        places = row // QUERIES * mask_head + row % QUERIES * mask_query
+        if SCALES == "token" and PAGE == 0:
+            key_scale += before * (KEY_SCALED * (2 if OFFSETS else 1))
+            value_scale += before * (VALUE_SCALED * (2 if OFFSETS else 1))
+        last = end - QUERIES + row % QUERIES
+        if WAYS == 1:
+            token = tl.arange(0, BLOCK_T)
+            top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
+        else:
+            EACH: tl.constexpr = BLOCK_T // WAYS
+            token = column(tl.arange(0, WAYS)) * EACH + tl.arange(0, EACH)[None, :]
+            top, total, sums, shifts, value_unit = beginning(tl.zeros((WAYS, ROWS), tl.float32))
+        # Scales and the block table are read a turn ahead.
+        t = first * BLOCK_T + token
+        inside = within(t, begin, end)
+        page = pages_of(block_table, t, inside, first, end)
+        vectors = vectors_of(page, t, token, first, head)
+        key_scales = scales_ahead(key_scale, vectors, inside, KEY_SCALED)
+        value_scales = scales_ahead(value_scale, vectors, inside, VALUE_SCALED)
+        for block in tl.range(first, stop):
+            ahead = t + BLOCK_T
+            next_inside = within(ahead, begin, end)
+            next_page = pages_of(block_table, ahead, next_inside, block + 1, end)
+            next_vectors = vectors_of(next_page, ahead, token, block + 1, head)
+            next_key_scales = scales_ahead(key_scale, next_vectors, next_inside, KEY_SCALED)
+            next_value_scales = scales_ahead(value_scale, next_vectors, next_inside, VALUE_SCALED)
+            top, total, sums, shifts, value_unit = attend(
+                t,
+                vectors_of(page, t, token, block, head),
+                within(t, begin, end),
+                queries,
+                query_sums,
+                key_factor,
+                key_codes,
+                value_codes,
+                key_scale,
+                value_scale,
+                key_scales,
+                value_scales,
+                mask,
+                places,
+                live,
+                last,
+                top,
+                total,
+                sums,
+                shifts,
+                value_unit,
+                True,
+            )
+            key_scales, value_scales, t, page = next_key_scales, next_value_scales, ahead, next_page
     if SCALES == "token":
         value_factor = value_unit
     sums = scaled(sums, value_factor, shifts)
@@ -292,7 +336,8 @@ def kernel(
         factor = tl.exp2(top - finite(highest)[None, :])
         merged = ()
         for piece in tl.static_range(VALUE_PIECES):
-            merged = merged + (tl.sum(sums[piece] * column(factor), 0),)
+            each = sums[piece] * column(factor)
+            merged = merged + (sum_of_ways(each, WAYS) if LANES else tl.sum(each, 0),)
         sums = merged
         total = tl.sum(total * factor, 0)
         top = highest
@@ -310,22 +355,14 @@ def kernel(
         tl.store(own + TOPS + KEPT_ROWS + row, total, mask=live, cache_modifier=".cg")
         tl.debug_barrier()  # all stores of this program come before its arrival
         if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == sharers - 1:
+            best = tl.zeros((KEPT_ROWS,), tl.float32) + float("-inf")
+            whole = tl.zeros((KEPT_ROWS,), tl.float32)
+            added = ()
+            for _ in tl.static_range(VALUE_PIECES):
+                added += (tl.zeros((KEPT_ROWS, BLOCK_V), tl.float32),)
+            for some in tl.range(0, sharers, AT_ONCE):
+                best, whole, added = add_parts(best, whole, added, load_parts(partial, some, sharers))
             kept = tl.arange(0, KEPT_ROWS)
-            kept_live = (kept < LIVE_ROWS)[None, :]
-            every_part = tl.arange(0, SPLIT)[:, None]
-            known = kept_live & (every_part < sharers)
-            ends_of_all = partial + every_part * PART + TOPS + kept[None, :]
-            tops = tl.load(ends_of_all, mask=known, other=float("-inf"), cache_modifier=".cg")
-            totals = tl.load(ends_of_all + KEPT_ROWS, mask=known, other=0.0, cache_modifier=".cg")
-            first_parts = ()
             for piece in tl.static_range(VALUE_PIECES):
-                first_parts = first_parts + (load_parts(partial, 0, sharers, piece),)
-            best = finite(tl.max(tops, 0))
-            whole = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
-            for piece in tl.static_range(VALUE_PIECES):
-                added = added_parts(first_parts[piece][0], first_parts[piece][1], best)
-                for some in tl.range(AT_ONCE, sharers, AT_ONCE):
-                    its_tops, its_sums = load_parts(partial, some, sharers, piece)
-                    added += added_parts(its_tops, its_sums, best)
-                finish(y, added, whole, kept * VALUE_SIZE, kept < LIVE_ROWS, piece * VALUE_PIECE)
+                finish(y, added[piece], whole, kept * VALUE_SIZE, kept < LIVE_ROWS, piece * VALUE_PIECE)
             tl.store(arrived + pair, 0)

@@ -21,6 +21,7 @@ from qcompile.codegen.attention_spec import (
     Reach,
     attention_kernel_spec,
     has_integers,
+    lanes_objection,
     reads,
 )
 from qcompile.codegen.cost_model import device_of
@@ -93,16 +94,41 @@ def tile_of(
         block = 32 if in_fp8 or (nvidia and not wide and rows <= 32) else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 2 if halved else 4
     ways = 2 if halved else 1
-    enough, split = device_of(target).processors * (2 if integers else 1), 1
-    if sequences:  # of all of them together; each may take one more
-        parts = max(2 * device_of(target).processors * sequences // pairs, 2 * sequences)
-        wanted = max(1, min(parts, sequences * (context // (4 * block))))
-        split = 1 << (wanted.bit_length() - 1)
-        return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
-    least = 8 if integers and context >= 4096 else 4
+    enough = device_of(target).processors * (2 if integers else 1)
+    if sequences:
+        split = _parts_of_all(pairs, context, block, sequences, target)
+    else:
+        split = _parts(pairs, context, block, enough, 8 if integers and context >= 4096 else 4)
+    return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
+
+
+def lanes_tile_of(pairs: int, context: int, target: str, sequences: int = 0, page: int = 0) -> AttentionTile:
+    """A tile with `lanes`: for few heads a program a processor, whose warps load two steps ahead; else two, one ahead.
+
+    Args: see `tile_of`.
+    """
+    twice = pairs >= 32
+    warps = 4 if twice and page else 8  # as registers hold: places of pages take some
+    block = 16 * warps
+    if sequences:
+        split = _parts_of_all(pairs, context, block, sequences, target)
+    else:
+        split = _parts(pairs, context, block, device_of(target).processors * (16 // warps if twice else 1), 4)
+    return AttentionTile(context=block, split=split, warps=warps, stages=2 if twice else 3, ways=warps, lanes=True)
+
+
+def _parts(pairs: int, context: int, block: int, enough: int, least: int) -> int:
+    """Programs that share a pair: until there are `enough`, each of `least` / 2 blocks or more."""
+    split = 1
     while split < _MOST_SPLITS and 2 * split * pairs <= enough and least * split * block <= context:
         split *= 2
-    return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
+    return split
+
+
+def _parts_of_all(pairs: int, context: int, block: int, sequences: int, target: str) -> int:
+    """Programs that share all sequences of a head, of which each may take one more."""
+    parts = max(2 * device_of(target).processors * sequences // pairs, 2 * sequences)
+    return 1 << (max(1, min(parts, sequences * (context // (4 * block)))).bit_length() - 1)
 
 
 def prefill_tile_of(
@@ -191,7 +217,10 @@ def choose(
     sequences = batch if reach.sequences else 0
     integers, in_fp8 = has_integers(spec.scheme.format), spec.scheme.compute == "fp8"
     rows = group * queries
-    tile = tile_of(batch * heads, context, size, rows, target, x_dtype, sequences, integers, in_fp8, reach.page)
+    if lanes_objection(spec, rows, reach.page, x_dtype, target) is None:
+        tile = lanes_tile_of(batch * heads, context, target, sequences, reach.page)
+    else:
+        tile = tile_of(batch * heads, context, size, rows, target, x_dtype, sequences, integers, in_fp8, reach.page)
     return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
 
 

@@ -1,0 +1,148 @@
+"""Decode attention whose FP8 keys and values go from memory to registers, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompile.codegen.attention_spec import AttentionKernelSpec, AttentionTile, lanes_objection
+from qcompile.flags import override
+from qcompile.runtime import attention_gpu, cache
+from tests import oracle
+from tests.cross_compile import measure
+from tests.kernels.test_attention import MASKS, Problem, problem
+from tests.kernels.test_paged_attention import paged
+
+HALVES = (torch.bfloat16, torch.float16)
+TARGETS = ("sm_89", "sm_90", "sm_100")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with override(cache_dir=tmp_path_factory.mktemp("cache")):
+        yield
+    cache.load.cache_clear()
+
+
+def lanes(warps: int = 2, stages: int = 2, split: int = 1) -> AttentionTile:
+    return AttentionTile(context=16 * warps, split=split, warps=warps, stages=stages, ways=warps, lanes=True)
+
+
+tiles = st.builds(lanes, st.sampled_from([1, 2, 4]), st.integers(2, 4), st.sampled_from([1, 2, 4]))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    context, causal = draw(st.sampled_from([1, 2, 15, 16, 33, 70])), draw(st.booleans())
+    group, queries = draw(st.sampled_from([(1, 1), (4, 1), (8, 1), (3, 2), (1, 5), (2, 4)]))
+    return problem(
+        draw(st.sampled_from(["fp8_e4m3", "fp8_e5m2"])),
+        draw(st.sampled_from(["tensor", "head"])),
+        batch=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 2)),
+        group=group,
+        queries=queries,
+        context=context,
+        size=draw(st.sampled_from([64, 128])),
+        value_size=draw(st.sampled_from([64, 128])),
+        dtype=draw(st.sampled_from(HALVES)),
+        mask=draw(st.sampled_from(MASKS)),
+        length=draw(st.none() | st.integers(0, context)),
+        softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
+        causal=causal,
+        window=draw(st.sampled_from([0, 0, 1, 20])) if causal else 0,
+    )
+
+
+@settings(max_examples=25)
+@given(problems(), tiles)
+def test_kernel(given_: Problem, tile: AttentionTile) -> None:
+    given_.check_kernel(given_.interpret("sm_90", tile))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_queries_of_any_magnitude(dtype: torch.dtype) -> None:
+    """Elements far apart, and rows of zeros."""
+    given_ = problem("fp8_e4m3", "tensor", group=4, context=50, size=64, dtype=dtype, mask="none")
+    given_.query *= torch.logspace(-4, 2, 8)[:, None, None].to(dtype)
+    given_.query[:, ::3] = 0
+    given_.check_kernel(given_.interpret("sm_90", lanes()))
+
+
+@pytest.mark.parametrize("kv", ["fp8_e4m3", "fp8_e5m2"])
+def test_every_code_is_decoded_exactly(kv: str) -> None:
+    """One position attended to by each query gives its value."""
+    count = 8
+    given_ = problem(
+        kv, "tensor", batch=1, heads=1, group=1, queries=count, context=count, size=64, dtype=torch.float16
+    )
+    for codes in (given_.cache[0], given_.cache[2]):
+        codes.view(-1).copy_(torch.arange(codes.numel()) % 256)
+        codes.masked_fill_(~oracle.kv_values(codes, torch.ones(()), kv, 64).isfinite(), 0)
+    scale = 2.0**-7 if kv == "fp8_e5m2" else 2.0**-4  # so that float16 holds all
+    given_.cache[3] = torch.tensor(scale)
+    given_ = replace(given_, mask=torch.eye(count, dtype=torch.bool))
+    value = oracle.kv_values(given_.cache[2], given_.cache[3], kv, 64)
+    y = given_.interpret("sm_90", lanes())
+    assert torch.equal(y.double(), value.half().double())
+
+
+def test_what_lies_behind_the_length_is_not_read() -> None:
+    given_ = problem("fp8_e4m3", "head", group=4, context=70, size=64, dtype=HALVES[0], length=37, mask="none")
+    before = given_.interpret("sm_90", lanes(split=2))
+    for codes in (given_.cache[0], given_.cache[2]):
+        codes[:, :, 37:] = 0x7F  # NaN
+    assert torch.equal(given_.interpret("sm_90", lanes(split=2)), before)
+
+
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("lengths", [(70, 1, 130), (0, 16, 33)])
+def test_pages_and_unequal_lengths(page: int, lengths: tuple[int, ...]) -> None:
+    given_ = paged("fp8_e4m3", "tensor", lengths, page=page, heads=2, group=4, size=64, dtype=torch.bfloat16)
+    for tile in (lanes(split=4), lanes(4, stages=3, split=8)):
+        given_.check_kernel(given_.interpret("sm_90", tile))
+
+
+def test_what_is_not_taken() -> None:
+    def objection(
+        kv: str = "fp8_e4m3",
+        scales: str = "tensor",
+        size: int = 128,
+        rows: int = 4,
+        page: int = 0,
+        target: str = "sm_90",
+    ) -> str | None:
+        spec = problem(kv, scales, size=size, compute=None).spec
+        return lanes_objection(spec, rows, page, torch.bfloat16, target)
+
+    assert objection() is None
+    assert objection(page=32) is None
+    assert "FP8" in str(objection("int8", "token"))
+    assert "FP8" in str(objection(target="sm_80"))
+    assert "scales" in str(objection(scales="token"))
+    assert "8 queries" in str(objection(rows=9))
+    assert "vectors" in str(objection(size=96))
+    assert "page" in str(objection(page=8))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code(target: str) -> None:
+    """No spills; an element a thread is one register of it; loads are of 16 bytes."""
+    kernels: list[AttentionKernelSpec] = []
+    for size, queries, pairs in ((64, 2, 8), (128, 1, 8), (128, 2, 64)):
+        tile = attention_gpu.lanes_tile_of(pairs, 16384, target)
+        given_ = problem("fp8_e4m3", "head", heads=8, group=4, queries=queries, size=size, dtype=HALVES[0], length=1)
+        kernels.append(given_.kernel(target, tile))
+    pages = paged("fp8_e4m3", "tensor", (5,) * 8, page=64, heads=8, group=4, size=128, dtype=HALVES[0])
+    kernels.append(pages.kernel(target, attention_gpu.lanes_tile_of(64, 16384, target, sequences=8, page=64)))
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert "error" not in found, found
+        assert found["spills"] == 0, (kernel, found)
+        assert found["scattered"] == [], (kernel, found)
+        assert found["mma"].startswith("mma.sync"), (kernel, found)
+        assert "v4.b32" in found["loads"], (kernel, found)
