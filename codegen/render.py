@@ -15,6 +15,7 @@ from qcompile.codegen.decoders import (
     FIELDS,
     MAGIC,
     bits_of,
+    byte_assembly,
     conversion,
     decode_formula,
     formula_of,
@@ -232,14 +233,15 @@ def _sparse_cores(spec: KernelSpec) -> str:
 
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
-    names = ("N", "K", "COLUMNS", "SYMMETRIC", "COMPUTE", "BLOCK_M", "BLOCK_N", "WORDS", "NEGATIVE", "FACTOR", "GATED")
-    constants = _fragment_constants(spec, spec.compute)
-    assert constants["SCALES"] == "fragments", spec
-    chosen = {name: constants[name] for name in names} | {
-        "STAGES": spec.tile.stages,
-        "OPERANDS": spec.operand_count > 0,
-    }
-    return {"constants": _constants(chosen), "epilogue": _epilogue(spec)}
+    fmt, constants = FORMATS[spec.weight], _fragment_constants(spec, spec.compute)
+    if fmt.bits == 8:
+        assert isinstance(fmt, IntegerFormat)
+        constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
+    constants |= {"STAGES": spec.tile.stages, "OPERANDS": spec.operand_count > 0}
+    names = (
+        "N K BITS COLUMNS SCALES SYMMETRIC COMPUTE BLOCK_M BLOCK_N STAGES WORDS NEGATIVE FACTOR GATED OPERANDS".split()
+    )
+    return {"constants": _constants({name: constants[name] for name in names}), "epilogue": _epilogue(spec)}
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:

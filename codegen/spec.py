@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from qcompile.formats import FORMATS, Format
+from qcompile.formats import FORMATS, Format, IntegerFormat
 from qcompile.gates import PAIRS
 from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
 from qcompile.scheme import WHOLE, Granularity
@@ -272,6 +272,9 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     return "fragments" if preferred == "fragments" and exact else "products"
 
 
+_ROW_SCALES = ("float32", "bfloat16", "float16")
+
+
 @functools.cache
 def has_gluon() -> bool:
     """Whether a Triton is installed whose Gluon, an experimental language, is as the template in it was tried with."""
@@ -289,11 +292,16 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "it is in Triton's experimental language Gluon, as versions 3.6 and 3.7 have it"
     if isinstance(spec, GroupedSpec) or spec.in_rows:
         return "its weights are one linear's in the layout `fragment`"
-    if FORMATS[spec.weight].bits != 4 or spec.sparse or spec.activation is not None:
-        return "its weights are of 4 bits, its activations of 16"
-    if scales_of(spec, "fragments") != "fragments" or spec.scale_dtype != spec.compute or spec.super_columns:
-        return "scales are not of the activations' type, or not of groups"
-    if (spec.columns != 64 and spec.columns % 128) or spec.k % 64:
+    fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
+    if fmt.bits not in (4, 8) or spec.sparse or spec.activation is not None or spec.compute == "float32":
+        return "its weights are of 4 or 8 bits, its activations of 16"
+    if fmt.bits == 8 and (not isinstance(fmt, IntegerFormat) or spec.compute != "bfloat16" or scales != "total"):
+        return "its weights of 8 bits are integers with a scale a row, its activations bfloat16 then"
+    if spec.super_columns or (scales == "total" and not spec.symmetric):
+        return "it takes no scales above scales, and zero points of groups only"
+    if scales == "weights" or spec.scale_dtype not in (_ROW_SCALES if scales == "total" else (spec.compute,)):
+        return "scales of groups are not of the activations' type, or those of rows are no floating-point numbers"
+    if spec.k % 64 or (scales == "fragments" and spec.columns != 64 and spec.columns % 128):
         return "64 columns have more than one scale"
     if spec.paired or (spec.gated and spec.n % 128):
         return "it takes a gate's columns from the halves of the weight, in tiles of 64"

@@ -90,9 +90,12 @@ def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
     """Types of a kernel of `gemm_stream`'s arguments that are tensors' descriptors, which it reads through."""
     from qcompile.runtime.streams import blocks
 
-    return {
-        name: f"tensordesc<{types[name][1:]}{list(block)},{layout!r}>" for name, (block, layout) in blocks(spec).items()
-    }
+    given = blocks(spec)
+    unused = ["zero_point"] * spec.symmetric + ["scale"] * (spec.groups == 1)
+    kinds = {name: types[name] for name in given} | dict.fromkeys(unused, types["codes"])
+    given |= dict.fromkeys(unused, given["codes"])
+    found = {name: f"tensordesc<{kinds[name][1:]}{list(block)},{layout!r}>" for name, (block, layout) in given.items()}
+    return found | {"row_scale": types["scale"]}
 
 
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:

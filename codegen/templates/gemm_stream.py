@@ -1,4 +1,4 @@
-"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for 4-bit weights in the `fragment` layout, in Gluon.
+"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for 4 and 8-bit weights in `fragment` layout, in Gluon.
 
 As in `gemm_fragment`, the weight is the first operand of the product, y^T = weight x^T, and goes to the tensor cores
 from registers. What differs is how it gets there, and how long programs run:
@@ -34,7 +34,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # <constants>
 N = tl.constexpr(256)
 K = tl.constexpr(256)
+BITS = tl.constexpr(4)
 COLUMNS = tl.constexpr(128)
+SCALES = tl.constexpr("fragments")
 SYMMETRIC = tl.constexpr(True)
 COMPUTE = tl.constexpr(tl.bfloat16)
 BLOCK_M = tl.constexpr(64)
@@ -52,16 +54,24 @@ STEPS = (K + 127) // 128
 ROWS = BLOCK_N // 64
 """Tiles of 64 rows that a program has; a group has `PER`."""
 PER = ROWS // 2
+GROUPED = tl.constexpr(SCALES.value == "fragments")
+"""Whether rows have scales of groups of columns; else one, which multiplies the sum."""
 GROUPS = tl.constexpr(max(1, 128 // COLUMNS.value))
 """Scales of a row in a step: those of halves of it, or one."""
+LINES = tl.constexpr(BITS.value // 2)
+"""Lines of 256 words that a tile of 64 x 64 has in memory."""
 HALVES = tl.constexpr(2 if GATED.value else 1)
 WIDTH_N = N // HALVES
 TILES_N = (WIDTH_N + 64 * ROWS // HALVES - 1) // (64 * ROWS // HALVES)
 """Programs' tiles across the output."""
 AHEAD = STAGES - 1
-BYTES = BLOCK_M * 256 + ROWS * (4096 + GROUPS * (128 if SYMMETRIC else 192))
+BYTES = BLOCK_M * 256 + ROWS * (LINES * 2048 + (GROUPS * (128 if SYMMETRIC else 192) if GROUPED else 0))
 """Of a stage."""
-CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + (",r,r,r,r" if not SYMMETRIC.value else ",r,r"))
+CONSTRAINTS = tl.constexpr(
+    "=h,=h,=h,=h,r"
+    if BITS.value == 8
+    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * (GROUPED.value + (not SYMMETRIC.value))
+)
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
@@ -86,6 +96,16 @@ WHLV = gl.constexpr(
     )
 )
 """The same as [warps w, h, l, words v], and of what belongs to rows w and h."""
+WIDE_TILE = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4]],
+        [[0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 128]],
+        [[0, 1, 0], [0, 2, 0]],
+        [],
+        [1, 4, 256],
+    )
+)
+"""As TILE for 8 bits: each thread has eight words, two (s) for each v."""
 WH = gl.constexpr(gl.SliceLayout(2, gl.SliceLayout(3, WHLV.value)))
 SLOTS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -130,33 +150,42 @@ def two_rows(values):
 
 @gluon.jit
 def load_rows(ring, stage, row, group: gl.constexpr):
-    """Zero points, if there are, and scales of a tile's rows, as `decoders.word_assembly` takes them."""
+    """Zero points and scales of groups of a tile's rows, if there are, as `decoders.word_assembly` takes them."""
     scales, zeros = ring[2], ring[3]
-    first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-    found = (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
-    if not SYMMETRIC:
-        first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-        first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
-        found = (first + NEGATIVE, second + NEGATIVE) + found
+    found = ()
+    if GROUPED:
+        if not SYMMETRIC:
+            first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+            first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
+            found = (first + NEGATIVE, second + NEGATIVE)
+        first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+        found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
     return found
 
 
 @gluon.jit
 def decode(codes, rows):
     """Weights [64, 64] from a tile's words in shared memory."""
-    words = gl.convert_layout(codes.load(TILE).reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
-    a0, b0, a1, b1, a2, b2, a3, b3 = gl.inline_asm_elementwise(
-        WORDS,
-        CONSTRAINTS,
-        (words,) + rows,
-        dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
-        is_pure=True,
-        pack=1,
-    )
-    low = gl.join(gl.join(a0, a2), gl.join(a1, a3)).to(COMPUTE, bitcast=True)  # s | r
-    high = gl.join(gl.join(b0, b2), gl.join(b1, b3)).to(COMPUTE, bitcast=True)
+    if BITS == 8:
+        words = codes.load(WIDE_TILE).reshape(4, 8, 4, 4, 2)
+        a0, b0, a1, b1 = gl.inline_asm_elementwise(
+            WORDS, CONSTRAINTS, [words], dtype=(gl.int16, gl.int16, gl.int16, gl.int16), is_pure=True, pack=1
+        )
+        low, high = gl.join(a0, a1), gl.join(b0, b1)
+    else:
+        words = gl.convert_layout(codes.load(TILE).reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
+        a0, b0, a1, b1, a2, b2, a3, b3 = gl.inline_asm_elementwise(
+            WORDS,
+            CONSTRAINTS,
+            (words,) + rows,
+            dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        low, high = gl.join(gl.join(a0, a2), gl.join(a1, a3)), gl.join(gl.join(b0, b2), gl.join(b1, b3))
     # w h l v | s r | b, with n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b
-    weight = gl.permute(gl.join(low, high), (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
+    fields = gl.join(low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True))
+    weight = gl.permute(fields, (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
     return gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
 
 
@@ -205,10 +234,11 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
     for half in gl.static_range(HALVES):
         row = tile_n + half * (WIDTH_N // 64)
         into = codes_ring.index(stage).slice(half * PART, PART, 0)
-        tma.async_copy_global_to_shared(codes, [row, step * 4, 0], full.index(stage), into, pred=there)
-        into = scale_ring.index(stage).slice(half * PART, PART, 0)
-        tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
-        if not SYMMETRIC:
+        tma.async_copy_global_to_shared(codes, [row, step * (2 * LINES), 0], full.index(stage), into, pred=there)
+        if GROUPED:
+            into = scale_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
+        if GROUPED and not SYMMETRIC:
             into = zero_ring.index(stage).slice(half * PART, PART, 0)
             tma.async_copy_global_to_shared(zero_point, [row, group, 0], full.index(stage), into, pred=there)
 
@@ -259,17 +289,26 @@ def send_next(inputs, ring, now, steps, tiles_m, sharers, tile_n, first_m, step)
 
 
 @gluon.jit
+def scaled(sums, row_scale, n):
+    """Sums of rows n of the weight, times what multiplies sums."""
+    if GROUPED:
+        return sums * FACTOR
+    return sums * (gl.load(row_scale + n, mask=n < N, other=0.0).to(gl.float32) * FACTOR)
+
+
+@gluon.jit
 def finish_whole(value, second, outputs, row, first_m, M):
     """The epilogue of sums of 64 columns of the output from `row`; with GATED, of sums of both halves.
 
     Sums that operands are loaded for, and others when they are rounded, go to where neighbours are a thread's.
     """
-    bias, operand_0, y = outputs
+    row_scale, bias, operand_0, y = outputs
     LAYOUT: gl.constexpr = OUT if OPERANDS else SUMS
-    value, second = gl.convert_layout(value * FACTOR, LAYOUT), gl.convert_layout(second * FACTOR, LAYOUT)
+    value, second = gl.convert_layout(value, LAYOUT), gl.convert_layout(second, LAYOUT)
     m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)), 0)
     n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
     offsets, mask = m.to(gl.int64) * WIDTH_N + n, (m < M) & (n < WIDTH_N)
+    value, second = scaled(value, row_scale, n), scaled(second, row_scale, n + (WIDTH_N if GATED else 0))
     value = epilogue(value, second, bias, operand_0, n, offsets, mask)
     value = gl.convert_layout(value.to(y.dtype.element_ty), OUT)
     m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)), 0)
@@ -297,7 +336,7 @@ def add_parts(parts, slot, least, most):
 @gluon.jit
 def finish_parts(partial, slot, least, most, outputs, row, first_m, M):
     """The epilogue of sums of parts of all columns that a group has, of AT_ONCE rows after another."""
-    bias, operand_0, y = outputs
+    row_scale, bias, operand_0, y = outputs
     n = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(1, PARTS)), 1)
     for chunk in range(BLOCK_M // AT_ONCE):
         m = chunk * AT_ONCE + gl.expand_dims(gl.arange(0, AT_ONCE, gl.SliceLayout(0, PARTS)), 0)
@@ -308,7 +347,9 @@ def finish_parts(partial, slot, least, most, outputs, row, first_m, M):
             second = add_parts(parts + 64, slot, least, most)
         m += first_m
         offsets, mask = m.to(gl.int64) * WIDTH_N + row + n, (m < M) & (row + n < WIDTH_N)
-        value = epilogue(value * FACTOR, second * FACTOR, bias, operand_0, row + n, offsets, mask)
+        value = scaled(value, row_scale, row + n)
+        second = scaled(second, row_scale, row + n + (WIDTH_N if GATED else 0))
+        value = epilogue(value, second, bias, operand_0, row + n, offsets, mask)
         gl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
@@ -374,7 +415,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
                         rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2)
-                words = codes.index(stage).slice(2 * half, 2, 1)
+                words = codes.index(stage).slice(LINES * half, LINES, 1)
                 columns = xs.index(stage).slice(64 * half, 64, 1).permute((1, 0))
                 weight = decode(words.slice(FIRST, 1, 0), rows0)
                 sum0 = warpgroup_mma(weight, columns, sum0, is_async=True)
@@ -395,19 +436,20 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
 
 
 @gluon.jit(do_not_specialize=["sharers", "M"])
-def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, sharers, M):
+def kernel(x, codes, scale, zero_point, row_scale, bias, operand_0, y, partial, arrived, sharers, M):
     """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
-    x, codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 16, 256] words and of [N / 64, groups, 64], by
-    blocks of [BLOCK_M, 128], [R, 4, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. partial: float32, two of
+    x, codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words and of [N / 64, groups,
+    64], by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. row_scale: [N],
+    unless GROUPED. What the constants make needless is not read. partial: float32, two of
     BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
-    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 4, 256], codes.layout)
-    scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, 64], scale.layout)
-    if SYMMETRIC:
-        zero_ring = scale_ring
-    else:
+    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2 * LINES, 256], codes.layout)
+    scale_ring, zero_ring = code_ring, code_ring
+    if GROUPED:
+        scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, 64], scale.layout)
+    if GROUPED and not SYMMETRIC:
         zero_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], zero_point.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -416,7 +458,7 @@ def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, sh
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    inputs, outputs = (x, codes, scale, zero_point), (bias, operand_0, y)
+    inputs, outputs = (x, codes, scale, zero_point), (row_scale, bias, operand_0, y)
     ring = (xs, code_ring, scale_ring, zero_ring, full, empty)
     gl.warp_specialize(
         [

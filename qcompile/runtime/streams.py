@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.spec import KernelSpec
+from qcompile.formats import FORMATS
 from qcompile.packed import PackedWeight
 from qcompile.runtime import launcher
 from qcompile.runtime.counters import zeros_kept_zero
@@ -25,7 +26,7 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
     groups = max(1, 128 // kernel.columns)
     return {
         "x": ([kernel.tile.m, 128], NVMMASharedLayout(128, 16, 2)),
-        "codes": ([rows, 4, 256], NVMMASharedLayout(0, 32, 3)),
+        "codes": ([rows, FORMATS[kernel.weight].bits, 256], NVMMASharedLayout(0, 32, 3)),
         "scale": ([rows, groups, 64], NVMMASharedLayout(0, 16, 3)),
         "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
     }
@@ -70,13 +71,15 @@ def launch(
         x = x.clone()
     inputs = {"x": x, "codes": codes.view(len(codes), -1, 256), "scale": weight.scale, "zero_point": weight.zero_point}
     given = blocks(kernel)
-    if weight.zero_point is None:
-        inputs["zero_point"], given["zero_point"] = inputs["scale"], given["scale"]
+    for name in ("scale", "zero_point"):  # descriptors that the kernel does not use are some other
+        if inputs[name] is None or kernel.groups == 1:
+            inputs[name], given[name] = inputs["codes"], given["codes"]
     partial = x.new_empty(max(1, 2 * sharers * tile.m * tile.n), dtype=torch.float32)
     launcher.launch(
         function,
         (programs,),
         *(TensorDescriptor.from_tensor(inputs[name], *given[name]) for name in inputs),
+        weight.scale,
         codes if bias is None else bias,
         *([operand.contiguous() for operand in operands] or [codes]),
         y,

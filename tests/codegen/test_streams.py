@@ -87,7 +87,7 @@ def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split:
 
 
 @pytest.mark.parametrize("steps", [(), ("silu(a)*b",), ("bias", "silu", "mul", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4_asym"])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only"])
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
     """Weights are decoded while the product before is under way; nothing in the loop spills."""
     one_of_each = {(kernel.tile.m, kernel.tile.n): kernel for kernel in streams(like(name, (4096, 4096), *steps), 256)}
@@ -108,7 +108,9 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(like(), x_dtype="float16"),
         replace(like(), columns=32),
         replace(like(), epilogue=("pairs a*b",)),
-        like("int8_weight_only"),
+        like("fp8_weight_only"),
+        replace(like("int8_weight_only"), x_dtype="float16"),
+        replace(like("int8_weight_only"), symmetric=False),
         like("mxfp4"),
         like("int4_24"),
         like("fp8"),

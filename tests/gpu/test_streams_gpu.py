@@ -28,14 +28,19 @@ FORMATS = {
     "int4 of 256": ("int4", 256, BF16),
     "nf4 of 64": ("nf4", 64, BF16),
     "int4 float16": ("int4", 128, torch.float16),
+    "int4 of rows": ("int4", 0, BF16),
+    "int8 of rows": ("int8", 0, BF16),
 }
-"""Format of weights, columns of a group and type of activations."""
+"""Format of weights, columns of a group (0: of a row) and type of activations."""
 
 
 def given(name: str, m: int, n: int, k: int, *steps: str, identity: bool = False) -> Problem:
     number, columns, dtype = FORMATS[name]
     scale = "float16" if dtype == torch.float16 else "bfloat16"
-    scheme = Scheme(weight=weight_scheme(number, Granularity.group(columns), scale))
+    if columns:
+        scheme = Scheme(weight=weight_scheme(number, Granularity.group(columns), scale))
+    else:
+        scheme = Scheme(weight=weight_scheme(number, Granularity.channel()))
     return problem(scheme, "fragment", m, n, k, dtype, steps, identity=identity)
 
 
@@ -70,7 +75,7 @@ def test_formats_and_operands(name: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "uint4 of 64"])
+@pytest.mark.parametrize("name", ["int4", "uint4 of 64", "int8 of rows"])
 def test_gates(name: str, steps: tuple[str, ...]) -> None:
     """Halves of 320 rows are no multiple of what a program holds of them."""
     for m in (64, 200):
