@@ -238,9 +238,23 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         assert isinstance(fmt, IntegerFormat)
         constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
     constants |= {"STAGES": spec.tile.stages, "OPERANDS": spec.operand_count > 0}
-    names = (
-        "N K BITS COLUMNS SCALES SYMMETRIC COMPUTE BLOCK_M BLOCK_N STAGES WORDS NEGATIVE FACTOR GATED OPERANDS".split()
-    )
+    names = [
+        "N",
+        "K",
+        "BITS",
+        "COLUMNS",
+        "SCALES",
+        "SYMMETRIC",
+        "COMPUTE",
+        "BLOCK_M",
+        "BLOCK_N",
+        "STAGES",
+        "WORDS",
+        "NEGATIVE",
+        "FACTOR",
+        "GATED",
+        "OPERANDS",
+    ]
     return {"constants": _constants({name: constants[name] for name in names}), "epilogue": _epilogue(spec)}
 
 
