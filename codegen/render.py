@@ -33,7 +33,6 @@ from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import (
-    STREAM_TEMPLATE,
     AnySpec,
     GroupedSpec,
     KernelSpec,
@@ -237,7 +236,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
     if fmt.bits == 8:
         assert isinstance(fmt, IntegerFormat)
         constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
-    constants |= {"STAGES": spec.tile.stages, "OPERANDS": spec.operand_count > 0}
+    constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [
         "N",
         "K",
@@ -252,10 +251,34 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "WORDS",
         "NEGATIVE",
         "FACTOR",
+        "SHARED",
         "GATED",
         "OPERANDS",
     ]
-    return {"constants": _constants({name: constants[name] for name in names}), "epilogue": _epilogue(spec)}
+    return {"constants": _constants({name: constants[name] for name in names})} | _stream_tiles(spec)
+
+
+def _stream_rows8(spec: KernelSpec) -> dict[str, str]:
+    constants: dict[str, object] = {
+        "N": spec.n,
+        "K": spec.k,
+        "SCALE_ROWS": spec.rows,
+        "X_SCALE": spec.activation_scale,
+        "INTEGER": spec.compute == "int8",
+        "BLOCK_M": spec.tile.m,
+        "BLOCK_N": spec.tile.n,
+        "STAGES": spec.tile.stages,
+        "SHARED": spec.tile.split != 1,
+        "GATED": spec.gated,
+        "OPERANDS": spec.operand_count > 0,
+    }
+    return {"constants": _constants(constants)} | _stream_tiles(spec)
+
+
+def _stream_tiles(spec: KernelSpec) -> dict[str, str]:
+    """The constants and functions of `stream_tiles`, and the epilogue."""
+    text = _template("stream_tiles")
+    return {"tiles": text[text.index("STEPS = ") :].rstrip() + "\n\n", "epilogue": _epilogue(spec)}
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:
@@ -411,7 +434,8 @@ def _holes(spec: AnySpec) -> dict[str, str]:
 
 _FILL = {
     "gemm_fragment": _fragment,
-    STREAM_TEMPLATE: _stream,
+    "gemm_stream": _stream,
+    "gemm_stream_rows8": _stream_rows8,
     "gemm_rows8": _rows8,
     "gemm_grouped": _grouped,
     "gemm_grouped_rows8": _grouped_rows8,

@@ -34,8 +34,8 @@ DECODE_TEMPLATE = "decode_fragment"
 FINISH_TEMPLATE = "finish_product"
 """The template that does what is left to do after a product of torch's."""
 
-STREAM_TEMPLATE = "gemm_stream"
-"""The template of tiles of the form "stream", which multiplies as `gemm_fragment` does, in Gluon."""
+STREAM_TEMPLATES = {"gemm_fragment": "gemm_stream", "gemm_rows8": "gemm_stream_rows8"}
+"""The template, in Gluon, of tiles of the form "stream", which multiplies as another does."""
 
 GROUPED_TEMPLATES = {"gemm_fragment": "gemm_grouped", "gemm_rows8": "gemm_grouped_rows8"}
 """The template that multiplies stacks of experts as another multiplies one weight."""
@@ -115,8 +115,12 @@ class KernelSpec:
     @property
     def source(self) -> str:
         """The module in `codegen/templates` that the kernel is made from: `template`, or that of the tile's form."""
-        streams = self.template == "gemm_fragment" and self.tile.form == "stream"
-        return STREAM_TEMPLATE if streams else self.template
+        return STREAM_TEMPLATES[self.template] if self.streams else self.template
+
+    @property
+    def streams(self) -> bool:
+        """Whether the kernel is in Gluon, of one of `STREAM_TEMPLATES`."""
+        return self.template in STREAM_TEMPLATES and self.tile.form == "stream"
 
     @property
     def stored_bits(self) -> int:
@@ -285,13 +289,17 @@ def has_gluon() -> bool:
 
 
 def stream_objection(spec: KernelSpec) -> str | None:
-    """Why `gemm_stream` does not multiply as `spec` says, whatever the tile; None if it does."""
+    """Why no template of `STREAM_TEMPLATES` multiplies as `spec` says, whatever the tile; None if one does."""
     if spec.target != "sm_90":
         return "it is for Hopper's tensor cores"
     if not has_gluon():
         return "it is in Triton's experimental language Gluon, as versions 3.6 and 3.7 have it"
-    if isinstance(spec, GroupedSpec) or spec.in_rows:
-        return "its weights are one linear's in the layout `fragment`"
+    if spec.template not in STREAM_TEMPLATES:
+        return "its weights are one linear's"
+    if spec.paired or (spec.gated and spec.n % 128):
+        return "it takes a gate's columns from the halves of the weight, in tiles of 64"
+    if spec.in_rows:
+        return _rows_stream_objection(spec)
     fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
     if fmt.bits not in (4, 8) or spec.sparse or spec.activation is not None or spec.compute == "float32":
         return "its weights are of 4 or 8 bits, its activations of 16"
@@ -303,9 +311,17 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "scales of groups are not of the activations' type, or those of rows are no floating-point numbers"
     if spec.k % 64 or (scales == "fragments" and spec.columns != 64 and spec.columns % 128):
         return "64 columns have more than one scale"
-    if spec.paired or (spec.gated and spec.n % 128):
-        return "it takes a gate's columns from the halves of the weight, in tiles of 64"
     return None
+
+
+def _rows_stream_objection(spec: KernelSpec) -> str | None:
+    if spec.compute not in ("int8", "fp8") or spec.activation_scale not in ("token", "tensor"):
+        return "its weights and activations are both int8 or both fp8, these with a scale a token or a tensor"
+    if spec.groups > 1 or spec.scale_dtype not in _ROW_SCALES:
+        return "its weights have scales of rows or of all, which are floating-point numbers"
+    if spec.k % 16:
+        return "rows do not begin at multiples of 16 bytes"
+    return "sums of products may not fit int32" if spec.compute == "int8" and spec.k >= 2**17 else None
 
 
 def launches_early(target: str) -> bool:
