@@ -85,18 +85,21 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     return {name: types.get(name, out) for name in names}
 
 
+def _descriptor(pointer: str, block: list[int], layout: Any) -> str:
+    return f"tensordesc<{pointer[1:]}{block},{layout!r}>"
+
+
 def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
     """Types of a stream's arguments that are tensors' descriptors, which it reads through."""
     from qcompile.runtime.streams import blocks
 
     given = blocks(spec)
     if spec.in_rows:
-        return {name: f"tensordesc<{types[name][1:]}{list(block)},{layout!r}>" for name, (block, layout) in given.items()}
+        return {name: _descriptor(types[name], *block) for name, block in given.items()}
     unused = ["zero_point"] * spec.symmetric + ["scale"] * (spec.groups == 1)
     kinds = {name: types[name] for name in given} | dict.fromkeys(unused, types["codes"])
     given |= dict.fromkeys(unused, given["codes"])
-    found = {name: f"tensordesc<{kinds[name][1:]}{list(block)},{layout!r}>" for name, (block, layout) in given.items()}
-    return found | {"row_scale": types["scale"]}
+    return {name: _descriptor(kinds[name], *block) for name, block in given.items()} | {"row_scale": types["scale"]}
 
 
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:
