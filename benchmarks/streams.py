@@ -14,7 +14,6 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ FORMS: dict[str, list[tuple[str, str]]] = {
     "unbanded": [("tl.constexpr(2048 // BLOCK_M.value)", "tl.constexpr(1 << 20)")],
     "band 1024": [("tl.constexpr(2048 // BLOCK_M.value)", "tl.constexpr(1024 // BLOCK_M.value)")],
     "two ahead": [("AHEAD = STAGES - 1", "AHEAD = STAGES - 2")],
+    "separate": [("product, use_acc=never", "zeros, use_acc=False")],
     "sent late": [],
     "no ending": [("    if length == STEPS:\n", "    if length > STEPS:\n")],
     "not promoted": [],

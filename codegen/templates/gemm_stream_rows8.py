@@ -112,6 +112,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
     SECOND: gl.constexpr = FIRST + (2 if GATED else 1)
     NUMBER: gl.constexpr = gl.int32 if INTEGER else gl.float32
     steps, whole = steps_of_program(tiles_m, sharers)
+    never = M < 0
     if GROUP == 0:
         sent_n, sent_m, sent = begin(inputs, ring, steps, tiles_m, sharers)
     i = 0
@@ -121,7 +122,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         length = gl.minimum(STEPS - step, steps - i)
         later = ((i > whole) & (step == 0)).to(gl.int32)
         zeros = gl.zeros((64, BLOCK_M), NUMBER, SUMS)
-        sum0, sum1 = zeros, zeros
+        sum0, sum1, product = zeros, zeros, zeros
         for now in range(i, i + length):
             stage = now % STAGES
             if GROUP == 0 and not INTEGER:
@@ -142,16 +143,22 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                 if GROUP == 0:
                     sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
             else:
-                product = warpgroup_mma(first, columns, zeros, use_acc=False, is_async=True)
+                product = warpgroup_mma(first, columns, product, use_acc=never, is_async=True)
                 if PER == 2:
-                    if not TOGETHER:
-                        sum0 += warpgroup_mma_wait(0, deps=[product])
-                    after = warpgroup_mma(second, columns, zeros, use_acc=False, is_async=True)
                     if TOGETHER:
-                        sum0 += warpgroup_mma_wait(1, deps=[product])
-                    after = warpgroup_mma_wait(0, deps=[after])
-                    mbarrier.arrive(empty.index(stage))
-                    sum1 += after
+                        after = warpgroup_mma(second, columns, zeros, use_acc=False, is_async=True)
+                        product = warpgroup_mma_wait(1, deps=[product])
+                        sum0 += product
+                        after = warpgroup_mma_wait(0, deps=[after])
+                        mbarrier.arrive(empty.index(stage))
+                        sum1 += after
+                    else:
+                        product = warpgroup_mma_wait(0, deps=[product])
+                        sum0 += product
+                        product = warpgroup_mma(second, columns, product, use_acc=never, is_async=True)
+                        product = warpgroup_mma_wait(0, deps=[product])
+                        mbarrier.arrive(empty.index(stage))
+                        sum1 += product
                 else:
                     product = warpgroup_mma_wait(0, deps=[product])
                     mbarrier.arrive(empty.index(stage))
