@@ -259,6 +259,8 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
 
 
 def _stream_rows8(spec: KernelSpec) -> dict[str, str]:
+    # A thread that holds 64 products of fp8 beside 128 sums has no registers left for another layout's addresses.
+    crowded = spec.compute == "fp8" and spec.tile.m * spec.tile.n == 128 * 256
     constants: dict[str, object] = {
         "N": spec.n,
         "K": spec.k,
@@ -270,7 +272,7 @@ def _stream_rows8(spec: KernelSpec) -> dict[str, str]:
         "STAGES": spec.tile.stages,
         "SHARED": spec.tile.split != 1,
         "GATED": spec.gated,
-        "OPERANDS": spec.operand_count > 0,
+        "OPERANDS": spec.operand_count > 0 and not crowded,
     }
     return {"constants": _constants(constants)} | _stream_tiles(spec)
 
