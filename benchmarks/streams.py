@@ -30,15 +30,20 @@ from qcompile.runtime import cache, clock, gpu, measure, tuning
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 FORMS: dict[str, list[tuple[str, str]]] = {
     "": [],
-    "unbanded": [("tl.constexpr(2048 // BLOCK_M.value)", "tl.constexpr(1 << 20)")],
-    "band 1024": [("tl.constexpr(2048 // BLOCK_M.value)", "tl.constexpr(1024 // BLOCK_M.value)")],
-    "two ahead": [("AHEAD = STAGES - 1", "AHEAD = STAGES - 2")],
+    "no turns": [
+        ("if GROUP == 1:\n                    mbarrier.wait(turn", "if False:\n                    mbarrier.wait(turn")
+    ],
     "separate": [("product, use_acc=never", "zeros, use_acc=False")],
-    "sent late": [],
+    "scaled late": [
+        ("        if INTEGER:\n            sum0, sum1 = warpgroup_mma_wait(0, deps=[sum0, sum1])\n", ""),
+        (
+            "        of_rows0, of_tokens",
+            "        if INTEGER:\n            sum0, sum1 = warpgroup_mma_wait(0, deps=[sum0, sum1])\n        of_rows0, of_tokens",
+        ),
+    ],
     "no ending": [("    if length == STEPS:\n", "    if length > STEPS:\n")],
-    "not promoted": [],
 }
-"""The last two compute something else: what do promoting and endings cost?"""
+"""The last computes something else: what do endings cost?"""
 _template = render._template
 
 
@@ -47,18 +52,6 @@ def patched(form: str) -> None:
 
     def template(name: str) -> str:
         text = _template(name)
-        if form == "not promoted" and name == "gemm_stream_rows8":
-            text = text.replace("            if INTEGER:\n", "            if True:\n")
-            text = text.replace("        if INTEGER:\n            sum0", "        if True:\n            sum0")
-            return text.replace("if GROUP == 0 and not INTEGER:", "if False:")
-        if form == "sent late" and name == "gemm_stream_rows8":
-            early = text[
-                text.index("            if GROUP == 0 and not INTEGER:") : text.index("            mbarrier.wait(full")
-            ]
-            text = text.replace(early, "")
-            call = "\n".join("    " + line for line in early.replace(" and not INTEGER", "").splitlines()) + "\n"
-            mark = "                product = warpgroup_mma(first"
-            return text.replace(mark, call + mark)
         for old, new in FORMS[form]:
             text = text.replace(old, new)
         return text
@@ -100,11 +93,17 @@ def main() -> None:
     work: list[tuple[measure.Job, str, KernelSpec]] = []
     for job in jobs:
         like = job.like(target)
-        streams = [k for k in candidates(like, job.m) if k.tile.form == "stream"]
+        streams = [
+            k
+            for k in candidates(like, job.m)
+            if k.tile.form == "stream" and k.tile.n == 256 and k.tile.m == 128 and k.tile.split == 1
+        ]
         work += [(job, "", k) for k in streams]
         widest = [k for k in streams if (k.tile.m, k.tile.n, k.tile.split) == (128, 256, 1)]
         for form in given.forms.split(","):
-            if form and not (job.name == "int8" and form in ("not promoted", "sent late")):
+            if form and not (
+                job.name == ("int8" if form in ("no turns", "separate") else "fp8" if form == "scaled late" else "")
+            ):
                 work += [(job, form, k) for k in widest]
     # One compilation serves all numbers of rows.
     tasks = {(form, k.encode(), job.spec.encode(), str(flags.cache_dir)) for job, form, k in work}

@@ -51,6 +51,7 @@ from qcompile.codegen.templates.stream_tiles import (
     STEPS,
     WIDTH_N,
     begin,
+    corner_of,
     finish,
     place_of,
     send_next,
@@ -77,7 +78,7 @@ def epilogue(value, second, bias, operand_0, n, offsets, mask):
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes to a stage, if it is `there`."""
-    full, _, _, codes = ring
+    full, _, _, codes, _ = ring
     mbarrier.expect(full.index(stage), BYTES, pred=there)
     PART: gl.constexpr = BLOCK_N // HALVES
     for half in gl.static_range(HALVES):
@@ -89,29 +90,37 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
 @gluon.jit
 def send_x(inputs, ring, first_m, step, stage, there):
     """Begin to copy a step's columns of x to a stage."""
-    full, _, xs, _ = ring
+    full, _, xs, _, _ = ring
     tma.async_copy_global_to_shared(inputs[0], [first_m, step * 128], full.index(stage), xs.index(stage), pred=there)
 
 
 @gluon.jit
-def scaled(sums, scales, n, m, M):
-    """Sums of rows n of the weight and m of x, times their scales."""
-    scale, x_scale = scales
-    sums = sums.to(gl.float32) * gl.load(scale + n // SCALE_ROWS, mask=n < N, other=0.0).to(gl.float32)
+def load_scales(scale, x_scale, row, first_m, M):
+    """Scales of 64 rows of the weight from `row` and of BLOCK_M rows of x, or of all of these."""
+    n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, SUMS)), 1)
+    of_rows = gl.load(scale + n // SCALE_ROWS, mask=n < N, other=0.0).to(gl.float32)
     if X_SCALE == "token":
-        return sums * gl.load(x_scale + m, mask=m < M, other=0.0)
+        m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS)), 0)
+        return of_rows, gl.load(x_scale + m, mask=m < M, other=0.0)
     else:
-        return sums * gl.load(x_scale)
+        return of_rows, gl.load(x_scale)
+
+
+@gluon.jit
+def scaled(sums, scales, n, m, M):
+    """The same: sums are scaled before."""
+    return sums
 
 
 @gluon.jit
 def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl.constexpr):
     """All that warp group GROUP does."""
-    full, empty, xs, codes = ring
+    full, empty, xs, codes, turn = ring
     FIRST: gl.constexpr = GROUP if GATED else GROUP * PER
     SECOND: gl.constexpr = FIRST + (2 if GATED else 1)
     NUMBER: gl.constexpr = gl.int32 if INTEGER else gl.float32
     steps, whole = steps_of_program(tiles_m, sharers)
+    scale, x_scale = outputs[0]
     never = M < 0
     if GROUP == 0:
         sent_n, sent_m, sent = begin(inputs, ring, steps, tiles_m, sharers)
@@ -123,6 +132,9 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         later = ((i > whole) & (step == 0)).to(gl.int32)
         zeros = gl.zeros((64, BLOCK_M), NUMBER, SUMS)
         sum0, sum1, product = zeros, zeros, zeros
+        across, down = corner_of(tile, tiles_m)
+        row = 64 * (across * (ROWS // HALVES) + FIRST)
+        after_row = row + (WIDTH_N if GATED else 64)
         for now in range(i, i + length):
             stage = now % STAGES
             if GROUP == 0 and not INTEGER:
@@ -143,17 +155,23 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                 if GROUP == 0:
                     sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
             else:
+                if GROUP == 1:
+                    mbarrier.wait(turn, now & 1)
                 product = warpgroup_mma(first, columns, product, use_acc=never, is_async=True)
                 if PER == 2:
                     if TOGETHER:
                         after = warpgroup_mma(second, columns, zeros, use_acc=False, is_async=True)
                         product = warpgroup_mma_wait(1, deps=[product])
+                        if GROUP == 0:
+                            mbarrier.arrive(turn)
                         sum0 += product
                         after = warpgroup_mma_wait(0, deps=[after])
                         mbarrier.arrive(empty.index(stage))
                         sum1 += after
                     else:
                         product = warpgroup_mma_wait(0, deps=[product])
+                        if GROUP == 0:
+                            mbarrier.arrive(turn)
                         sum0 += product
                         product = warpgroup_mma(second, columns, product, use_acc=never, is_async=True)
                         product = warpgroup_mma_wait(0, deps=[product])
@@ -161,11 +179,15 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                         sum1 += product
                 else:
                     product = warpgroup_mma_wait(0, deps=[product])
+                    if GROUP == 0:
+                        mbarrier.arrive(turn)
                     mbarrier.arrive(empty.index(stage))
                     sum0 += product
+        of_rows0, of_tokens = load_scales(scale, x_scale, row, down * BLOCK_M, M)
+        of_rows1, _ = load_scales(scale, x_scale, after_row, down * BLOCK_M, M)
         if INTEGER:
             sum0, sum1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
-        sum0, sum1 = sum0.to(gl.float32), sum1.to(gl.float32)
+        sum0, sum1 = sum0.to(gl.float32) * of_rows0 * of_tokens, sum1.to(gl.float32) * of_rows1 * of_tokens
         finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
         i += length
 
@@ -182,13 +204,15 @@ def kernel(x, codes, x_scale, scale, bias, operand_0, y, partial, arrived, share
     code_ring = gl.allocate_shared_memory(codes.dtype, [STAGES, BLOCK_N, 128], codes.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(turn, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
     inputs, outputs = (x, codes), ((scale, x_scale), bias, operand_0, y)
-    ring = (full, empty, xs, code_ring)
+    ring = (full, empty, xs, code_ring, turn)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),
