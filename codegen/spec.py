@@ -48,8 +48,8 @@ class Tile:
     Attributes:
         warps, stages: of a program; of its pipeline.
         form: "loop"; "slab": all weights of a program are in registers before it multiplies; "cores": 2:4 sparse
-            weights on sparse tensor cores (the template `sparse_cores`); or "stream": see `gemm_stream`, where split
-            may be 0: as many programs as multiprocessors share the work evenly.
+            weights on sparse tensor cores (the template `sparse_cores`); or "stream": see `stream_tiles`, where split
+            may be 0: as many programs as multiprocessors share the work evenly; or 1: they take whole tiles.
         scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
         overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
             fragments.
