@@ -24,7 +24,6 @@ STRETCH = {
     ("gemm_stream", "float16"): 1.05,
     ("gemm_rows8", "fp8"): 1.0,
     ("gemm_rows8", "int8"): 1.0,
-    ("gemm_stream_rows8", "fp8"): 1.0,
     ("gemm_stream_rows8", "int8"): 0.8,
 }
 """Measured over modelled time at M >= 256, by template and `KernelSpec.compute`; 1.3 for all others."""

@@ -315,13 +315,13 @@ def stream_objection(spec: KernelSpec) -> str | None:
 
 
 def _rows_stream_objection(spec: KernelSpec) -> str | None:
-    if spec.compute not in ("int8", "fp8") or spec.activation_scale not in ("token", "tensor"):
-        return "its weights and activations are both int8 or both fp8, these with a scale a token or a tensor"
+    if spec.compute != "int8" or spec.activation_scale not in ("token", "tensor"):
+        return "its weights of 8 bits in rows are int8, and so are its activations, with a scale a token or a tensor"
     if spec.groups > 1 or spec.scale_dtype not in _ROW_SCALES:
         return "its weights have scales of rows or of all, which are floating-point numbers"
     if spec.k % 16:
         return "rows do not begin at multiples of 16 bytes"
-    return "sums of products may not fit int32" if spec.compute == "int8" and spec.k >= 2**17 else None
+    return "sums of products may not fit int32" if spec.k >= 2**17 else None
 
 
 def launches_early(target: str) -> bool:

@@ -1,4 +1,4 @@
-"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for 8-bit weights in rows and activations alike, in Gluon.
+"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for int8 weights in rows and activations alike, in Gluon.
 
 As in `gemm_rows8`, the weight is the first operand of the product, y^T = weight x^T; as in `gemm_stream`, a program is
 two warp groups that go on without waiting for each other, here with operands that tensor cores take from shared memory
@@ -6,10 +6,8 @@ as they are. Each group has its own tiles of 64 rows of the weight, and shares x
 both in a ring of STAGES stages of 128 columns: `full` says that a stage has arrived, `empty` that both groups are done
 with it. Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`.
 
-int8 products are summed in int32, exactly. Hopper's tensor cores add fp8 products with few bits, so products of 128
-columns are added in float32 outside of them; while one group adds, the other's products are under way.
-
-With GATED a group's two tiles are of the same rows in both halves of the weight, and the epilogue gets both.
+Sums are of int32, exactly. With GATED a group's two tiles are of the same rows in both halves of the weight, and the
+epilogue gets both.
 """
 
 # mypy: ignore-errors
@@ -22,7 +20,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -31,7 +28,6 @@ N = tl.constexpr(256)
 K = tl.constexpr(256)
 SCALE_ROWS = tl.constexpr(1)
 X_SCALE = tl.constexpr("token")
-INTEGER = tl.constexpr(True)
 BLOCK_M = tl.constexpr(128)
 BLOCK_N = tl.constexpr(256)
 STAGES = tl.constexpr(4)
@@ -62,8 +58,6 @@ from qcompile.codegen.templates.stream_tiles import (
 
 BYTES = 128 * (BLOCK_M + BLOCK_N)
 """Of a stage."""
-TOGETHER = tl.constexpr(PER.value == 2 and BLOCK_M.value <= 64)
-"""Whether registers hold the products of both of a group's tiles beside their sums."""
 
 
 # <epilogue>
@@ -78,7 +72,7 @@ def epilogue(value, second, bias, operand_0, n, offsets, mask):
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes to a stage, if it is `there`."""
-    full, _, _, codes, _ = ring
+    full, _, _, codes = ring
     mbarrier.expect(full.index(stage), BYTES, pred=there)
     PART: gl.constexpr = BLOCK_N // HALVES
     for half in gl.static_range(HALVES):
@@ -90,7 +84,7 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
 @gluon.jit
 def send_x(inputs, ring, first_m, step, stage, there):
     """Begin to copy a step's columns of x to a stage."""
-    full, _, xs, _, _ = ring
+    full, _, xs, _ = ring
     tma.async_copy_global_to_shared(inputs[0], [first_m, step * 128], full.index(stage), xs.index(stage), pred=there)
 
 
@@ -115,13 +109,11 @@ def scaled(sums, scales, n, m, M):
 @gluon.jit
 def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl.constexpr):
     """All that warp group GROUP does."""
-    full, empty, xs, codes, turn = ring
+    full, empty, xs, codes = ring
     FIRST: gl.constexpr = GROUP if GATED else GROUP * PER
     SECOND: gl.constexpr = FIRST + (2 if GATED else 1)
-    NUMBER: gl.constexpr = gl.int32 if INTEGER else gl.float32
     steps, whole = steps_of_program(tiles_m, sharers)
     scale, x_scale = outputs[0]
-    never = M < 0
     if GROUP == 0:
         sent_n, sent_m, sent = begin(inputs, ring, steps, tiles_m, sharers)
     i = 0
@@ -130,63 +122,29 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         tile, step = place[0], place[3]
         length = gl.minimum(STEPS - step, steps - i)
         later = ((i > whole) & (step == 0)).to(gl.int32)
-        zeros = gl.zeros((64, BLOCK_M), NUMBER, SUMS)
-        sum0, sum1, product = zeros, zeros, zeros
+        sum0 = gl.zeros((64, BLOCK_M), gl.int32, SUMS)
+        sum1 = sum0
         across, down = corner_of(tile, tiles_m)
         row = 64 * (across * (ROWS // HALVES) + FIRST)
         after_row = row + (WIDTH_N if GATED else 64)
         for now in range(i, i + length):
             stage = now % STAGES
-            if GROUP == 0 and not INTEGER:
-                sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
             columns = xs.index(stage).permute((1, 0))
             first = codes.index(stage).slice(64 * FIRST, 64, 0)
+            sum0 = warpgroup_mma(first, columns, sum0, is_async=True)
             if PER == 2:
                 second = codes.index(stage).slice(64 * SECOND, 64, 0)
-            if INTEGER:
-                sum0 = warpgroup_mma(first, columns, sum0, is_async=True)
-                if PER == 2:
-                    sum1 = warpgroup_mma(second, columns, sum1, is_async=True)
-                    sum0, sum1 = warpgroup_mma_wait(2, deps=[sum0, sum1])
-                else:
-                    sum0 = warpgroup_mma_wait(1, deps=[sum0])
-                mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)
-                if GROUP == 0:
-                    sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
+                sum1 = warpgroup_mma(second, columns, sum1, is_async=True)
+                sum0, sum1 = warpgroup_mma_wait(2, deps=[sum0, sum1])
             else:
-                if GROUP == 1:
-                    mbarrier.wait(turn, now & 1)
-                product = warpgroup_mma(first, columns, product, use_acc=never, is_async=True)
-                if PER == 2:
-                    if TOGETHER:
-                        after = warpgroup_mma(second, columns, zeros, use_acc=False, is_async=True)
-                        product = warpgroup_mma_wait(1, deps=[product])
-                        if GROUP == 0:
-                            mbarrier.arrive(turn)
-                        sum0 += product
-                        after = warpgroup_mma_wait(0, deps=[after])
-                        mbarrier.arrive(empty.index(stage))
-                        sum1 += after
-                    else:
-                        product = warpgroup_mma_wait(0, deps=[product])
-                        if GROUP == 0:
-                            mbarrier.arrive(turn)
-                        sum0 += product
-                        product = warpgroup_mma(second, columns, product, use_acc=never, is_async=True)
-                        product = warpgroup_mma_wait(0, deps=[product])
-                        mbarrier.arrive(empty.index(stage))
-                        sum1 += product
-                else:
-                    product = warpgroup_mma_wait(0, deps=[product])
-                    if GROUP == 0:
-                        mbarrier.arrive(turn)
-                    mbarrier.arrive(empty.index(stage))
-                    sum0 += product
+                sum0 = warpgroup_mma_wait(1, deps=[sum0])
+            mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)  # its products are done
+            if GROUP == 0:
+                sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
         of_rows0, of_tokens = load_scales(scale, x_scale, row, down * BLOCK_M, M)
         of_rows1, _ = load_scales(scale, x_scale, after_row, down * BLOCK_M, M)
-        if INTEGER:
-            sum0, sum1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
+        sum0, sum1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
         sum0, sum1 = sum0.to(gl.float32) * of_rows0 * of_tokens, sum1.to(gl.float32) * of_rows1 * of_tokens
         finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
         i += length
@@ -204,15 +162,13 @@ def kernel(x, codes, x_scale, scale, bias, operand_0, y, partial, arrived, share
     code_ring = gl.allocate_shared_memory(codes.dtype, [STAGES, BLOCK_N, 128], codes.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(turn, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
     inputs, outputs = (x, codes), ((scale, x_scale), bias, operand_0, y)
-    ring = (full, empty, xs, code_ring, turn)
+    ring = (full, empty, xs, code_ring)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),

@@ -57,7 +57,7 @@ WIDTH_N = N // HALVES
 TILES_N = (WIDTH_N + 64 * ROWS // HALVES - 1) // (64 * ROWS // HALVES)
 """Programs' tiles across the output."""
 BAND = tl.constexpr(2048 // BLOCK_M.value)
-"""Tiles of M that follow each other before the next of N begin: programs at work share weights and x in the L2 cache."""
+"""Tiles of M that come before the next of N: programs at work share weights and x in the L2 cache."""
 AHEAD = STAGES - 1
 OUT = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 """In which outputs [64, BLOCK_M] are stored, eight neighbours a thread."""
@@ -244,5 +244,3 @@ def finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, 
         if gl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == most - least:
             gl.store(arrived, 0)
             finish_parts(partial, slot, least, most, outputs, row, first_m, M)
-
-

@@ -77,22 +77,22 @@ def launch(
     x = x.contiguous()
     if x.data_ptr() % 16:  # where descriptors cannot begin
         x = x.clone()
-    inputs: dict[str, Tensor | None]
-    given = blocks(kernel)
+    scales = [weight.scale]
     if kernel.in_rows:
         assert x_scale is not None
-        inputs, scales = {"x": x, "codes": codes}, (x_scale.contiguous(), weight.scale)
+        scales.insert(0, x_scale.contiguous())
     else:
         codes = codes.view(len(codes), -1, 256)
-        inputs, scales = {"x": x, "codes": codes, "scale": weight.scale, "zero_point": weight.zero_point}, (weight.scale,)
-        for name in ("scale", "zero_point"):  # descriptors that the kernel does not use are some other
-            if inputs[name] is None or kernel.groups == 1:
-                inputs[name], given[name] = codes, given["codes"]
-    partial = x.new_empty(2 * sharers * tile.m * tile.n if tile.split != 1 else 1, dtype=torch.float32)
+    inputs = {"x": x, "codes": codes, "scale": weight.scale, "zero_point": weight.zero_point}
+    given = blocks(kernel)
+    for name in given:  # descriptors that the kernel does not use are some other
+        if inputs[name] is None or (name == "scale" and kernel.groups == 1):
+            inputs[name], given[name] = codes, given["codes"]
+    partial = x.new_empty(1 if tile.split == 1 else max(1, 2 * sharers * tile.m * tile.n), dtype=torch.float32)
     launcher.launch(
         function,
         (programs,),
-        *(TensorDescriptor.from_tensor(inputs[name], *given[name]) for name in inputs),
+        *(TensorDescriptor.from_tensor(inputs[name], *block) for name, block in given.items()),
         *scales,
         codes if bias is None else bias,
         *([operand.contiguous() for operand in operands] or [codes]),
