@@ -43,11 +43,9 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value
 from qcompile.codegen.templates.stream_tiles import (
     HALVES,
     PER,
-    ROWS,
     STEPS,
     WIDTH_N,
     begin,
-    corner_of,
     finish,
     place_of,
     send_next,
@@ -89,21 +87,14 @@ def send_x(inputs, ring, first_m, step, stage, there):
 
 
 @gluon.jit
-def load_scales(scale, x_scale, row, first_m, M):
-    """Scales of 64 rows of the weight from `row` and of BLOCK_M rows of x, or of all of these."""
-    n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, SUMS)), 1)
-    of_rows = gl.load(scale + n // SCALE_ROWS, mask=n < N, other=0.0).to(gl.float32)
-    if X_SCALE == "token":
-        m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS)), 0)
-        return of_rows, gl.load(x_scale + m, mask=m < M, other=0.0)
-    else:
-        return of_rows, gl.load(x_scale)
-
-
-@gluon.jit
 def scaled(sums, scales, n, m, M):
-    """The same: sums are scaled before."""
-    return sums
+    """Sums of rows n of the weight and m of x, times their scales."""
+    scale, x_scale = scales
+    sums *= gl.load(scale + n // SCALE_ROWS, mask=n < N, other=0.0).to(gl.float32)
+    if X_SCALE == "token":
+        return sums * gl.load(x_scale + m, mask=m < M, other=0.0)
+    else:
+        return sums * gl.load(x_scale)
 
 
 @gluon.jit
@@ -113,7 +104,6 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
     FIRST: gl.constexpr = GROUP if GATED else GROUP * PER
     SECOND: gl.constexpr = FIRST + (2 if GATED else 1)
     steps, whole = steps_of_program(tiles_m, sharers)
-    scale, x_scale = outputs[0]
     if GROUP == 0:
         sent_n, sent_m, sent = begin(inputs, ring, steps, tiles_m, sharers)
     i = 0
@@ -124,9 +114,6 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         later = ((i > whole) & (step == 0)).to(gl.int32)
         sum0 = gl.zeros((64, BLOCK_M), gl.int32, SUMS)
         sum1 = sum0
-        across, down = corner_of(tile, tiles_m)
-        row = 64 * (across * (ROWS // HALVES) + FIRST)
-        after_row = row + (WIDTH_N if GATED else 64)
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
@@ -142,11 +129,9 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
             mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)  # its products are done
             if GROUP == 0:
                 sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
-        of_rows0, of_tokens = load_scales(scale, x_scale, row, down * BLOCK_M, M)
-        of_rows1, _ = load_scales(scale, x_scale, after_row, down * BLOCK_M, M)
-        sum0, sum1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
-        sum0, sum1 = sum0.to(gl.float32) * of_rows0 * of_tokens, sum1.to(gl.float32) * of_rows1 * of_tokens
-        finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
+        done0, done1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
+        done0, done1 = done0.to(gl.float32), done1.to(gl.float32)
+        finish(done0, done1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
         i += length
 
 
