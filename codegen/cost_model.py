@@ -181,14 +181,15 @@ def seconds(spec: KernelSpec, m: int, device: Device | None = None) -> float:
 
 
 def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
-    """`seconds` of `gemm_stream`, which decodes while it multiplies, one program on a processor at a time."""
+    """`seconds` of a stream, which decodes while it multiplies if at all, one program on a processor at a time."""
     tile = spec.tile
     alike = replace(spec, tile=replace(tile, form="loop", split=1))
     value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
     programs = value["programs"] * tile.split or device.processors
     fill = math.ceil(programs / device.processors) * device.processors / programs
     slow = _NARROW[tile.n] if tile.m == 64 else 1.0
-    working = value["operations"] / (device.operations * 0.83) * slow * (fill if tile.split else 1.0)
+    rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
+    working = value["operations"] / rate * slow * (fill if tile.split else 1.0)
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0
     if tile.split != 1 and (tile.split or value["programs"] % device.processors):
@@ -246,8 +247,8 @@ def candidates(like: KernelSpec, m: int) -> list[KernelSpec]:
 
     After the loop, a thread that holds 128 sums may spill a few for operands of the epilogue, once a program.
     """
-    tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m) + _streams(like, m)
-    return [replace(like, tile=tile) for tile in tiles]
+    tiles = _rows8_tiles(like, m) if like.in_rows else _fragment_tiles(like, m)
+    return [replace(like, tile=tile) for tile in tiles + _streams(like, m)]
 
 
 def _covers(m: int, largest: int) -> tuple[int, ...]:

@@ -345,6 +345,16 @@ def sparse_product(dtype: str) -> str:
     return f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 {operands}$16, "
 
 
+def byte_assembly(fmt: IntegerFormat, factor: float) -> str:
+    """PTX as that of `word_assembly`, of word $4 of four 8-bit codes, for integers in bfloat16: rows in turn."""
+    unit, negative = (bits_of(value, "bfloat16") * 0x10001 for value in (2.0**133 / factor, -fmt.offset / factor))
+    lines = [".reg .b32 w, s, z, t0, t1", f"mov.b32 s, {unit:#x}", f"mov.b32 z, {negative:#x}", "shr.b32 w, $4, 8"]
+    for r, word in enumerate(("$4", "w")):
+        lines += [f"and.b32 t{r}, {word}, 0xff00ff", f"fma.rn.bf16x2 t{r}, t{r}, s, z"]
+        lines.append(f"mov.b32 {{${2 * r}, ${2 * r + 1}}}, t{r}")
+    return "{ " + " ".join(line + ";" for line in lines) + " }"
+
+
 def conversion(name: str, source: str | None, spec: KernelSpec) -> str:
     """A Triton function from stored 8-bit values (or activations as they are) to `spec.compute`."""
     if source is None or spec.compute in ("int8", "fp8"):

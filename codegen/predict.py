@@ -14,7 +14,7 @@ from collections.abc import Callable
 import sympy
 
 from qcompile.codegen.cost_model import Device, bytes_out, device_of, seconds, stacked_rows
-from qcompile.codegen.spec import STREAM_TEMPLATE, KernelSpec
+from qcompile.codegen.spec import KernelSpec
 from qcompile.scheme import SCALE_DTYPES
 
 STRETCH = {
@@ -23,7 +23,8 @@ STRETCH = {
     ("gemm_stream", "bfloat16"): 1.05,
     ("gemm_stream", "float16"): 1.05,
     ("gemm_rows8", "fp8"): 1.0,
-    ("gemm_rows8", "int8"): 0.8,
+    ("gemm_rows8", "int8"): 1.0,
+    ("gemm_stream_rows8", "int8"): 0.8,
 }
 """Measured over modelled time at M >= 256, by template and `KernelSpec.compute`; 1.3 for all others."""
 
@@ -78,8 +79,8 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device 
     """
     if vendor is None:
         template = "gemm_rows8" if spec.in_rows else "gemm_fragment"
-        if spec.source == STREAM_TEMPLATE:
-            template = STREAM_TEMPLATE
+        if spec.streams:
+            template = spec.source
         return STRETCH.get((template, spec.compute), 1.3) * seconds(spec, m, device)
     device, width = device or device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
     bits = spec.stored_bits

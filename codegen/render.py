@@ -15,6 +15,7 @@ from qcompile.codegen.decoders import (
     FIELDS,
     MAGIC,
     bits_of,
+    byte_assembly,
     conversion,
     decode_formula,
     formula_of,
@@ -32,7 +33,6 @@ from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import (
-    STREAM_TEMPLATE,
     AnySpec,
     GroupedSpec,
     KernelSpec,
@@ -232,14 +232,52 @@ def _sparse_cores(spec: KernelSpec) -> str:
 
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
-    names = ("N", "K", "COLUMNS", "SYMMETRIC", "COMPUTE", "BLOCK_M", "BLOCK_N", "WORDS", "NEGATIVE", "FACTOR", "GATED")
-    constants = _fragment_constants(spec, spec.compute)
-    assert constants["SCALES"] == "fragments", spec
-    chosen = {name: constants[name] for name in names} | {
+    fmt, constants = FORMATS[spec.weight], _fragment_constants(spec, spec.compute)
+    if fmt.bits == 8:
+        assert isinstance(fmt, IntegerFormat)
+        constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
+    constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
+    names = [
+        "N",
+        "K",
+        "BITS",
+        "COLUMNS",
+        "SCALES",
+        "SYMMETRIC",
+        "COMPUTE",
+        "BLOCK_M",
+        "BLOCK_N",
+        "STAGES",
+        "WORDS",
+        "NEGATIVE",
+        "FACTOR",
+        "SHARED",
+        "GATED",
+        "OPERANDS",
+    ]
+    return {"constants": _constants({name: constants[name] for name in names})} | _stream_tiles(spec)
+
+
+def _stream_rows8(spec: KernelSpec) -> dict[str, str]:
+    constants: dict[str, object] = {
+        "N": spec.n,
+        "K": spec.k,
+        "SCALE_ROWS": spec.rows,
+        "X_SCALE": spec.activation_scale,
+        "BLOCK_M": spec.tile.m,
+        "BLOCK_N": spec.tile.n,
         "STAGES": spec.tile.stages,
+        "SHARED": spec.tile.split != 1,
+        "GATED": spec.gated,
         "OPERANDS": spec.operand_count > 0,
     }
-    return {"constants": _constants(chosen), "epilogue": _epilogue(spec)}
+    return {"constants": _constants(constants)} | _stream_tiles(spec)
+
+
+def _stream_tiles(spec: KernelSpec) -> dict[str, str]:
+    """The constants and functions of `stream_tiles`, and the epilogue."""
+    text = _template("stream_tiles")
+    return {"tiles": text[text.index("STEPS = ") :].rstrip() + "\n\n", "epilogue": _epilogue(spec)}
 
 
 def _rows8(spec: KernelSpec) -> dict[str, str]:
@@ -407,7 +445,8 @@ def _holes(spec: AnySpec) -> dict[str, str]:
 
 _FILL = {
     "gemm_fragment": _fragment,
-    STREAM_TEMPLATE: _stream,
+    "gemm_stream": _stream,
+    "gemm_stream_rows8": _stream_rows8,
     "gemm_rows8": _rows8,
     "gemm_grouped": _grouped,
     "gemm_grouped_rows8": _grouped_rows8,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from qcompile.formats import FORMATS, Format
+from qcompile.formats import FORMATS, Format, IntegerFormat
 from qcompile.gates import PAIRS
 from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
 from qcompile.scheme import WHOLE, Granularity
@@ -34,8 +34,8 @@ DECODE_TEMPLATE = "decode_fragment"
 FINISH_TEMPLATE = "finish_product"
 """The template that does what is left to do after a product of torch's."""
 
-STREAM_TEMPLATE = "gemm_stream"
-"""The template of tiles of the form "stream", which multiplies as `gemm_fragment` does, in Gluon."""
+STREAM_TEMPLATES = {"gemm_fragment": "gemm_stream", "gemm_rows8": "gemm_stream_rows8"}
+"""The template, in Gluon, of tiles of the form "stream", which multiplies as another does."""
 
 GROUPED_TEMPLATES = {"gemm_fragment": "gemm_grouped", "gemm_rows8": "gemm_grouped_rows8"}
 """The template that multiplies stacks of experts as another multiplies one weight."""
@@ -48,8 +48,8 @@ class Tile:
     Attributes:
         warps, stages: of a program; of its pipeline.
         form: "loop"; "slab": all weights of a program are in registers before it multiplies; "cores": 2:4 sparse
-            weights on sparse tensor cores (the template `sparse_cores`); or "stream": see `gemm_stream`, where split
-            may be 0: as many programs as multiprocessors share the work evenly.
+            weights on sparse tensor cores (the template `sparse_cores`); or "stream": see `stream_tiles`, where split
+            may be 0: as many programs as multiprocessors share the work evenly; or 1: they take whole tiles.
         scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
         overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
             fragments.
@@ -115,8 +115,12 @@ class KernelSpec:
     @property
     def source(self) -> str:
         """The module in `codegen/templates` that the kernel is made from: `template`, or that of the tile's form."""
-        streams = self.template == "gemm_fragment" and self.tile.form == "stream"
-        return STREAM_TEMPLATE if streams else self.template
+        return STREAM_TEMPLATES[self.template] if self.streams else self.template
+
+    @property
+    def streams(self) -> bool:
+        """Whether the kernel is in Gluon, of one of `STREAM_TEMPLATES`."""
+        return self.template in STREAM_TEMPLATES and self.tile.form == "stream"
 
     @property
     def stored_bits(self) -> int:
@@ -272,6 +276,9 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     return "fragments" if preferred == "fragments" and exact else "products"
 
 
+_ROW_SCALES = ("float32", "bfloat16", "float16")
+
+
 @functools.cache
 def has_gluon() -> bool:
     """Whether a Triton is installed whose Gluon, an experimental language, is as the template in it was tried with."""
@@ -282,22 +289,39 @@ def has_gluon() -> bool:
 
 
 def stream_objection(spec: KernelSpec) -> str | None:
-    """Why `gemm_stream` does not multiply as `spec` says, whatever the tile; None if it does."""
+    """Why no template of `STREAM_TEMPLATES` multiplies as `spec` says, whatever the tile; None if one does."""
     if spec.target != "sm_90":
         return "it is for Hopper's tensor cores"
     if not has_gluon():
         return "it is in Triton's experimental language Gluon, as versions 3.6 and 3.7 have it"
-    if isinstance(spec, GroupedSpec) or spec.in_rows:
-        return "its weights are one linear's in the layout `fragment`"
-    if FORMATS[spec.weight].bits != 4 or spec.sparse or spec.activation is not None:
-        return "its weights are of 4 bits, its activations of 16"
-    if scales_of(spec, "fragments") != "fragments" or spec.scale_dtype != spec.compute or spec.super_columns:
-        return "scales are not of the activations' type, or not of groups"
-    if (spec.columns != 64 and spec.columns % 128) or spec.k % 64:
-        return "64 columns have more than one scale"
+    if spec.template not in STREAM_TEMPLATES:
+        return "its weights are one linear's"
     if spec.paired or (spec.gated and spec.n % 128):
         return "it takes a gate's columns from the halves of the weight, in tiles of 64"
+    if spec.in_rows:
+        return _rows_stream_objection(spec)
+    fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
+    if fmt.bits not in (4, 8) or spec.sparse or spec.activation is not None or spec.compute == "float32":
+        return "its weights are of 4 or 8 bits, its activations of 16"
+    if fmt.bits == 8 and (not isinstance(fmt, IntegerFormat) or spec.compute != "bfloat16" or scales != "total"):
+        return "its weights of 8 bits are integers with a scale a row, its activations bfloat16 then"
+    if spec.super_columns or (scales == "total" and not spec.symmetric):
+        return "it takes no scales above scales, and zero points of groups only"
+    if scales == "weights" or spec.scale_dtype not in (_ROW_SCALES if scales == "total" else (spec.compute,)):
+        return "scales of groups are not of the activations' type, or those of rows are no floating-point numbers"
+    if spec.k % 64 or (scales == "fragments" and spec.columns != 64 and spec.columns % 128):
+        return "64 columns have more than one scale"
     return None
+
+
+def _rows_stream_objection(spec: KernelSpec) -> str | None:
+    if spec.compute != "int8" or spec.activation_scale not in ("token", "tensor"):
+        return "its weights of 8 bits in rows are int8, and so are its activations, with a scale a token or a tensor"
+    if spec.groups > 1 or spec.scale_dtype not in _ROW_SCALES:
+        return "its weights have scales of rows or of all, which are floating-point numbers"
+    if spec.k % 16:
+        return "rows do not begin at multiples of 16 bytes"
+    return "sums of products may not fit int32" if spec.k >= 2**17 else None
 
 
 def launches_early(target: str) -> bool:

@@ -24,7 +24,6 @@ from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.ranges_spec import RangesSpec
 from qcompile.codegen.spec import (
-    STREAM_TEMPLATE,
     AnySpec,
     GroupedSpec,
     KernelSpec,
@@ -86,13 +85,21 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
     return {name: types.get(name, out) for name in names}
 
 
+def _descriptor(pointer: str, block: list[int], layout: Any) -> str:
+    return f"tensordesc<{pointer[1:]}{block},{layout!r}>"
+
+
 def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
-    """Types of a kernel of `gemm_stream`'s arguments that are tensors' descriptors, which it reads through."""
+    """Types of a stream's arguments that are tensors' descriptors, which it reads through."""
     from qcompile.runtime.streams import blocks
 
-    return {
-        name: f"tensordesc<{types[name][1:]}{list(block)},{layout!r}>" for name, (block, layout) in blocks(spec).items()
-    }
+    given = blocks(spec)
+    if spec.in_rows:
+        return {name: _descriptor(types[name], *block) for name, block in given.items()}
+    unused = ["zero_point"] * spec.symmetric + ["scale"] * (spec.groups == 1)
+    kinds = {name: types[name] for name in given} | dict.fromkeys(unused, types["codes"])
+    given |= dict.fromkeys(unused, given["codes"])
+    return {name: _descriptor(kinds[name], *block) for name, block in given.items()} | {"row_scale": types["scale"]}
 
 
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:
@@ -156,7 +163,7 @@ def compile_spec(spec: AnySpec) -> dict[str, Any]:
 
     kernel = cache.load(spec).kernel
     types = _SIGNATURES[type(spec)](spec, kernel.arg_names)
-    streams = isinstance(spec, KernelSpec) and spec.source == STREAM_TEMPLATE
+    streams = isinstance(spec, KernelSpec) and spec.streams
     if streams:
         types |= _descriptors(spec, types)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}

@@ -1,4 +1,4 @@
-"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for 4-bit weights in the `fragment` layout, in Gluon.
+"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for 4 and 8-bit weights in `fragment` layout, in Gluon.
 
 As in `gemm_fragment`, the weight is the first operand of the product, y^T = weight x^T, and goes to the tensor cores
 from registers. What differs is how it gets there, and how long programs run:
@@ -10,11 +10,8 @@ columns: `full` says that a stage has arrived, `empty` that both groups are done
 stages AHEAD, once the other has left them. So x is read from the L2 cache, whose rate limits such products, once for
 BLOCK_N rows of the weight.
 
-As often as there are tiles for all programs, each takes one whole; then the steps of the tiles that are left, one tile
-after another, are shared evenly by the first `sharers` programs. Of a shared tile each leaves its part in memory, and
-the last to arrive adds all in their order, so that results do not depend on timing.
-
-With GATED a group's two tiles are of the same rows in both halves of the weight, and the epilogue gets both.
+Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`. With GATED a group's two
+tiles are of the same rows in both halves of the weight, and the epilogue gets both.
 """
 
 # mypy: ignore-errors
@@ -34,7 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 # <constants>
 N = tl.constexpr(256)
 K = tl.constexpr(256)
+BITS = tl.constexpr(4)
 COLUMNS = tl.constexpr(128)
+SCALES = tl.constexpr("fragments")
 SYMMETRIC = tl.constexpr(True)
 COMPUTE = tl.constexpr(tl.bfloat16)
 BLOCK_M = tl.constexpr(64)
@@ -43,25 +42,40 @@ STAGES = tl.constexpr(4)
 WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
+SHARED = tl.constexpr(True)
 GATED = tl.constexpr(False)
 OPERANDS = tl.constexpr(False)
 # </constants>
 
-STEPS = (K + 127) // 128
-"""Of a tile, of 128 columns each."""
-ROWS = BLOCK_N // 64
-"""Tiles of 64 rows that a program has; a group has `PER`."""
-PER = ROWS // 2
+# <tiles>
+from qcompile.codegen.templates.stream_tiles import (
+    HALVES,
+    PER,
+    ROWS,
+    STEPS,
+    WIDTH_N,
+    begin,
+    finish,
+    place_of,
+    send_next,
+    steps_of_program,
+)
+
+# </tiles>
+
+GROUPED = tl.constexpr(SCALES.value == "fragments")
+"""Whether rows have scales of groups of columns; else one, which multiplies the sum."""
 GROUPS = tl.constexpr(max(1, 128 // COLUMNS.value))
 """Scales of a row in a step: those of halves of it, or one."""
-HALVES = tl.constexpr(2 if GATED.value else 1)
-WIDTH_N = N // HALVES
-TILES_N = (WIDTH_N + 64 * ROWS // HALVES - 1) // (64 * ROWS // HALVES)
-"""Programs' tiles across the output."""
-AHEAD = STAGES - 1
-BYTES = BLOCK_M * 256 + ROWS * (4096 + GROUPS * (128 if SYMMETRIC else 192))
+LINES = tl.constexpr(BITS.value // 2)
+"""Lines of 256 words that a tile of 64 x 64 has in memory."""
+BYTES = BLOCK_M * 256 + ROWS * (LINES * 2048 + (GROUPS * (128 if SYMMETRIC else 192) if GROUPED else 0))
 """Of a stage."""
-CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + (",r,r,r,r" if not SYMMETRIC.value else ",r,r"))
+CONSTRAINTS = tl.constexpr(
+    "=h,=h,=h,=h,r"
+    if BITS.value == 8
+    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * (GROUPED.value + (not SYMMETRIC.value))
+)
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
@@ -86,6 +100,16 @@ WHLV = gl.constexpr(
     )
 )
 """The same as [warps w, h, l, words v], and of what belongs to rows w and h."""
+WIDE_TILE = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4]],
+        [[0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 128]],
+        [[0, 1, 0], [0, 2, 0]],
+        [],
+        [1, 4, 256],
+    )
+)
+"""As TILE for 8 bits: each thread has eight words, two (s) for each v."""
 WH = gl.constexpr(gl.SliceLayout(2, gl.SliceLayout(3, WHLV.value)))
 SLOTS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -97,12 +121,6 @@ SLOTS = gl.constexpr(
     )
 )
 """What belongs to 64 rows: a thread has its two, r = 0 and 1."""
-OUT = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
-"""In which outputs [64, BLOCK_M] are stored, eight neighbours a thread."""
-WIDTH = tl.constexpr(64 * (1 if GATED.value else BLOCK_N.value // 128))
-AT_ONCE = tl.constexpr(min(4096 // WIDTH.value, BLOCK_M.value))
-"""Columns of the output that a group has, and of how many rows its parts are added at once."""
-PARTS = gl.constexpr(gl.BlockedLayout([4, 1], [WIDTH.value // 4, 128 // WIDTH.value], [1, 4], [0, 1]))
 
 
 # <epilogue>
@@ -130,85 +148,61 @@ def two_rows(values):
 
 @gluon.jit
 def load_rows(ring, stage, row, group: gl.constexpr):
-    """Zero points, if there are, and scales of a tile's rows, as `decoders.word_assembly` takes them."""
-    scales, zeros = ring[2], ring[3]
-    first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-    found = (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
-    if not SYMMETRIC:
-        first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-        first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
-        found = (first + NEGATIVE, second + NEGATIVE) + found
+    """Zero points and scales of groups of a tile's rows, if there are, as `decoders.word_assembly` takes them."""
+    _, _, _, _, scales, zeros = ring
+    found = ()
+    if GROUPED:
+        if not SYMMETRIC:
+            first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+            first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
+            found = (first + NEGATIVE, second + NEGATIVE)
+        first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+        found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
     return found
 
 
 @gluon.jit
 def decode(codes, rows):
     """Weights [64, 64] from a tile's words in shared memory."""
-    words = gl.convert_layout(codes.load(TILE).reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
-    a0, b0, a1, b1, a2, b2, a3, b3 = gl.inline_asm_elementwise(
-        WORDS,
-        CONSTRAINTS,
-        (words,) + rows,
-        dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
-        is_pure=True,
-        pack=1,
-    )
-    low = gl.join(gl.join(a0, a2), gl.join(a1, a3)).to(COMPUTE, bitcast=True)  # s | r
-    high = gl.join(gl.join(b0, b2), gl.join(b1, b3)).to(COMPUTE, bitcast=True)
+    if BITS == 8:
+        words = codes.load(WIDE_TILE).reshape(4, 8, 4, 4, 2)
+        a0, b0, a1, b1 = gl.inline_asm_elementwise(
+            WORDS, CONSTRAINTS, [words], dtype=(gl.int16, gl.int16, gl.int16, gl.int16), is_pure=True, pack=1
+        )
+        low, high = gl.join(a0, a1), gl.join(b0, b1)
+    else:
+        words = gl.convert_layout(codes.load(TILE).reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
+        a0, b0, a1, b1, a2, b2, a3, b3 = gl.inline_asm_elementwise(
+            WORDS,
+            CONSTRAINTS,
+            (words,) + rows,
+            dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        low, high = gl.join(gl.join(a0, a2), gl.join(a1, a3)), gl.join(gl.join(b0, b2), gl.join(b1, b3))
     # w h l v | s r | b, with n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b
-    weight = gl.permute(gl.join(low, high), (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
+    fields = gl.join(low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True))
+    weight = gl.permute(fields, (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
     return gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
-
-
-@gluon.jit
-def shared_tiles(tiles_m):
-    """How often all programs take a tile whole, and how many steps the tiles have that are left."""
-    tiles, programs = TILES_N * tiles_m, gl.num_programs(0)
-    return tiles // programs, tiles % programs * STEPS
-
-
-@gluon.jit
-def first_shared(program, steps, sharers):
-    """The first of the shared steps that a program has; where those of the next begin, its end."""
-    return gl.minimum(program, sharers) * steps // sharers
-
-
-@gluon.jit
-def place_of(i, tiles_m, sharers):
-    """Of a program's step `i`: the tile, the first of its tiles of 64 rows, its first row of x, and the tile's step."""
-    whole, steps = shared_tiles(tiles_m)
-    programs = gl.num_programs(0)
-    shared = first_shared(gl.program_id(0), steps, sharers) + i - whole * STEPS
-    tile = gl.where(i < whole * STEPS, i // STEPS * programs + gl.program_id(0), whole * programs + shared // STEPS)
-    step = gl.where(i < whole * STEPS, i % STEPS, shared % STEPS)
-    return tile, tile // tiles_m * (ROWS // HALVES), tile % tiles_m * BLOCK_M, step
-
-
-@gluon.jit
-def sharers_of(tile, tiles_m, sharers):
-    """A shared tile's number among these, the programs that have its first and its last step, and the first's slot."""
-    whole, steps = shared_tiles(tiles_m)
-    number = tile - whole * gl.num_programs(0)
-    least = ((number * STEPS + 1) * sharers - 1) // steps
-    most = ((number * STEPS + STEPS) * sharers - 1) // steps
-    return number, least, most, 2 * least + gl.where(first_shared(least, steps, sharers) < number * STEPS, 1, 0)
 
 
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
     _, codes, scale, zero_point = inputs
-    _, codes_ring, scale_ring, zero_ring, full, _ = ring
+    full, _, _, codes_ring, scale_ring, zero_ring = ring
     mbarrier.expect(full.index(stage), BYTES, pred=there)
     group = step * 128 // COLUMNS
     PART: gl.constexpr = ROWS // HALVES
     for half in gl.static_range(HALVES):
         row = tile_n + half * (WIDTH_N // 64)
         into = codes_ring.index(stage).slice(half * PART, PART, 0)
-        tma.async_copy_global_to_shared(codes, [row, step * 4, 0], full.index(stage), into, pred=there)
-        into = scale_ring.index(stage).slice(half * PART, PART, 0)
-        tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
-        if not SYMMETRIC:
+        tma.async_copy_global_to_shared(codes, [row, step * (2 * LINES), 0], full.index(stage), into, pred=there)
+        if GROUPED:
+            into = scale_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
+        if GROUPED and not SYMMETRIC:
             into = zero_ring.index(stage).slice(half * PART, PART, 0)
             tma.async_copy_global_to_shared(zero_point, [row, group, 0], full.index(stage), into, pred=there)
 
@@ -216,145 +210,25 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
 @gluon.jit
 def send_x(inputs, ring, first_m, step, stage, there):
     """Begin to copy a step's columns of x to a stage."""
-    full = ring[4]
-    tma.async_copy_global_to_shared(
-        inputs[0], [first_m, step * 128], full.index(stage), ring[0].index(stage), pred=there
-    )
+    full, _, xs = ring[:3]
+    tma.async_copy_global_to_shared(inputs[0], [first_m, step * 128], full.index(stage), xs.index(stage), pred=there)
 
 
 @gluon.jit
-def begin(inputs, ring, steps, tiles_m, sharers):
-    """Send for the first stages: for weights at once, for x when the kernels before have written all they write.
-
-    The result says of the last what `place_of` does, but the tile.
-    """
-    for i in gl.static_range(AHEAD):
-        _, tile_n, _, step = place_of(i, tiles_m, sharers)
-        send_weights(inputs, ring, tile_n, step, i, i < steps)
-    PTX: gl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    for i in gl.static_range(AHEAD):
-        _, _, first_m, step = place_of(i, tiles_m, sharers)
-        send_x(inputs, ring, first_m, step, i, i < steps)
-    place = place_of(AHEAD - 1, tiles_m, sharers)
-    return place[1], place[2], place[3]
-
-
-@gluon.jit
-def send_next(inputs, ring, now, steps, tiles_m, sharers, tile_n, first_m, step):
-    """At step `now` of all that a program has, send for step now + AHEAD, when both groups have left its stage.
-
-    It comes after the step that tile_n, first_m and step say; the result says the same of it.
-    """
-    i = now + AHEAD
-    step += 1
-    if step == STEPS:
-        place = place_of(i, tiles_m, sharers)
-        tile_n, first_m, step = place[1], place[2], place[3]
-    stage, there = i % STAGES, i < steps
-    mbarrier.wait(ring[5].index(stage), (i // STAGES - 1) & 1, pred=there & (i >= STAGES))
-    send_weights(inputs, ring, tile_n, step, stage, there)
-    send_x(inputs, ring, first_m, step, stage, there)
-    return tile_n, first_m, step
-
-
-@gluon.jit
-def finish_whole(value, second, outputs, row, first_m, M):
-    """The epilogue of sums of 64 columns of the output from `row`; with GATED, of sums of both halves.
-
-    Sums that operands are loaded for, and others when they are rounded, go to where neighbours are a thread's.
-    """
-    bias, operand_0, y = outputs
-    LAYOUT: gl.constexpr = OUT if OPERANDS else SUMS
-    value, second = gl.convert_layout(value * FACTOR, LAYOUT), gl.convert_layout(second * FACTOR, LAYOUT)
-    m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, LAYOUT)), 0)
-    n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), 1)
-    offsets, mask = m.to(gl.int64) * WIDTH_N + n, (m < M) & (n < WIDTH_N)
-    value = epilogue(value, second, bias, operand_0, n, offsets, mask)
-    value = gl.convert_layout(value.to(y.dtype.element_ty), OUT)
-    m = first_m + gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, OUT)), 0)
-    n = row + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, OUT)), 1)
-    gl.store(y + m.to(gl.int64) * WIDTH_N + n, value, mask=(m < M) & (n < WIDTH_N))
-
-
-@gluon.jit
-def add_parts(parts, slot, least, most):
-    """The sum of what the programs from `least` to `most` left, each in its first slot, but `least` in `slot`.
-
-    Four are loaded at a time.
-    """
-    total = gl.load(parts + slot.to(gl.int64) * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-    for first in range(least + 1, most + 1, 4):
-        found = ()
-        for i in gl.static_range(4):
-            part = parts + (2 * (first + i)).to(gl.int64) * (BLOCK_N * BLOCK_M)
-            found = found + (gl.load(part, mask=first + i <= most, other=0.0, cache_modifier=".cg"),)
-        for i in gl.static_range(4):
-            total += found[i]
-    return total
-
-
-@gluon.jit
-def finish_parts(partial, slot, least, most, outputs, row, first_m, M):
-    """The epilogue of sums of parts of all columns that a group has, of AT_ONCE rows after another."""
-    bias, operand_0, y = outputs
-    n = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(1, PARTS)), 1)
-    for chunk in range(BLOCK_M // AT_ONCE):
-        m = chunk * AT_ONCE + gl.expand_dims(gl.arange(0, AT_ONCE, gl.SliceLayout(0, PARTS)), 0)
-        parts = partial + m * BLOCK_N + n
-        value = add_parts(parts, slot, least, most)
-        second = value
-        if GATED:
-            second = add_parts(parts + 64, slot, least, most)
-        m += first_m
-        offsets, mask = m.to(gl.int64) * WIDTH_N + row + n, (m < M) & (row + n < WIDTH_N)
-        value = epilogue(value * FACTOR, second * FACTOR, bias, operand_0, row + n, offsets, mask)
-        gl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
-def leave_part(partial, program_slot, sum0, sum1):
-    """Store a group's sums, [BLOCK_M, BLOCK_N] in a slot."""
-    m = gl.expand_dims(gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS)), 0)
-    n = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, SUMS)), 1)
-    part = partial + program_slot.to(gl.int64) * (BLOCK_N * BLOCK_M) + m * BLOCK_N + n
-    gl.store(part, sum0, cache_modifier=".cg")
-    if PER == 2:
-        gl.store(part + 64, sum1, cache_modifier=".cg")
-
-
-@gluon.jit
-def finish(sum0, sum1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP: gl.constexpr):
-    """The end of a group's sums of `length` steps of a tile.
-
-    later: 1 if the program has had steps of another shared tile, else 0.
-    """
-    row = tile // tiles_m * (64 * ROWS // HALVES) + GROUP * WIDTH
-    first_m = tile % tiles_m * BLOCK_M
-    if length == STEPS:
-        finish_whole(sum0, sum1, outputs, row, first_m, M)
-        if WIDTH == 128:
-            finish_whole(sum1, sum1, outputs, row + 64, first_m, M)
-    else:
-        partial += GROUP * (64 * PER)
-        leave_part(partial, 2 * gl.program_id(0) + later, sum0, sum1)
-        tl.debug_barrier()  # all stores of this group come before its arrival
-        number, least, most, slot = sharers_of(tile, tiles_m, sharers)
-        arrived += 2 * number + GROUP
-        if gl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == most - least:
-            gl.store(arrived, 0)
-            finish_parts(partial, slot, least, most, outputs, row, first_m, M)
+def scaled(sums, row_scale, n, m, M):
+    """Sums of rows n of the weight, times what multiplies sums."""
+    if GROUPED:
+        return sums * FACTOR
+    return sums * (gl.load(row_scale + n, mask=n < N, other=0.0).to(gl.float32) * FACTOR)
 
 
 @gluon.jit
 def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl.constexpr):
     """All that warp group GROUP does."""
-    xs, codes, _, _, full, empty = ring
+    full, empty, xs, codes = ring[:4]
     FIRST: gl.constexpr = GROUP if GATED else GROUP * PER
     SECOND: gl.constexpr = FIRST + (2 if GATED else 1)
-    whole, shared = shared_tiles(tiles_m)
-    begun = first_shared(gl.program_id(0), shared, sharers)
-    steps = whole * STEPS + first_shared(gl.program_id(0) + 1, shared, sharers) - begun
+    steps, whole = steps_of_program(tiles_m, sharers)
     if GROUP == 0:
         sent_n, sent_m, sent = begin(inputs, ring, steps, tiles_m, sharers)
     i = 0
@@ -362,7 +236,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         place = place_of(i, tiles_m, sharers)
         tile, step = place[0], place[3]
         length = gl.minimum(STEPS - step, steps - i)
-        later = ((i > whole * STEPS) & (step == 0)).to(gl.int32)
+        later = ((i > whole) & (step == 0)).to(gl.int32)
         sum0 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         sum1 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
@@ -374,7 +248,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
                         rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2)
-                words = codes.index(stage).slice(2 * half, 2, 1)
+                words = codes.index(stage).slice(LINES * half, LINES, 1)
                 columns = xs.index(stage).slice(64 * half, 64, 1).permute((1, 0))
                 weight = decode(words.slice(FIRST, 1, 0), rows0)
                 sum0 = warpgroup_mma(weight, columns, sum0, is_async=True)
@@ -395,19 +269,20 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
 
 
 @gluon.jit(do_not_specialize=["sharers", "M"])
-def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, sharers, M):
+def kernel(x, codes, scale, zero_point, row_scale, bias, operand_0, y, partial, arrived, sharers, M):
     """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
-    x, codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 16, 256] words and of [N / 64, groups, 64], by
-    blocks of [BLOCK_M, 128], [R, 4, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. partial: float32, two of
-    BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
+    x, codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words and of [N / 64, groups,
+    64], by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. row_scale: [N],
+    unless GROUPED. What the constants make needless is not read. partial: float32, two of BLOCK_M * BLOCK_N a sharer;
+    arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
-    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 4, 256], codes.layout)
-    scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, 64], scale.layout)
-    if SYMMETRIC:
-        zero_ring = scale_ring
-    else:
+    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2 * LINES, 256], codes.layout)
+    scale_ring, zero_ring = code_ring, code_ring
+    if GROUPED:
+        scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, 64], scale.layout)
+    if GROUPED and not SYMMETRIC:
         zero_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], zero_point.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -416,8 +291,8 @@ def kernel(x, codes, scale, zero_point, bias, operand_0, y, partial, arrived, sh
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    inputs, outputs = (x, codes, scale, zero_point), (bias, operand_0, y)
-    ring = (xs, code_ring, scale_ring, zero_ring, full, empty)
+    inputs, outputs = (x, codes, scale, zero_point), (row_scale, bias, operand_0, y)
+    ring = (full, empty, xs, code_ring, scale_ring, zero_ring)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.predict import limit, predict
-from qcompile.codegen.spec import STREAM_TEMPLATE, TEMPLATES, KernelSpec, launches_early, native_fp8
+from qcompile.codegen.spec import TEMPLATES, KernelSpec, launches_early, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.flags import flags
 from qcompile.formats import Format, IntegerFormat
@@ -74,8 +74,8 @@ def launch(
         return y
     if tile.form == "cores" and x.data_ptr() % 4:  # which reads words of two numbers
         x = x.clone()
-    if kernel.source == STREAM_TEMPLATE:
-        streams.launch(kernel, function, x, weight, bias, operands, y)
+    if kernel.streams:
+        streams.launch(kernel, function, x, x_scale, weight, bias, operands, y)
         return y
     tiles = -(-m // tile.m) * -(-kernel.n // tile.n)
     native = native_fp8(kernel.target)

@@ -1,4 +1,4 @@
-"""Launches of kernels of `gemm_stream`, whose inputs are descriptors of tensors."""
+"""Launches of kernels of `gemm_stream` and `gemm_stream_rows8`, whose inputs are descriptors of tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.spec import KernelSpec
+from qcompile.formats import FORMATS
 from qcompile.packed import PackedWeight
 from qcompile.runtime import launcher
 from qcompile.runtime.counters import zeros_kept_zero
@@ -21,11 +22,14 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
     """For each input that has a descriptor, the block that is copied at once, and its layout in shared memory."""
     from triton.experimental.gluon.language import NVMMASharedLayout
 
+    if kernel.in_rows:
+        rows, layout = kernel.tile.n // (2 if kernel.gated else 1), NVMMASharedLayout(128, 8, 2)
+        return {"x": ([kernel.tile.m, 128], layout), "codes": ([rows, 128], layout)}
     rows = kernel.tile.n // (128 if kernel.gated else 64)
     groups = max(1, 128 // kernel.columns)
     return {
         "x": ([kernel.tile.m, 128], NVMMASharedLayout(128, 16, 2)),
-        "codes": ([rows, 4, 256], NVMMASharedLayout(0, 32, 3)),
+        "codes": ([rows, FORMATS[kernel.weight].bits, 256], NVMMASharedLayout(0, 32, 3)),
         "scale": ([rows, groups, 64], NVMMASharedLayout(0, 16, 3)),
         "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
     }
@@ -37,12 +41,16 @@ def _processors(device: torch.device | None) -> int:
 
 
 def division(tiles: int, steps: int, split: int, processors: int) -> tuple[int, int, int]:
-    """How many programs there are, how many tiles are not taken whole, and how many programs share these.
+    """How many programs there are, how many tiles not all of them have one of, and how many programs have these.
 
     Args:
         steps: of a tile.
-        split: programs for each tile; or 0 for as many as processors, of which about four at most share a tile.
+        split: programs for each tile; or 0 for as many as processors, of which about four at most share a tile. With 1
+            there are no more than processors, and each tile is one program's.
     """
+    if split == 1:
+        programs = min(tiles, processors)
+        return programs, tiles % programs, tiles % programs
     programs = tiles * min(split, steps) if split else processors
     shared = tiles % programs
     return programs, shared, min(programs, shared * (split or min(4, steps)))
@@ -52,6 +60,7 @@ def launch(
     kernel: KernelSpec,
     function: Any,
     x: Tensor,
+    x_scale: Tensor | None,
     weight: PackedWeight,
     bias: Tensor | None,
     operands: list[Tensor],
@@ -68,15 +77,23 @@ def launch(
     x = x.contiguous()
     if x.data_ptr() % 16:  # where descriptors cannot begin
         x = x.clone()
-    inputs = {"x": x, "codes": codes.view(len(codes), -1, 256), "scale": weight.scale, "zero_point": weight.zero_point}
+    scales = [weight.scale]
+    if kernel.in_rows:
+        assert x_scale is not None
+        scales.insert(0, x_scale.contiguous())
+    else:
+        codes = codes.view(len(codes), -1, 256)
+    inputs = {"x": x, "codes": codes, "scale": weight.scale, "zero_point": weight.zero_point}
     given = blocks(kernel)
-    if weight.zero_point is None:
-        inputs["zero_point"], given["zero_point"] = inputs["scale"], given["scale"]
-    partial = x.new_empty(max(1, 2 * sharers * tile.m * tile.n), dtype=torch.float32)
+    for name in given:  # descriptors that the kernel does not use are some other
+        if inputs[name] is None or (name == "scale" and kernel.groups == 1):
+            inputs[name], given[name] = codes, given["codes"]
+    partial = x.new_empty(1 if tile.split == 1 else max(1, 2 * sharers * tile.m * tile.n), dtype=torch.float32)
     launcher.launch(
         function,
         (programs,),
-        *(TensorDescriptor.from_tensor(inputs[name], *given[name]) for name in inputs),
+        *(TensorDescriptor.from_tensor(inputs[name], *block) for name, block in given.items()),
+        *scales,
         codes if bias is None else bias,
         *([operand.contiguous() for operand in operands] or [codes]),
         y,

@@ -1,4 +1,4 @@
-"""What can be known of `gemm_stream` without a GPU: who computes what, machine code, and what it does not take."""
+"""What can be known of streams without a GPU: who computes what, machine code, and what they do not take."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def scalar_functions(steps: int, tiles: int, programs: int, program: int) -> Any
         minimum=min,
         where=lambda condition, yes, no: yes if condition else no,
     )
-    names = {"gl": language, "STEPS": steps, "TILES_N": tiles, "ROWS": 4, "HALVES": 1, "BLOCK_M": 128}
-    for name in ("shared_tiles", "first_shared", "place_of", "sharers_of"):
+    names = {"gl": language, "STEPS": steps, "TILES_N": tiles, "ROWS": 4, "HALVES": 1, "BLOCK_M": 128, "BAND": 3}
+    for name in ("shared_tiles", "first_shared", "steps_of_program", "corner_of", "place_of", "sharers_of"):
         names[name] = types.FunctionType(getattr(module, name).fn.__code__, names)
     return types.SimpleNamespace(**names)
 
 
 @given(
     tiles_n=st.integers(1, 80),
-    tiles_m=st.integers(1, 4),
+    tiles_m=st.integers(1, 8),
     steps=st.integers(1, 40),
     split=st.sampled_from([0, 1, 2, 4, 8]),
     processors=st.integers(1, 140),
@@ -58,16 +58,17 @@ def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split:
     programs, shared, sharers = division(tiles, steps, split, processors)
     sharers = max(1, sharers)
     done: set[tuple[int, int]] = set()
+    places: dict[int, tuple[int, int]] = {}
     parts: dict[int, list[tuple[int, int]]] = {}
     for program in range(programs):
         scalar = scalar_functions(steps, tiles_n, programs, program)
         whole, left = scalar.shared_tiles(tiles_m)
         assert left == shared * steps
-        begun, ended = (scalar.first_shared(p, left, sharers) for p in (program, program + 1))
-        i, count = 0, whole * steps + ended - begun
+        i, (count, before) = 0, scalar.steps_of_program(tiles_m, sharers)
+        assert before == whole * steps
         while i < count:
             tile, tile_n, first_m, step = scalar.place_of(i, tiles_m, sharers)
-            assert (tile_n, first_m) == (tile // tiles_m * 4, tile % tiles_m * 128)
+            assert places.setdefault(tile, (tile_n, first_m)) == (tile_n, first_m)
             length = min(steps - step, count - i)
             new = {(tile, step + j) for j in range(length)}
             assert len(new) == length
@@ -78,6 +79,8 @@ def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split:
                 parts.setdefault(tile, []).append((program, 2 * program + (i > whole * steps and step == 0)))
             i += length
     assert done == {(tile, step) for tile in range(tiles) for step in range(steps)}
+    assert {*places.values()} == {(4 * n, 128 * m) for n in range(tiles_n) for m in range(tiles_m)}
+    assert split != 1 or not parts
     slots = [slot for found in parts.values() for _, slot in found]
     assert len(slots) == len(set(slots))
     for tile, found in parts.items():
@@ -87,7 +90,7 @@ def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split:
 
 
 @pytest.mark.parametrize("steps", [(), ("silu(a)*b",), ("bias", "silu", "mul", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4_asym"])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only", "int8"])
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
     """Weights are decoded while the product before is under way; nothing in the loop spills."""
     one_of_each = {(kernel.tile.m, kernel.tile.n): kernel for kernel in streams(like(name, (4096, 4096), *steps), 256)}
@@ -97,7 +100,8 @@ def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
         assert found["looped"] == 0, (kernel.tile, found)
         assert steps or found["spills"] == 0, (kernel.tile, found)
         assert found["shared"] <= min(shared_bytes(kernel), device_of("sm_90").shared), (kernel.tile, found)
-        a_group = "dm1" * (kernel.tile.n // 64) + "0"
+        tiles = kernel.tile.n // 128
+        a_group = f"m{tiles}0" if name == "int8" else "dm1" * (2 * tiles) + "0"
         assert found["order"] == 2 * a_group, (kernel.tile, found)
 
 
@@ -108,10 +112,16 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(like(), x_dtype="float16"),
         replace(like(), columns=32),
         replace(like(), epilogue=("pairs a*b",)),
-        like("int8_weight_only"),
+        like("fp8_weight_only"),
+        replace(like("int8_weight_only"), x_dtype="float16"),
+        replace(like("int8_weight_only"), symmetric=False),
         like("mxfp4"),
         like("int4_24"),
         like("fp8"),
+        like("fp8_block"),
+        like("mxfp8"),
+        replace(like("int8"), k=4096 + 8),
+        replace(like("int8"), target="sm_100"),
     ):
         assert stream_objection(other) is not None, other
         assert not streams(other, 256)

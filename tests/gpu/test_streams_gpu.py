@@ -1,4 +1,4 @@
-"""Kernels of `gemm_stream`, which no interpreter runs, against float64, and bit for bit the same at every launch."""
+"""Streams (`gemm_stream`, `gemm_stream_rows8`), which no interpreter runs: against float64, the same bits each time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from qcompile.codegen.cost_model import candidates
 from qcompile.codegen.spec import KernelSpec, Tile, has_gluon
+from qcompile.presets import preset
 from qcompile.scheme import Granularity, Scheme
 from tests.gpu.test_gemm_gpu import BF16, TARGET, run
 from tests.kernels.problems import Problem, problem
@@ -28,14 +29,32 @@ FORMATS = {
     "int4 of 256": ("int4", 256, BF16),
     "nf4 of 64": ("nf4", 64, BF16),
     "int4 float16": ("int4", 128, torch.float16),
+    "int4 of rows": ("int4", 0, BF16),
+    "int8 of rows": ("int8", 0, BF16),
 }
-"""Format of weights, columns of a group and type of activations."""
+"""Format of weights, columns of a group (0: of a row) and type of activations."""
+
+
+ROWS = ("int8", "int8 of a tensor")
+"""Schemes whose 8-bit weights and activations are multiplied as they are."""
 
 
 def given(name: str, m: int, n: int, k: int, *steps: str, identity: bool = False) -> Problem:
+    if name in ROWS:
+        scheme = preset("int8")
+        if name != "int8":
+            tensor, static = (
+                Granularity.tensor(),
+                replace(scheme.activation, granularity=Granularity.tensor(), dynamic=False),
+            )
+            scheme = replace(scheme, weight=replace(scheme.weight, granularity=tensor), activation=static)
+        return problem(scheme, "rows8", m, n, k, BF16, steps)
     number, columns, dtype = FORMATS[name]
     scale = "float16" if dtype == torch.float16 else "bfloat16"
-    scheme = Scheme(weight=weight_scheme(number, Granularity.group(columns), scale))
+    if columns:
+        scheme = Scheme(weight=weight_scheme(number, Granularity.group(columns), scale))
+    else:
+        scheme = Scheme(weight=weight_scheme(number, Granularity.channel()))
     return problem(scheme, "fragment", m, n, k, dtype, steps, identity=identity)
 
 
@@ -54,23 +73,34 @@ def test_identity_returns_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("m", [33, 100, 300])
 @pytest.mark.parametrize("shape", [(200, 448), (1024, 4096)], ids=str)
-def test_every_tile(shape: tuple[int, int], m: int) -> None:
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_every_tile(name: str, shape: tuple[int, int], m: int) -> None:
     """Of the last rows, columns and tokens there are fewer than a tile has; some tiles are shared by programs."""
-    probe = given("int4", m, *shape)
+    probe = given(name, m, *shape)
     for kernel in streams(probe, 512):
         probe.check(run(probe, kernel), BF16)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("steps", [(), ("bias", "silu", "mul", "add"), ("silu(a)*b",)], ids=str)
+def test_integers_are_those_of_rows(steps: tuple[str, ...]) -> None:
+    """Sums of integers are exact, so tiles of both forms give the same bits where no parts are added."""
+    probe = given("int8", 300, 640, 1008, *steps)
+    plain = run(probe, probe.kernel(TARGET, Tile(m=64, n=128, k=128, split=1, warps=8, stages=3)))
+    for kernel in streams(probe, 512):
+        if kernel.tile.split == 1:
+            assert torch.equal(run(probe, kernel), plain), kernel.tile
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *ROWS])
 def test_formats_and_operands(name: str) -> None:
     for m, steps in ((64, ()), (200, ("bias", "silu", "mul", "add"))):
         probe = given(name, m, 640, 1024, *steps)
         for kernel in streams(probe, 256)[::4]:
-            probe.check(run(probe, kernel), probe.x.dtype)
+            probe.check(run(probe, kernel), probe.out_dtype)
 
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "uint4 of 64"])
+@pytest.mark.parametrize("name", ["int4", "uint4 of 64", "int8 of rows", *ROWS])
 def test_gates(name: str, steps: tuple[str, ...]) -> None:
     """Halves of 320 rows are no multiple of what a program holds of them."""
     for m in (64, 200):
@@ -79,15 +109,24 @@ def test_gates(name: str, steps: tuple[str, ...]) -> None:
             probe.check(run(probe, kernel), BF16)
 
 
-def test_more_tiles_than_processors() -> None:
-    """Programs take some tiles whole, and share what is left."""
-    probe = given("int4", 700, 4096 + 128, 512)
-    for kernel in streams(probe, 1024):
+def test_stored_codes() -> None:
+    probe = given("int8", 200, 640, 1024, "silu(a)*b", "to_fp8_e4m3")
+    for kernel in streams(probe, 256):
         probe.check(run(probe, kernel), BF16)
 
 
-def test_activations_that_are_not_aligned() -> None:
-    probe = given("int4", 64, 256, 512)
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_more_tiles_than_processors(name: str) -> None:
+    """Programs take some tiles whole, and share what is left; tiles of M are more than a band."""
+    for m, n in ((700, 4096 + 128), (2200, 1024)):
+        probe = given(name, m, n, 512)
+        for kernel in streams(probe, 4096):
+            probe.check(run(probe, kernel), BF16)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_activations_that_are_not_aligned(name: str) -> None:
+    probe = given(name, 64, 256, 512)
     kernel = streams(probe, 64)[0]
     x, *others = probe.arguments("cuda")
     shifted = replace(probe)
