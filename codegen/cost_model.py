@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores, stream_objection
-from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.formats import FORMATS, FloatFormat, IntegerFormat, TableFormat
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,13 @@ def _instructions(spec: KernelSpec) -> float:
     if spec.tile.form == "cores":
         return 1.7  # half as many are decoded
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
+    if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
+        narrow = 0.1 + 0.3 * spec.quads
     if spec.offset:
         return 8.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
-        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
+        return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + sparse
     return 3.6 + narrow + sparse
 
 
@@ -298,7 +300,7 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     if only != "products":  # there is no choice
         return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
     if small:
-        return [{}]
+        return [{"scales": _few_rows(like)}]
     ways: list[dict[str, Any]] = []
     fragments = scales_of(like, "fragments") == "fragments"
     if _holds_products(like, tile) and (tile.m <= 64 or not fragments):
@@ -306,6 +308,11 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     if fragments:
         ways += [{"scales": "fragments"}, *([{"scales": "fragments", "overlap": True}] if deep else [])]
     return ways
+
+
+def _few_rows(like: KernelSpec) -> str:
+    """Where scales go in products of few rows: those of narrow groups into fragments, which makes products wide."""
+    return "fragments" if like.quads else "products"
 
 
 def _before_hopper(target: str) -> bool:
@@ -343,7 +350,8 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
-            found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
+            tile = Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab")
+            found.append(replace(tile, scales=_few_rows(like)))
     return found
 
 

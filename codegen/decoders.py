@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 
@@ -11,6 +12,7 @@ from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.spec import KernelSpec, launches_early, native_fp8
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
+from qcompile.places import bit_places, moves, signed
 
 DTYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
 
@@ -160,6 +162,11 @@ def pair_decoder(fmt: Format, dtype: str, target: str = "", factor: float = 1.0)
     return decode_formula(fmt) + "\n\n" + _PAIR.format(dtype=DTYPES[dtype])
 
 
+def _block(lines: list[str]) -> str:
+    """PTX of these lines, whose registers are its own."""
+    return "{ " + " ".join(line + ";" for line in lines) + " }"
+
+
 def word_values(fmt: Format) -> tuple[float, ...] | None:
     """The values of a 4-bit format's sixteen codes; None for integers, which need no table."""
     if isinstance(fmt, TableFormat):
@@ -180,22 +187,25 @@ def _look_up(values: tuple[float, ...], dtype: str) -> list[str]:
     """
     bits = [bits_of(value, dtype) for value in values]
 
-    def table(half: int, byte: int) -> str:
+    def table(half: int, byte: int) -> tuple[int, int]:
         entries = bytes(value >> (8 * byte) & 0xFF for value in bits[8 * half : 8 * half + 8])
-        return ", ".join(f"{word:#x}" for word in struct.unpack("<II", entries))
+        low, high = struct.unpack("<II", entries)
+        return low, high
 
-    lines = [".reg .b32 c, m, f, a, b, l0, h0, l1, h1, p, q", "and.b32 c, w, 0x77777777"]
-    lines += ["shr.b32 m, w, 3", "and.b32 m, m, 0x11111111"]
-    for position in (0, 1):
-        if position == 1:
-            lines += ["shr.b32 c, c, 16", "shr.b32 m, m, 16"]
-        lines.append("prmt.b32 f, 0xff00, 0, m")  # 255 in each byte whose code's last bit is set
-        for byte, name in enumerate("lh"):
-            lines += [f"prmt.b32 a, {table(0, byte)}, c", f"prmt.b32 b, {table(1, byte)}, c"]
-            lines.append(f"lop3.b32 {name}{position}, f, a, b, 0xac")  # f ? b : a
-    for fields, order in (((0, 1), "0x5140"), ((2, 3), "0x7362")):
-        lines += [f"prmt.b32 p, l0, h0, {order}", f"prmt.b32 q, l1, h1, {order}"]
-        lines += [f"prmt.b32 t{fields[0]}, p, q, 0x5410", f"prmt.b32 t{fields[1]}, p, q, 0x7632"]
+    # A zero that ptxas does not know: constants would be moved to registers anew before each lookup.
+    tables = [".reg .b32 zero", "mov.u32 zero, %lanemask_lt", "shr.b32 zero, zero, 31"]
+    for half, (byte, name) in itertools.product(range(2), enumerate("lh")):
+        for i, word in enumerate(table(half, byte)):
+            tables += [f".reg .b32 {name}{half}{i}", f"xor.b32 {name}{half}{i}, zero, {word:#x}"]
+    lines = [*tables, ".reg .b32 c, f, a, b, l, h", "and.b32 c, w, 0x77777777", "mov.b32 f, w"]
+    for half in (0, 1):
+        if half == 1:
+            lines += ["shr.b32 c, c, 16", "shl.b32 f, w, 4"]
+        lines.append("prmt.b32 f, f, 0, 0xba98")  # 255 in each byte whose code's last bit is set
+        for name in "lh":
+            lines += [f"prmt.b32 a, {name}00, {name}01, c", f"prmt.b32 b, {name}10, {name}11, c"]
+            lines.append(f"lop3.b32 {name}, f, a, b, 0xac")  # f ? b : a
+        lines += [f"prmt.b32 t{2 * half}, l, h, 0x5140", f"prmt.b32 t{2 * half + 1}, l, h, 0x7362"]
     return lines
 
 
@@ -206,16 +216,29 @@ def _move_fields(fmt: FloatFormat, dtype: str) -> list[str]:
     too, so that this makes them right as well.
     """
     _, mantissa = FIELDS[dtype]
-    lines = [".reg .b32 s, m"]
+    targets = [*range(mantissa - fmt.mantissa, mantissa + fmt.exponent), 15]
+    places = bit_places(fmt)
+    assert places is not None
+    parts: list[dict[int, int]] = []
     for j in range(4):
-        low = fmt.bits * j  # where the code begins in a half
-        sources = []
-        for name, up in (("s", mantissa - fmt.mantissa - low), ("m", 16 - fmt.bits - low)):
-            sources.append(name if up else "w")
-            if up:
-                lines.append(f"sh{'l' if up > 0 else 'r'}.b32 {name}, w, {abs(up)}")
-        fields = ((1 << (fmt.bits - 1)) - 1 << mantissa - fmt.mantissa) * 0x10001
-        lines += [f"and.b32 m, {sources[1]}, 0x80008000", f"lop3.b32 t{j}, {sources[0]}, {fields:#x}, m, 0xea"]
+        parts.append({})
+        for place, target in zip(places[4 * j : 4 * j + 4], targets, strict=True):
+            up = (target - place) % 32
+            parts[j][up] = parts[j].get(up, 0) | 0x10001 << target
+    lines = []
+    for up in sorted({up for part in parts for up in part} - {0}):
+        taken = sum(1 << bit for bit in range(32) if any(part.get(up, 0) >> bit & 1 for part in parts))
+        low = (1 << up) - 1
+        shift = f"shf.l.wrap.b32 r{up}, w, w, {up}"
+        if not taken & low:
+            shift = f"shl.b32 r{up}, w, {up}"
+        elif not taken & ~low:
+            shift = f"shr.b32 r{up}, w, {32 - up}"
+        lines += [f".reg .b32 r{up}", shift]
+    for j, part in enumerate(parts):
+        (first, mask), *others = part.items()
+        lines.append(f"and.b32 t{j}, {f'r{first}' if first else 'w'}, {mask:#x}")
+        lines += [f"lop3.b32 t{j}, {f'r{up}' if up else 'w'}, {mask:#x}, t{j}, 0xea" for up, mask in others]
     return lines
 
 
@@ -225,7 +248,11 @@ def word_factor(fmt: Format, dtype: str, target: str, *, at_once: bool) -> float
     Args:
         at_once: whether they are multiplied by scales too, of which those up to 2**33 leave all factors finite then.
     """
-    if not isinstance(fmt, IntegerFormat) or dtype != "bfloat16" or not launches_early(target):
+    if dtype != "bfloat16":
+        return 1.0
+    if isinstance(fmt, FloatFormat):
+        return 2.0**40 if fmt.bits == 4 and at_once and target.startswith("sm_") else 1.0
+    if not isinstance(fmt, IntegerFormat) or not launches_early(target):
         return 1.0
     return 2.0**40 if at_once else 2.0**6
 
@@ -271,19 +298,26 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
     packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
     fused = packed == "bf16x2" and int(target[3:]) < 90  # has no addition and multiplication of its own
 
-    def calculate(operation: str, j: int, by: str) -> str:
+    def calculate(operation: str, name: str, by: str) -> str:
         if fused:
-            return f"fma.rn.{packed} t{j}, t{j}, " + (f"one, {by}" if operation == "add" else f"{by}, none")
-        return f"{operation}.rn.{packed} t{j}, t{j}, {by}"
+            return f"fma.rn.{packed} {name}, {name}, " + (f"one, {by}" if operation == "add" else f"{by}, none")
+        return f"{operation}.rn.{packed} {name}, {name}, {by}"
 
     lines = [".reg .b32 w, t0, t1, t2, t3", "mov.b32 w, $8"]
     if fused:
         lines += [".reg .b32 one, none", "mov.b32 one, 0x3f803f80", "mov.b32 none, 0x80008000"]
     values = word_values(fmt)
-    if isinstance(fmt, FloatFormat) and int(target[3:]) >= 90:  # others' kernels have no registers left for the factor
+    if isinstance(fmt, FloatFormat):
         lines += _move_fields(fmt, dtype)
-        lines.append(f".reg .b32 f; mov.b32 f, {bits_of(_bias_factor(fmt, dtype), dtype) * 0x10001:#x}")
-        lines += [calculate("mul", j, "f") for j in range(4)]
+        lines += [".reg .b32 f", f"mov.b32 f, {bits_of(_bias_factor(fmt, dtype) / factor, dtype) * 0x10001:#x}"]
+        if factor != 1.0:  # scales are multiplied by it, of which there are less
+            assert scaled
+            for r in range(2):
+                lines += [f".reg .b32 s{r}", f"mov.b32 s{r}, ${9 + r}", calculate("mul", f"s{r}", "f")]
+            lines += [calculate("mul", f"t{j}", f"s{j % 2}") for j in range(4)]
+            scaled = False
+        else:
+            lines += [calculate("mul", f"t{j}", "f") for j in range(4)]
     elif values is not None:
         lines += _look_up(values, dtype)
     elif factor != 1.0:
@@ -303,12 +337,12 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
                 lines.append(f"shr.b32 s, w, {4 * j}")
                 source = "s"
             lines.append(f"lop3.b32 t{j}, {source}, 0xf000f, {magic:#x}, 0xea")  # (word & mask) | magic
-            lines.append(calculate("add", j, ("$9", "$10")[j % 2] if zero_points else "z"))
+            lines.append(calculate("add", f"t{j}", ("$9", "$10")[j % 2] if zero_points else "z"))
     if scaled:
         first = 11 if zero_points else 9
-        lines += [calculate("mul", j, f"${first + j % 2}") for j in range(4)]
+        lines += [calculate("mul", f"t{j}", f"${first + j % 2}") for j in range(4)]
     lines += [f"mov.b32 {{$%d, $%d}}, t{j}" % (2 * j, 2 * j + 1) for j in range(4)]
-    return "{ " + " ".join(line + ";" for line in lines) + " }"
+    return _block(lines)
 
 
 def kept_assembly(fmt: Format, dtype: str) -> str:
@@ -334,7 +368,7 @@ def kept_assembly(fmt: Format, dtype: str) -> str:
         if fmt.bits > room:
             lines.append(f"lop3.b32 s, {source}, 0x800080, {magic ^ 0x80808080:#x}, 0x6a")  # (word & mask) ^ numbers
         lines.append(f"fma.rn.{packed} ${j}, ${j}, o, {base}")
-    return "{ " + " ".join(line + ";" for line in lines) + " }"
+    return _block(lines)
 
 
 def sparse_product(dtype: str) -> str:
@@ -392,3 +426,57 @@ def scale_word_decoder(scale_dtype: str, compute: str, target: str) -> str:
             '    return tl.inline_asm_elementwise(SUM, "=r,r", [powers], dtype=tl.int32, is_pure=True, pack=1)\n'
         )
     return head + "    return half_words(decode_scale(value).to(COMPUTE))\n"
+
+
+def straightener(fmt: Format) -> str:
+    """A Triton function `straight`: from words as they lie to those that have bits where fields of 4 bits begin."""
+    places = bit_places(fmt)
+    body = "words"
+    if places is not None:
+        terms = []
+        for up, mask in moves(places, back=True).items():
+            kept = f"(words & {signed(mask)})"
+            terms.append(f"({kept} << {up})" if up > 0 else kept if up == 0 else "")
+            if up < 0:
+                terms[-1] = f"((words >> {-up}) & {signed(mask >> -up)})"
+        body = " | ".join(terms)
+    return jit_function("straight(words):", body)
+
+
+_QUADS = """@triton.jit
+def quad_words(quads):
+    \"\"\"What `scale_words` makes of the four bytes of words.\"\"\"
+    return tl.inline_asm_elementwise(
+        {assembly!r},
+        "=r,=r,=r,=r,r",
+        [quads],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+"""
+
+
+def quad_decoder(scale_dtype: str, compute: str, target: str) -> str:
+    """A Triton function `quad_words`: what `scale_words` makes of the four bytes of words, in a tuple."""
+    lines: list[str] = []
+    if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):
+        # As in `decode_scale`: bytes 0 and 2, then 1 and 3.
+        lines += [".reg .b32 a, m, z", "mov.b32 m, 0x400040", "mov.b32 z, 0"]
+        for i, place in enumerate(("shl.b32 a, $4, 7", "shr.b32 a, $4, 1")):
+            lines += [place, "and.b32 a, a, 0x7f807f80", "max.bf16x2 a, a, m", "fma.rn.bf16x2 a, a, z, a"]
+            lines += [f"prmt.b32 ${i}, a, 0, 0x1010", f"prmt.b32 ${i + 2}, a, 0, 0x3232"]
+    elif scale_dtype == "float8_e4m3fn" and compute in FIELDS and target.startswith("sm_") and native_fp8(target):
+        lines += [".reg .b16 l, h, x, y", ".reg .b32 a", ".reg .f32 f", "mov.b32 {l, h}, $4"]
+        for i, pair in enumerate("lh"):
+            lines.append(f"cvt.rn.f16x2.e4m3x2 a, {pair}")
+            if compute == "float16":
+                lines += [f"prmt.b32 ${2 * i}, a, 0, 0x1010", f"prmt.b32 ${2 * i + 1}, a, 0, 0x3232"]
+                continue
+            lines.append("mov.b32 {x, y}, a")
+            for j, half in enumerate("xy"):
+                lines += [f"cvt.f32.f16 f, {half}", f"cvt.rn.bf16x2.f32 ${2 * i + j}, f, f"]
+    if lines:
+        return _QUADS.format(assembly=_block(lines))
+    body = ", ".join(f"scale_words((quads >> {8 * i} & 0xFF).to(tl.uint8))" for i in range(4))
+    return jit_function("quad_words(quads):", f"({body})")

@@ -21,9 +21,11 @@ from qcompile.codegen.decoders import (
     helpers_of,
     kept_assembly,
     pair_decoder,
+    quad_decoder,
     scale_decoder,
     scale_word_decoder,
     sparse_product,
+    straightener,
     word_assembly,
     word_factor,
 )
@@ -146,6 +148,8 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     # With overlap a turn of the loop has two chunks at least.
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
+    if scales == "fragments" and spec.quads:
+        chunk = widest
     if spec.tile.form == "cores":
         chunk = min(aligned, warp_columns(spec.tile))
     run = min(aligned, chunk)
@@ -168,6 +172,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "SYMMETRIC": spec.symmetric,
         "OFFSET": spec.offset,
         "COLUMNS": spec.columns,
+        "QUADS": spec.quads,
         "SUPER_COLUMNS": spec.super_columns,
         "X_SCALE": spec.activation_scale,
         "COMPUTE": DTYPES[spec.compute],
@@ -201,6 +206,8 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
     decoders = (
         scale_decoder(spec.scale_dtype, spec.target),
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
+        quad_decoder(spec.scale_dtype, spec.compute, spec.target),
+        straightener(FORMATS[spec.weight]),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target, factor),
         conversion("decode_x", spec.activation, spec),
     )

@@ -15,6 +15,7 @@ import torch
 from qcompile.formats import FORMATS, Format
 from qcompile.gates import PAIRS
 from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
+from qcompile.places import quads_of
 from qcompile.scheme import WHOLE, Granularity
 
 if TYPE_CHECKING:
@@ -132,6 +133,11 @@ class KernelSpec:
     def groups(self) -> int:
         """Scales in a row of weights."""
         return -(-self.k // self.columns)
+
+    @property
+    def quads(self) -> int:
+        """How many words of four scales a row of threads has for 64 columns; 0 if scales do not lie in fours."""
+        return 0 if self.in_rows else quads_of(self.scale_dtype, self.columns, self.k)
 
     @property
     def unit(self) -> int:
@@ -268,7 +274,7 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
         return "total"
     exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
-    exact = exact and (spec.super_columns == 0 or super_last(spec))
+    exact = exact and (spec.super_columns == 0 or super_last(spec)) and (spec.symmetric or not spec.quads)
     return "fragments" if preferred == "fragments" and exact else "products"
 
 
