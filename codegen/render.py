@@ -19,15 +19,9 @@ from qcompile.codegen.decoders import (
     decode_formula,
     formula_of,
     helpers_of,
-    kept_assembly,
     pair_decoder,
-    quad_decoder,
     scale_decoder,
     scale_word_decoder,
-    sparse_product,
-    straightener,
-    word_assembly,
-    word_factor,
 )
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
@@ -42,6 +36,14 @@ from qcompile.codegen.spec import (
     scales_of,
     super_last,
     warp_columns,
+)
+from qcompile.codegen.word_decoders import (
+    kept_assembly,
+    pairs_decoder,
+    quad_decoder,
+    sparse_product,
+    word_assembly,
+    word_factor,
 )
 from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
@@ -207,7 +209,7 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
         scale_decoder(spec.scale_dtype, spec.target),
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
         quad_decoder(spec.scale_dtype, spec.compute, spec.target),
-        straightener(FORMATS[spec.weight]),
+        pairs_decoder(FORMATS[spec.weight]),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target, factor),
         conversion("decode_x", spec.activation, spec),
     )

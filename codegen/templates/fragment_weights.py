@@ -111,9 +111,9 @@ def quad_words(quads):
 
 
 @triton.jit
-def straight(words):
-    """Words of fields of 4 bits, as `extract` takes them."""
-    return words
+def four_bits(words):
+    """The codes of words of 4-bit ones, as `decode_pair` takes them: [K tiles, N tiles, 128 threads, pairs]."""
+    return extract(words, 4)
 
 
 @triton.jit
@@ -349,7 +349,7 @@ def decode_words(planes, zeros, scales):
         if BITS == 8:
             pairs = extract(planes[0], 8)
         elif BITS & 4:
-            pairs = extract(straight(planes[0]) if BITS == 4 else planes[0], 4)
+            pairs = four_bits(planes[0]) if BITS == 4 else extract(planes[0], 4)
             if BITS & 2:
                 pairs |= extract(planes[1], 2) << 4
         else:

@@ -106,9 +106,11 @@ def test_pair_decoder_equals_decode(format_name: str, dtype: str, tmp_path: Path
         + "    tl.store(y + COUNT + i, decode_pair(value)[1].to(tl.float32))\n",
         tmp_path,
     )
-    codes = torch.arange(2**fmt.bits, dtype=torch.int32)
+    given_ = codes = torch.arange(2**fmt.bits, dtype=torch.int32)
+    if format_name == "fp4_e2m1":  # whose bits are taken out of words to where bfloat16 has them
+        given_ = (codes & 7) << 6 | (codes & 8) << 12
     y = torch.empty(2, len(codes))
-    interpret(run)[(1,)](codes | codes.flip(0) << 16, y, len(codes))
+    interpret(run)[(1,)](given_ | given_.flip(0) << 16, y, len(codes))
     expected = oracle.decode_values(format_name).to(getattr(torch, dtype)).double()
     for half, values in zip(y.double(), (expected, expected.flip(0)), strict=True):
         assert torch.equal(half.nan_to_num(nan=-1e9), values.nan_to_num(nan=-1e9))
