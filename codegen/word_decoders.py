@@ -36,29 +36,30 @@ def _look_up(values: tuple[float, ...], dtype: str) -> list[str]:
     """PTX that puts field j of both halves of word w, as values of `dtype`, into t<j>.
 
     A byte permutation whose selector is a word of 4-bit codes looks four of them up, in a table of eight bytes: so
-    there is one for the low and one for the high bytes of either half of the table, and the codes' last bits choose.
+    there is one for the low and one for the high bytes of either half of the table, and the codes' last bits choose;
+    or these are signs.
     """
     bits = [bits_of(value, dtype) for value in values]
-
-    def table(half: int, byte: int) -> tuple[int, int]:
-        entries = bytes(value >> (8 * byte) & 0xFF for value in bits[8 * half : 8 * half + 8])
-        low, high = struct.unpack("<II", entries)
-        return low, high
-
+    signs = bits[8:] == [value | 0x8000 for value in bits[:8]]
+    halves = (0,) if signs else (0, 1)
     # A zero that ptxas does not know: constants would be moved to registers anew before each lookup.
-    tables = [".reg .b32 zero", "mov.u32 zero, %lanemask_lt", "shr.b32 zero, zero, 31"]
-    for half, (byte, name) in itertools.product(range(2), enumerate("lh")):
-        for i, word in enumerate(table(half, byte)):
-            tables += [f".reg .b32 {name}{half}{i}", f"xor.b32 {name}{half}{i}, zero, {word:#x}"]
-    lines = [*tables, ".reg .b32 c, f, a, b, l, h", "and.b32 c, w, 0x77777777", "mov.b32 f, w"]
-    for half in (0, 1):
-        if half == 1:
-            lines += ["shr.b32 c, c, 16", "shl.b32 f, w, 4"]
-        lines.append("prmt.b32 f, f, 0, 0xba98")  # 255 in each byte whose code's last bit is set
-        for name in "lh":
-            lines += [f"prmt.b32 a, {name}00, {name}01, c", f"prmt.b32 b, {name}10, {name}11, c"]
-            lines.append(f"lop3.b32 {name}, f, a, b, 0xac")  # f ? b : a
-        lines += [f"prmt.b32 t{2 * half}, l, h, 0x5140", f"prmt.b32 t{2 * half + 1}, l, h, 0x7362"]
+    lines = [".reg .b32 zero", "mov.u32 zero, %lanemask_lt", "shr.b32 zero, zero, 31"]
+    for half, (byte, name) in itertools.product(halves, enumerate("lh")):
+        entries = bytes(value >> (8 * byte) & 0xFF for value in bits[8 * half : 8 * half + 8])
+        for i, word in enumerate(struct.unpack("<II", entries)):
+            lines += [f".reg .b32 {name}{half}{i}", f"xor.b32 {name}{half}{i}, zero, {word:#x}"]
+    lines += [".reg .b32 c, s, f, a, b, l, h", "and.b32 c, w, 0x77777777", "mov.b32 s, w"]
+    for pair in (0, 2):
+        if pair == 2:
+            lines += ["shr.b32 c, c, 16", "shl.b32 s, w, 4"]
+        if signs:
+            lines += ["prmt.b32 l, l00, l01, c", "prmt.b32 h, h00, h01, c", "lop3.b32 h, s, 0x80808080, h, 0xea"]
+        else:
+            lines.append("prmt.b32 f, s, 0, 0xba98")  # 255 in each byte whose code's last bit is set
+            for name in "lh":
+                lines += [f"prmt.b32 a, {name}00, {name}01, c", f"prmt.b32 b, {name}10, {name}11, c"]
+                lines.append(f"lop3.b32 {name}, f, a, b, 0xac")  # f ? b : a
+        lines += [f"prmt.b32 t{pair}, l, h, 0x5140", f"prmt.b32 t{pair + 1}, l, h, 0x7362"]
     return lines
 
 

@@ -25,6 +25,7 @@ from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import render
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
 from qcompile.codegen.templates import fragment_weights
+from qcompile.codegen.word_decoders import quad_decoder
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
@@ -141,6 +142,36 @@ def test_every_power_of_two(target: str, tmp_path: Path) -> None:
     interpret(run)[(1,)](codes, y, 256)
     for found in y.double():
         assert torch.equal(found.nan_to_num(nan=-1), POWERS.nan_to_num(nan=-1))
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("scale_dtype", ["float8_e8m0fnu", "float8_e4m3fn"])
+def test_every_scale_of_a_quad(scale_dtype: str, target: str, compute: str, tmp_path: Path) -> None:
+    """All bytes in each place of a word, exactly; float16 has not the exponents of E8M0."""
+    if (scale_dtype, compute) == ("float8_e8m0fnu", "float16"):
+        return
+    text = f"COMPUTE = tl.constexpr(tl.{compute})\n\n\n"
+    text += inspect.getsource(fragment_weights.half_words.fn) + "\n\n"
+    text += scale_decoder(scale_dtype, target) + "\n\n" + scale_word_decoder(scale_dtype, compute, target) + "\n\n"
+    text += quad_decoder(scale_dtype, compute, target)
+    run = function_of(
+        text
+        + RUN.format("0.0")
+        + "    words = quad_words(value)\n"
+        + "    for place in tl.static_range(4):\n"
+        + "        for half in tl.static_range(2):\n"
+        + f"            found = (words[place] >> 16 * half).to(tl.int16).to(tl.{compute}, bitcast=True)\n"
+        + "            tl.store(y + (2 * place + half) * COUNT + i, found.to(tl.float32))\n",
+        tmp_path,
+    )
+    scales = torch.stack([torch.arange(256).roll(31 * place) for place in range(4)], -1).to(torch.uint8)
+    y = torch.empty(8, 256)
+    interpret(run)[(1,)](scales.view(torch.int32).flatten(), y, 256)
+    values = POWERS if scale_dtype == "float8_e8m0fnu" else oracle.decode_values("fp8_e4m3")
+    for place, half in itertools.product(range(4), range(2)):
+        expected = values[scales[:, place].int()]
+        assert torch.equal(y[2 * place + half].double().nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
 
 
 def test_unknown_operation_is_refused() -> None:
