@@ -303,7 +303,8 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
         return [{"scales": _few_rows(like)}]
     ways: list[dict[str, Any]] = []
     fragments = scales_of(like, "fragments") == "fragments"
-    if _holds_products(like, tile) and (tile.m <= 64 or not fragments):
+    products = not fragments or (tile.m <= 64 and not like.quads)
+    if products and _holds_products(like, tile):
         ways.append({})
     if fragments:
         ways += [{"scales": "fragments"}, *([{"scales": "fragments", "overlap": True}] if deep else [])]
