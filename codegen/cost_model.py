@@ -238,6 +238,8 @@ def shared_bytes(spec: KernelSpec) -> int:
     stages = tile.stages * (x + weight + blocks * block) + (8 * blocks if spec.offset else 0)
     if tile.form == "stream":  # in which sums of two groups go through 16 KB each to their operands
         stages += 33 * 1024
+    elif spec.sparse and tile.form == "loop":  # in which words and positions go through it to their weights
+        stages += 256 * tile.n
     return max(stages, 4 * tile.m * tile.n)
 
 

@@ -341,6 +341,16 @@ def test_sparse_tensor_cores_get_what_each_thread_has(target: str) -> None:
         assert found["shared"] <= shared_bytes(kernel), (kernel, found)
 
 
+def test_shared_memory_of_sparse_weights_is_no_more_than_estimated() -> None:
+    kernels = []
+    for name in ("int4_24", "int8_24"):
+        like = timing.job(name, preset(name), (28672, 4096), 512, torch.bfloat16).like("sm_90")
+        deepest = {(kernel.tile.m, kernel.tile.n): kernel for kernel in rank(candidates(like, 512), 512, keep=1000)}
+        kernels += [*deepest.values()]
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert found["shared"] <= shared_bytes(kernel), (kernel, found)
+
+
 def test_many_rows_on_blackwell_are_summed_in_tensor_memory() -> None:
     kernels = []
     for name, shape, m in itertools.product(("int4", "nf4"), ((8192, 4096), (4096, 14336)), (256, 1024)):
