@@ -349,7 +349,7 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     if m > 16 or like.compute == "float32" or bits not in (2, 4, 8) or scales_of(like, "products") == "weights":
         return []
     found = []
-    for block_n, split, warps in itertools.product((64, 128), (2, 4, 8, 16), (4, 8)):
+    for (block_n, warps), split in itertools.product(((64, 4), (128, 4), (128, 8)), (2, 4, 8, 16)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:

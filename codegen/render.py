@@ -36,6 +36,7 @@ from qcompile.codegen.spec import (
     scales_of,
     super_last,
     warp_columns,
+    warps_multiply,
 )
 from qcompile.codegen.word_decoders import (
     kept_assembly,
@@ -198,6 +199,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
         "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "HOPPER": spec.target == "sm_90",
+        "MMA_SYNC": warps_multiply(spec.target) and spec.compute != "float32" and fmt.bits < 8,
     }
 
 

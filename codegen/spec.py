@@ -249,6 +249,11 @@ def sparse_cores(target: str) -> bool:
     return target.startswith("sm_") and int(target[3:]) >= 80
 
 
+def warps_multiply(target: str) -> bool:
+    """Whether each warp multiplies for itself, by what is in its registers: NVIDIA's but the data centers' from sm_90."""
+    return target.startswith("sm_") and not 90 <= int(target[3:]) < 120
+
+
 def super_last(spec: KernelSpec) -> bool:
     """Whether the scale above all scales of a row may multiply sums, and weights not yet scaled by it fit."""
     small = spec.compute != "float16" or spec.scale_dtype in ("float8_e4m3fn", "int8", "uint8")

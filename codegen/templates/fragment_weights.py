@@ -40,6 +40,7 @@ CORES = tl.constexpr(False)
 OVERLAP = tl.constexpr(False)
 EARLY = tl.constexpr(True)
 HOPPER = tl.constexpr(True)
+MMA_SYNC = tl.constexpr(False)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
