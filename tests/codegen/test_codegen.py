@@ -351,6 +351,16 @@ def test_shared_memory_of_sparse_weights_is_no_more_than_estimated() -> None:
         assert found["shared"] <= shared_bytes(kernel), (kernel, found)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_120"])
+def test_warps_that_multiply_for_themselves_do_not_exchange_weights(target: str) -> None:
+    kernels = []
+    for name, m in itertools.product(("int4", "nf4", "mxfp4", "nvfp4", "q4_k"), (1, 32)):
+        like = timing.job(name, preset(name), (4096, 4096), m, torch.bfloat16).like(target)
+        kernels += rank([k for k in candidates(like, m) if k.tile.form == "loop" and k.tile.split == 1], m, keep=1)
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert found["looped"] == found["exchanges"] == 0, (kernel, found)
+
+
 def test_many_rows_on_blackwell_are_summed_in_tensor_memory() -> None:
     kernels = []
     for name, shape, m in itertools.product(("int4", "nf4"), ((8192, 4096), (4096, 14336)), (256, 1024)):
