@@ -181,6 +181,7 @@ def _bfloat16(word: Any) -> Any:
 _PTX: dict[str, Any] = {
     "mov.b32": lambda value: value,
     "mov.u32": lambda value: value,
+    "setp.eq.u32": np.equal,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
     "xor.b32": np.bitwise_xor,
@@ -240,7 +241,7 @@ _SPARSE_PRODUCTS = {
 }
 
 _NO_EFFECT = ("griddepcontrol.", "cp.async.bulk.prefetch.", "//")
-"""Instructions that change when things happen, not what."""
+"""Instructions that change when things happen, not what; only these may have a predicate."""
 
 
 class _Results(list[Any]):
@@ -258,7 +259,7 @@ def _install_assembly(builder: Any) -> None:
         self: Any, text: str, constraints: str, operands: Any, types: Any, is_pure: bool, pack: int
     ) -> _Results:
         assert pack == 1 or (pack in (2, 4) and len(types) == 1)
-        registers = {"%lanemask_lt": np.uint32((1 << 31) - 1)}  # of the last lane
+        registers: dict[str, Any] = {"%tid.x": np.uint32(0), "%lanemask_lt": np.uint32(0)}  # the first thread's
         outputs = constraints.count("=")
         for i, operand in enumerate(operands):
             data = np.ascontiguousarray(operand.data)
@@ -268,7 +269,7 @@ def _install_assembly(builder: Any) -> None:
         body = text.strip()
         for line in (body[1:-1] if body.startswith("{") else body).split(";"):
             line = line.strip()
-            if not line or line.startswith((".reg", *_NO_EFFECT)):
+            if not line or re.sub(r"^@\w+ ", "", line).startswith((".reg", *_NO_EFFECT)):
                 continue
             name, rest = line.split(" ", 1)
             if name in _SPARSE_PRODUCTS:

@@ -63,6 +63,9 @@ HALVES = tl.constexpr(2 if BITS.value == 4 else 1)
 KEY_PIECE = tl.constexpr(KEY_SIZE.value // KEY_PIECES.value)
 """Numbers of a piece."""
 VALUE_PIECE = tl.constexpr(VALUE_SIZE.value // VALUE_PIECES.value)
+KEY_BYTES = tl.constexpr(KEY_SIZE.value * BITS.value // 8)
+VALUE_BYTES = tl.constexpr(VALUE_SIZE.value * BITS.value // 8)
+"""Of a vector."""
 KEY_SCALED = tl.constexpr(KEY_PIECES.value if GROUP_SIZE.value else 1)
 """Scales of a vector."""
 VALUE_SCALED = tl.constexpr(VALUE_PIECES.value if GROUP_SIZE.value else 1)

@@ -7,6 +7,9 @@ which one it serves: all take as many blocks of the context, and short sequences
 may each attend by themselves to their part of a block of the context, so that none waits for another's greatest score;
 they are put together at the end.
 
+A kernel may begin before the one before it has ended: until then it only sends the first of its keys and values to the
+L2 cache.
+
 Everything else is said in `attention`.
 """
 
@@ -23,6 +26,7 @@ from qcompile.codegen.templates.attention import (
     GROUP,
     HALVES,
     HEADS,
+    KEY_BYTES,
     KEY_SCALED,
     KEY_SIZE,
     LENGTH,
@@ -34,6 +38,7 @@ from qcompile.codegen.templates.attention import (
     SEQUENCES,
     SPLIT,
     START,
+    VALUE_BYTES,
     VALUE_PIECE,
     VALUE_PIECES,
     VALUE_SCALED,
@@ -59,10 +64,12 @@ KEPT_ROWS = tl.constexpr(1 << (LIVE_ROWS.value - 1).bit_length())
 TOPS = tl.constexpr(KEPT_ROWS.value * VALUE_PIECES.value * BLOCK_V.value)
 PART = tl.constexpr(TOPS.value + 2 * KEPT_ROWS.value)
 """What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
-AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, 8192 // (KEPT_ROWS.value * BLOCK_V.value))))
+AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, 8192 // TOPS.value)))
 """Parts that are read at once."""
 LEAST = tl.constexpr(4)
 """Blocks of the context that a program of sequences of unequal length takes at least."""
+SENT = tl.constexpr(2 * BLOCK_T.value)
+"""Tokens whose keys and values are sent to the L2 cache."""
 
 
 @triton.jit
@@ -82,6 +89,60 @@ def reach(length, start, exists, context):
     if WINDOW:
         begin = tl.maximum(begin, end - QUERIES + 1 - WINDOW)
     return begin, end
+
+
+@triton.jit
+def send(codes, vector, count, SIZE: tl.constexpr, BYTES: tl.constexpr):
+    """Send `count` vectors to the L2 cache, by one thread and in whole 16 bytes."""
+    PTX: tl.constexpr = """{
+        .reg .pred first;
+        .reg .b32 thread;
+        mov.b32 thread, %tid.x;
+        setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+    }"""
+    address = (codes + vector * SIZE).to(tl.int64) & -16
+    size = count * BYTES & -16
+    tl.inline_asm_elementwise(PTX, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def send_first(key_codes, value_codes, length, start, pair, split, context):
+    """Send a program's first keys and values. Lengths that are not written yet make them others of the same cache."""
+    begin, end = reach(length, start, True, context)
+    share = share_of(begin, end)
+    first = (begin // BLOCK_T + split * share) * BLOCK_T
+    count = tl.minimum(tl.minimum(share * BLOCK_T, SENT), end - first)
+    if (count > 0) & (first >= 0):
+        vector = pair.to(tl.int64) * context + first
+        send(key_codes, vector, count, KEY_SIZE // HALVES, KEY_BYTES)
+        send(value_codes, vector, count, VALUE_SIZE // HALVES, VALUE_BYTES)
+
+
+@triton.jit
+def share_of(begin, end):
+    """Blocks of the context that each of a pair's programs has."""
+    return (tl.maximum((end + BLOCK_T - 1) // BLOCK_T - begin // BLOCK_T, 0) + SPLIT - 1) // SPLIT
+
+
+@triton.jit
+def load_parts(partial, first, sharers, piece: tl.constexpr):
+    """The greatest scores of parts from `first` on, and a piece of their sums of weighted values."""
+    row = tl.arange(0, KEPT_ROWS)
+    part = first + tl.arange(0, AT_ONCE)[:, None]
+    known = (row < LIVE_ROWS)[None, :] & (part < sharers)
+    theirs = partial + part * PART
+    tops = tl.load(theirs + TOPS + row[None, :], mask=known, other=float("-inf"), cache_modifier=".cg")
+    numbers = row[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    places = theirs[:, :, None] + piece * KEPT_ROWS * BLOCK_V + numbers[None, :, :]
+    return tops, tl.load(places, mask=known[:, :, None], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def added_parts(tops, sums, best):
+    """Sums [rows, BLOCK_V] of parts whose greatest scores are `tops`, for a greatest of `best`."""
+    return tl.sum(sums * tl.exp2(tops - best[None, :])[:, :, None], 0)
 
 
 @triton.jit
@@ -124,7 +185,9 @@ def kernel(
     side. partial: float32, PART a program, and arrived: int32, 0 for each head, and 0 again at the end; both only where
     several programs may share a head. Pointers that the constants make needless are not read.
     """
-    if EARLY:  # this kernel may begin before the one before has ended, and the next before this one has
+    if EARLY:  # the kernel after this one may begin when all its programs have
+        if SEQUENCES == 0 and PAGE == 0:
+            send_first(key_codes, value_codes, length, start, tl.program_id(0), tl.program_id(1), context)
         PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
         tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     if SEQUENCES == 0:
@@ -134,7 +197,7 @@ def kernel(
         first_part = pair * SPLIT
         sharers = SPLIT
         begin, end = reach(length, start, True, context)
-        share = (tl.maximum((end + BLOCK_T - 1) // BLOCK_T - begin // BLOCK_T, 0) + SPLIT - 1) // SPLIT
+        share = share_of(begin, end)
     else:
         every = tl.arange(0, SEQUENCES)
         exists = every < sequences
@@ -254,24 +317,15 @@ def kernel(
             ends_of_all = partial + every_part * PART + TOPS + kept[None, :]
             tops = tl.load(ends_of_all, mask=known, other=float("-inf"), cache_modifier=".cg")
             totals = tl.load(ends_of_all + KEPT_ROWS, mask=known, other=0.0, cache_modifier=".cg")
+            first_parts = ()
+            for piece in tl.static_range(VALUE_PIECES):
+                first_parts = first_parts + (load_parts(partial, 0, sharers, piece),)
             best = finite(tl.max(tops, 0))
             whole = tl.sum(totals * tl.exp2(tops - best[None, :]), 0)
-            numbers = kept[:, None] * BLOCK_V + dv[None, :]
             for piece in tl.static_range(VALUE_PIECES):
-                added = tl.zeros((KEPT_ROWS, BLOCK_V), tl.float32)
-                for some in tl.range(0, sharers, AT_ONCE):
-                    other_part = some + tl.arange(0, AT_ONCE)[:, None]
-                    theirs = partial + other_part * PART
-                    known_now = kept_live & (other_part < sharers)
-                    its_tops = tl.load(
-                        theirs + TOPS + kept[None, :], mask=known_now, other=float("-inf"), cache_modifier=".cg"
-                    )
-                    its_sums = tl.load(
-                        theirs[:, :, None] + piece * KEPT_ROWS * BLOCK_V + numbers[None, :, :],
-                        mask=known_now[:, :, None],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    added += tl.sum(its_sums * tl.exp2(its_tops - best[None, :])[:, :, None], 0)
+                added = added_parts(first_parts[piece][0], first_parts[piece][1], best)
+                for some in tl.range(AT_ONCE, sharers, AT_ONCE):
+                    its_tops, its_sums = load_parts(partial, some, sharers, piece)
+                    added += added_parts(its_tops, its_sums, best)
                 finish(y, added, whole, kept * VALUE_SIZE, kept < LIVE_ROWS, piece * VALUE_PIECE)
             tl.store(arrived + pair, 0)

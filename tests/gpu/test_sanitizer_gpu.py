@@ -5,9 +5,9 @@
             python -m pytest -q tests/gpu/test_sanitizer_gpu.py
     done
 
-memcheck finds nothing. racecheck reports what Triton itself adds: in streams, bytes by which warp groups are told what to
-do, whose reads and writes are ordered by barriers of all warps; and in the end of attention, threads that have the same
-number and store it to the same place on its way to another layout.
+memcheck finds nothing. racecheck reports what Triton itself adds: in streams, bytes by which warp groups are told what
+to do, whose reads and writes are ordered by barriers of all warps; and in the end of attention, threads that have the
+same number and store it to the same place on its way to another layout.
 
 Without torch's cache of memory every tensor is an allocation of its own, so that memcheck sees reads beyond its end. A
 plain run first compiles the kernels. Tensors are made on the CPU, so that few kernels but ours run.
