@@ -250,7 +250,7 @@ def sparse_cores(target: str) -> bool:
 
 
 def warps_multiply(target: str) -> bool:
-    """Whether each warp multiplies for itself, by what is in its registers: NVIDIA's but the data centers' from sm_90."""
+    """Whether each warp multiplies what is in its own registers: NVIDIA's, but the data centers' from sm_90."""
     return target.startswith("sm_") and not 90 <= int(target[3:]) < 120
 
 
