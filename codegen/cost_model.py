@@ -136,6 +136,7 @@ def _instructions(spec: KernelSpec) -> float:
     fmt = FORMATS[spec.weight]
     if spec.tile.form == "cores":
         return 1.7  # half as many are decoded
+    few = -0.4 if spec.tile.m == 8 else 0.0
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
@@ -143,8 +144,8 @@ def _instructions(spec: KernelSpec) -> float:
         return 8.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
-        return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + sparse
-    return 3.6 + narrow + sparse
+        return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + few + sparse
+    return 3.6 + narrow + few + sparse
 
 
 def resident(spec: KernelSpec, device: Device) -> int:
@@ -260,6 +261,16 @@ def _covers(m: int, largest: int) -> tuple[int, ...]:
     return tuple(size for size in (32, 64, 128, 256) if least <= size <= min(m, largest)) or (largest,)
 
 
+def _eight(like: KernelSpec, m: int) -> tuple[int, ...]:
+    """The height of tiles for one row, of which each warp multiplies 16 rows of the weight for itself.
+
+    Warps of Hopper's do so too where a group of four, which multiplies 16 rows of x at least by Triton, does not.
+    """
+    plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
+    served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
+    return (8,) if m == 1 and plain and served and not _tensor_memory(like.target) else ()
+
+
 def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
     return tuple(z for z in (1, 2, 4, 8) if z == 1 or (2 * z * k <= like.k and block_m <= 128))
 
@@ -274,7 +285,7 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
     if like.sparse:  # whose words need registers too
         largest = min(largest, 64 if _before_hopper(like.target) else 128)
-    for block_m in _covers(m, largest):
+    for block_m in (*_eight(like, m), *_covers(m, largest)):
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
@@ -349,11 +360,12 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     if m > 16 or like.compute == "float32" or bits not in (2, 4, 8) or scales_of(like, "products") == "weights":
         return []
     found = []
-    for (block_n, warps), split in itertools.product(((64, 4), (128, 4), (128, 8)), (2, 4, 8, 16)):
+    cuts = ((64, 4), (128, 4), (128, 8))
+    for block_m, (block_n, warps), split in itertools.product((*_eight(like, m), 16), cuts, (2, 4, 8, 16)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
-            tile = Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab")
+            tile = Tile(m=block_m, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab")
             found.append(replace(tile, scales=_few_rows(like)))
     return found
 

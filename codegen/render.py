@@ -199,7 +199,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
         "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "HOPPER": spec.target == "sm_90",
-        "MMA_SYNC": warps_multiply(spec.target) and spec.compute != "float32" and fmt.bits < 8,
+        "MMA_SYNC": warps_multiply(spec) and spec.compute != "float32" and fmt.bits < 8,
     }
 
 

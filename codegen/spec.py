@@ -249,9 +249,9 @@ def sparse_cores(target: str) -> bool:
     return target.startswith("sm_") and int(target[3:]) >= 80
 
 
-def warps_multiply(target: str) -> bool:
-    """Whether each warp multiplies what is in its own registers: NVIDIA's, but the data centers' from sm_90."""
-    return target.startswith("sm_") and not 90 <= int(target[3:]) < 120
+def warps_multiply(spec: KernelSpec) -> bool:
+    """Whether each warp multiplies what is in its registers: NVIDIA's, but not Hopper's and sm_100's tiles from 16 rows."""
+    return spec.target.startswith("sm_") and (spec.tile.m < 16 or not 90 <= int(spec.target[3:]) < 120)
 
 
 def super_last(spec: KernelSpec) -> bool:
