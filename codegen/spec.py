@@ -250,7 +250,7 @@ def sparse_cores(target: str) -> bool:
 
 
 def warps_multiply(spec: KernelSpec) -> bool:
-    """Whether each warp multiplies what is in its registers: NVIDIA's, but not Hopper's and sm_100's tiles from 16 rows."""
+    """Whether each warp multiplies what is in its registers: NVIDIA's, but tiles from 16 rows on sm_90 and sm_100."""
     return spec.target.startswith("sm_") and (spec.tile.m < 16 or not 90 <= int(spec.target[3:]) < 120)
 
 
