@@ -16,7 +16,15 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores, stream_objection
+from qcompile.codegen.spec import (
+    GroupedSpec,
+    KernelSpec,
+    Tile,
+    scales_of,
+    sparse_cores,
+    stream_objection,
+    warps_multiply,
+)
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat, TableFormat
 
 
@@ -136,7 +144,7 @@ def _instructions(spec: KernelSpec) -> float:
     fmt = FORMATS[spec.weight]
     if spec.tile.form == "cores":
         return 1.7  # half as many are decoded
-    few = -0.4 if spec.tile.m == 8 else 0.0
+    few = -0.4 if warps_multiply(spec) and spec.target == "sm_90" else 0.0
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
@@ -261,14 +269,14 @@ def _covers(m: int, largest: int) -> tuple[int, ...]:
     return tuple(size for size in (32, 64, 128, 256) if least <= size <= min(m, largest)) or (largest,)
 
 
-def _eight(like: KernelSpec, m: int) -> tuple[int, ...]:
-    """The height of tiles for one row, of which each warp multiplies 16 rows of the weight for itself.
+def _small(like: KernelSpec) -> bool:
+    """Whether tiles may have 8 rows of x or two warps, whose warps multiply for themselves on Hopper too.
 
-    Warps of Hopper's do so too where a group of four, which multiplies 16 rows of x at least by Triton, does not.
+    A warp group, of four, multiplies 16 rows at least by Triton, and no warp goes on before all four have multiplied.
     """
     plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
     served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
-    return (8,) if m == 1 and plain and served and not _tensor_memory(like.target) else ()
+    return plain and served and not _tensor_memory(like.target)
 
 
 def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
@@ -285,14 +293,20 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
     if like.sparse:  # whose words need registers too
         largest = min(largest, 64 if _before_hopper(like.target) else 128)
-    for block_m in (*_eight(like, m), *_covers(m, largest)):
+    heights = _covers(m, largest)
+    if m == 1 and _small(like):
+        heights = (8, *heights)
+    for block_m in heights:
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
             plain = small or crowded
-            for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
+            cuts = (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32)
+            if block_n == 64 and block_m <= 16 and like.target == "sm_90" and _small(like):
+                cuts = (4, 2)
+            for warps in cuts:
                 if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
                     continue
                 if warps > 8 and _tensor_memory(like.target):
@@ -361,7 +375,8 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
         return []
     found = []
     cuts = ((64, 4), (128, 4), (128, 8))
-    for block_m, (block_n, warps), split in itertools.product((*_eight(like, m), 16), cuts, (2, 4, 8, 16)):
+    heights = (8, 16) if m == 1 and _small(like) else (16,)
+    for block_m, (block_n, warps), split in itertools.product(heights, cuts, (2, 4, 8, 16)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
