@@ -304,7 +304,8 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
             plain = small or crowded
             cuts = (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32)
-            if block_n == 64 and block_m <= 16 and like.target == "sm_90" and _small(like):
+            wide_groups = like.quads or like.aligned >= 64 or not like.aligned  # others' scales need registers too
+            if block_n == 64 and block_m <= 16 and like.target == "sm_90" and _small(like) and wide_groups:
                 cuts = (4, 2)
             for warps in cuts:
                 if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
