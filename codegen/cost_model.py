@@ -269,10 +269,10 @@ def _covers(m: int, largest: int) -> tuple[int, ...]:
     return tuple(size for size in (32, 64, 128, 256) if least <= size <= min(m, largest)) or (largest,)
 
 
-def _small(like: KernelSpec) -> bool:
-    """Whether tiles may have 8 rows of x or two warps, whose warps multiply for themselves on Hopper too.
+def _eight(like: KernelSpec) -> bool:
+    """Whether tiles may have 8 rows of x, whose warps multiply for themselves on Hopper too.
 
-    A warp group, of four, multiplies 16 rows at least by Triton, and no warp goes on before all four have multiplied.
+    A warp group multiplies 16 rows at least by Triton, and no warp of it goes on before all four have multiplied.
     """
     plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
     served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
@@ -294,7 +294,7 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     if like.sparse:  # whose words need registers too
         largest = min(largest, 64 if _before_hopper(like.target) else 128)
     heights = _covers(m, largest)
-    if m == 1 and _small(like):
+    if m == 1 and _eight(like):
         heights = (8, *heights)
     for block_m in heights:
         small = block_m <= 32 or like.sparse
@@ -303,11 +303,7 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
         for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
             plain = small or crowded
-            cuts = (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32)
-            wide_groups = like.quads or like.aligned >= 64 or not like.aligned  # others' scales need registers too
-            if block_n == 64 and block_m <= 16 and like.target == "sm_90" and _small(like) and wide_groups:
-                cuts = (4, 2)
-            for warps in cuts:
+            for warps in (block_n // 16,) if block_n == 64 or plain else (block_n // 16, block_n // 32):
                 if block_m * block_n > most * 32 * warps or block_m * k > 128 * 256:
                     continue
                 if warps > 8 and _tensor_memory(like.target):
@@ -376,7 +372,7 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
         return []
     found = []
     cuts = ((64, 4), (128, 4), (128, 8))
-    heights = (8, 16) if m == 1 and _small(like) else (16,)
+    heights = (8, 16) if m == 1 and _eight(like) else (16,)
     for block_m, (block_n, warps), split in itertools.product(heights, cuts, (2, 4, 8, 16)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024

@@ -250,9 +250,8 @@ def sparse_cores(target: str) -> bool:
 
 
 def warps_multiply(spec: KernelSpec) -> bool:
-    """Whether each warp multiplies what is in its registers: NVIDIA's, but groups of four on sm_90 and sm_100."""
-    groups = 90 <= int(spec.target[3:]) < 120 if spec.target.startswith("sm_") else True
-    return not groups or (spec.target.startswith("sm_") and (spec.tile.m < 16 or spec.tile.warps < 4))
+    """Whether each warp multiplies what is in its registers: NVIDIA's, but tiles from 16 rows on sm_90 and sm_100."""
+    return spec.target.startswith("sm_") and (spec.tile.m < 16 or not 90 <= int(spec.target[3:]) < 120)
 
 
 def super_last(spec: KernelSpec) -> bool:
