@@ -16,8 +16,16 @@ from typing import Any
 
 import sympy
 
-from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, scales_of, sparse_cores, stream_objection
-from qcompile.formats import FORMATS, IntegerFormat
+from qcompile.codegen.spec import (
+    GroupedSpec,
+    KernelSpec,
+    Tile,
+    scales_of,
+    sparse_cores,
+    stream_objection,
+    warps_multiply,
+)
+from qcompile.formats import FORMATS, FloatFormat, IntegerFormat, TableFormat
 
 
 @dataclass(frozen=True)
@@ -136,13 +144,16 @@ def _instructions(spec: KernelSpec) -> float:
     fmt = FORMATS[spec.weight]
     if spec.tile.form == "cores":
         return 1.7  # half as many are decoded
+    few = -0.4 if warps_multiply(spec) and spec.target == "sm_90" else 0.0
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
+    if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
+        narrow = 0.1 + 0.3 * spec.quads
     if spec.offset:
         return 8.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
-        return (2.4 if isinstance(fmt, IntegerFormat) else 4.5) + narrow + sparse
-    return 3.6 + narrow + sparse
+        return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + few + sparse
+    return 3.6 + narrow + few + sparse
 
 
 def resident(spec: KernelSpec, device: Device) -> int:
@@ -259,6 +270,16 @@ def _covers(m: int, largest: int) -> tuple[int, ...]:
     return tuple(size for size in (32, 64, 128, 256) if least <= size <= min(m, largest)) or (largest,)
 
 
+def _eight(like: KernelSpec) -> bool:
+    """Whether tiles may have 8 rows of x, whose warps multiply for themselves on Hopper too.
+
+    A warp group multiplies 16 rows at least by Triton, and no warp of it goes on before all four have multiplied.
+    """
+    plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
+    served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
+    return plain and served and not _tensor_memory(like.target)
+
+
 def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
     return tuple(z for z in (1, 2, 4, 8) if z == 1 or (2 * z * k <= like.k and block_m <= 128))
 
@@ -273,7 +294,10 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
     if like.sparse:  # whose words need registers too
         largest = min(largest, 64 if _before_hopper(like.target) else 128)
-    for block_m in _covers(m, largest):
+    heights = _covers(m, largest)
+    if m == 1 and _eight(like):
+        heights = (8, *heights)
+    for block_m in heights:
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
@@ -301,14 +325,20 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     if only != "products":  # there is no choice
         return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
     if small:
-        return [{}]
+        return [{"scales": _few_rows(like)}]
     ways: list[dict[str, Any]] = []
     fragments = scales_of(like, "fragments") == "fragments"
-    if _holds_products(like, tile) and (tile.m <= 64 or not fragments):
+    products = not fragments or (tile.m <= 64 and not like.quads)
+    if products and _holds_products(like, tile):
         ways.append({})
     if fragments:
         ways += [{"scales": "fragments"}, *([{"scales": "fragments", "overlap": True}] if deep else [])]
     return ways
+
+
+def _few_rows(like: KernelSpec) -> str:
+    """Where scales go in products of few rows: those of narrow groups into fragments, which makes products wide."""
+    return "fragments" if like.quads else "products"
 
 
 def _before_hopper(target: str) -> bool:
@@ -342,11 +372,14 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     if m > 16 or like.compute == "float32" or bits not in (2, 4, 8) or scales_of(like, "products") == "weights":
         return []
     found = []
-    for block_n, split, warps in itertools.product((64, 128), (2, 4, 8, 16), (4, 8)):
+    cuts = ((64, 4), (128, 4), (128, 8))
+    heights = (8, 16) if m == 1 and _eight(like) else (16,)
+    for block_m, (block_n, warps), split in itertools.product(heights, cuts, (2, 4, 8, 16)):
         part = like.k // split
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
-            found.append(Tile(m=16, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab"))
+            tile = Tile(m=block_m, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab")
+            found.append(replace(tile, scales=_few_rows(like)))
     return found
 
 

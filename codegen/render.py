@@ -15,18 +15,13 @@ from qcompile.codegen.decoders import (
     FIELDS,
     MAGIC,
     bits_of,
-    byte_assembly,
     conversion,
     decode_formula,
     formula_of,
     helpers_of,
-    kept_assembly,
     pair_decoder,
     scale_decoder,
     scale_word_decoder,
-    sparse_product,
-    word_assembly,
-    word_factor,
 )
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
@@ -40,6 +35,16 @@ from qcompile.codegen.spec import (
     scales_of,
     super_last,
     warp_columns,
+    warps_multiply,
+)
+from qcompile.codegen.word_decoders import (
+    byte_assembly,
+    kept_assembly,
+    pairs_decoder,
+    quad_decoder,
+    sparse_product,
+    word_assembly,
+    word_factor,
 )
 from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
@@ -146,6 +151,8 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     # With overlap a turn of the loop has two chunks at least.
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
+    if scales == "fragments" and spec.quads:
+        chunk = widest
     if spec.tile.form == "cores":
         chunk = min(aligned, warp_columns(spec.tile))
     run = min(aligned, chunk)
@@ -168,6 +175,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "SYMMETRIC": spec.symmetric,
         "OFFSET": spec.offset,
         "COLUMNS": spec.columns,
+        "QUADS": spec.quads,
         "SUPER_COLUMNS": spec.super_columns,
         "X_SCALE": spec.activation_scale,
         "COMPUTE": DTYPES[spec.compute],
@@ -191,6 +199,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "OVERLAP": spec.tile.overlap and scales in ("total", "fragments") and spec.target == "sm_90",
         "EARLY": launches_early(spec.target) and not isinstance(spec, GroupedSpec),
         "HOPPER": spec.target == "sm_90",
+        "MMA_SYNC": warps_multiply(spec) and spec.compute != "float32" and fmt.bits < 8,
     }
 
 
@@ -201,6 +210,8 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
     decoders = (
         scale_decoder(spec.scale_dtype, spec.target),
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
+        quad_decoder(spec.scale_dtype, spec.compute, spec.target),
+        pairs_decoder(FORMATS[spec.weight]),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target, factor),
         conversion("decode_x", spec.activation, spec),
     )

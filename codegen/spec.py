@@ -15,6 +15,7 @@ import torch
 from qcompile.formats import FORMATS, Format, IntegerFormat
 from qcompile.gates import PAIRS
 from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
+from qcompile.places import quads_of
 from qcompile.scheme import WHOLE, Granularity
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ class KernelSpec:
         return -(-self.k // self.columns)
 
     @property
+    def quads(self) -> int:
+        """How many words of four scales a row of threads has for 64 columns; 0 if scales do not lie in fours."""
+        return 0 if self.in_rows else quads_of(self.scale_dtype, self.columns, self.k)
+
+    @property
     def unit(self) -> int:
         """The runs of columns, counted from the first, that share their scale and the scale above; 0 if all do."""
         above = self.super_columns if 0 < self.super_columns < self.k else 0
@@ -247,6 +253,11 @@ def sparse_cores(target: str) -> bool:
     return target.startswith("sm_") and int(target[3:]) >= 80
 
 
+def warps_multiply(spec: KernelSpec) -> bool:
+    """Whether each warp multiplies what is in its registers: NVIDIA's, but tiles from 16 rows on sm_90 and sm_100."""
+    return spec.target.startswith("sm_") and (spec.tile.m < 16 or not 90 <= int(spec.target[3:]) < 120)
+
+
 def super_last(spec: KernelSpec) -> bool:
     """Whether the scale above all scales of a row may multiply sums, and weights not yet scaled by it fit."""
     small = spec.compute != "float16" or spec.scale_dtype in ("float8_e4m3fn", "int8", "uint8")
@@ -272,7 +283,7 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
         return "total"
     exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
-    exact = exact and (spec.super_columns == 0 or super_last(spec))
+    exact = exact and (spec.super_columns == 0 or super_last(spec)) and (spec.symmetric or not spec.quads)
     return "fragments" if preferred == "fragments" and exact else "products"
 
 

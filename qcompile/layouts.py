@@ -27,6 +27,7 @@ from qcompile.bitpack import pack_bits
 from qcompile.formats import IntegerFormat
 from qcompile.formats.whole import whole_numbers
 from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.places import move_bits, quads_of
 from qcompile.scheme import WHOLE, Granularity, Scheme
 
 TILE = 64
@@ -102,6 +103,30 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
+def _in_fours(values: Tensor, quads: int) -> Tensor:
+    """Bytes [N, groups] as [N / 64, ceil(K / 64), 128 * quads]: in tiles of 64 x 64 weights `w h q g r`.
+
+    That is the scale of row 16 w + 8 r + h and, of the tile's groups of columns, number 2 q + g.
+    """
+    padded = F.pad(values, (0, -values.shape[1] % (2 * quads)))
+    tiles = padded.view(-1, 4, 2, 8, padded.shape[1] // (2 * quads), quads, 2)  # w r h | tile q g
+    return tiles.permute(0, 4, 1, 3, 5, 6, 2).flatten(2)
+
+
+def _from_fours(values: Tensor, quads: int) -> Tensor:
+    """The inverse of `_in_fours`, with the groups that it added."""
+    tiles = values.unflatten(-1, (4, 8, quads, 2, 2))  # tile | w h q g r
+    return tiles.permute(0, 2, 6, 3, 1, 4, 5).flatten(4).flatten(0, 3)
+
+
+def _quads(weight: PackedWeight, name: str, tile: int) -> int:
+    """`quads_of` of one of a weight's tensors in tiles of so many rows."""
+    n, k = weight.shape
+    scheme = weight.scheme
+    taken = tile == TILE and name in ("scale", "offset")
+    return quads_of(scheme.scale_dtype, scheme.granularity.block_of((n, k))[1], k) if taken else 0
+
+
 def _rows_last(weight: PackedWeight, tile: int) -> PackedWeight:
     """What is stored per block of weights, [row blocks, groups], becomes [N / tile, groups, tile]; codes stay."""
     n, k = weight.shape
@@ -112,6 +137,8 @@ def _rows_last(weight: PackedWeight, tile: int) -> PackedWeight:
         rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
         raw = values.view(torch.uint8) if values.element_size() == 1 else values
         padded = F.pad(raw.repeat_interleave(rows, 0)[:n], (0, 0, 0, -n % tile))
+        if quads := _quads(weight, name, tile):
+            return _in_fours(padded, quads).contiguous().view(values.dtype)
         turned = padded.unflatten(0, (-1, tile)).transpose(1, 2)
         # A copy, whose strides are the usual ones also where there is one group: merging must not change strides.
         return turned.clone(memory_format=torch.contiguous_format).view(values.dtype)
@@ -119,14 +146,17 @@ def _rows_last(weight: PackedWeight, tile: int) -> PackedWeight:
     return weight.map(arrange)
 
 
-def _rows_first(weight: PackedWeight) -> PackedWeight:
+def _rows_first(weight: PackedWeight, tile: int) -> PackedWeight:
     """The inverse of `_rows_last`."""
     n, k = weight.shape
 
     def arrange(name: str, values: Tensor) -> Tensor:
         if name in ("codes", "perm"):
             return values
-        rows = 1 if name.startswith("super") else weight.scheme.granularity.block_of((n, k))[0]
+        rows, columns = (1, k) if name.startswith("super") else weight.scheme.granularity.block_of((n, k))
+        if quads := _quads(weight, name, tile):
+            whole = _from_fours(values.view(torch.uint8), quads)
+            return whole[:n:rows, : -(-k // columns)].contiguous().view(values.dtype)
         return values.transpose(1, 2).flatten(0, 1)[:n:rows].clone(memory_format=torch.contiguous_format)
 
     return weight.map(arrange)
@@ -148,9 +178,12 @@ class FragmentLayout(Layout):
     In a tile, thread t = 32 w + 4 h + l holds the 32 codes of n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b for
     v < 4 and r, s, b < 2. A plane of width p takes p words a thread: with j = 4 v + 2 s + r, the code's field of that
     plane is in word j // (16 / p) at bit 16 b + p (j % (16 / p)). So a pair b = 0, 1 sits in the halves of a word, and
-    one mask extracts both. The planes of a tile follow each other: 128 p words each.
+    one mask extracts both. The planes of a tile follow each other: 128 p words each. The bits of words of FP4 and of
+    tables of 16 values change places then (`places.bit_places`).
 
-    All that is per block becomes [N / 64, groups, 64], and what is above it [N / 64, super groups, 64].
+    All that is per block becomes [N / 64, groups, 64], and what is above it [N / 64, super groups, 64]. Scales of one
+    byte for 16 or 32 columns (and offsets of that type) become [N / 64, K / 64, 4096 / columns] instead, as
+    `_in_fours` says: what a thread needs for a tile follows each other.
     """
 
     name = "fragment"
@@ -169,21 +202,22 @@ class FragmentLayout(Layout):
         for width in plane_widths(bits):
             planes.append(_join_fields((fields >> low) & ((1 << width) - 1), width).flatten(2))
             low += width
-        arranged = _rows_last(weight, TILE)
-        return replace(arranged, codes=torch.cat(planes, -1), layout=self.name)
+        codes = move_bits(torch.cat(planes, -1), weight.scheme.format)
+        return replace(_rows_last(weight, TILE), codes=codes, layout=self.name)
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
         bits = weight.scheme.format.bits
         tiles_n, tiles_k = weight.codes.shape[:2]
         codes = torch.zeros(tiles_n, tiles_k, 128, 16, 2, dtype=torch.uint8, device=weight.device)
+        stored = move_bits(weight.codes, weight.scheme.format, back=True)
         low = 0
         for width in plane_widths(bits):
-            words = weight.codes[..., 128 * low : 128 * (low + width)].unflatten(-1, (128, width))
+            words = stored[..., 128 * low : 128 * (low + width)].unflatten(-1, (128, width))
             codes |= _split_fields(words, width) << low
             low += width
         matrix = _matrix(codes)[:n, :k].contiguous()
-        return replace(_rows_first(weight), codes=pack_bits(matrix, bits), layout=LOGICAL)
+        return replace(_rows_first(weight, TILE), codes=pack_bits(matrix, bits), layout=LOGICAL)
 
 
 def _fragments(matrix: Tensor) -> Tensor:
@@ -264,7 +298,7 @@ class Fragment24Layout(Layout):
         groups.scatter_(-1, order, pairs.view(order.shape))
         fields = groups.unflatten(-1, (2, 2)).permute(0, 1, 2, 3, 8, 5, 6, 4, 7, 9)  # q p e | u t s r | b
         matrix = _matrix(fields.flatten(5, 8).flatten(2, 4))[:n, :k].contiguous()
-        return replace(_rows_first(weight), codes=pack_bits(matrix, bits), layout=LOGICAL)
+        return replace(_rows_first(weight, TILE), codes=pack_bits(matrix, bits), layout=LOGICAL)
 
 
 class Rows16Layout(Layout):
@@ -317,7 +351,7 @@ class Rows16Layout(Layout):
             codes |= torch.stack(fields, 3).flatten(2, 3) << low
             low += width
         matrix = codes.permute(0, 3, 1, 2, 5, 4).reshape(blocks * self.tile, runs * self.run)[:n, :k]
-        return replace(_rows_first(weight), codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
+        return replace(_rows_first(weight, self.tile), codes=pack_bits(matrix.contiguous(), bits), layout=LOGICAL)
 
 
 LAYOUTS: dict[str, Layout] = {

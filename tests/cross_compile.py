@@ -213,6 +213,7 @@ def _nvidia(assembly: dict[str, Any]) -> dict[str, Any]:
         "flush": len(re.findall(r"(?:mul|fma|add|sub)(?:\.rn)?\.ftz", assembly["ptx"])),
         "mma": max(set(mma), key=mma.count) if mma else "",
         "order": _order(assembly["ptx"]),
+        "exchanges": assembly["ptx"].count("shfl.sync"),
         "scattered": _scattered(assembly["ttgir"]),
         "copies": sorted(int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*, (0x\w+)", assembly["ptx"])),
         "loads": sorted(re.findall(r"\bld\.global[.\w]*?\.((?:v\d\.)?[bu]\d+)", assembly["ptx"])),

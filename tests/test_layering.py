@@ -27,6 +27,7 @@ CODEGEN_MAY_IMPORT = {
     "layouts",
     "linear_spec",
     "norm_spec",
+    "places",
     "scheme",
 }
 PRIVATE_TORCH = {"_C", "_dynamo", "_functorch", "_guards", "_higher_order_ops", "_inductor", "_subclasses"}

@@ -63,6 +63,9 @@ def test_round_trip(name, layout):
         assert there.layout == layout.name
         assert to_layout(there, layout) is there
         assert equal(to_layout(there, LAYOUTS["logical"]), packed), (granularity, shape)
+        if layout.objection(narrow := scheme_of(name, granularity, "float8_e8m0fnu"), shape) is None and not sparse:
+            packed = quantize_weight(torch.randn(shape), narrow.weight)
+            assert equal(to_layout(to_layout(packed, layout), LAYOUTS["logical"]), packed), (granularity, shape)
     expected = {
         "logical": True,
         "rows8": FORMATS[name].native_dtype is not None,
@@ -91,6 +94,44 @@ def test_fragment_puts_codes_where_its_docstring_says():
             start += 128 * width
             weight_of_plane *= 2**width
         assert value == codes[n, k]
+
+
+E2M1_BITS = {"00": (6, 7, 8, 15), "01": (0, 1, 2, 9), "10": (10, 11, 12, 19), "11": (4, 5, 14, 13)}
+"""By s and r: where the lowest to the highest bit of the code with b = 0 lies in its word; with b = 1, 16 further."""
+
+
+@pytest.mark.parametrize("name", ["fp4_e2m1", "nf4", "fp4", "iq4_nl"])
+def test_fragment_puts_bits_where_decoders_want_them(name):
+    codes = torch.randint(0, 16, (64, 64), dtype=torch.uint8)
+    scheme = scheme_of(name, Granularity.channel()).weight
+    packed = PackedWeight.from_codes(codes, torch.ones(64, 1, dtype=torch.bfloat16), None, scheme)
+    plain = [w % 2**32 for w in LAYOUTS["fragment"].pack(packed).codes.flatten().tolist()]
+    for w, h, lane, v, s, r, b in itertools.product(range(4), range(8), range(4), range(4), *[range(2)] * 3):
+        word = plain[4 * (32 * w + 4 * h + lane) + v]
+        if name == "fp4_e2m1":
+            bits = [(place + 16 * b) % 32 for place in E2M1_BITS[f"{s}{r}"]]
+        else:  # the four codes of a half s in nibbles, three bits each, their last bits in bytes
+            quad = 2 * r + b
+            bits = [*range(16 * s + 4 * quad, 16 * s + 4 * quad + 3), 8 * quad + (3 if s else 7)]
+        code = sum(word // 2**place % 2 * 2**bit for bit, place in enumerate(bits))
+        assert code == codes[16 * w + 8 * r + h, 16 * v + 8 * s + 2 * lane + b]
+
+
+@pytest.mark.parametrize("columns", [16, 32])
+def test_narrow_scales_of_a_byte_lie_in_fours(columns):
+    scheme = scheme_of("fp4_e2m1", Granularity.group(columns), "float8_e4m3fn").weight
+    groups = 160 // columns
+    scale = torch.arange(70 * groups).remainder(120).to(torch.uint8).view(70, groups)
+    packed = PackedWeight.from_codes(
+        torch.zeros(70, 160, dtype=torch.uint8), scale.view(torch.float8_e4m3fn), None, scheme
+    )
+    there = LAYOUTS["fragment"].pack(packed).scale.view(torch.uint8)
+    quads = 32 // columns
+    assert there.shape == (2, 3, 128 * quads)
+    for n, group in itertools.product(range(70), range(groups)):
+        tile, w, r, h = n // 64, n % 64 // 16, n % 16 // 8, n % 8
+        place = (8 * w + h) * 4 * quads + group % (2 * quads) * 2 + r
+        assert there[tile, group // (2 * quads), place] == scale[n, group]
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])

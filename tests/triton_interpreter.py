@@ -139,13 +139,13 @@ def _install_bounds(builder: Any) -> None:
 
 
 def _permute_bytes(low: Any, high: Any, selector: Any) -> Any:
-    """PTX prmt without its sign mode: each of four nibbles of the selector chooses one of eight bytes."""
+    """PTX prmt: each of four nibbles of the selector chooses one of eight bytes, or from 8 its sign."""
     both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
     result = np.zeros(np.broadcast(both, selector).shape, np.uint32)
     for byte in range(4):
         nibble = selector >> np.uint32(4 * byte) & np.uint32(15)
-        assert (nibble < 8).all(), "prmt's sign mode"
-        chosen = both >> (nibble * np.uint32(8)).astype(np.uint64) & np.uint64(255)
+        chosen = both >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64) & np.uint64(255)
+        chosen = np.where(nibble < 8, chosen, (chosen >> np.uint64(7)) * np.uint64(255))
         result |= chosen.astype(np.uint32) << np.uint32(8 * byte)
     return result
 
@@ -168,15 +168,34 @@ def _by_halves(function: Any, dtype: torch.dtype) -> Any:
     return apply
 
 
+def _floats(bits: Any, dtype: torch.dtype, wanted: torch.dtype) -> Any:
+    """Bits of floats as those of another type."""
+    values = torch.from_numpy(np.ascontiguousarray(bits).copy()).view(dtype).to(wanted)
+    return values.view({2: torch.int16, 4: torch.int32}[wanted.itemsize]).numpy()
+
+
+def _bfloat16(word: Any) -> Any:
+    return _floats(word.view(np.int32), torch.float32, torch.bfloat16).view(np.uint16).astype(np.uint32)
+
+
 _PTX: dict[str, Any] = {
     "mov.b32": lambda value: value,
+    "mov.u32": lambda value: value,
     "setp.eq.u32": np.equal,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
+    "xor.b32": np.bitwise_xor,
     "shl.b32": np.left_shift,
     "shr.b32": np.right_shift,
     "prmt.b32": _permute_bytes,
     "lop3.b32": _choose_bits,
+    "shf.l.wrap.b32": lambda low, high, count: high << count | low >> np.uint32(32) - count,
+    "max.bf16x2": _by_halves(torch.fmax, torch.bfloat16),
+    "cvt.rn.f16x2.e4m3x2": lambda pair: _floats(pair.view(np.uint8), torch.float8_e4m3fn, torch.float16).view(
+        np.uint32
+    ),
+    "cvt.f32.f16": lambda half: _floats(half.view(np.int16), torch.float16, torch.float32).view(np.uint32),
+    "cvt.rn.bf16x2.f32": lambda high, low: _bfloat16(high) << np.uint32(16) | _bfloat16(low),
 }
 for _name, _dtype in (("bf16x2", torch.bfloat16), ("f16x2", torch.float16)):
     _PTX[f"add.rn.{_name}"] = _by_halves(torch.add, _dtype)
@@ -296,7 +315,7 @@ def _install_assembly(builder: Any) -> None:
         self: Any, text: str, constraints: str, operands: Any, types: Any, is_pure: bool, pack: int
     ) -> _Results:
         assert pack == 1 or (pack in (2, 4) and len(types) == 1)
-        registers: dict[str, Any] = {"%tid.x": np.uint32(0)}
+        registers: dict[str, Any] = {"%tid.x": np.uint32(0), "%lanemask_lt": np.uint32(0)}  # the first thread's
         outputs = constraints.count("=")
         for i, operand in enumerate(operands):
             data = np.ascontiguousarray(operand.data)

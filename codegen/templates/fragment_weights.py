@@ -16,6 +16,7 @@ SPARSE = tl.constexpr(False)
 SYMMETRIC = tl.constexpr(True)
 OFFSET = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
+QUADS = tl.constexpr(0)
 SUPER_COLUMNS = tl.constexpr(0)
 X_SCALE = tl.constexpr("")
 COMPUTE = tl.constexpr(tl.bfloat16)
@@ -39,16 +40,19 @@ CORES = tl.constexpr(False)
 OVERLAP = tl.constexpr(False)
 EARLY = tl.constexpr(True)
 HOPPER = tl.constexpr(True)
+MMA_SYNC = tl.constexpr(False)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
 SUPER_GROUPS = tl.constexpr(0 if SUPER_COLUMNS.value == 0 else -(-K.value // SUPER_COLUMNS.value))
 ZERO_POINTS = tl.constexpr(not SYMMETRIC.value and not OFFSET.value)
 ZERO_SLOTS = tl.constexpr(2 if ZERO_POINTS.value and SCALES.value != "weights" else 0)
-SCALE_SLOTS = tl.constexpr(2 if SCALES.value == "fragments" else 1 if SCALES.value == "products" else 0)
+SCALE_SLOTS = tl.constexpr({"products": 1, "fragments": 1 if QUADS.value else 2}.get(SCALES.value, 0))
 """Tensors of zero points and of scales that each chunk has."""
 TILES_K = (K + 63) // 64
 TILES_N = (N + 63) // 64
+SCALE_COUNT = tl.constexpr(TILES_K.value * 2 * QUADS.value if QUADS.value else GROUPS.value)
+"""Scales of a row, with those of columns beyond K where they lie in fours."""
 K_PER_SPLIT = ((K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)) * BLOCK_K
 EVEN_K = K_PER_SPLIT * SPLIT == K
 EVEN_N = TILES_N % (BLOCK_N // 64) == 0
@@ -94,6 +98,23 @@ def decode_scale(value):
 def scale_words(value):
     """From the stored type to COMPUTE, in both halves of words."""
     return half_words(decode_scale(value).to(COMPUTE))
+
+
+@triton.jit
+def quad_words(quads):
+    """What `scale_words` makes of the four bytes of words."""
+    return (
+        scale_words((quads & 0xFF).to(tl.uint8)),
+        scale_words((quads >> 8 & 0xFF).to(tl.uint8)),
+        scale_words((quads >> 16 & 0xFF).to(tl.uint8)),
+        scale_words((quads >> 24 & 0xFF).to(tl.uint8)),
+    )
+
+
+@triton.jit
+def four_bits(words):
+    """The codes of words of 4-bit ones, as `decode_pair` takes them: [K tiles, N tiles, 128 threads, pairs]."""
+    return extract(words, 4)
 
 
 @triton.jit
@@ -274,11 +295,36 @@ def half_words(value):
 
 
 @triton.jit
+def spread(first, second):
+    """Of both groups of each word of `load_quads` a number, as one for each run of 16 columns."""
+    each = tl.reshape(tl.join(first, second), (KT, NT, 128, 2 * QUADS, 1))
+    return tl.reshape(tl.broadcast_to(each, (KT, NT, 128, 2 * QUADS, COLUMNS // 16)), (KT, NT, 128, V))
+
+
+@triton.jit
+def scales_of_rows(scales):
+    """Scales of a chunk for both rows of each thread slot, which broadcast to [K tiles, N tiles, 128 threads, V].
+
+    They are as `scale_words` makes them, or in float32 if codes are decoded without WORDS.
+    """
+    if QUADS == 0:
+        return tl.reshape(scales[0], (1, NT, 128, 1)), tl.reshape(scales[1], (1, NT, 128, 1))
+    elif WORDS != "":
+        a0, a1, b0, b1 = quad_words(scales[0])
+        return spread(a0, b0), spread(a1, b1)
+    else:
+        a0 = decode_scale((scales[0] & 0xFF).to(tl.uint8))
+        a1 = decode_scale(((scales[0] >> 8) & 0xFF).to(tl.uint8))
+        b0 = decode_scale(((scales[0] >> 16) & 0xFF).to(tl.uint8))
+        b1 = decode_scale(((scales[0] >> 24) & 0xFF).to(tl.uint8))
+        return spread(a0, b0), spread(a1, b1)
+
+
+@triton.jit
 def decode_words(planes, zeros, scales):
     """Weights [BLOCK_N, CHUNK] in COMPUTE (or float32), less zero points and, in fragments, times scales.
 
-    zeros, scales: for both rows of each thread slot, [NT * 128] each, if there are such; scales as `scale_words` or as
-        float32.
+    zeros, scales: as `load_blocks` has them for a chunk, if there are such.
     """
     if WORDS != "":
         shape: tl.constexpr = (KT, NT, 128, V)
@@ -288,8 +334,8 @@ def decode_words(planes, zeros, scales):
                 bits = zeros[r].to(tl.int32) * 0x10001 + NEGATIVE
                 words = words + (tl.broadcast_to(tl.reshape(bits, (1, NT, 128, 1)), shape),)
         if SCALES == "fragments":
-            for r in tl.static_range(2):
-                words = words + (tl.broadcast_to(tl.reshape(scales[r], (1, NT, 128, 1)), shape),)
+            first, second = scales_of_rows(scales)
+            words = words + (tl.broadcast_to(first, shape), tl.broadcast_to(second, shape))
         a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
             WORDS,
             CONSTRAINTS,
@@ -304,7 +350,7 @@ def decode_words(planes, zeros, scales):
         if BITS == 8:
             pairs = extract(planes[0], 8)
         elif BITS & 4:
-            pairs = extract(planes[0], 4)
+            pairs = four_bits(planes[0]) if BITS == 4 else extract(planes[0], 4)
             if BITS & 2:
                 pairs |= extract(planes[1], 2) << 4
         else:
@@ -317,9 +363,10 @@ def decode_words(planes, zeros, scales):
             low = tl.reshape(low, (KT, NT, 128, 2 * V, 2)) - zero
             high = tl.reshape(high, (KT, NT, 128, 2 * V, 2)) - zero
         if SCALES == "fragments":
-            scale = tl.reshape(tl.join(scales[0], scales[1]), (1, NT, 128, 1, 2)).to(low.dtype)
-            low = tl.reshape(low, (KT, NT, 128, 2 * V, 2)) * scale
-            high = tl.reshape(high, (KT, NT, 128, 2 * V, 2)) * scale
+            first, second = scales_of_rows(scales)
+            scale = tl.expand_dims(tl.join(first, second), 4).to(low.dtype)
+            low = tl.reshape(low, (KT, NT, 128, V, 2, 2)) * scale
+            high = tl.reshape(high, (KT, NT, 128, V, 2, 2)) * scale
     # kt nt | w h l | v s r | b, with n = 64 nt + 16 w + 8 r + h and k = 64 kt + 16 v + 8 s + 2 l + b
     fields = tl.reshape(tl.join(low, high), (KT, NT, 4, 8, 4, V, 2, 2, 2))
     return tl.reshape(tl.permute(fields, (1, 2, 7, 3, 0, 5, 6, 4, 8)), (BLOCK_N, CHUNK))
@@ -344,6 +391,36 @@ def load_slots(values, tile_n, block, COUNT: tl.constexpr):
 
 
 @triton.jit
+def load_blocked(values, rows, row_mask, block):
+    """The same of scales or offsets, which may lie in fours."""
+    if QUADS == 0:
+        return load_rows(values, rows, row_mask, block, GROUPS)
+    block = tl.minimum(block, GROUPS - 1)
+    row = (rows % 64 // 16 * 8 + rows % 8) * QUADS
+    tile = rows // 64 * TILES_K + block // (2 * QUADS)
+    source = values + tile * (128 * QUADS) + (row + block // 2 % QUADS) * 4 + block % 2 * 2 + rows % 16 // 8
+    if EVEN_N:
+        return tl.load(source)
+    return tl.load(source, mask=row_mask, other=0)
+
+
+@triton.jit
+def load_quads(scale, tile_n, tile_k):
+    """Words of four scales, of two groups and in each two rows: int32 [K tiles, N tiles, 128 threads, QUADS]."""
+    each = tl.arange(0, KT * NT * 128)[:, None]
+    kt = each // (NT * 128)
+    nt, slot = place_of(tile_n, each, 128)
+    tile = first_tile(tile_n) + nt
+    source = scale.to(tl.pointer_type(tl.int32)) + (tile * TILES_K + tile_k + kt) * (32 * QUADS)
+    source += slot // 4 * QUADS + tl.arange(0, QUADS)[None, :]
+    if EVEN_K and EVEN_N:
+        words = tl.load(source)
+    else:
+        words = tl.load(source, mask=(tile_k + kt < TILES_K) & (tile < TILES_N), other=0)
+    return tl.reshape(words, (KT, NT, 128, QUADS))
+
+
+@triton.jit
 def load_super(super_scale, rows, row_mask, k):
     """float32 scales above the scales (or offsets) of rows at columns k."""
     return load_rows(super_scale, rows, row_mask, k // SUPER_COLUMNS, SUPER_GROUPS).to(tl.float32)
@@ -352,7 +429,7 @@ def load_super(super_scale, rows, row_mask, k):
 @triton.jit
 def load_scale(scale, super_scale, rows, row_mask, k):
     """float32 scales (or offsets) of rows at columns k, times what is above them unless that comes last."""
-    values = decode_scale(load_rows(scale, rows, row_mask, k // COLUMNS, GROUPS))
+    values = decode_scale(load_blocked(scale, rows, row_mask, k // COLUMNS))
     if SUPER_GROUPS > 0 and not SUPER_LAST:
         values *= load_super(super_scale, rows, row_mask, k)
     return values
@@ -360,13 +437,18 @@ def load_scale(scale, super_scale, rows, row_mask, k):
 
 @triton.jit
 def load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, k):
-    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scale, and its zero points' two slots."""
+    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, and its zero points' two slots.
+
+    Scales in fragments are in two slots too, as float32 or as `scale_words` makes them, or as `load_quads` loads them.
+    """
     found = ()
     for chunk in tl.static_range(CHUNKS):
         first = k + chunk * CHUNK
         if SCALES == "products":
             found = found + (load_scale(scale, super_scale, n, row_mask, first),)
-        if SCALES == "fragments":
+        if SCALES == "fragments" and QUADS > 0:
+            found = found + (load_quads(scale, tile_n, first // 64),)
+        elif SCALES == "fragments":
             r0, r1 = load_slots(scale, tile_n, first // COLUMNS, GROUPS)
             if WORDS != "":
                 found = found + (scale_words(r0), scale_words(r1))

@@ -52,6 +52,7 @@ from qcompile.codegen.templates.fragment_weights import (
     HOPPER,
     K_PER_SPLIT,
     LOADED,
+    MMA_SYNC,
     NT,
     OVERLAP,
     PAIRED,
@@ -117,6 +118,19 @@ def settled(sum):
 
 
 @triton.jit
+def operand(weight):
+    """The same weights, where warps multiply by what is in their registers.
+
+    Triton takes what is joined for loaded at half the width, has threads hold twice as many neighbours to load them
+    faster, and so exchanges all weights between threads. It does not see what is behind this.
+    """
+    if MMA_SYNC:
+        KEEP: tl.constexpr = "mov.b32 $0, $1;"
+        return tl.inline_asm_elementwise(KEEP, "=r,r", [weight], dtype=weight.dtype, is_pure=False, pack=2)
+    return weight
+
+
+@triton.jit
 def in_order(planes):
     """The same planes; what is made of them is not made before what stands before this call."""
     KEEP: tl.constexpr = "mov.b32 $0, $1;"
@@ -152,7 +166,7 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
     zeros: tl.constexpr = first + SCALE_SLOTS
     if OVERLAP:
         planes = in_order(planes)
-    weight = decode_words(planes, blocks[zeros : zeros + ZERO_SLOTS], blocks[first:zeros])
+    weight = operand(decode_words(planes, blocks[zeros : zeros + ZERO_SLOTS], blocks[first:zeros]))
     if SCALES == "products":
         each = blocks[first][:, None]
         if X_SCALE == "group":
@@ -208,7 +222,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
                         weight = scale_weights(
                             weight, scale, zero_point, offset, super_scale, super_offset, n, row_mask, k + piece * CHUNK
                         )
-                        accumulator = tl.dot(weight, columns, accumulator, input_precision=PRECISION)
+                        accumulator = tl.dot(operand(weight), columns, accumulator, input_precision=PRECISION)
                     else:
                         accumulator = add_product(
                             accumulator,

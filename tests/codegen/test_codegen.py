@@ -25,6 +25,7 @@ from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import render
 from qcompile.codegen.spec import TEMPLATES, KernelSpec, Tile, decode_kernel_spec, kernel_spec, native_fp8
 from qcompile.codegen.templates import fragment_weights
+from qcompile.codegen.word_decoders import quad_decoder
 from qcompile.expr import DTYPES, Expr, var
 from qcompile.flags import override
 from qcompile.formats import FORMATS
@@ -106,9 +107,11 @@ def test_pair_decoder_equals_decode(format_name: str, dtype: str, tmp_path: Path
         + "    tl.store(y + COUNT + i, decode_pair(value)[1].to(tl.float32))\n",
         tmp_path,
     )
-    codes = torch.arange(2**fmt.bits, dtype=torch.int32)
+    given_ = codes = torch.arange(2**fmt.bits, dtype=torch.int32)
+    if format_name == "fp4_e2m1":  # whose bits are taken out of words to where bfloat16 has them
+        given_ = (codes & 7) << 6 | (codes & 8) << 12
     y = torch.empty(2, len(codes))
-    interpret(run)[(1,)](codes | codes.flip(0) << 16, y, len(codes))
+    interpret(run)[(1,)](given_ | given_.flip(0) << 16, y, len(codes))
     expected = oracle.decode_values(format_name).to(getattr(torch, dtype)).double()
     for half, values in zip(y.double(), (expected, expected.flip(0)), strict=True):
         assert torch.equal(half.nan_to_num(nan=-1e9), values.nan_to_num(nan=-1e9))
@@ -139,6 +142,36 @@ def test_every_power_of_two(target: str, tmp_path: Path) -> None:
     interpret(run)[(1,)](codes, y, 256)
     for found in y.double():
         assert torch.equal(found.nan_to_num(nan=-1), POWERS.nan_to_num(nan=-1))
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("scale_dtype", ["float8_e8m0fnu", "float8_e4m3fn"])
+def test_every_scale_of_a_quad(scale_dtype: str, target: str, compute: str, tmp_path: Path) -> None:
+    """All bytes in each place of a word, exactly; float16 has not the exponents of E8M0."""
+    if (scale_dtype, compute) == ("float8_e8m0fnu", "float16"):
+        return
+    text = f"COMPUTE = tl.constexpr(tl.{compute})\n\n\n"
+    text += inspect.getsource(fragment_weights.half_words.fn) + "\n\n"
+    text += scale_decoder(scale_dtype, target) + "\n\n" + scale_word_decoder(scale_dtype, compute, target) + "\n\n"
+    text += quad_decoder(scale_dtype, compute, target)
+    run = function_of(
+        text
+        + RUN.format("0.0")
+        + "    words = quad_words(value)\n"
+        + "    for place in tl.static_range(4):\n"
+        + "        for half in tl.static_range(2):\n"
+        + f"            found = (words[place] >> 16 * half).to(tl.int16).to(tl.{compute}, bitcast=True)\n"
+        + "            tl.store(y + (2 * place + half) * COUNT + i, found.to(tl.float32))\n",
+        tmp_path,
+    )
+    scales = torch.stack([torch.arange(256).roll(31 * place) for place in range(4)], -1).to(torch.uint8)
+    y = torch.empty(8, 256)
+    interpret(run)[(1,)](scales.view(torch.int32).flatten(), y, 256)
+    values = POWERS if scale_dtype == "float8_e8m0fnu" else oracle.decode_values("fp8_e4m3")
+    for place, half in itertools.product(range(4), range(2)):
+        expected = values[scales[:, place].int()]
+        assert torch.equal(y[2 * place + half].double().nan_to_num(nan=-1), expected.nan_to_num(nan=-1))
 
 
 def test_unknown_operation_is_refused() -> None:
@@ -318,6 +351,16 @@ def test_shared_memory_of_sparse_weights_is_no_more_than_estimated() -> None:
         assert found["shared"] <= shared_bytes(kernel), (kernel, found)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_120"])
+def test_warps_that_multiply_for_themselves_do_not_exchange_weights(target: str) -> None:
+    kernels = []
+    for name, m in itertools.product(("int4", "nf4", "mxfp4", "nvfp4", "q4_k"), (1, 32)):
+        like = timing.job(name, preset(name), (4096, 4096), m, torch.bfloat16).like(target)
+        kernels += rank([k for k in candidates(like, m) if k.tile.form == "loop" and k.tile.split == 1], m, keep=1)
+    for kernel, found in zip(kernels, measure(kernels), strict=True):
+        assert found["looped"] == found["exchanges"] == 0, (kernel, found)
+
+
 def test_many_rows_on_blackwell_are_summed_in_tensor_memory() -> None:
     kernels = []
     for name, shape, m in itertools.product(("int4", "nf4"), ((8192, 4096), (4096, 14336)), (256, 1024)):
@@ -352,7 +395,7 @@ def test_kernels_of_the_shipped_table_do_not_spill() -> None:
         assert "error" not in found, (kernel, found)
         assert found["spills"] == 0, (kernel, found)
         assert found["shared"] <= device_of("sm_90").shared, (kernel, found)
-        expected = "mma.sp" if kernel.tile.form == "cores" else "wgmma"
+        expected = "mma.sp" if kernel.tile.form == "cores" else "mma.sync" if kernel.tile.m == 8 else "wgmma"
         assert found["mma"].startswith(expected), (kernel, found)
         assert not found["flush"], "subnormals would be flushed, which decoding fp8 relies on"
 

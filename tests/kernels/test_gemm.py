@@ -159,7 +159,7 @@ def schemes(draw: st.DrawFn, layout: str) -> Scheme:
 
 tiles = st.builds(
     Tile,
-    m=st.sampled_from([16, 32]),
+    m=st.sampled_from([8, 16, 32]),
     n=st.sampled_from([64, 128]),
     k=st.sampled_from([64, 128]),
     split=st.sampled_from([1, 1, 2, 3]),

@@ -470,7 +470,7 @@ def test_explain_tells_the_choice_its_origin_and_its_time(monkeypatch: pytest.Mo
     device = torch.device("cuda", 0)
     spec = job("int4").spec
     told = _plan(spec, 1, BF16, device)
-    assert told["kernel"].startswith("gemm_fragment m=16 n=")
+    assert told["kernel"].startswith("gemm_fragment m=8 n=")
     assert (told["origin"], told["measured_us"]) == (tuning.PREDICTED, None)
     assert 0 < told["of_limit"] < 1
     tuning.record(GPU, kernel(), 16, tiles(kernel())[1], 8.0)
