@@ -331,7 +331,7 @@ def kernel(
     if SCALES == "token":
         value_factor = value_unit
     sums = scaled(sums, value_factor, shifts)
-    if WAYS > 1:
+    if WAYS > 1 or LANES:
         highest = tl.max(top, 0)
         factor = tl.exp2(top - finite(highest)[None, :])
         merged = ()
