@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--out FOLDER] [--only decode|prefill]
 
 Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B: 32 of queries, 8 of keys, of size
-128. Times are taken as in linear.py: CUDA graphs over several copies of the cache, so that it comes from memory;
-medians. torch's attention is cuDNN's, or FlashAttention where cuDNN refuses. `error` is |y - y'| / |y'| (Frobenius) of
+128, and for some contexts of 64 and 256 (`shape`: heads of queries, of keys, size). Times are taken as in linear.py:
+CUDA graphs over several copies of the cache, so that it comes from memory; medians. torch's attention is cuDNN's, or
+FlashAttention where cuDNN refuses. `error` is |y - y'| / |y'| (Frobenius) of
 the first sequence, where y' is the float64 attention over what the cache stands for. `floor_us` is reading the cache
 once, at the rate under `ceilings`. Paged caches have randomly permuted pages; "unequal" is as many tokens in all, half
 of them in one sequence.
@@ -35,6 +36,9 @@ DEVICE = torch.device("cuda")
 RESULTS = Path(__file__).parent / "results"
 HEADS, GROUP, SIZE = 8, 4, 128
 CONTEXTS = [(1, 256), (16, 256), (1, 4096), (1, 16384), (1, 65536), (8, 4096), (8, 16384), (64, 4096), (64, 16384)]
+CONTEXTS += [(64, 65536)]
+OTHERS = {size: [(1, 4096), (1, 16384), (8, 4096), (8, 16384)] for size in (64, 256)}
+"""Sequences and context, of heads of SIZE and of other sizes."""
 PROMPTS = [(1, 2048, 2048), (1, 8192, 8192), (8, 2048, 2048), (1, 512, 16384), (1, 32, 16384)]
 """Sequences, queries and context."""
 CACHES: dict[str, Any] = {
@@ -57,10 +61,10 @@ def error(y: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
     return round(((y[:1].double() - expected).norm() / expected.norm()).item(), 5)
 
 
-def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]]:
+def measure(batch: int, context: int, rate: float, size: int = SIZE) -> Iterator[dict[str, object]]:
     """The rows of one batch and context."""
-    shape = (batch, HEADS, context, SIZE)
-    query = torch.randn(batch, HEADS * GROUP, 1, SIZE, device="cuda", dtype=torch.bfloat16)
+    shape = (batch, HEADS, context, size)
+    query = torch.randn(batch, HEADS * GROUP, 1, size, device="cuda", dtype=torch.bfloat16)
     key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def row(impl: str, kv: str, us: float, wrong: float, nbytes: int) -> dict[str, object]:
@@ -70,6 +74,7 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
             "kv": kv,
             "batch": batch,
             "context": context,
+            "shape": [HEADS * GROUP, HEADS, size],
             "us": round(us, 2),
             "error": wrong,
             "floor_us": round(1e6 * nbytes / rate, 2),
@@ -88,16 +93,16 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
         )
     del plain
     shared = torch.ops.qcompile.attention_plain
-    ours = [partial(shared, query, *t, None, None, SIZE**-0.5) for t in copies(DEVICE, key, value)]
+    ours = [partial(shared, query, *t, None, None, size**-0.5) for t in copies(DEVICE, key, value)]
     wrong = error(ours[0](), query, key[:1], value[:1])
     yield row("qcompile", "bfloat16", microseconds(ours, DEVICE), wrong, 2 * key.nbytes)
     del ours
     for name, scheme in CACHES.items():
         cache = filled(scheme, key, value)
-        spec = AttentionSpec(key=cache.key_spec, value=cache.value_spec, scale=SIZE**-0.5).encode()
+        spec = AttentionSpec(key=cache.key_spec, value=cache.value_spec, scale=size**-0.5).encode()
         tensors = [cache.key_codes, cache.key_scale, cache.value_codes, cache.value_scale]
         restored = [
-            dequantize(codes[:1], scale[:1] if scale.dim() > 2 else scale, cache.key_spec.scheme, SIZE)
+            dequantize(codes[:1], scale[:1] if scale.dim() > 2 else scale, cache.key_spec.scheme, size)
             for codes, scale in (tensors[:2], tensors[2:])
         ]
         attention = torch.ops.qcompile.attention
@@ -118,7 +123,7 @@ def measure(batch: int, context: int, rate: float) -> Iterator[dict[str, object]
                     gather_pages(codes, table[:1])[:, :, : lengths[0]],
                     gather_pages(scale, table[:1])[:, :, : lengths[0]] if scale.dim() > 2 else scale,
                     cache.key_spec.scheme,
-                    SIZE,
+                    size,
                 )
                 for codes, scale in (pages[:2], pages[2:])
             ]
@@ -248,14 +253,17 @@ def main() -> None:
     rates = ceilings(DEVICE)
     rows = []
     if given.only != "prefill":
-        rows += [row for batch, context in CONTEXTS for row in measure(batch, context, rates["memory"])]
+        for size, contexts in ({SIZE: CONTEXTS} | OTHERS).items():
+            rows += [row for batch, context in contexts for row in measure(batch, context, rates["memory"], size)]
     if given.only != "decode":
         rows += [row for shape in PROMPTS for row in prefill(*shape, rates["16-bit"])]
     if given.only is None:
         write_results(given.out, "attention", DEVICE, rows, rates)
     for row in rows:
         share = float(str(row["floor_us"])) / float(str(row["us"]))
-        fields = (f"{row.get(key, 1)!s:>10}" for key in ("batch", "queries", "context", "impl", "kv", "us", "error"))
+        fields = (
+            f"{row.get(key, '')!s:>10}" for key in ("shape", "batch", "queries", "context", "impl", "kv", "us", "error")
+        )
         print(*fields, f"{share:>6.0%} of floor")
 
 

@@ -281,7 +281,8 @@ def attention(folder: Path) -> str:
         for shape in dict.fromkeys(map(_shape, steps)):
             title = "Microseconds by batch x context {heads}, caches from memory" + share
             of_shape = [row for row in steps if _shape(row) == shape]
-            text += _attention_table(of_shape, peers, shape, title, lambda row: (row["batch"], row["context"]))
+            others = [row for row in peers if _shape(row) == shape]
+            text += _attention_table(of_shape, others, shape, title, lambda row: (row["batch"], row["context"]))
         for shape in dict.fromkeys(map(_shape, prompts)):
             title = "Microseconds of prompts, or of their last tokens, by queries x context {heads}"
             title += ", and in brackets the share of the limit, which is the products" if limited else ""

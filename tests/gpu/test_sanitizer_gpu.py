@@ -44,6 +44,8 @@ KINDS: dict[str, tuple[str, int, tuple[int, int], Callable[[Tile], bool]]] = {
     "scaled fragments": ("mxfp4", 70, (200, 512), lambda t: t.scales == "fragments" and not t.overlap),
     "overlap": ("mxfp4", 70, (200, 512), lambda t: t.overlap),
     "streams": ("int4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
+    "streams of 8 bits": ("int8", 70, (256, 512), lambda t: t.form == "stream"),
+    "eight rows": ("int4", 1, (200, 512), lambda t: t.m == 8 and t.form == "loop"),
     "streams that share tiles": ("int4_asym", 130, (200, 640), lambda t: t.form == "stream" and t.split == 0),
     "streams of int8 rows": ("int8", 70, (200, 448), lambda t: t.form == "stream" and t.split > 0),
     "streams of int8 rows that share tiles": ("int8", 130, (200, 640), lambda t: t.form == "stream" and t.split == 0),
@@ -104,9 +106,11 @@ def test_experts(name: str) -> None:
     given.check(y.cpu(), BF16, unit_of(kernel))
 
 
-@pytest.mark.parametrize("kv", ["fp8_e4m3", "int4"])
-def test_attention_to_a_cache(kv: str) -> None:
-    given = test_attention.problem(kv, "token", heads=3, group=3, context=333, size=80, dtype=BF16, length=300)
+@pytest.mark.parametrize(
+    ("kv", "scales", "size"), [("fp8_e4m3", "token", 80), ("int4", "token", 80), ("fp8_e4m3", "head", 64)]
+)
+def test_attention_to_a_cache(kv: str, scales: str, size: int) -> None:
+    given = test_attention.problem(kv, scales, heads=3, group=3, context=333, size=size, dtype=BF16, length=300)
     given.check_kernel(run(given, launches=0))
 
 
