@@ -64,13 +64,17 @@ def _finish_by_m(axes: Any) -> None:
     _legend(axes)
 
 
+HEADS = [32, 8, 128]
+"""Of queries and of keys, and their size, of the plot of attention: Llama-3-8B's."""
+
+
 def plot_attention(folder: Path, out: Path) -> None:
     """The share of the limit for each batch and context."""
     for file in load(folder, "attention"):
         if not any("floor_us" in row for row in file["rows"]):
             continue
         figure, axes = _axes("Attention from one token", "share of the limit")
-        steps = [row for row in file["rows"] if "queries" not in row]
+        steps = [row for row in file["rows"] if "queries" not in row and row.get("shape", HEADS) == HEADS]
         for kv, impl in dict.fromkeys((row["kv"], row["impl"]) for row in steps):
             mine = [row for row in steps if (row["kv"], row["impl"]) == (kv, impl)]
             names = [f"{row['batch']} x {context(row['context'])}" for row in mine]
