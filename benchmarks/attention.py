@@ -6,8 +6,8 @@ Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3
 128, and for some contexts of 64 and 256 (`shape`: heads of queries, of keys, size). Times are taken as in linear.py:
 CUDA graphs over several copies of the cache, so that it comes from memory; medians. torch's attention is cuDNN's, or
 FlashAttention where cuDNN refuses. `error` is |y - y'| / |y'| (Frobenius) of the first sequence, where y' is the
-float64 attention over what the cache stands for. `floor_us` is reading the cache once, at the rate under `ceilings`. Paged
-caches have randomly permuted pages; "unequal" is as many tokens in all, half of them in one sequence.
+float64 attention over what the cache stands for. `floor_us` is reading the cache once, at the rate under `ceilings`.
+Paged caches have randomly permuted pages; "unequal" is as many tokens in all, half of them in one sequence.
 
 Rows with `queries` are of prompts (as long as the context) and chunks of prompts, causal. There torch attends to keys
 and values of 16 bits, with `is_causal` where the prompt is all of the context, else with a mask; `dequantize` is that
