@@ -71,6 +71,7 @@ def tile_of(
     integers: bool = False,
     in_fp8: bool = False,
     page: int = 0,
+    grouped: bool = False,
 ) -> AttentionTile:
     """Parts of the context until about every processor has a program, which has enough loads in flight by itself.
 
@@ -82,6 +83,7 @@ def tile_of(
         integers: whether codes are integers, whose decoding and scales take registers too: more and smaller programs.
         in_fp8: see `AttentionKernelSpec`, whose products are of 32 tokens and more.
         page: tokens of a page, of a paged cache; else 0.
+        grouped: whether a vector has several scales.
     """
     wide = x_dtype == torch.float32
     # As many tokens as registers hold: decoded keys and values, and beside them a program's results.
@@ -89,7 +91,7 @@ def tile_of(
     small = nvidia and rows <= 16 and size <= 128 and not wide
     block = 128 if small and (page or not integers) else 64 if nvidia else 16
     # Where there is much to attend to, two warps share a block of integers, and each attends by itself.
-    halved = target == "sm_90" and small and block == 64 and pairs * context >= 1 << 17
+    halved = target == "sm_90" and small and block == 64 and not grouped and pairs * context >= 1 << 17
     if size > 128:
         block = 32 if in_fp8 or (nvidia and not wide and rows <= 32) else 16
     warps = 8 if rows > 32 or (rows > 16 and size > 64) or (wide and size > 128) else 2 if halved else 4
@@ -220,7 +222,10 @@ def choose(
     if lanes_objection(spec, rows, reach.page, x_dtype, target) is None:
         tile = lanes_tile_of(batch * heads, context, target, sequences, reach.page)
     else:
-        tile = tile_of(batch * heads, context, size, rows, target, x_dtype, sequences, integers, in_fp8, reach.page)
+        grouped = spec.scheme.group > 0
+        tile = tile_of(
+            batch * heads, context, size, rows, target, x_dtype, sequences, integers, in_fp8, reach.page, grouped
+        )
     return attention_kernel_spec(spec, heads, group, queries, mask, reach, x_dtype, target, tile)
 
 

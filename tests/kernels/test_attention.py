@@ -468,7 +468,8 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         kernels += [bare.kernel(target, replace(tile, split=split)) for split in (1, 8)]
     rich = problem("int4", heads=8, group=4, size=128, mask="none", causal=True, shared=32, symmetric=False)
     rich = replace(rich, query=rich.query.to(torch.bfloat16))
-    kernels.append(rich.kernel(target, attention_gpu.tile_of(8, 16384, 128, 4, target, torch.bfloat16, integers=True)))
+    tile = attention_gpu.tile_of(8, 16384, 128, 4, target, integers=True, grouped=True)
+    kernels.append(rich.kernel(target, tile))
     kernels.append(rich.kernel(target, attention_gpu.prefill_tile_of(4096, 128, target, torch.bfloat16, grouped=True)))
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
