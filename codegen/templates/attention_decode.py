@@ -100,8 +100,14 @@ def reach(length, start, exists, context):
 
 
 @triton.jit
+def share_of(begin, end):
+    """Blocks of the context that each of a pair's programs has."""
+    return (tl.maximum((end + BLOCK_T - 1) // BLOCK_T - begin // BLOCK_T, 0) + SPLIT - 1) // SPLIT
+
+
+@triton.jit
 def send(codes, vector, count, SIZE: tl.constexpr, BYTES: tl.constexpr):
-    """Send `count` vectors to the L2 cache, by one thread and in whole 16 bytes."""
+    """Send `count` vectors of 16 bytes and more to the L2 cache, by one thread and in whole 16 bytes."""
     PTX: tl.constexpr = """{
         .reg .pred first;
         .reg .b32 thread;
@@ -110,9 +116,10 @@ def send(codes, vector, count, SIZE: tl.constexpr, BYTES: tl.constexpr):
         @first cp.async.bulk.prefetch.L2.global [$1], $2;
         mov.b32 $0, 0;
     }"""
-    address = (codes + vector * SIZE).to(tl.int64) & -16
-    size = count * BYTES & -16
-    tl.inline_asm_elementwise(PTX, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+    if BYTES >= 16:
+        address = (codes + vector * SIZE).to(tl.int64) & -16
+        size = count * BYTES & -16
+        tl.inline_asm_elementwise(PTX, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -126,12 +133,6 @@ def send_first(key_codes, value_codes, length, start, pair, split, context):
         vector = pair.to(tl.int64) * context + first
         send(key_codes, vector, count, KEY_SIZE // HALVES, KEY_BYTES)
         send(value_codes, vector, count, VALUE_SIZE // HALVES, VALUE_BYTES)
-
-
-@triton.jit
-def share_of(begin, end):
-    """Blocks of the context that each of a pair's programs has."""
-    return (tl.maximum((end + BLOCK_T - 1) // BLOCK_T - begin // BLOCK_T, 0) + SPLIT - 1) // SPLIT
 
 
 @triton.jit
