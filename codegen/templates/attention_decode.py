@@ -70,7 +70,7 @@ KEPT_ROWS = tl.constexpr(1 << (LIVE_ROWS.value - 1).bit_length())
 TOPS = tl.constexpr(KEPT_ROWS.value * VALUE_PIECES.value * BLOCK_V.value)
 PART = tl.constexpr(TOPS.value + 2 * KEPT_ROWS.value)
 """What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
-HELD = tl.constexpr(8192 if VALUE_PIECES.value <= 2 and VALUE_SIZE.value <= 128 else 2048)
+HELD = tl.constexpr(8192 if VALUE_PIECES.value <= 2 and VALUE_SIZE.value <= 128 else 3584)
 """Numbers of parts that registers hold beside the rest."""
 AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, HELD.value // TOPS.value)))
 """Parts that are read at once."""
