@@ -431,14 +431,15 @@ def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
 
 
 def _lanes(spec: AttentionKernelSpec) -> str:
-    """The functions of `attention_lanes`, for tiles that have them."""
+    """The functions of `attention_lanes`, for tiles that have them, and those that it shares with `sparse_cores`."""
     if not spec.tile.lanes:
         return ""
-    text = _functions_of("attention_lanes")
+    text, cores = _functions_of("attention_lanes"), _template("sparse_cores")
+    text = text[text.index("# <lanes>") :]
     convert = {"fp8_e4m3": "cvt.rn.f16x2.e4m3x2", "fp8_e5m2": "cvt.rn.f16x2.e5m2x2"}[spec.number]
-    return fill_hole(
-        text[text.index("# <lanes>") :], "lanes", _constants({"STAGES": spec.tile.stages, "CONVERT": convert})
-    )
+    text = fill_hole(text, "lanes", _constants({"STAGES": spec.tile.stages, "CONVERT": convert}))
+    shared = cores[cores.index("@triton.jit\ndef unjoined") : cores.index("@triton.jit\ndef block_ahead")]
+    return fill_hole(text, "registers", shared)
 
 
 def _choosing(spec: ColumnsSpec | RangesSpec) -> dict[str, str]:

@@ -78,28 +78,10 @@ PACK = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 WEIGHTS = tl.constexpr("{ .reg .b32 p; cvt.rn.f16x2.f32 p, $2, $1; movmatrix.sync.aligned.m8n8.trans.b16 $0, p; }")
 
 
-@triton.jit
-def unjoined(value, COUNT: tl.constexpr):
-    """The columns of [THREADS, COUNT], a tensor each."""
-    if COUNT == 1:
-        return (tl.reshape(value, (THREADS,)),)
-    else:
-        first, second = tl.split(tl.reshape(value, (THREADS, COUNT // 2, 2)))
-        even, odd = unjoined(first, COUNT // 2), unjoined(second, COUNT // 2)
-        found = ()
-        for i in tl.static_range(COUNT // 2):
-            found += (even[i], odd[i])
-        return found
+# <registers>
+from qcompile.codegen.templates.sparse_cores import joined, unjoined
 
-
-@triton.jit
-def joined(values, COUNT: tl.constexpr):
-    """The inverse of `unjoined`."""
-    if COUNT == 1:
-        return tl.reshape(values[0], (THREADS, 1))
-    else:
-        first, second = joined(values[::2], COUNT // 2), joined(values[1::2], COUNT // 2)
-        return tl.reshape(tl.join(first, second), (THREADS, COUNT))
+# </registers>
 
 
 @triton.jit
