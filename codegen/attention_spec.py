@@ -104,8 +104,10 @@ class AttentionKernelSpec:
         return self.tile.rows or _power(self.group * self.queries)
 
     def pieces(self, size: int) -> int:
-        """Parts of a vector that are multiplied by themselves."""
-        return size // self.group_size if self.group_size else 2 if self.bits == 4 else 1
+        """Parts of a vector that are multiplied by themselves; of many queries, registers hold 128 elements."""
+        if self.group_size:
+            return size // self.group_size
+        return 2 if self.bits == 4 or (self.tile.rows and size > 128 and size % 32 == 0) else 1
 
     @property
     def part(self) -> int:

@@ -237,9 +237,7 @@ def _sparse_cores(spec: KernelSpec) -> str:
         "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute),
         "MULTIPLY": sparse_product(spec.compute),
     }
-    text = _functions_of("sparse_cores")
-    text = text[text.index("# <cores>") :]
-    return fill_hole(text, "cores", _constants(constants))
+    return fill_hole(_functions_of("sparse_cores", "# <cores>"), "cores", _constants(constants))
 
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
@@ -359,12 +357,12 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
     )
 
 
-def _functions_of(template: str) -> str:
-    """The constants and functions of a template, with its holes."""
+def _functions_of(template: str, begin: str = "# <") -> str:
+    """The constants and functions of a template, with its holes, from a line that begins so."""
     text = _template(template)
     kernel = text.find("\ndef kernel(")
     end = len(text) if kernel < 0 else text.rindex("@triton.jit", 0, kernel)
-    return text[text.index("\n# <") + 1 : end].rstrip() + "\n\n\n"
+    return text[text.index(f"\n{begin}") + 1 : end].rstrip() + "\n\n\n"
 
 
 def _finish(spec: KernelSpec) -> dict[str, str]:
@@ -425,8 +423,8 @@ def _values(spec: AttentionKernelSpec) -> str:
 
 
 def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    constants = _constants(spec.constants())
-    found = {"attention": _functions_of("attention"), "constants": constants, "decode": _values(spec) + "\n\n"}
+    found = {"attention": _functions_of("attention"), "parts": _functions_of("attention_parts", "STORED_ROWS")}
+    found |= {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
     return found | ({"lanes": _lanes(spec)} if spec.template == ATTENTION_TEMPLATE else {})
 
 
@@ -434,8 +432,7 @@ def _lanes(spec: AttentionKernelSpec) -> str:
     """The functions of `attention_lanes`, for tiles that have them, and those that it shares with `sparse_cores`."""
     if not spec.tile.lanes:
         return ""
-    text, cores = _functions_of("attention_lanes"), _template("sparse_cores")
-    text = text[text.index("# <lanes>") :]
+    text, cores = _functions_of("attention_lanes", "# <lanes>"), _template("sparse_cores")
     convert = {"fp8_e4m3": "cvt.rn.f16x2.e4m3x2", "fp8_e5m2": "cvt.rn.f16x2.e5m2x2"}[spec.number]
     text = fill_hole(text, "lanes", _constants({"STAGES": spec.tile.stages, "CONVERT": convert}))
     shared = cores[cores.index("@triton.jit\ndef unjoined") : cores.index("@triton.jit\ndef block_ahead")]

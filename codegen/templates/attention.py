@@ -77,6 +77,11 @@ SHIFT = tl.constexpr(15.0 if COMPUTE.value == tl.float16 else 8.0 if FP8.value e
 LOG2E = tl.constexpr(1.4426950408889634)
 """Scores are multiplied by it, so that weights are powers of two."""
 FACTOR = tl.constexpr(SCALE.value * (1.0 if SOFTCAP.value else LOG2E.value))
+SCALES_AHEAD = tl.constexpr(GROUP_SIZE.value == 0 and QUERIES.value > 0)
+"""Whether scales are held a turn ahead: those of groups are too many for it, and where there are many queries registers
+are for results, and compilers copy scales to shared memory ahead."""
+LIVE_ROWS = tl.constexpr(GROUP.value * QUERIES.value)
+"""Rows that there are in kernels for few queries."""
 
 
 # <decode>
@@ -155,7 +160,11 @@ def load_codes(codes, t, d, inside, WIDTH: tl.constexpr, LIVE: tl.constexpr, BLO
 def load_scales(scales, vectors, inside, COUNT: tl.constexpr):
     """Of vectors: the scales of their pieces, or of all of them, then offsets; () for scales of several tokens."""
     found = ()
-    if SCALES == "token":
+    if SCALES == "token" and OFFSETS and COUNT == 1:  # both are a word
+        words = scales.to(tl.pointer_type(tl.int32), bitcast=True) + vectors[0]
+        word = tl.load(words + vectors[1], mask=inside, other=0)
+        found = ((word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True))
+    elif SCALES == "token":
         STEP: tl.constexpr = COUNT * (2 if OFFSETS else 1)
         own = scales + vectors[0] * STEP
         for place in tl.static_range(STEP):
@@ -165,9 +174,9 @@ def load_scales(scales, vectors, inside, COUNT: tl.constexpr):
 
 @triton.jit
 def scales_ahead(scales, vectors, inside, COUNT: tl.constexpr):
-    """`load_scales` a turn ahead; those of groups, which are too many to be held, are left to `attend`."""
+    """`load_scales` a turn ahead, unless that is left to `attend`."""
     found = ()
-    if not GROUP_SIZE:
+    if SCALES_AHEAD:
         found = load_scales(scales, vectors, inside, COUNT)
     return found
 
@@ -210,6 +219,15 @@ def finite(top):
 
 
 @triton.jit
+def row_of(cell, tokens):
+    """Which row of a pair's queries, and whether there is one: in their order, or that of tokens for many queries."""
+    live = cell < tokens * GROUP
+    if QUERIES == 0:
+        cell = tl.where(live, cell % GROUP * tokens + cell // GROUP, 0)
+    return cell, live
+
+
+@triton.jit
 def queries_of(query, places, live):
     """Rows' pieces in COMPUTE, divided by units; the units; sums of the pieces' elements, where scales have offsets.
 
@@ -244,6 +262,32 @@ def queries_of(query, places, live):
 
 
 @triton.jit
+def cache_of(pair, batch, key_codes, key_scale, value_codes, value_scale, block_table, context):
+    """Where a pair's keys and values, their scales and the block table begin."""
+    if PAGE == 0:
+        before = pair.to(tl.int64) * context
+        key_codes += before * (KEY_SIZE // HALVES)
+        value_codes += before * (VALUE_SIZE // HALVES)
+        if SCALES == "token":
+            key_scale += before * (KEY_SCALED * (2 if OFFSETS else 1))
+            value_scale += before * (VALUE_SCALED * (2 if OFFSETS else 1))
+    else:
+        block_table += batch.to(tl.int64) * (context // PAGE)
+    return key_codes, key_scale, value_codes, value_scale, block_table
+
+
+@triton.jit
+def factors_of(head, key_scale, value_scale):
+    """What multiplies all scores and all values of a head."""
+    key_factor, value_factor = FACTOR * 1.0, 1.0
+    if SCALES == "tensor" or SCALES == "head":
+        own_scale = head if SCALES == "head" else 0
+        key_factor = tl.load(key_scale + own_scale) * key_factor
+        value_factor = tl.load(value_scale + own_scale)
+    return key_factor, value_factor
+
+
+@triton.jit
 def beginning(shape_of):
     """Nothing attended to yet, for rows like `shape_of`: the greatest score, sums of weights, of values and of offsets.
 
@@ -260,37 +304,19 @@ def beginning(shape_of):
 
 
 @triton.jit
-def attend(
-    t,
-    vectors,
-    inside,
-    queries,
-    query_sums,
-    key_factor,
-    key_codes,
-    value_codes,
-    key_scale,
-    value_scale,
-    key_scales,
-    value_scales,
-    mask,
-    places,
-    live,
-    last,
-    top,
-    total,
-    sums,
-    shifts,
-    unit,
-    MASKED: tl.constexpr,
-):
+def attend(t, vectors, inside, cache, scales, rows, sofar, MASKED: tl.constexpr):
     """Attend to positions t too, [BLOCK_T] or [WAYS, BLOCK_T / WAYS]: what `beginning` gives, anew.
 
-    vectors: where they lie. inside: which of them count. MASKED: whether some do not, or are hidden from some rows.
+    vectors: where they lie. inside: which of them count. scales: see `look_up`. MASKED: whether some positions do not
+    count, or are hidden from some rows. The others are those of `attend_to`.
     """
+    key_codes, key_scale, value_codes, value_scale, _ = cache
+    key_scales, value_scales = scales
+    queries, query_sums, key_factor, mask, places, live, last = rows
+    top, total, sums, shifts, unit = sofar
     d = tl.arange(0, BLOCK_K)
     dv = tl.arange(0, BLOCK_V)
-    if GROUP_SIZE:
+    if not SCALES_AHEAD:
         key_scales = load_scales(key_scale, vectors, inside, KEY_SCALED)
     scores = line(t * 0).to(tl.float32)
     for number in tl.static_range(KEY_PIECES // HALVES):
@@ -320,7 +346,7 @@ def attend(
     weights = tl.exp2(scores - column(base - SHIFT))
     rescale = tl.exp2(top - base)
     total = total * rescale + tl.sum(weights, -1)
-    if GROUP_SIZE:
+    if not SCALES_AHEAD:
         value_scales = load_scales(value_scale, vectors, inside, VALUE_SCALED)
     next_shifts = ()
     if OFFSETS:
@@ -354,6 +380,38 @@ def attend(
         for number in tl.static_range(VALUE_PIECES // HALVES):
             next_sums = next_sums + (parts[number * HALVES + half],)
     return higher, total, next_sums, next_shifts, unit
+
+
+@triton.jit
+def look_up(t, token, block, head, begin, end, cache):
+    """The page of a block, and scales of its keys and values."""
+    _, key_scale, _, value_scale, block_table = cache
+    inside = within(t, begin, end)
+    page = pages_of(block_table, t, inside, block, end)
+    vectors = vectors_of(page, t, token, block, head)
+    scales = (
+        scales_ahead(key_scale, vectors, inside, KEY_SCALED),
+        scales_ahead(value_scale, vectors, inside, VALUE_SCALED),
+    )
+    return page, scales
+
+
+@triton.jit
+def attend_to(first, stop, token, head, begin, end, cache, rows, sofar, ahead, MASKED: tl.constexpr):
+    """Attend to blocks of the context from `first` until `stop` too: what `beginning` gives, and `ahead`, anew.
+
+    token: positions in a block. begin, end: which positions count. cache: see `cache_of`. rows: their queries, as
+    `queries_of` gives them, what multiplies scores; the mask, and `masked`'s arguments for it. ahead: what `look_up`
+    gives of the first block.
+    """
+    page, scales = ahead
+    t = first * BLOCK_T + token
+    for block in tl.range(first, stop):
+        next_page, next_scales = look_up(t + BLOCK_T, token, block + 1, head, begin, end, cache)
+        vectors = vectors_of(page, t, token, block, head)
+        sofar = attend(t, vectors, within(t, begin, end), cache, scales, rows, sofar, MASKED)
+        page, scales, t = next_page, next_scales, t + BLOCK_T
+    return sofar, (page, scales)
 
 
 @triton.jit

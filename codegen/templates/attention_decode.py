@@ -10,7 +10,7 @@ they are put together at the end.
 A kernel may begin before the one before it has ended: until then it only sends the first of its keys and values to the
 L2 cache.
 
-Everything else is said in `attention`.
+Everything else is said in `attention` and `attention_parts`.
 """
 
 # mypy: ignore-errors
@@ -20,18 +20,15 @@ import triton.language as tl
 # <attention>
 from qcompile.codegen.templates.attention import (
     BLOCK_T,
-    BLOCK_V,
     EARLY,
-    FACTOR,
     GROUP,
     HALVES,
     HEADS,
     KEY_BYTES,
-    KEY_SCALED,
     KEY_SIZE,
     LANES,
     LENGTH,
-    OFFSETS,
+    LIVE_ROWS,
     PAGE,
     QUERIES,
     ROWS,
@@ -42,21 +39,20 @@ from qcompile.codegen.templates.attention import (
     VALUE_BYTES,
     VALUE_PIECE,
     VALUE_PIECES,
-    VALUE_SCALED,
     VALUE_SIZE,
     WAYS,
     WINDOW,
-    attend,
+    attend_to,
     beginning,
+    cache_of,
     column,
+    factors_of,
     finish,
     finite,
-    pages_of,
+    look_up,
     queries_of,
+    row_of,
     scaled,
-    scales_ahead,
-    vectors_of,
-    within,
 )
 
 # </attention>
@@ -64,16 +60,11 @@ from qcompile.codegen.templates.attention import (
 from qcompile.codegen.templates.attention_lanes import attend_in_lanes, sum_of_ways
 
 # </lanes>
+# <parts>
+from qcompile.codegen.templates.attention_parts import PART, leave_part, put_together
 
-LIVE_ROWS = tl.constexpr(GROUP.value * QUERIES.value)
-KEPT_ROWS = tl.constexpr(1 << (LIVE_ROWS.value - 1).bit_length())
-TOPS = tl.constexpr(KEPT_ROWS.value * VALUE_PIECES.value * BLOCK_V.value)
-PART = tl.constexpr(TOPS.value + 2 * KEPT_ROWS.value)
-"""What a program leaves: sums of weighted values, then the greatest score and the sum of weights of each row."""
-HELD = tl.constexpr(8192 if VALUE_PIECES.value <= 2 and VALUE_SIZE.value <= 128 else 3584)
-"""Numbers of parts that registers hold beside the rest."""
-AT_ONCE = tl.constexpr(max(1, min(SPLIT.value, HELD.value // TOPS.value)))
-"""Parts that are read at once."""
+# </parts>
+
 LEAST = tl.constexpr(4)
 """Blocks of the context that a program of sequences of unequal length takes at least."""
 SENT = tl.constexpr(2 * BLOCK_T.value)
@@ -133,51 +124,6 @@ def send_first(key_codes, value_codes, length, start, pair, split, context):
         vector = pair.to(tl.int64) * context + first
         send(key_codes, vector, count, KEY_SIZE // HALVES, KEY_BYTES)
         send(value_codes, vector, count, VALUE_SIZE // HALVES, VALUE_BYTES)
-
-
-@triton.jit
-def load_parts(partial, first, sharers):
-    """Of parts from `first` on, one after another: the greatest scores, sums of weights, and pieces of sums of values.
-
-    What each thread has of all of them are the same elements, so that adding parts is its own affair.
-    """
-    row = tl.arange(0, KEPT_ROWS)
-    live = row < LIVE_ROWS
-    cells = row[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    found = ()
-    for i in tl.static_range(AT_ONCE):
-        part = partial + (first + i) * PART
-        known = live & (first + i < sharers)
-        top = tl.load(part + TOPS + row, mask=known, other=float("-inf"), cache_modifier=".cg")
-        total = tl.load(part + TOPS + KEPT_ROWS + row, mask=known, other=0.0, cache_modifier=".cg")
-        sums = ()
-        for piece in tl.static_range(VALUE_PIECES):
-            source = part + piece * KEPT_ROWS * BLOCK_V + cells
-            sums += (tl.load(source, mask=known[:, None], other=0.0, cache_modifier=".cg"),)
-        found += ((top, total, sums),)
-    return found
-
-
-@triton.jit
-def add_parts(best, whole, sums, parts):
-    """The greatest scores, sums of weights, and pieces of sums of values, of `parts` too."""
-    higher = best
-    for i in tl.static_range(AT_ONCE):
-        higher = tl.maximum(higher, parts[i][0])
-    base = finite(higher)
-    smaller = tl.exp2(best - base)
-    whole *= smaller
-    added = ()
-    for piece in tl.static_range(VALUE_PIECES):
-        added += (sums[piece] * smaller[:, None],)
-    for i in tl.static_range(AT_ONCE):
-        factor = tl.exp2(parts[i][0] - base)
-        whole += parts[i][1] * factor
-        more = ()
-        for piece in tl.static_range(VALUE_PIECES):
-            more += (added[piece] + parts[i][2][piece] * factor[:, None],)
-        added = more
-    return higher, whole, added
 
 
 @triton.jit(
@@ -242,95 +188,32 @@ def kernel(
         sharers = tl.sum(tl.where(every == batch, programs, 0), 0)
         begin = tl.sum(tl.where(every == batch, begins, 0), 0)
         end = tl.sum(tl.where(every == batch, ends, 0), 0)
-    row = tl.arange(0, ROWS)
-    live = row < LIVE_ROWS
-    dv = tl.arange(0, BLOCK_V)
+    row, live = row_of(tl.arange(0, ROWS), QUERIES)
     query += pair.to(tl.int64) * (LIVE_ROWS * KEY_SIZE)
-    if PAGE == 0:
-        before = pair.to(tl.int64) * context
-        key_codes += before * (KEY_SIZE // HALVES)
-        value_codes += before * (VALUE_SIZE // HALVES)
-    else:
-        block_table += batch.to(tl.int64) * (context // PAGE)
     mask += batch.to(tl.int64) * mask_batch + head.to(tl.int64) * GROUP * mask_head
-    key_factor, value_factor = FACTOR * 1.0, 1.0
-    if SCALES == "tensor" or SCALES == "head":
-        own_scale = head if SCALES == "head" else 0
-        key_factor = tl.load(key_scale + own_scale) * key_factor
-        value_factor = tl.load(value_scale + own_scale)
+    key_factor, value_factor = factors_of(head, key_scale, value_scale)
+    cache = cache_of(pair, batch, key_codes, key_scale, value_codes, value_scale, block_table, context)
     first = begin // BLOCK_T + split * share
     stop = tl.minimum(first + share, (end + BLOCK_T - 1) // BLOCK_T)
     if LANES:
         top, total, sums = attend_in_lanes(
-            query,
-            key_codes,
-            value_codes,
-            block_table,
-            mask,
-            mask_head,
-            mask_query,
-            head,
-            begin,
-            end,
-            first,
-            stop,
-            key_factor,
+            first, stop, head, begin, end, cache, query, key_factor, mask, mask_head, mask_query
         )
         sums, shifts = (sums,), ()
     else:
         queries, query_sums, unit = queries_of(query, row * KEY_SIZE, live)
-        key_factor = unit * key_factor
         places = row // QUERIES * mask_head + row % QUERIES * mask_query
-        if SCALES == "token" and PAGE == 0:
-            key_scale += before * (KEY_SCALED * (2 if OFFSETS else 1))
-            value_scale += before * (VALUE_SCALED * (2 if OFFSETS else 1))
-        last = end - QUERIES + row % QUERIES
+        rows = (queries, query_sums, unit * key_factor, mask, places, live, end - QUERIES + row % QUERIES)
         if WAYS == 1:
             token = tl.arange(0, BLOCK_T)
-            top, total, sums, shifts, value_unit = beginning(tl.zeros((ROWS,), tl.float32))
+            sofar = beginning(tl.zeros((ROWS,), tl.float32))
         else:
             EACH: tl.constexpr = BLOCK_T // WAYS
             token = column(tl.arange(0, WAYS)) * EACH + tl.arange(0, EACH)[None, :]
-            top, total, sums, shifts, value_unit = beginning(tl.zeros((WAYS, ROWS), tl.float32))
-        # Scales and the block table are read a turn ahead.
-        t = first * BLOCK_T + token
-        inside = within(t, begin, end)
-        page = pages_of(block_table, t, inside, first, end)
-        vectors = vectors_of(page, t, token, first, head)
-        key_scales = scales_ahead(key_scale, vectors, inside, KEY_SCALED)
-        value_scales = scales_ahead(value_scale, vectors, inside, VALUE_SCALED)
-        for block in tl.range(first, stop):
-            ahead = t + BLOCK_T
-            next_inside = within(ahead, begin, end)
-            next_page = pages_of(block_table, ahead, next_inside, block + 1, end)
-            next_vectors = vectors_of(next_page, ahead, token, block + 1, head)
-            next_key_scales = scales_ahead(key_scale, next_vectors, next_inside, KEY_SCALED)
-            next_value_scales = scales_ahead(value_scale, next_vectors, next_inside, VALUE_SCALED)
-            top, total, sums, shifts, value_unit = attend(
-                t,
-                vectors_of(page, t, token, block, head),
-                within(t, begin, end),
-                queries,
-                query_sums,
-                key_factor,
-                key_codes,
-                value_codes,
-                key_scale,
-                value_scale,
-                key_scales,
-                value_scales,
-                mask,
-                places,
-                live,
-                last,
-                top,
-                total,
-                sums,
-                shifts,
-                value_unit,
-                True,
-            )
-            key_scales, value_scales, t, page = next_key_scales, next_value_scales, ahead, next_page
+            sofar = beginning(tl.zeros((WAYS, ROWS), tl.float32))
+        ahead = look_up(first * BLOCK_T + token, token, first, head, begin, end, cache)
+        sofar, _ = attend_to(first, stop, token, head, begin, end, cache, rows, sofar, ahead, True)
+        top, total, sums, shifts, value_unit = sofar
     if SCALES == "token":
         value_factor = value_unit
     sums = scaled(sums, value_factor, shifts)
@@ -350,22 +233,5 @@ def kernel(
             finish(y, sums[piece], total, row * VALUE_SIZE, live, piece * VALUE_PIECE)
     else:
         partial += first_part.to(tl.int64) * PART
-        own = partial + split * PART
-        cells = row[:, None] * BLOCK_V + dv[None, :]
-        for piece in tl.static_range(VALUE_PIECES):
-            tl.store(own + piece * KEPT_ROWS * BLOCK_V + cells, sums[piece], mask=live[:, None], cache_modifier=".cg")
-        tl.store(own + TOPS + row, top, mask=live, cache_modifier=".cg")
-        tl.store(own + TOPS + KEPT_ROWS + row, total, mask=live, cache_modifier=".cg")
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel", scope="gpu") == sharers - 1:
-            best = tl.zeros((KEPT_ROWS,), tl.float32) + float("-inf")
-            whole = tl.zeros((KEPT_ROWS,), tl.float32)
-            added = ()
-            for _ in tl.static_range(VALUE_PIECES):
-                added += (tl.zeros((KEPT_ROWS, BLOCK_V), tl.float32),)
-            for some in tl.range(0, sharers, AT_ONCE):
-                best, whole, added = add_parts(best, whole, added, load_parts(partial, some, sharers))
-            kept = tl.arange(0, KEPT_ROWS)
-            for piece in tl.static_range(VALUE_PIECES):
-                finish(y, added[piece], whole, kept * VALUE_SIZE, kept < LIVE_ROWS, piece * VALUE_PIECE)
-            tl.store(arrived + pair, 0)
+        leave_part(partial + split * PART, top, total, sums)
+        put_together(y, partial, arrived + pair, sharers, 0, QUERIES)

@@ -266,25 +266,12 @@ def turned(first, second):
 
 
 @triton.jit
-def attend_in_lanes(
-    query,
-    key_codes,
-    value_codes,
-    block_table,
-    mask,
-    mask_head,
-    mask_query,
-    head,
-    begin,
-    end,
-    first,
-    stop,
-    key_factor,
-):
+def attend_in_lanes(first, stop, head, begin, end, cache, query, key_factor, mask, mask_head, mask_query):
     """Attend to blocks of the context from `first` until `stop`: the greatest scores, sums of weights, and of values.
 
-    They are [WAYS, 8], [WAYS, 8] and [WAYS, 8, VALUE_SIZE]; arguments are those of `attention_decode`.
+    They are [WAYS, 8], [WAYS, 8] and [WAYS, 8, VALUE_SIZE]; arguments are those of `attend_to` and `attention_decode`.
     """
+    key_codes, _, value_codes, _, block_table = cache
     thread = tl.arange(0, THREADS)
     lane, warp = thread % 32, thread // 32
     g, c = lane // 4, lane % 4

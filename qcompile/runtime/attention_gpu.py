@@ -153,19 +153,23 @@ def prefill_tile_of(
     """
     least = max(16, 1 << (rows - 1).bit_length())
     if not target.startswith("sm_"):
-        return AttentionTile(context=32, split=1, warps=4, stages=1, rows=min(least, 64 if size <= 128 else 32))
+        block, most = 16 if grouped else 32, 64 if size <= 128 else 32
+        return AttentionTile(context=block, split=1, warps=4, stages=1, rows=min(least, most))
     if x_dtype == torch.float32 and not in_fp8:
         most, block = (32, 32) if size <= 64 else (32, 16) if size <= 128 else (16, 16)
         return AttentionTile(context=block, split=1, warps=8, stages=2, rows=min(least, most))
     # Where matrix units take operands from registers only, decoded keys and values are there as well.
     if grouped:
         most = 64 if target == "sm_90" else 32
-        block = 16 if target in WARP_GROUPS and target != "sm_90" else 32
+        block = 32 if target == "sm_90" else 16
         return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
+    if size > 128 and target in WARP_GROUPS and not in_fp8:
+        return AttentionTile(context=32, split=1, warps=8 if least > 64 else 4, stages=2, rows=min(least, 128))
     if size > 128 or target not in WARP_GROUPS:
-        return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=2, rows=min(least, 64))
+        stages = 3 if size <= 64 else 2
+        return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=stages, rows=min(least, 64))
     held = min(least, 128)
-    block, stages = (64, 3) if target == "sm_90" else (32, 2 if plain else 3)
+    block, stages = (64, 3) if target == "sm_90" else (32, 2 if plain or size <= 64 else 3)
     return AttentionTile(context=block, split=1, warps=8 if held > 64 else 4, stages=stages, rows=held)
 
 

@@ -12,7 +12,7 @@ from qcompile.codegen.spec import native_fp8
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
 from tests import tolerance
-from tests.kernels.test_attention import FORMATS, MASKS, Plain, Problem, plain_problem, problem
+from tests.kernels.attention_problems import FORMATS, MASKS, Plain, Problem, plain_problem, problem
 from tests.kernels.test_attention_fp8 import e4m3_queries
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
-from tests.kernels.test_attention import FORMATS
+from tests.kernels.attention_problems import FORMATS
 from tests.kernels.test_paged_attention import Paged, paged
 from tests.kv_cache.test_paged_models import begin, model_of
 

@@ -20,7 +20,7 @@ from qcompile.kv_cache import SCALES, decode_attention_spec, parse_kv_cache
 from qcompile.runtime import attention_gpu, cache, gpu
 from tests import oracle
 from tests.cross_compile import measure
-from tests.kernels.test_attention import MASKS, Problem, problem
+from tests.kernels.attention_problems import MASKS, Problem, problem
 from tests.strategies import FLOATS
 
 FORMATS = ("fp8_e4m3", "fp8_e5m2")

@@ -15,7 +15,7 @@ from qcompile.flags import override
 from qcompile.runtime import attention_gpu, cache
 from tests import oracle
 from tests.cross_compile import measure
-from tests.kernels.test_attention import MASKS, Problem, problem
+from tests.kernels.attention_problems import MASKS, Problem, problem
 from tests.kernels.test_paged_attention import paged
 
 HALVES = (torch.bfloat16, torch.float16)

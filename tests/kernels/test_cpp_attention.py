@@ -20,7 +20,7 @@ from qcompile.flags import override
 from qcompile.kv_cache import SCALES
 from qcompile.runtime import attention_cpu, cpp, cpp_attention, cpu
 from tests import oracle, tolerance
-from tests.kernels.test_attention import FORMATS, MASKS, Plain, Problem, plain_problem, problem
+from tests.kernels.attention_problems import FORMATS, MASKS, Plain, Problem, plain_problem, problem
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KERNELS: dict[str, list[tuple[str, torch.dtype]]] = {

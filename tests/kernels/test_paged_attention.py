@@ -19,7 +19,7 @@ from qcompile.kv_cache import SCALES
 from qcompile.runtime import attention_gpu, cache
 from tests import oracle, tolerance
 from tests.cross_compile import measure
-from tests.kernels.test_attention import FORMATS, Cache, Problem, problem
+from tests.kernels.attention_problems import FORMATS, Cache, Problem, problem
 from tests.strategies import FLOATS
 from tests.triton_interpreter import interpret
 
