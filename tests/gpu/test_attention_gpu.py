@@ -89,10 +89,11 @@ def test_prefill(kv: str, size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kv", FORMATS)
+@pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("queries", [9, 20, 64])
-def test_few_tokens_share_a_long_context(kv: str, queries: int) -> None:
+def test_few_tokens_share_a_long_context(kv: str, queries: int, size: int) -> None:
     given = problem(
-        kv, "token", heads=3, group=4, queries=queries, context=8000, size=128, dtype=torch.bfloat16, mask="none"
+        kv, "token", heads=3, group=4, queries=queries, context=8000, size=size, dtype=torch.bfloat16, mask="none"
     )
     given = replace(given, length=torch.tensor(7900), spec=replace(given.spec, causal=True))
     given.check_kernel(run(given))

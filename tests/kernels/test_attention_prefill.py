@@ -67,5 +67,5 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)
-        assert found["shared"] <= device_of(target).shared, (kernel, found)
+        assert found["shared"] <= (99 * 1024 if target == "sm_89" else device_of(target).shared), (kernel, found)
         assert found["mma"], f"no matrix instruction in {kernel}"
