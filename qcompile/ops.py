@@ -17,6 +17,7 @@ from qcompile.errors import DeviceError, GradientError
 from qcompile.gates import ACTIVATIONS, columns, gate
 from qcompile.hadamard import transform
 from qcompile.linear_spec import STORES, LinearSpec, decode_spec
+from qcompile.norms import quantize
 from qcompile.reference import quantize_activation
 from qcompile.scheme import ActivationScheme, Granularity
 
@@ -155,7 +156,7 @@ def _product(
         )
         x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
     elif parsed.scheme.activation is not None and not quantized_by_product(rows, parsed):
-        rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
+        rows, x_scale = quantize(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu
 

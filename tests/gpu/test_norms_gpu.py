@@ -21,7 +21,7 @@ LAUNCHES = 20
 CASES = {
     "llama": LLAMA,
     "gemma": replace(LLAMA, weight="one more", early=False, residual=False, keep_sum=False, keep_norm=True),
-    "layer norm": replace(LLAMA, centered=True, early=False, bias=True, eps=1e-5),
+    "layer norm": replace(LLAMA, norm="layer", early=False, bias=True, eps=1e-5),
     "powers": replace(LLAMA, columns=32, powers=True),
     "int8": replace(LLAMA, number="int8", columns=64),
 }
