@@ -20,8 +20,8 @@ from qcompile import compat
 from qcompile.evaluate.timing import Call, Row, copies, microseconds
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
-from qcompile.packed import PackedWeight
 from qcompile.norms import quantize
+from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation, quantize_weight
 from qcompile.scheme import ActivationScheme, Scheme
 
