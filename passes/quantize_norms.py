@@ -4,7 +4,8 @@ for linears whose activations have a dynamic scale a token, or a group of column
 `F.layer_norm`, and RMSNorm as transformers spells it out: with the weight applied in the rows' type (Llama), in float32
 (gpt-oss), or one more than it (Gemma). The sum and the norm are results too where something else reads them.
 
-Compilers make two kernels of a norm and maxima of groups, and slow ones of few rows. Static scales are left to them.
+Compilers make two kernels of a norm and maxima of groups, and slow ones of few rows. Static scales are left to them, as
+are scales a token where they join the epilogue before the norm with both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qcompile.linear_spec import decode_spec
 from qcompile.norm_spec import NormSpec, quantization
 from qcompile.norms import OP as NORM_QUANTIZE
 from qcompile.passes.context import Args, GraphContext, example
-from qcompile.passes.share_quantization import LEFT, alike, read_codes
+from qcompile.passes.share_quantization import LEFT, alike, has_visible_epilogue, read_codes
 
 _RULE = "quantize_norms"
 _X, _SPEC = Args.index("x"), Args.index("spec")
@@ -218,7 +219,7 @@ def quantize_norms(context: GraphContext) -> None:
         if not isinstance(last, fx.Node) or example(last).device.type in LEFT:
             continue
         plain, norm = quantization(activation, example(last).shape[-1]), _norm(last)
-        if plain is None or norm is None:
+        if plain is None or norm is None or (plain.columns == plain.k and has_visible_epilogue(norm.x)):
             continue
         names = " + ".join(context.layers[node].name for node in linears)
         reason = _objection(norm, last)

@@ -5,7 +5,7 @@ or each is packed alone). Compilers do not find that the linears compute the sam
 
 On GPUs also for a linear alone whose activations are in memory already, so that a compiler has nothing to join with
 their quantization: results of linears and of attention, and inputs of the graph. One kernel of ours takes the place of
-up to three, and begins while the one before ends.
+up to three, and begins while the one before ends. Where torch multiplies, compilers see the epilogue, and join that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import fx
 from qcompile.linear_spec import decode_spec
 from qcompile.norm_spec import NormSpec, quantization
 from qcompile.norms import OP as NORM_QUANTIZE
+from qcompile.ops import seen_through
 from qcompile.passes.context import OP, QUANTIZE, Args, GraphContext, example
 from qcompile.passes.heads import is_call, named
 from qcompile.passes.quantize_attention import ATTENTION
@@ -61,11 +62,21 @@ def read_codes(linears: Sequence[fx.Node], codes: fx.Node, scale: fx.Node, dtype
         node.update_arg(_SPEC, spec.reading_codes_of(dtype).encode())
 
 
+def has_visible_epilogue(x: Any) -> bool:
+    """Whether activations are what a linear's epilogue made of a product of torch's, so that compilers see it."""
+    if not is_call(x, (OP,)):
+        return False
+    spec, rows = decode_spec(x.args[_SPEC]), example(x.args[_X])
+    flat = rows if rows.dim() == 2 else rows.flatten(0, -2)
+    return bool(spec.epilogue) and seen_through(spec, flat, spec.floating(rows.dtype))
+
+
 def _is_written(x: Any) -> bool:
     """Whether activations are in memory, whatever reads them, so that a compiler joins no formula with what does."""
     while isinstance(x, fx.Node) and x.op in ("call_function", "call_method") and named(x) in _VIEWS:
         x = x.args[0]
-    return isinstance(x, fx.Node) and (x.op == "placeholder" or is_call(x, _WRITES))
+    written = isinstance(x, fx.Node) and (x.op == "placeholder" or is_call(x, _WRITES))
+    return written and not has_visible_epilogue(x)
 
 
 def _by_kernel(x: Any, spec: str) -> NormSpec | None:

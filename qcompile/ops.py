@@ -167,9 +167,8 @@ def _product(
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu
 
-        # Compilers see a product of torch's own if M is known. What else there is, is chosen at run time.
-        traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
-        visible = traced and gpu.torch_multiplies(rows, x_scale, parsed, dtype)
+        gpu.check_dtypes(rows, x_scale, dtype)
+        visible = type(rows) is not Tensor and seen_through(parsed, rows, dtype)
         operator = gpu.visible_gemm() if visible else torch.ops.qcompile.gemm
         if parsed.stored is None or gpu.stores(parsed.stored, rows.device):
             y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
@@ -178,6 +177,22 @@ def _product(
         y = operator(rows, x_scale, weight, bias, operands[:-1], floating.encode(), dtype)
         return store(y, operands[-1], parsed)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
+
+
+def seen_through(parsed: LinearSpec, rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether compilers see a linear's product and its epilogue: M is known then, and the choice is torch's product.
+
+    Args:
+        rows: [M, K], quantized or not.
+        dtype: of the output, unless that is stored as codes.
+    """
+    if rows.device.type != "cuda" or not isinstance(rows.shape[0], int):
+        return False
+    from qcompile.runtime import gpu
+
+    activation = parsed.scheme.activation
+    x_dtype = rows.dtype if activation is None else activation.dtype
+    return gpu.torch_multiplies(parsed, rows.shape[0], x_dtype, dtype, rows.device)
 
 
 def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None:
