@@ -312,7 +312,7 @@ def stream_objection(spec: KernelSpec) -> str | None:
     if spec.in_rows:
         return _rows_stream_objection(spec)
     fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
-    if fmt.bits not in (4, 8) or spec.sparse or spec.activation is not None or spec.compute == "float32":
+    if fmt.bits not in (4, 8) or spec.activation is not None or spec.compute == "float32":
         return "its weights are of 4 or 8 bits, its activations of 16"
     if fmt.bits == 8 and (not isinstance(fmt, IntegerFormat) or spec.compute != "bfloat16" or scales != "total"):
         return "its weights of 8 bits are integers with a scale a row, its activations bfloat16 then"
