@@ -119,8 +119,8 @@ _TURN = 6e-7
 """Seconds from the arrival of a turn's operands to the end of its products."""
 _NARROW = {128: 1.55, 256: 1.3}
 """How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
-_SPREAD = 3.8
-"""Cycles of a thread for a sparse weight that `gemm_stream` makes dense: most instructions take two."""
+_SPREAD = 3.0
+"""As `_instructions`, of a sparse weight that `gemm_stream` makes dense."""
 _HIDDEN = 0.4
 """Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
@@ -200,7 +200,7 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
     programs = value["programs"] * tile.split or device.processors
     fill = math.ceil(programs / device.processors) * device.processors / programs
-    slow = {32: 1.5 * _NARROW[tile.n], 64: _NARROW[tile.n]}.get(tile.m, 1.0)
+    slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
     if spec.sparse:
@@ -413,11 +413,11 @@ def _streams(like: KernelSpec, m: int) -> list[Tile]:
 
     Dense weights of up to 32 rows are multiplied faster by a loop.
     """
-    if m <= (16 if like.sparse else 32) or stream_objection(like) is not None:
+    if m <= (1 if like.sparse else 32) or stream_objection(like) is not None:
         return []
     found = []
     processors = device_of(like.target).processors
-    heights = (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
+    heights = (16,) if m <= 16 else (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
     for block_m, block_n in itertools.product(heights, (256,) if like.gated else (128, 256)):
         tiles = -(-m // block_m) * -(-like.n // block_n)
         for split in (0, *(z for z in (1, 2, 4, 8) if z == 1 or (tiles * z <= processors and 256 * z <= like.k))):
