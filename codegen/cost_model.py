@@ -398,12 +398,12 @@ def _cores(like: KernelSpec, m: int) -> list[Tile]:
     served = like.sparse and sparse_cores(like.target) and sixteen and scales != "weights"
     if m > 32 or not served or 0 < like.aligned < 64:
         return []
-    found = []
+    found, height = [], 8 if m == 1 else 16 if m <= 16 else 32
     for block_n, along, tiles in itertools.product((64, 128), (1, 2, 4), (1, 2)):
         warps, k = along * block_n // 64, 64 * along * tiles
         for split, stages in itertools.product((1, 2, 4, 8), (3, 4)):
             if 2 <= warps <= 8 and like.k % (split * k) == 0 and -(-like.n // 64) * 64 % block_n == 0:
-                cut = Tile(m=8 if m == 1 else 16 if m <= 16 else 32, n=block_n, k=k, split=split, warps=warps, stages=stages)
+                cut = Tile(m=height, n=block_n, k=k, split=split, warps=warps, stages=stages)
                 found.append(replace(cut, form="cores"))
     return found
 

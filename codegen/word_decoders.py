@@ -312,9 +312,9 @@ def spread_assembly(fmt: IntegerFormat, dtype: str, *, scaled: bool, factor: flo
 
 
 def _row_values(fmt: IntegerFormat, dtype: str, scales: list[str], factor: float) -> list[str]:
-    """PTX that puts into s<r> and z<r> what codes of row r, as numbers where they lie, are multiplied by and then added.
+    """PTX that puts into s<r> and z<r> what codes of row r, as numbers where they lie, are multiplied by, and added to.
 
-    In float16, whose lowest bits are after 1024 then, what is added before they are multiplied.
+    In float16, where codes are less than 1024 in numbers from there, what is added before they are multiplied.
     """
     lines = [".reg .b32 s0, s1, z0, z1"]
     unit, negative = 2.0**133 / factor, -fmt.offset / factor

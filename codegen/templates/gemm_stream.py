@@ -48,6 +48,10 @@ GATED = tl.constexpr(False)
 OPERANDS = tl.constexpr(False)
 # </constants>
 
+# <spread>
+from qcompile.codegen.templates.stream_spread import decode_spread, in_words
+
+# </spread>
 # <tiles>
 from qcompile.codegen.templates.stream_tiles import (
     HALVES,
@@ -63,10 +67,6 @@ from qcompile.codegen.templates.stream_tiles import (
 )
 
 # </tiles>
-# <spread>
-from qcompile.codegen.templates.stream_spread import decode_spread, in_words
-
-# </spread>
 
 GROUPED = tl.constexpr(SCALES.value == "fragments")
 """Whether rows have scales of groups of columns; else one, which multiplies the sum."""
@@ -296,10 +296,11 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
     """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
     x, codes, scale, beside: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words, of [N / 64, groups, 64] and
-    of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and [R, GROUPS, 64], with R = ROWS / HALVES.
-    If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by [R, 2, LINES, 128] and [R, 2, 1,
-    128]. row_scale: [N], unless GROUPED. What the constants make needless is not read. partial: float32, two of BLOCK_M
-    * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
+    of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and twice [R, GROUPS, 64], with R = ROWS /
+    HALVES. If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by blocks of [R, 2, LINES,
+    128] and [R, 2, 1, 128]. row_scale: [N], unless GROUPED. What the constants make needless is not read. partial:
+    float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at
+    the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
     if SPARSE:

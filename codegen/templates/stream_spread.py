@@ -54,6 +54,7 @@ OPERANDS_OF_WORDS = tl.constexpr(
     ",".join(["=&h"] * (16 if BITS.value == 4 else 8) + ["r"] * (8 if BITS.value == 4 else 7))
     + ",r,r" * (SCALES.value == "fragments")
 )
+HALF_WORDS = tl.constexpr((tl.int16,) * (16 if BITS.value == 4 else 8))
 PIECES = tl.constexpr(2 if BITS.value == 4 else 4)
 """Runs of columns, of 32 or 16, that are decoded apart."""
 SPREAD = gl.constexpr(
@@ -96,24 +97,7 @@ def decode_spread(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
             WORDS,
             OPERANDS_OF_WORDS,
             (first, second, even, odd, 2 * lane, 2 * lane + 28) + tables + rows,
-            dtype=(
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-                gl.int16,
-            ),
+            dtype=HALF_WORDS,
             is_pure=True,
             pack=1,
         )
@@ -129,7 +113,7 @@ def decode_spread(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
             WORDS,
             OPERANDS_OF_WORDS,
             (first, second, places, 2 * lane, 2 * lane + 12) + tables + rows,
-            dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
+            dtype=HALF_WORDS,
             is_pure=True,
             pack=1,
         )

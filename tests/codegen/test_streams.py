@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -156,7 +155,6 @@ def test_sparse_words_become_dense_weights(name: str, dtype: torch.dtype) -> Non
     packed = LAYOUTS["fragment24"].pack(logical)
     words = packed.codes.view(2, 2, 2, -1, 128).numpy().view(np.uint32)  # tiles of rows, steps, halves, lines
     language = types.SimpleNamespace(
-        int16=tl.int16,
         arange=lambda start, end, layout: Values(np.arange(start, end, dtype=np.uint32)),
         permute=lambda values, order: Values(values.data.transpose(order)),
         join=lambda a, b: Values(np.stack([a.data, b.data], -1)),
@@ -165,7 +163,7 @@ def test_sparse_words_become_dense_weights(name: str, dtype: torch.dtype) -> Non
         inline_asm_elementwise=plain_assembly,
     )
     constants = {"BITS": bits, "PIECES": bits // 2}
-    constants |= {name: getattr(module, name).value for name in ("WORDS", "OPERANDS_OF_WORDS", "TABLES")}
+    constants |= {name: getattr(module, name).value for name in ("WORDS", "OPERANDS_OF_WORDS", "HALF_WORDS", "TABLES")}
     layouts = dict.fromkeys(("CODES", "PLACES", "LANES", "SPREAD", "COMPUTE"))
     decode = types.FunctionType(module.decode_spread.fn.__code__, {"gl": language, **constants, **layouts})
     codes, scale = logical.unpack_codes().double() - 2 ** (bits - 1), logical.scale
