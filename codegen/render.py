@@ -246,15 +246,16 @@ def _sparse_cores(spec: KernelSpec) -> str:
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
     fmt, constants = FORMATS[spec.weight], _fragment_constants(spec, spec.compute)
-    factor, spread = float(str(constants["FACTOR"])), ""
+    spread = ""
     if spec.sparse:
         assert isinstance(fmt, IntegerFormat)
         scaled = constants["SCALES"] == "fragments"
+        constants["FACTOR"] = factor = word_factor(fmt, spec.compute, spec.target, at_once=scaled)
         constants["WORDS"] = spread_assembly(fmt, spec.compute, scaled=scaled, factor=factor)
         spread = _spread()
     elif fmt.bits == 8:
         assert isinstance(fmt, IntegerFormat)
-        constants["WORDS"] = byte_assembly(fmt, factor)
+        constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [
         "N",

@@ -37,6 +37,8 @@ FORMATS = {
     "int4 sparse float16": ("int4", 128, torch.float16),
     "int4 sparse of rows": ("int4", 0, BF16),
     "int8 sparse of rows": ("int8", 0, BF16),
+    "int8 sparse": ("int8", 128, BF16),
+    "int8 sparse float16": ("int8", 64, torch.float16),
 }
 """Format of weights, columns of a group (0: of a row) and type of activations; names say which are 2:4 sparse."""
 
