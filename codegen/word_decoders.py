@@ -276,14 +276,14 @@ def spread_assembly(fmt: IntegerFormat, dtype: str, *, scaled: bool, factor: flo
     words of `spread_tables`; and with `scaled` both rows' scales. For 8 bits word 2 s + r is of row r; for 4 bits word
     4 s + 2 t + r, of which t is in the second word of places. Results are `factor` times less.
 
-    Two fours of columns have their codes in four bytes, first both first ones. Tables give each four a byte, two such
-    bytes select codes for their columns, and then each pair of codes is set apart, as a word.
+    Two fours of columns have their codes in four bytes, or in half of each, first both first ones. Tables give each
+    four a byte, two such bytes select codes for their columns, and then each pair of codes is set apart, as a word.
     """
     four = fmt.bits == 4
     inputs = [f"${i}" for i in range(16 if four else 8, 32)]
     codes, places, scales = inputs[:2], inputs[2 : 3 + four], inputs[7 + four :]
     near, far, even, odd = inputs[3 + four : 7 + four]
-    lines = [".reg .b32 x, y, k, zero, l0, l1, t0, t1", f"mov.b32 zero, {0x1010101 << (fmt.bits - 1):#x}"]
+    lines = [".reg .b32 x, y, zero, l0, l1, t0, t1", f"mov.b32 zero, {0x88888888 if four else 0x80808080:#x}"]
     lines += [f"shf.r.wrap.b32 x, {places[0]}, {places[0]}, {near}"]
     lines += [f"shf.r.wrap.b32 y, {places[-1]}, {places[-1]}, {far}"]
     # (x & mask) | (y & ~mask), then (x & mask) | 4 for each second four, which has the second table
@@ -293,43 +293,42 @@ def spread_assembly(fmt: IntegerFormat, dtype: str, *, scaled: bool, factor: flo
         lines += ["shr.b32 x, x, 16", f"prmt.b32 l1, {even}, {odd}, x"]
     lines += _row_values(fmt, dtype, scales[: 2 * scaled], factor)
     for s in range(2):
-        for r in range(1 + four):
-            lines += [f"shr.b32 l{r}, l{r}, 16"] * s
-            source = codes[s]
+        for half in range(1 + four):
+            lines += [f"shr.b32 l{half}, l{half}, 16"] * s
+            lines.append(f"prmt.b32 x, {codes[s]}, zero, l{half}")
             if four:
-                lines += ["shr.b32 k, " + source + ", 4"] * r + [f"and.b32 k, {'k' if r else source}, 0xf0f0f0f"]
-                source = "k"
-            lines.append(f"prmt.b32 x, {source}, zero, l{r}")
-            for t, selector in enumerate(("0x4140", "0x4342")):
-                word, row = (4 * s + 2 * t + r, r) if four else (2 * s + t, t)
+                lines.append(f"and.b32 x, x, {0xF0F0F0F << 4 * half:#x}")
+            for i, selector in enumerate(("0x4140", "0x4342")):
+                word, r = (4 * s + 2 * i + half, half) if four else (2 * s + i, i)
+                apart = "0" if dtype == "bfloat16" else "0x64646464"
+                lines += [f"prmt.b32 t{i}, x, {apart}, {selector}"]
                 if dtype == "bfloat16":
-                    lines += [f"prmt.b32 t{t}, x, 0, {selector}", f"fma.rn.bf16x2 t{t}, t{t}, s{row}, z{row}"]
+                    lines.append(f"fma.rn.bf16x2 t{i}, t{i}, s{r}, z{r}")
                 else:
-                    lines += [f"prmt.b32 t{t}, x, 0x64646464, {selector}", f"add.rn.f16x2 t{t}, t{t}, z{row}"]
-                    lines += [f"mul.rn.f16x2 t{t}, t{t}, s{row}"] * scaled
-                lines.append(f"mov.b32 {{${2 * word}, ${2 * word + 1}}}, t{t}")
+                    lines.append(f"fma.rn.f16x2 t{i}, t{i}, u{r}, z{r}")
+                    lines += [f"mul.rn.f16x2 t{i}, t{i}, {scales[r]}"] * scaled
+                lines.append(f"mov.b32 {{${2 * word}, ${2 * word + 1}}}, t{i}")
     return _block(lines)
 
 
 def _row_values(fmt: IntegerFormat, dtype: str, scales: list[str], factor: float) -> list[str]:
-    """PTX that puts into s<r> and z<r> what codes of row r, as numbers where they lie, are multiplied by, and added to.
+    """PTX of what codes of row r, as numbers where they lie, are multiplied by, s<r> or u<r>, and what is added, z<r>.
 
-    In float16, where codes are less than 1024 in numbers from there, what is added before they are multiplied.
+    Of 4 bits those of the second row lie 4 bits higher. In float16, where they are less than 1024 in numbers from
+    there, scales come after.
     """
-    lines = [".reg .b32 s0, s1, z0, z1"]
-    unit, negative = 2.0**133 / factor, -fmt.offset / factor
-    if dtype == "float16":
-        unit, negative = 1.0, -float(MAGIC[dtype][1] + fmt.offset)
-    unit, negative = (bits_of(value, dtype) * 0x10001 for value in (unit, negative))
+    lines = [".reg .b32 s0, s1, u0, u1, z0, z1"]
     for r in range(2):
-        lines.append(f"mov.b32 z{r}, {negative:#x}")
-        if not scales:
-            lines.append(f"mov.b32 s{r}, {unit:#x}")
-        elif dtype == "float16":
-            lines.append(f"mov.b32 s{r}, {scales[r]}")
+        unit, negative = 2.0 ** (-4 * r if fmt.bits == 4 else 0), -float(fmt.offset)
+        if dtype == "float16":
+            negative -= MAGIC[dtype][1] * unit
         else:
-            lines += [f"mul.rn.bf16x2 z{r}, {scales[r]}, z{r}", f"mov.b32 s{r}, {unit:#x}"]
-            lines.append(f"mul.rn.bf16x2 s{r}, {scales[r]}, s{r}")
+            unit, negative = unit * 2.0**133 / factor, negative / factor
+        lines += [f"mov.b32 {name}{r}, {bits_of(v, dtype) * 0x10001:#x}" for name, v in (("u", unit), ("z", negative))]
+        if dtype == "bfloat16" and scales:
+            lines += [f"mul.rn.bf16x2 s{r}, {scales[r]}, u{r}", f"mul.rn.bf16x2 z{r}, {scales[r]}, z{r}"]
+        elif dtype == "bfloat16":
+            lines.append(f"mov.b32 s{r}, u{r}")
     return lines
 
 
