@@ -49,7 +49,7 @@ OPERANDS = tl.constexpr(False)
 # </constants>
 
 # <spread>
-from qcompile.codegen.templates.stream_spread import decode_spread, in_words
+from qcompile.codegen.templates.stream_spread import decode_spread, for_all_words
 
 # </spread>
 # <tiles>
@@ -143,11 +143,11 @@ def epilogue(value, second, bias, operand_0, n, offsets, mask):
 @gluon.jit
 def words_of(halves):
     """16-bit numbers of rows w and h in both halves of words, for all that a thread decodes of these rows."""
-    words = (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
     if SPARSE:
-        return in_words(words)
+        halves = for_all_words(halves)
     else:
-        return gl.expand_dims(gl.expand_dims(gl.convert_layout(words, WH, assert_trivial=True), 2), 3)
+        halves = gl.expand_dims(gl.expand_dims(gl.convert_layout(halves, WH, assert_trivial=True), 2), 3)
+    return (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
 
 
 @gluon.jit
