@@ -119,6 +119,8 @@ _TURN = 6e-7
 """Seconds from the arrival of a turn's operands to the end of its products."""
 _NARROW = {128: 1.55, 256: 1.3}
 """How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
+_SPREAD = 3.0
+"""As `_instructions`, of a sparse weight that `gemm_stream` makes dense."""
 _HIDDEN = 0.4
 """Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
@@ -198,9 +200,12 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
     programs = value["programs"] * tile.split or device.processors
     fill = math.ceil(programs / device.processors) * device.processors / programs
-    slow = _NARROW[tile.n] if tile.m == 64 else 1.0
+    slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
-    working = value["operations"] / rate * slow * (fill if tile.split else 1.0)
+    working = value["operations"] / rate * slow
+    if spec.sparse:
+        working = max(working, value["weights"] * _SPREAD / (device.processors * 128 * 1.3e9))
+    working *= fill if tile.split else 1.0
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0
     if tile.split != 1 and (tile.split or value["programs"] % device.processors):
@@ -397,25 +402,29 @@ def _cores(like: KernelSpec, m: int) -> list[Tile]:
     scales = scales_of(like, "products")
     sixteen = like.compute in ("bfloat16", "float16") and like.activation is None and like.super_columns == 0
     served = like.sparse and sparse_cores(like.target) and sixteen and scales != "weights"
-    if m > 16 or not served or 0 < like.aligned < 64:
+    if m > 32 or not served or 0 < like.aligned < 64:
         return []
-    found = []
+    found, height = [], 8 if m == 1 else 16 if m <= 16 else 32
     for block_n, along, tiles in itertools.product((64, 128), (1, 2, 4), (1, 2)):
         warps, k = along * block_n // 64, 64 * along * tiles
         for split, stages in itertools.product((1, 2, 4, 8), (3, 4)):
             if 2 <= warps <= 8 and like.k % (split * k) == 0 and -(-like.n // 64) * 64 % block_n == 0:
-                cut = Tile(m=8 if m == 1 else 16, n=block_n, k=k, split=split, warps=warps, stages=stages)
+                cut = Tile(m=height, n=block_n, k=k, split=split, warps=warps, stages=stages)
                 found.append(replace(cut, form="cores"))
     return found
 
 
 def _streams(like: KernelSpec, m: int) -> list[Tile]:
-    """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most."""
-    if m <= 32 or stream_objection(like) is not None:
+    """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most.
+
+    Dense weights of up to 32 rows are multiplied faster by a loop.
+    """
+    if m <= (1 if like.sparse else 32) or stream_objection(like) is not None:
         return []
     found = []
     processors = device_of(like.target).processors
-    for block_m, block_n in itertools.product((64, 128) if m > 64 else (64,), (256,) if like.gated else (128, 256)):
+    heights = (16,) if m <= 16 else (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
+    for block_m, block_n in itertools.product(heights, (256,) if like.gated else (128, 256)):
         tiles = -(-m // block_m) * -(-like.n // block_n)
         for split in (0, *(z for z in (1, 2, 4, 8) if z == 1 or (tiles * z <= processors and 256 * z <= like.k))):
             tile = Tile(m=block_m, n=block_n, k=128, split=split, warps=8, stages=8, form="stream", scales="fragments")
