@@ -177,7 +177,7 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
             each, more = each * of_tokens, more * of_tokens
         accumulator += tl.dot(weight, columns, input_precision=PRECISION) * each
         if OFFSET:
-            ones = tl.full((BLOCK_N, CHUNK), 1.0, weight.dtype)
+            ones = tl.full((BLOCK_N, CHUNK), 1.0 / FACTOR, weight.dtype)
             accumulator += tl.dot(ones, columns, input_precision=PRECISION) * more
         return accumulator
     return tl.dot(weight, columns, accumulator, input_precision=PRECISION)
