@@ -324,7 +324,7 @@ def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
 def test_sparse_tensor_cores_get_what_each_thread_has(target: str) -> None:
     """The fastest by the model of some cuts; no spills in loops, and element i of each operand is in thread i."""
     kernels = []
-    for name, m in (("int4_24", 1), ("int4_24", 16), ("int8_24", 16)):
+    for name, m in (("int4_24", 1), ("int4_24", 16), ("int8_24", 16), ("int4_24", 32)):
         like = timing.job(name, preset(name), (28672, 4096), m, torch.bfloat16).like(target)
         cuts: dict[tuple[int, ...], KernelSpec] = {}
         for kernel in rank(candidates(like, m), m, keep=1000):
@@ -400,7 +400,7 @@ def test_kernels_of_the_shipped_table_do_not_spill() -> None:
         assert not found["flush"], "subnormals would be flushed, which decoding fp8 relies on"
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k", "int3"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "int2", "int3", "int6"])
 def test_shared_memory_is_estimated_from_above(name: str) -> None:
     """Of the candidate that is nearest to what fits, whose scales have many blocks."""
     scheme = shipped(name, (256, 512))

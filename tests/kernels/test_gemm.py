@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qcompile.codegen.cost_model import candidates
-from qcompile.codegen.spec import Tile
+from qcompile.codegen.spec import Tile, scales_of
 from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
 from qcompile.layouts import choose_layout
@@ -118,6 +118,18 @@ def test_identity_of_every_preset(name: str) -> None:
     assert torch.equal(given_.interpret("sm_90", replace(SMALL, m=128, k=128)).double(), expected.T)
 
 
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["q4_1", "q4_k"])
+def test_offsets_of_few_rows(name: str, dtype: torch.dtype, rows: int) -> None:
+    """They are added to products there, not to weights."""
+    scheme = shipped(name, (72, 256))
+    given_ = problem(scheme, "fragment", 5, 72, 256, dtype, ("bias",))
+    tile = replace(SMALL, m=rows, k=128)
+    assert scales_of(given_.kernel("sm_90", tile), tile.scales) == "products"
+    given_.check(given_.interpret("sm_90", tile), dtype)
+
+
 @st.composite
 def schemes(draw: st.DrawFn, layout: str) -> Scheme:
     """Any scheme that a template takes."""
@@ -193,7 +205,7 @@ def test_fragment24(
     st.sampled_from(["int4", "int8"]),
     st.sampled_from([-1, 64, 128, 192, 256]),
     st.sampled_from(["bfloat16", "float16", "float32", "float8_e8m0fnu"]),
-    st.tuples(st.sampled_from([1, 2, 9, 16]), st.integers(1, 260), st.sampled_from([64, 128, 192, 256, 512])),
+    st.tuples(st.sampled_from([1, 2, 9, 16, 32]), st.integers(1, 260), st.sampled_from([64, 128, 192, 256, 512])),
     st.sampled_from(FLOATS[:2]),
     st.sampled_from(["sm_80", "sm_90"]),
     st.integers(0, 1000),
