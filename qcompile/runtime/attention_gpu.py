@@ -159,6 +159,8 @@ def prefill_tile_of(
         most, block = (32, 32) if size <= 64 else (32, 16) if size <= 128 else (16, 16)
         return AttentionTile(context=block, split=1, warps=8, stages=2, rows=min(least, most))
     # Where matrix units take operands from registers only, decoded keys and values are there as well.
+    if grouped and size > 128:
+        return AttentionTile(context=16, split=1, warps=8, stages=2, rows=64)
     if grouped:
         most = 64 if target == "sm_90" else 32
         block = 32 if target == "sm_90" else 16

@@ -69,3 +69,12 @@ def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
         assert found["spills"] == 0, (kernel, found)
         assert found["shared"] <= (99 * 1024 if target == "sm_89" else device_of(target).shared), (kernel, found)
         assert found["mma"], f"no matrix instruction in {kernel}"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_groups_of_wide_heads_do_not_spill(target: str) -> None:
+    given_ = problem("int4", heads=8, group=4, size=256, mask="none", causal=True, shared=32, symmetric=False)
+    given_ = replace(given_, query=given_.query.to(torch.bfloat16))
+    tile = attention_gpu.prefill_tile_of(4096, 256, target, torch.bfloat16, grouped=True)
+    (found,) = measure([given_.kernel(target, tile)])
+    assert found["spills"] == 0, found
