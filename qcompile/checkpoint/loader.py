@@ -18,8 +18,8 @@ from qcompile import memory
 from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, method_for
-from qcompile.checkpoint.store import TensorInfo, TensorStore, open_store, read_json
-from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerError, shown
+from qcompile.checkpoint.store import TensorInfo, TensorStore, check_exists, open_store, read_json
+from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerError, shown, suggestion
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.linears import linear_modules, quantize_inputs
 from qcompile.modules import PackedModule, QuantizedLinear
@@ -54,6 +54,7 @@ def open_checkpoint(path: str | Path) -> Source:
         CheckpointError: nothing readable; names the file and the way out.
     """
     path = Path(path)
+    check_exists(path)
     if path.suffix == ".gguf":
         from qcompile.checkpoint.gguf import gguf_source
 
@@ -198,10 +199,12 @@ def load(
 
     Raises:
         CheckpointError: a file that is missing, damaged, hostile or of an unknown kind; names the file and tensor.
-        ConfigError: a dtype that the method cannot compute in.
-        DeviceError: a GPU where there is none.
+        ConfigError: a dtype that is none, or that the method cannot compute in.
+        DeviceError: an unknown device, or a GPU where there is none.
     """
-    device = torch.device(device)
+    device = _device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype is what torch computes in, such as torch.bfloat16, not {shown(dtype)}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"{path} was to be loaded to {device}, and torch sees no GPU here; choose cpu")
     source = open_checkpoint(path)
@@ -219,6 +222,13 @@ def load(
     if hasattr(model, "name_or_path"):
         model.name_or_path = str(path)  # type: ignore[assignment]
     return model.requires_grad_(False).eval()
+
+
+def _device(given: str | torch.device) -> torch.device:
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"device {shown(given)} is unknown; {suggestion(given, ('cpu', 'cuda', 'meta'))}") from None
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:

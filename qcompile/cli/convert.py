@@ -26,7 +26,7 @@ from qcompile.checkpoint.saving.shards import parse_size
 from qcompile.cli.options import errors_told, float_dtype
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import QuantConfig, parse_config
-from qcompile.errors import CheckpointError, ConfigError
+from qcompile.errors import CheckpointError, ConfigError, suggestion
 
 STEPS = 3
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -105,7 +105,7 @@ def run(
             format does not hold.
     """
     if format not in FORMATS:
-        raise ConfigError(f"--to {format!r} cannot be written; there are {', '.join(FORMATS)}")
+        raise ConfigError(f"--to {format!r} cannot be written; {suggestion(format, FORMATS)}")
     parse_size(max_shard_size)
     steps.next(f"reading {source}")
     opened = open_checkpoint(source)

@@ -149,7 +149,7 @@ def refused(result, *words):
 def test_mistakes(source, text, tmp_path):
     out = tmp_path / "out"
     refused(run(source, "--output", out, "--method", "gptq"), "gptq, looks at activations: name a text, --calibration")
-    refused(run(source, "--output", out, "--method", "gtpq", "--calibration", text), "did you mean 'gptq'?")
+    refused(run(source, "--output", out, "--method", "gtpq", "--calibration", text), "did you mean gptq?")
     refused(
         run(source, "--output", out, "--method", "gptq", "--calibration", tmp_path / "none"), "cannot be read as text"
     )
