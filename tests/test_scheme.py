@@ -183,7 +183,10 @@ def test_unknown_presets_name_the_nearest_or_all(text, near):
         ({"weight": {}}, "weight needs a format: one of "),
         ({"weight": GROUP, "activation": {}}, "activation needs a format"),
         ({"weight": "int4"}, "weight must be a mapping with keys such as '[a-z]*', not str 'int4'"),
-        ({"weight": GROUP, "activation": ["int8"]}, "activation must be a mapping with keys such as '[a-z]*', not list"),
+        (
+            {"weight": GROUP, "activation": ["int8"]},
+            "activation must be a mapping with keys such as '[a-z]*', not list",
+        ),
         (["int4"], r"scheme must be a mapping with keys such as '[a-z]*', not list \['int4'\]"),
         (None, "scheme must be a mapping with keys such as '[a-z]*', not NoneType"),
         (4, "scheme must be a mapping with keys such as '[a-z]*', not int 4"),
@@ -205,8 +208,14 @@ def test_unknown_presets_name_the_nearest_or_all(text, near):
         ({"weight": {"format": ["int4"]}}, r"unknown number format \['int4'\]"),
         ({"weight": {"format": "fp8_e4m3", "symmetric": False}}, "asymmetric weight takes an unsigned integer format"),
         ({"weight": GROUP | {"symmetric": 1}}, "weight: symmetric must be true or false, not 1"),
-        ({"weight": {"format": "int4", "granularity": "row"}}, "granularity 'row' is unknown; there are tensor, channel"),
-        ({"weight": {"format": "int4", "granularity": ["tensor"]}}, r"granularity \['tensor'\] is unknown; there are tensor"),
+        (
+            {"weight": {"format": "int4", "granularity": "row"}},
+            "granularity 'row' is unknown; there are tensor, channel",
+        ),
+        (
+            {"weight": {"format": "int4", "granularity": ["tensor"]}},
+            r"granularity \['tensor'\] is unknown; there are tensor",
+        ),
         ({"weight": GROUP | {"granularity": "channel"}}, "give one of granularity and group_size, not both"),
     ],
 )
@@ -236,7 +245,9 @@ def test_a_block_of_one_row_is_a_group():
 
 @pytest.mark.parametrize("dtype", ["int16", "fp32", "", None, 32, ["float32"], {}])
 def test_bad_scale_dtypes(dtype):
-    with pytest.raises(ConfigError, match="scale_dtype .* is unknown; (there are " + ", ".join(SCALE_DTYPES) + "|did you mean int8)"):
+    with pytest.raises(
+        ConfigError, match="scale_dtype .* is unknown; (there are " + ", ".join(SCALE_DTYPES) + "|did you mean int8)"
+    ):
         parse_scheme({"weight": GROUP | {"scale_dtype": dtype}})
 
 
