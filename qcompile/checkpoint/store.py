@@ -202,7 +202,7 @@ def open_store(path: Path) -> TensorStore:
             f"{path}: holds {pickles[0]}, a pickle, which can run any code when it is read; convert it to safetensors "
             "with the library that wrote it: model.save_pretrained(folder, safe_serialization=True)"
         )
-    raise CheckpointError(f"{path}: holds no *.safetensors file")
+    raise CheckpointError(f"{path}: holds no *.safetensors file; name a model's folder, or a .gguf file")
 
 
 def _sharded(folder: Path, index: Path) -> TensorStore:

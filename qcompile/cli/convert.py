@@ -18,11 +18,12 @@ from rich.table import Table
 from torch import nn
 
 import qcompile
-from qcompile.checkpoint.loader import Source, fill, open_checkpoint, skeleton
+from qcompile.checkpoint.loader import fill, skeleton
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.layers import quantized_layers
 from qcompile.checkpoint.saving.save import fits
 from qcompile.checkpoint.saving.shards import parse_size
+from qcompile.checkpoint.source import Source, open_checkpoint
 from qcompile.cli.options import errors_told, float_dtype
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import QuantConfig, parse_config

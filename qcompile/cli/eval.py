@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.checkpoint.gguf import smollm2_path
-from qcompile.checkpoint.loader import open_checkpoint
+from qcompile.checkpoint.source import open_checkpoint
 from qcompile.cli.options import DeviceOption, check_folder, choose_device, config_of, errors_told, float_dtype
 from qcompile.cli.shapes import split
 from qcompile.cli.steps import Steps, quiet_imports
