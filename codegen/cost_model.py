@@ -250,6 +250,8 @@ def shared_bytes(spec: KernelSpec) -> int:
         stages += 33 * 1024
     elif spec.sparse and tile.form == "loop":  # in which words and positions go through it to their weights
         stages += 256 * tile.n
+    elif tile.overlap and FORMATS[spec.weight].bits not in (4, 8):  # as do words of other widths
+        stages += tile.n * tile.k
     return max(stages, 4 * tile.m * tile.n)
 
 

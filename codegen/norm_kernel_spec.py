@@ -7,12 +7,13 @@ import json
 import math
 from dataclasses import dataclass
 
+from qcompile.codegen.spec import launches_early
 from qcompile.formats import FORMATS, IntegerFormat
 from qcompile.norm_spec import NormSpec, decode_norm
 
 NORM_TEMPLATE = "norm_quantize"
 WIDEST = 32768
-"""Columns of a row that a program holds, filled up to a power of two of groups."""
+"""Columns of a row that a program holds, filled up to a power of two of groups that are powers of two themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,9 @@ class NormKernelSpec:
         return {
             "K": norm.k,
             "COLUMNS": norm.columns,
-            "GROUPS_POWER": groups_power(norm),
-            "CENTERED": norm.centered,
+            "COLUMNS_POWER": power(norm.columns),
+            "GROUPS_POWER": power(-(-norm.k // norm.columns)),
+            "NORM": norm.norm,
             "EPS": norm.eps,
             "WEIGHT": norm.weight,
             "EARLY": norm.early,
@@ -59,6 +61,7 @@ class NormKernelSpec:
             "INTEGER": isinstance(fmt, IntegerFormat),
             "POWERS": norm.powers,
             "ABOVE_ONE": math.frexp(fmt.absmax)[1] - 1,
+            "EARLY_LAUNCH": launches_early(self.target),
         }
 
     def encode(self) -> str:
@@ -66,15 +69,19 @@ class NormKernelSpec:
         return json.dumps(dataclasses.asdict(self))
 
 
-def groups_power(norm: NormSpec) -> int:
-    """The groups of a row, filled up to a power of two."""
-    groups: int = -(-norm.k // norm.columns)
-    return 1 << (groups - 1).bit_length()
+def power(count: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << (count - 1).bit_length()
+
+
+def held_columns(norm: NormSpec) -> int:
+    """What a program holds of a row, and beyond its end."""
+    return power(norm.columns) * power(-(-norm.k // norm.columns))
 
 
 def norm_kernel_spec(norm: NormSpec, x_dtype: str, target: str) -> NormKernelSpec:
     """The kernel for a norm; a thread holds some 16 elements of the row."""
-    warps = min(max(groups_power(norm) * norm.columns // 512, 1), 16)
+    warps = min(max(held_columns(norm) // 512, 1), 16)
     return NormKernelSpec(norm=norm.encode(), x_dtype=x_dtype, target=target, tile=NormTile(warps=warps))
 
 

@@ -1,33 +1,30 @@
 """linear(norm(x + residual)) -> codes, scales, ... = norm_quantize(x, residual); linear(codes, scales)      groups
 
-for linears whose activations have a dynamic scale a group of columns. Norms are `F.rms_norm` and `F.layer_norm`, and
-RMSNorm as transformers spells it out: with the weight applied in the rows' type (Llama), in float32 (gpt-oss), or one
-more than it (Gemma). The sum and the norm are results too where something else reads them.
+for linears whose activations have a dynamic scale a token, or a group of columns. Norms are `F.rms_norm` and
+`F.layer_norm`, and RMSNorm as transformers spells it out: with the weight applied in the rows' type (Llama), in float32
+(gpt-oss), or one more than it (Gemma). The sum and the norm are results too where something else reads them.
 
-Compilers make two kernels of a norm and maxima of groups; scales a token or static are left to them, who make one.
+Compilers make two kernels of a norm and maxima of groups, and slow ones of few rows. Static scales are left to them, as
+are scales a token where they join the epilogue before the norm with both.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-import qcompile.norms  # noqa: F401  (registers the operator)
 from qcompile.linear_spec import decode_spec
-from qcompile.norm_spec import NormSpec
+from qcompile.norm_spec import NormSpec, quantization
+from qcompile.norms import OP as NORM_QUANTIZE
 from qcompile.passes.context import Args, GraphContext, example
-from qcompile.passes.share_quantization import alike, read_codes
-from qcompile.scheme import ActivationScheme
+from qcompile.passes.share_quantization import LEFT, alike, has_visible_epilogue, read_codes
 
 _RULE = "quantize_norms"
-_NORM = torch.ops.qcompile.norm_quantize.default
 _X, _SPEC = Args.index("x"), Args.index("spec")
-LEFT = ("cpu",)
-"""Kinds of devices whose products quantize their inputs themselves, or whose compiler makes one kernel of both."""
 _CASTS = ("to", "float", "type_as", "half", "bfloat16")
 
 
@@ -179,15 +176,13 @@ def _sum(norm: _Norm) -> tuple[fx.Node, fx.Node] | None:
     return first, second  # type: ignore[return-value]
 
 
-def _rewrite(
-    context: GraphContext, norm: _Norm, last: fx.Node, linears: list[fx.Node], activation: ActivationScheme
-) -> None:
+def _rewrite(context: GraphContext, norm: _Norm, last: fx.Node, linears: list[fx.Node], plain: NormSpec) -> None:
     parts = _sum(norm)
     operands: list[Any] = [linear.args[Args.index("operands")] for linear in linears]
     kept = any(user not in linears for user in last.users) or any(last in given for given in operands)
-    spec = NormSpec(
-        k=example(last).shape[-1],
-        centered=norm.centered,
+    spec = replace(
+        plain,
+        norm="layer" if norm.centered else "rms",
         eps=norm.eps,
         weight="" if norm.weight is None else norm.kind,
         early=norm.early,
@@ -195,16 +190,13 @@ def _rewrite(
         residual=parts is not None,
         keep_sum=parts is not None and any(user not in norm.nodes for user in norm.x.users),
         keep_norm=kept,
-        number=activation.format.name,
-        columns=activation.granularity.columns,
-        powers=activation.scale_dtype != "float32",
     )
     x, residual = parts or (norm.x, None)
     graph = context.graph
     with graph.inserting_before(norm.x if parts else norm.nodes[-1]):
-        found = graph.call_function(_NORM, (x, residual, norm.weight, norm.bias, spec.encode()))
+        found = graph.call_function(NORM_QUANTIZE, (x, residual, norm.weight, norm.bias, spec.encode()))
         with context.fake_mode:
-            found.meta["example_value"] = _NORM(*fx.node.map_arg(found.args, example))
+            found.meta["example_value"] = NORM_QUANTIZE(*fx.node.map_arg(found.args, example))
         made = [graph.call_function(operator.getitem, (found, i)) for i in range(len(found.meta["example_value"]))]
         for node, value in zip(made, found.meta["example_value"], strict=True):
             node.meta["example_value"] = value
@@ -224,17 +216,15 @@ def quantize_norms(context: GraphContext) -> None:
         last = linears[0].args[_X]
         activation = decode_spec(linears[0].args[_SPEC]).scheme.activation  # type: ignore[arg-type]
         assert activation is not None
-        if not (activation.granularity.is_group and activation.dynamic and activation.symmetric):
-            continue
         if not isinstance(last, fx.Node) or example(last).device.type in LEFT:
             continue
-        norm = _norm(last)
-        if norm is None:
+        plain, norm = quantization(activation, example(last).shape[-1]), _norm(last)
+        if plain is None or norm is None or (plain.columns == plain.k and has_visible_epilogue(norm.x)):
             continue
         names = " + ".join(context.layers[node].name for node in linears)
         reason = _objection(norm, last)
         if reason is not None:
             context.declined(_RULE, names, reason)
             continue
-        _rewrite(context, norm, last, linears, activation)
+        _rewrite(context, norm, last, linears, plain)
         context.rewrote(_RULE, names, "norm and quantization in one")

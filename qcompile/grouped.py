@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcompile.errors import DeviceError, GradientError
 from qcompile.linear_spec import LinearSpec, decode_spec, gate_of
+from qcompile.norms import quantize
 from qcompile.ops import apply_epilogue, quantized_by_product
 from qcompile.reference import quantize_activation
 from qcompile.scheme import Granularity
@@ -99,7 +100,7 @@ def _product(
     if parsed.scheme.activation is not None and not quantized_by_product(rows, parsed):
         activation = parsed.scheme.activation
         if activation.dynamic:
-            rows, x_scale = quantize_activation(rows, activation)
+            rows, x_scale = quantize(rows, activation)
         else:
             # An expert's static scale is the scale of its tokens.
             assert input_scale is not None

@@ -1,4 +1,4 @@
-"""A norm and the quantization of what it gives, without their tensors, as one hashable value and one string."""
+"""A norm, or none, and the quantization of what it gives, without their tensors, as one hashable value and string."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from qcompile import spec_text
 from qcompile.fingerprint import fingerprint
 from qcompile.formats import get_format
-from qcompile.scheme import ActivationScheme, Granularity
+from qcompile.scheme import WHOLE, ActivationScheme, Granularity
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """A norm of rows and the quantization of what it gives.
+    """A norm of rows, or none, and the quantization of what it gives, each row or group with a scale of its own.
 
     Attributes:
         k: columns of a row.
-        centered: whether the mean is subtracted first: LayerNorm, else RMSNorm.
+        norm: "rms"; "layer", which subtracts the mean first; or "" for rows that are quantized as they are.
         eps: what is added to the mean of squares.
         weight: "" if there is none, "plain" for a factor, "one more" for 1 plus it.
         early: whether rows are rounded to their type before they are multiplied by the weight, and after it again.
@@ -26,35 +26,50 @@ class NormSpec:
         residual: whether a second tensor is added to the rows first.
         keep_sum, keep_norm: whether that sum, and the norm in the rows' type, are results too.
         number: name of the codes' format.
-        columns: of a group.
+        columns: of a group; `k` for a scale a row.
         powers: whether scales are powers of two.
     """
 
     k: int
-    centered: bool
-    eps: float
-    weight: str
-    early: bool
-    bias: bool
-    residual: bool
-    keep_sum: bool
-    keep_norm: bool
     number: str
     columns: int
     powers: bool
+    norm: str = ""
+    eps: float = 0.0
+    weight: str = ""
+    early: bool = False
+    bias: bool = False
+    residual: bool = False
+    keep_sum: bool = False
+    keep_norm: bool = False
 
     @property
     def activation(self) -> ActivationScheme:
         """How what the norm gives is quantized."""
+        whole = self.columns == self.k
         return ActivationScheme(
             format=get_format(self.number),
-            granularity=Granularity.group(self.columns),
+            granularity=Granularity.channel() if whole else Granularity.group(self.columns),
             scale_dtype="float8_e8m0fnu" if self.powers else "float32",
         )
 
     def encode(self) -> str:
         """The string that stands for this in a graph; see `LinearSpec.encode`."""
         return spec_text.write({**dataclasses.asdict(self), "code": fingerprint()})
+
+
+@functools.lru_cache(maxsize=1024)
+def quantization(activation: ActivationScheme, k: int) -> NormSpec | None:
+    """The spec, with no norm, of rows of K columns that `activation` says how to quantize.
+
+    None if scales are static, of more than a row, or go with zero points.
+    """
+    granularity = activation.granularity
+    if not (activation.dynamic and activation.symmetric and granularity.rows == 1):
+        return None
+    columns = k if granularity.columns == WHOLE else granularity.columns
+    powers = activation.scale_dtype == "float8_e8m0fnu"
+    return NormSpec(k=k, number=activation.format.name, columns=min(columns, k), powers=powers)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
-"""The operator that normalizes rows and quantizes what that gives in groups of columns.
+"""The operator that normalizes rows, or takes them as they are, and quantizes them, by rows or groups of columns.
 
-Compilers do not join a sum over a row with the maxima of its groups, so that norm and quantization would be two
-kernels. Here they are one operator: on GPUs a kernel of its own, elsewhere plain torch.
+Compilers do not join a sum over a row with the maxima of its groups, and make three kernels of the maximum of a single
+long row. Here all is one operator: on GPUs a kernel of its own, which begins while the one before ends; elsewhere plain
+torch.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.norm_spec import NormSpec, decode_norm
+from qcompile.norm_spec import NormSpec, decode_norm, quantization
 from qcompile.reference import quantize_activation
+from qcompile.scheme import ActivationScheme
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _SCHEMA = "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, str spec) -> Tensor[]"
 _library.define(f"norm_quantize{_SCHEMA}")
 _library.define(f"norm_quantize_gpu{_SCHEMA}")
+OP = torch.ops.qcompile.norm_quantize.default
+"""What passes put into graphs."""
 
 
 def plain(
@@ -23,8 +27,14 @@ def plain(
 ) -> list[Tensor]:
     """Codes [..., K] and scales [..., groups] of the norm, then the sum and the norm where they are kept."""
     held = x if residual is None else x + residual
-    value = held.to(torch.float32)
-    if spec.centered:
+    norm = held if spec.norm == "" else _normalized(held, weight, bias, spec)
+    codes, scale = quantize_activation(norm, spec.activation)
+    return [codes, scale, *[held] * spec.keep_sum, *[norm] * spec.keep_norm]
+
+
+def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
+    value = x.to(torch.float32)
+    if spec.norm == "layer":
         value = value - value.mean(-1, keepdim=True)
     value = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + spec.eps)
     if spec.early:
@@ -33,9 +43,16 @@ def plain(
         value = value * (weight.to(torch.float32) + (1.0 if spec.weight == "one more" else 0.0))
     if bias is not None:
         value = value + bias.to(torch.float32)
-    norm = value.to(x.dtype)
-    codes, scale = quantize_activation(norm, spec.activation)
-    return [codes, scale, *[held] * spec.keep_sum, *[norm] * spec.keep_norm]
+    return value.to(x.dtype)
+
+
+def quantize(x: Tensor, activation: ActivationScheme, static_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_activation`, by one kernel where a GPU has one for it and no compiler traces."""
+    spec = quantization(activation, x.shape[-1])
+    if spec is not None and x.device.type == "cuda" and type(x) is Tensor:
+        codes, scale = OP(x, None, None, None, spec.encode())
+        return codes, scale
+    return quantize_activation(x, activation, static_scale)
 
 
 def _norm_quantize(

@@ -17,6 +17,7 @@ from qcompile.errors import DeviceError, GradientError, LayerError
 from qcompile.gates import ACTIVATIONS, columns, gate
 from qcompile.hadamard import transform
 from qcompile.linear_spec import STORES, LinearSpec, decode_spec
+from qcompile.norms import quantize
 from qcompile.reference import quantize_activation
 from qcompile.scheme import ActivationScheme, Granularity
 
@@ -161,7 +162,7 @@ def _product(
         )
         x_scale = x_scale.reshape(()) if per_tensor else x_scale.reshape(-1, x_scale.shape[-1])
     elif parsed.scheme.activation is not None and not quantized_by_product(rows, parsed):
-        rows, x_scale = quantize_activation(rows, parsed.scheme.activation, input_scale)
+        rows, x_scale = quantize(rows, parsed.scheme.activation, input_scale)
     if rows.device.type == "cpu":
         from qcompile.runtime import cpu
 
@@ -172,9 +173,8 @@ def _product(
     if rows.device.type == "cuda":
         from qcompile.runtime import gpu
 
-        # Compilers see a product of torch's own if M is known. What else there is, is chosen at run time.
-        traced = type(rows) is not Tensor and isinstance(rows.shape[0], int)
-        visible = traced and gpu.torch_multiplies(rows, x_scale, parsed, dtype)
+        gpu.check_dtypes(rows, x_scale, dtype)
+        visible = type(rows) is not Tensor and seen_through(parsed, rows, dtype)
         operator = gpu.visible_gemm() if visible else torch.ops.qcompile.gemm
         if parsed.stored is None or gpu.stores(parsed.stored, rows.device):
             y: Tensor = operator(rows, x_scale, weight, bias, operands, parsed.encode(), dtype)
@@ -183,6 +183,22 @@ def _product(
         y = operator(rows, x_scale, weight, bias, operands[:-1], floating.encode(), dtype)
         return store(y, operands[-1], parsed)
     raise DeviceError(f"qcompile has kernels for cpu and cuda, not for {rows.device.type}")
+
+
+def seen_through(parsed: LinearSpec, rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether compilers see a linear's product and its epilogue: M is known then, and the choice is torch's product.
+
+    Args:
+        rows: [M, K], quantized or not.
+        dtype: of the output, unless that is stored as codes.
+    """
+    if rows.device.type != "cuda" or not isinstance(rows.shape[0], int):
+        return False
+    from qcompile.runtime import gpu
+
+    activation = parsed.scheme.activation
+    x_dtype = rows.dtype if activation is None else activation.dtype
+    return gpu.torch_multiplies(parsed, rows.shape[0], x_dtype, dtype, rows.device)
 
 
 def tune(spec: str, rows: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""A norm of rows [M, K], and the codes and scales of each group of its columns, with one read of the rows.
+"""A norm of rows [M, K], or the rows themselves, as codes and scales of each group of columns, with one read of them.
 
 A program has a row in registers: as groups of columns, whose squares are summed over all and whose maxima are each
-group's own. What is computed is what `qcompile.norms.plain` says.
+group's own. What is computed is what `qcompile.norms.plain` says. The kernel behind this one may begin at once; what it
+reads of this one's results it waits for.
 """
 
 # mypy: ignore-errors
@@ -11,8 +12,9 @@ import triton.language as tl
 # <constants>
 K = tl.constexpr(256)
 COLUMNS = tl.constexpr(128)
+COLUMNS_POWER = tl.constexpr(128)
 GROUPS_POWER = tl.constexpr(2)
-CENTERED = tl.constexpr(False)
+NORM = tl.constexpr("rms")
 EPS = tl.constexpr(1e-6)
 WEIGHT = tl.constexpr("plain")
 EARLY = tl.constexpr(False)
@@ -24,10 +26,19 @@ ABSMAX = tl.constexpr(448.0)
 INTEGER = tl.constexpr(False)
 POWERS = tl.constexpr(False)
 ABOVE_ONE = tl.constexpr(8)
+EARLY_LAUNCH = tl.constexpr(True)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
-WHOLE = tl.constexpr(K.value == GROUPS_POWER.value * COLUMNS.value)
+WHOLE = tl.constexpr(K.value == GROUPS_POWER.value * COLUMNS_POWER.value)
+
+
+@triton.jit
+def wait_for_inputs():
+    """Until the kernels before have written all they write; those after may begin before."""
+    if EARLY_LAUNCH:
+        PTX: tl.constexpr = "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -57,20 +68,10 @@ def scale_of(top):
 
 
 @triton.jit
-def kernel(x, residual, weight, bias, codes, scale, sum, norm):
-    """Grid: (M,). Pointers that the constants make needless are not used."""
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, GROUPS_POWER)
-    k = group[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    there = tl.full((GROUPS_POWER, COLUMNS), True, tl.int1) if WHOLE else k < K
-    place = row * K + k
-    held = tl.load(x + place, mask=there, other=0.0)
-    if RESIDUAL:
-        held = (held.to(tl.float32) + tl.load(residual + place, mask=there, other=0.0).to(tl.float32)).to(held.dtype)
-    if KEEP_SUM:
-        tl.store(sum + place, held, mask=there)
+def normalized(held, weight, bias, k, there):
+    """The norm of a row, in the row's type."""
     value = held.to(tl.float32)
-    if CENTERED:
+    if NORM == "layer":
         value = tl.where(there, value - total(value) / K, 0.0)
     value *= tl.rsqrt(total(value * value) / K + EPS)
     if EARLY:
@@ -82,7 +83,26 @@ def kernel(x, residual, weight, bias, codes, scale, sum, norm):
         value *= factor
     if BIAS:
         value += tl.load(bias + k, mask=there, other=0.0).to(tl.float32)
-    result = value.to(held.dtype)
+    return value.to(held.dtype)
+
+
+@triton.jit
+def kernel(x, residual, weight, bias, codes, scale, sum, norm):
+    """Grid: (M,). Pointers that the constants make needless are not used."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS_POWER)
+    k = group[:, None] * COLUMNS + tl.arange(0, COLUMNS_POWER)[None, :]
+    there = tl.full((GROUPS_POWER, COLUMNS_POWER), True, tl.int1) if WHOLE else k < K
+    place = row * K + k
+    wait_for_inputs()
+    held = tl.load(x + place, mask=there, other=0.0)
+    if RESIDUAL:
+        held = (held.to(tl.float32) + tl.load(residual + place, mask=there, other=0.0).to(tl.float32)).to(held.dtype)
+    if KEEP_SUM:
+        tl.store(sum + place, held, mask=there)
+    result = held
+    if NORM != "":
+        result = normalized(held, weight, bias, k, there)
     if KEEP_NORM:
         tl.store(norm + place, result, mask=there)
     value = result.to(tl.float32)

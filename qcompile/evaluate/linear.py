@@ -20,6 +20,7 @@ from qcompile import compat
 from qcompile.evaluate.timing import Call, Row, copies, microseconds
 from qcompile.layouts import LAYOUTS, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
+from qcompile.norms import quantize
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize, dequantize_activation, quantize_activation, quantize_weight
 from qcompile.scheme import ActivationScheme, Scheme
@@ -103,7 +104,7 @@ def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: 
             return y
         from qcompile.runtime import gpu
 
-        rows, x_scale = (x, None) if scheme.activation is None else quantize_rows(x, scheme.activation)
+        rows, x_scale = (x, None) if scheme.activation is None else quantize(x, scheme.activation)
         return gpu.gemm(rows, x_scale, list(weight), None, [], spec, torch.bfloat16)
 
     weights = copies(x.device, *to_layout(packed, layout).tensors)

@@ -241,10 +241,13 @@ def execute(
         return vendor.finish(product, bias, operands, spec, chosen.kernel, wrap)
 
 
-def torch_multiplies(x: Tensor, x_scale: Tensor | None, spec: LinearSpec, out_dtype: torch.dtype) -> bool:
+def torch_multiplies(
+    spec: LinearSpec, rows: int, x_dtype: torch.dtype, out_dtype: torch.dtype, device: torch.device
+) -> bool:
     """Whether the product of `gemm` is one of torch's own, which compilers can fuse with what surrounds it."""
-    check_dtypes(x, x_scale, out_dtype)
-    return not has_kernel(spec) or choice_for(x, spec, out_dtype).vendor is not None
+    if not has_kernel(spec):
+        return True
+    return choose(spec, bucket(rows), x_dtype, out_dtype, target_of(device), name_of(device)).vendor is not None
 
 
 @functools.cache

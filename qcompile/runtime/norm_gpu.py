@@ -1,4 +1,4 @@
-"""Norms whose results are quantized in groups, on GPUs: one launch of a generated Triton kernel."""
+"""Rows that are normalized, or not, and quantized on GPUs: one launch of a generated Triton kernel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.norm_kernel_spec import WIDEST, NormKernelSpec, groups_power, norm_kernel_spec
-from qcompile.codegen.spec import dtype_name, native_fp8
+from qcompile.codegen.norm_kernel_spec import WIDEST, NormKernelSpec, held_columns, norm_kernel_spec
+from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
 from qcompile.norm_spec import NormSpec, decode_norm
 from qcompile.norms import results
 from qcompile.runtime import cache, launcher
@@ -19,9 +19,9 @@ from qcompile.tensors import by_bytes
 
 def objection(norm: NormSpec, device: torch.device) -> str | None:
     """Why a norm has no kernel; None if it has one."""
-    if norm.columns & (norm.columns - 1):
+    if norm.columns < norm.k and norm.columns & (norm.columns - 1):
         return f"groups of {norm.columns} columns are no power of two"
-    if groups_power(norm) * norm.columns > WIDEST:
+    if held_columns(norm) > WIDEST:
         return f"rows of {norm.k} columns are more than a program holds"
     return None if stores(norm.activation.held, device) else f"{target_of(device)} does not convert to {norm.number}"
 
@@ -55,6 +55,9 @@ def launch(
         total = kept[0] if norm.keep_sum else x
         # A pointer that the kernel does not use gets the rows, so that one signature serves all.
         given = [x if tensor is None else tensor.contiguous() for tensor in (residual, weight, bias)]
+        options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
+        if launches_early(kernel.target) and x.device.type != "cpu":  # which has Triton's interpreter
+            options["launch_pdl"] = True
         launcher.launch(
             function,
             (rows,),
@@ -64,7 +67,6 @@ def launch(
             scale,
             total,
             kept[-1] if norm.keep_norm else x,
-            num_warps=kernel.tile.warps,
-            num_stages=kernel.tile.stages,
+            **options,
         )
     return found

@@ -402,7 +402,7 @@ def test_kernels_of_the_shipped_table_do_not_spill() -> None:
         assert not found["flush"], "subnormals would be flushed, which decoding fp8 relies on"
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k", "int3"])
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "int2", "int3", "int6"])
 def test_shared_memory_is_estimated_from_above(name: str) -> None:
     """Of the candidate that is nearest to what fits, whose scales have many blocks."""
     scheme = shipped(name, (256, 512))

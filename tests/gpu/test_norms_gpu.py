@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
+from qcompile.norm_spec import NormSpec
 from qcompile.norms import plain
 from qcompile.reference import dequantize_activation
 from qcompile.runtime import norm_gpu
@@ -21,9 +23,11 @@ LAUNCHES = 20
 CASES = {
     "llama": LLAMA,
     "gemma": replace(LLAMA, weight="one more", early=False, residual=False, keep_sum=False, keep_norm=True),
-    "layer norm": replace(LLAMA, centered=True, early=False, bias=True, eps=1e-5),
+    "layer norm": replace(LLAMA, norm="layer", early=False, bias=True, eps=1e-5),
     "powers": replace(LLAMA, columns=32, powers=True),
     "int8": replace(LLAMA, number="int8", columns=64),
+    "a scale a row": replace(LLAMA, columns=0),
+    "no norm": NormSpec(k=256, number="int8", columns=0, powers=False),
 }
 
 
@@ -32,7 +36,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(name: str, k: int, dtype: torch.dtype) -> None:
     """Nearly all codes are those of plain torch; where a sum or a root was rounded otherwise, the next ones."""
-    norm = replace(CASES[name], k=k)
+    norm = replace(CASES[name], k=k, columns=CASES[name].columns or k)
     reason = norm_gpu.objection(norm, torch.device("cuda"))
     if reason is not None:
         pytest.skip(reason)
@@ -46,14 +50,19 @@ def test_kernel(name: str, k: int, dtype: torch.dtype) -> None:
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), "launches differ"
     expected = plain(x, residual, weight, bias, norm)
     same = [float((one.float() == other.float()).double().mean()) for one, other in zip(found, expected, strict=True)]
-    assert all(share > 0.97 for share in same[:1] + same[2:]), same
+    assert same[0] > 0.97, same
+    for kept, like in zip(found[2:], expected[2:], strict=True):
+        if dtype != torch.float32:
+            assert (kept == like).double().mean() > 0.97
+        else:  # a mean of K squares added in another order, a root by two ways, and three products
+            assert ((kept - like).abs() <= (math.log2(k) + 8) * tolerance.U32 * (like.abs() + 1)).all()
     one, other = (dequantize_activation(codes, scale, norm.activation) for codes, scale, *_ in (found, expected))
     # Codes that differ are neighbours: one in 30, by a relative step of 2**-3 at most.
     assert tolerance.sqnr(other, one) > 30
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8"])
+@pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8", "fp8", "int8"])
 def test_a_compiled_block(scheme: str) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

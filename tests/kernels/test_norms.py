@@ -1,4 +1,4 @@
-"""Norms that are quantized in groups: the kernel in Triton's interpreter beside plain torch and float64."""
+"""Rows that are normalized, or not, and quantized: the kernel in Triton's interpreter beside torch and float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.triton_interpreter import interpret
 
 LLAMA = NormSpec(
     k=256,
-    centered=False,
+    norm="rms",
     eps=1e-6,
     weight="plain",
     early=True,
@@ -38,10 +38,17 @@ LLAMA = NormSpec(
 )
 """Of a block of Llama, in groups as DeepSeek V3 has them."""
 
+
+def as_made(norm: NormSpec) -> NormSpec:
+    """Rows as a scale a row has them for no columns, and without parameters of a norm where there is none."""
+    norm = replace(norm, columns=min(norm.columns or norm.k, norm.k))
+    return norm if norm.norm else replace(norm, eps=0.0, weight="", early=False, bias=False)
+
+
 norms = st.builds(
     NormSpec,
     k=st.sampled_from([32, 96, 128, 200, 256, 360]),
-    centered=st.booleans(),
+    norm=st.sampled_from(["", "rms", "layer"]),
     eps=st.sampled_from([1e-6, 1e-5]),
     weight=st.sampled_from(["", "plain", "one more"]),
     early=st.booleans(),
@@ -50,9 +57,9 @@ norms = st.builds(
     keep_sum=st.booleans(),
     keep_norm=st.booleans(),
     number=st.sampled_from(["fp8_e4m3", "fp8_e5m2", "int8", "int4"]),
-    columns=st.sampled_from([16, 32, 128]),
+    columns=st.sampled_from([16, 32, 128, 0]),
     powers=st.booleans(),
-).map(lambda norm: replace(norm, keep_sum=norm.keep_sum and norm.residual))
+).map(lambda norm: replace(as_made(norm), keep_sum=norm.keep_sum and norm.residual))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,7 +86,9 @@ def run(norm: NormSpec, *given_: Tensor | None, target: str = "sm_90") -> list[T
 def exact(norm: NormSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """The norm of rows, in float64."""
     y = x.double()
-    if norm.centered:
+    if not norm.norm:
+        return y
+    if norm.norm == "layer":
         y = y - y.mean(-1, keepdim=True)
     y = y / (y.square().mean(-1, keepdim=True) + norm.eps).sqrt()
     if weight is not None:
@@ -100,7 +109,7 @@ def test_codes_stand_for_the_norm(norm: NormSpec, rows: int, dtype: torch.dtype)
     factor = torch.ones(norm.k).double() if weight is None else weight.double() + (norm.weight == "one more")
     # The sums of a row's K terms, and a root, err by less than K + 8 roundings; centering may cancel.
     mean = held.double().mean(-1, keepdim=True).abs() / (held.double().std(-1, keepdim=True) + norm.eps)
-    error = (without.abs() + norm.centered * (1 + mean)) * (norm.k + 8) * tolerance.U32
+    error = (without.abs() + (norm.norm == "layer") * (1 + mean)) * (norm.k + 8) * tolerance.U32
     if norm.early:
         error = error + tolerance.rounding(without.abs() + error, dtype)
     error = error * factor.abs() + 4 * tolerance.U32 * (y.abs() + 1)
@@ -123,7 +132,7 @@ def test_codes_stand_for_the_norm(norm: NormSpec, rows: int, dtype: torch.dtype)
 @given(norms, st.sampled_from([torch.bfloat16, torch.float32]))
 def test_results_are_those_of_plain_torch(norm: NormSpec, dtype: torch.dtype) -> None:
     """Bit for bit where sums and roots are exact: rows of 2 and -2 whose mean, if it is subtracted, is 0."""
-    norm = replace(norm, k=256, eps=0.0)
+    norm = replace(norm, k=256, columns=256 if norm.columns == norm.k else norm.columns, eps=0.0)
     signs = torch.ones(3, 128)
     signs[:, ::3] = -1
     x, residual, weight, bias = inputs(norm, 3, dtype)
@@ -160,12 +169,13 @@ def test_a_spec_is_its_text(norm: NormSpec) -> None:
 def test_cross_compiled_kernels_read_rows_once(target: str) -> None:
     """Nothing spills, and each of x, residual and weight is read once: 3 loads of 16 bytes for 8 numbers a thread."""
     number = "int8" if target == "gfx942" else "fp8_e4m3"
-    shapes = ((4096, 128), (2880, 32), (16384, 32))
+    shapes = ((4096, 128), (2880, 32), (16384, 32), (4096, 4096), (14336, 14336))
     like = [replace(LLAMA, k=k, columns=columns, number=number) for k, columns in shapes]
     kernels = [norm_kernel_spec(norm, "bfloat16", target) for norm in like]
     for kernel, found, (k, columns) in zip(kernels, measure(kernels), shapes, strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)
         if target != "gfx942":
-            held = (1 << (-(-k // columns) - 1).bit_length()) * columns // (32 * kernel.tile.warps)
+            held = (1 << (-(-k // columns) - 1).bit_length()) * (1 << (columns - 1).bit_length())
+            held //= 32 * kernel.tile.warps
             assert found["loads"] == ["v4.b32"] * (3 * held // 8), (kernel, found)

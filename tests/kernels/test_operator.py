@@ -54,7 +54,7 @@ def test_traced_product_is_one_call_that_changes_nothing(sm_90: None, name: str,
         fake = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in real]
 
         def call(x: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, bias: Tensor, operand: Tensor) -> Tensor:
-            assert not gpu.torch_multiplies(x, x_scale, given.spec, torch.bfloat16)
+            assert not gpu.torch_multiplies(given.spec, x.shape[0], x.dtype, torch.bfloat16, x.device)
             result: Tensor = torch.ops.qcompile.gemm(
                 x, x_scale, [codes, scale], bias, [operand], encoded, torch.bfloat16
             )

@@ -23,7 +23,8 @@ FOUND = torch.ops.qcompile.norm_quantize.default
 
 @pytest.fixture(autouse=True)
 def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("qcompile.passes.quantize_norms"), "LEFT", ())
+    for name in ("quantize_norms", "share_quantization"):
+        monkeypatch.setattr(importlib.import_module(f"qcompile.passes.{name}"), "LEFT", ())
 
 
 class Block(nn.Module):
@@ -47,7 +48,7 @@ NORMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma": (lambda: GemmaRMSNorm(WIDTH), {"weight": "one more", "early": False, "eps": 1e-6}),
     "gpt_oss": (lambda: GptOssRMSNorm(WIDTH), {"weight": "plain", "early": False, "eps": 1e-6}),
     "rms_norm": (lambda: nn.RMSNorm(WIDTH, eps=1e-5), {"weight": "plain", "early": False, "eps": 1e-5}),
-    "layer_norm": (lambda: nn.LayerNorm(WIDTH), {"weight": "plain", "centered": True, "bias": True, "eps": 1e-5}),
+    "layer_norm": (lambda: nn.LayerNorm(WIDTH), {"weight": "plain", "norm": "layer", "bias": True, "eps": 1e-5}),
     "no weight": (lambda: nn.RMSNorm(WIDTH, eps=1e-5, elementwise_affine=False), {"weight": ""}),
 }
 
@@ -139,7 +140,36 @@ def test_what_else_reads_a_part_is_named() -> None:
     assert captured.declined("quantize_norms") == ["something else reads a part of a norm"]
 
 
-def test_scales_of_tokens_are_left_to_compilers() -> None:
+def test_static_scales_are_left_to_compilers() -> None:
     model = Block(LlamaRMSNorm(WIDTH), lambda m, x, _: (m.q(m.norm(x)),)).to(torch.bfloat16)
     x = torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)
-    assert capture(model, x, x, config={"rules": [{"layers": "*", "scheme": "fp8"}]}).count(FOUND) == 0
+    activation = {"format": "int8", "granularity": "tensor", "dynamic": False, "scale": 0.1}
+    scheme = {"weight": {"format": "int8", "granularity": "channel"}, "activation": activation}
+    assert capture(model, x, x, config={"rules": [{"layers": "*", "scheme": scheme}]}).count(FOUND) == 0
+
+
+def test_a_scale_a_token() -> None:
+    model = Block(LlamaRMSNorm(WIDTH), lambda m, x, _: (m.q(m.norm(x)),)).to(torch.bfloat16)
+    x = torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)
+    captured = capture(model, x, x, config={"rules": [{"layers": "*", "scheme": "fp8"}]})
+    assert captured.rewritten("quantize_norms") == ["norm and quantization in one"]
+    (found,) = (decode_norm(n.args[-1]) for c in captured.contexts for n in c.graph.nodes if n.target is FOUND)
+    assert (found.norm, found.columns) == ("rms", WIDTH)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "mxfp8"])
+def test_rows_that_are_in_memory(scheme: str) -> None:
+    """Inputs of the graph, results of linears, and of attention: not those of formulas."""
+
+    def forward(m: Block, x: Tensor, other: Tensor) -> tuple[Tensor]:
+        q, k, v = (t.unflatten(-1, (4, 32)).transpose(1, 2) for t in (m.q(x), *m.k(x).chunk(2, -1)))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return (m.q(m.q(y)) + m.q(torch.sin(other)),)
+
+    model = Block(nn.Identity(), forward).to(torch.bfloat16)
+    x, other = (torch.randn(2, 5, WIDTH, dtype=torch.bfloat16) for _ in range(2))
+    captured = capture(model, x, other, config={"rules": [{"layers": "*", "scheme": scheme}]})
+    assert captured.rewritten("share_quantization") == ["quantization in one kernel"] * 3
+    with torch.no_grad():
+        (expected,), (found,) = model(x, other), captured.output
+    assert tolerance.sqnr(expected.float(), found.float()) > tolerance.float_sqnr_floor(3) - 9
