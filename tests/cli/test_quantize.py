@@ -22,7 +22,7 @@ from qcompile.modules import QuantizedLinear
 from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
 from tests.checkpoint.test_imatrix import entry, write
-from tests.checkpoint.test_save import llama
+from tests.checkpoint.tiny_models import llama
 
 WORDS = "a quantized model multiplies its inputs by codes and scales until the answer comes out of the last layer"
 
