@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from qcompile.codegen import spec as specs
 from qcompile.codegen.cost_model import candidates, device_of, shared_bytes
-from qcompile.codegen.spec import KernelSpec, stream_objection
+from qcompile.codegen.spec import KernelSpec, has_gluon, stream_objection
 from qcompile.presets import preset
 from qcompile.runtime import cache
 from qcompile.runtime import measure as timing
 from qcompile.runtime.streams import division
 from tests.cross_compile import measure
+
+pytestmark = pytest.mark.skipif(not has_gluon(), reason="needs a Triton whose Gluon the templates were tried with")
 
 BF16 = torch.bfloat16
 
