@@ -119,6 +119,8 @@ _TURN = 6e-7
 """Seconds from the arrival of a turn's operands to the end of its products."""
 _NARROW = {128: 1.55, 256: 1.3}
 """How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
+_SPREAD = 3.0
+"""As `_instructions`, of a sparse weight that `gemm_stream` makes dense."""
 _HIDDEN = 0.4
 """Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
@@ -149,7 +151,7 @@ def _instructions(spec: KernelSpec) -> float:
     if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
     if spec.offset:
-        return 8.0
+        return 8.0 if scales_of(spec, "products") == "weights" else 6.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
         return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + few + sparse
@@ -198,9 +200,12 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
     programs = value["programs"] * tile.split or device.processors
     fill = math.ceil(programs / device.processors) * device.processors / programs
-    slow = _NARROW[tile.n] if tile.m == 64 else 1.0
+    slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
-    working = value["operations"] / rate * slow * (fill if tile.split else 1.0)
+    working = value["operations"] / rate * slow
+    if spec.sparse:
+        working = max(working, value["weights"] * _SPREAD / (device.processors * 128 * 1.3e9))
+    working *= fill if tile.split else 1.0
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0
     if tile.split != 1 and (tile.split or value["programs"] % device.processors):
@@ -277,7 +282,10 @@ def _eight(like: KernelSpec) -> bool:
 
     A warp group multiplies 16 rows at least by Triton, and no warp of it goes on before all four have multiplied.
     """
-    plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
+    bits = FORMATS[like.weight].bits
+    # Planes of 1 and 2 bits are exchanged between threads on their way to warps that multiply for themselves.
+    whole = bits in (2, 4) or (bits < 8 and scales_of(like, "products") == "weights")
+    plain = like.activation is None and not like.sparse and whole
     served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
     return plain and served and not _tensor_memory(like.target)
 
@@ -288,10 +296,6 @@ def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
 
 def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     wide = like.compute == "float32"
-    # Weights that are scaled in float32 need registers beside the accumulator's, and so do activations of 8 bits that
-    # are converted where the tensor cores read both sides from registers.
-    crowded = scales_of(like, "products") == "weights"
-    most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
     if like.sparse:  # whose words need registers too
@@ -300,6 +304,10 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     if m == 1 and _eight(like):
         heights = (8, *heights)
     for block_m in heights:
+        # Weights that are scaled in float32 need registers beside the accumulator's, and so do activations of 8 bits
+        # that are converted where the tensor cores read both sides from registers.
+        crowded = scales_of(replace(like, tile=replace(like.tile, m=block_m)), "products") == "weights"
+        most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
@@ -323,7 +331,7 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     """Where scales go, and whether products overlap decoding, which is for operands in registers: Hopper's."""
     small = tile.m <= 32
     deep = tile.k >= 128 and like.target == "sm_90"
-    only = scales_of(like, "products")
+    only = scales_of(replace(like, tile=tile), "products")
     if only != "products":  # there is no choice
         return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
     if small:
@@ -371,7 +379,8 @@ def _holds_products(like: KernelSpec, tile: Tile) -> bool:
 def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     """Tiles of programs that hold all their weights in registers, 64 words a thread at most."""
     bits = FORMATS[like.weight].bits
-    if m > 16 or like.compute == "float32" or bits not in (2, 4, 8) or scales_of(like, "products") == "weights":
+    held = bits in (2, 4, 8) and not like.offset and scales_of(like, "products") != "weights"
+    if m > 16 or like.compute == "float32" or not held:
         return []
     found = []
     cuts = ((64, 4), (128, 4), (128, 8))
@@ -393,25 +402,29 @@ def _cores(like: KernelSpec, m: int) -> list[Tile]:
     scales = scales_of(like, "products")
     sixteen = like.compute in ("bfloat16", "float16") and like.activation is None and like.super_columns == 0
     served = like.sparse and sparse_cores(like.target) and sixteen and scales != "weights"
-    if m > 16 or not served or 0 < like.aligned < 64:
+    if m > 32 or not served or 0 < like.aligned < 64:
         return []
-    found = []
+    found, height = [], 8 if m == 1 else 16 if m <= 16 else 32
     for block_n, along, tiles in itertools.product((64, 128), (1, 2, 4), (1, 2)):
         warps, k = along * block_n // 64, 64 * along * tiles
         for split, stages in itertools.product((1, 2, 4, 8), (3, 4)):
             if 2 <= warps <= 8 and like.k % (split * k) == 0 and -(-like.n // 64) * 64 % block_n == 0:
-                cut = Tile(m=8 if m == 1 else 16, n=block_n, k=k, split=split, warps=warps, stages=stages)
+                cut = Tile(m=height, n=block_n, k=k, split=split, warps=warps, stages=stages)
                 found.append(replace(cut, form="cores"))
     return found
 
 
 def _streams(like: KernelSpec, m: int) -> list[Tile]:
-    """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most."""
-    if m <= 32 or stream_objection(like) is not None:
+    """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most.
+
+    Dense weights of up to 32 rows are multiplied faster by a loop.
+    """
+    if m <= (1 if like.sparse else 32) or stream_objection(like) is not None:
         return []
     found = []
     processors = device_of(like.target).processors
-    for block_m, block_n in itertools.product((64, 128) if m > 64 else (64,), (256,) if like.gated else (128, 256)):
+    heights = (16,) if m <= 16 else (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
+    for block_m, block_n in itertools.product(heights, (256,) if like.gated else (128, 256)):
         tiles = -(-m // block_m) * -(-like.n // block_n)
         for split in (0, *(z for z in (1, 2, 4, 8) if z == 1 or (tiles * z <= processors and 256 * z <= like.k))):
             tile = Tile(m=block_m, n=block_n, k=128, split=split, warps=8, stages=8, form="stream", scales="fragments")

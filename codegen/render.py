@@ -43,6 +43,8 @@ from qcompile.codegen.word_decoders import (
     pairs_decoder,
     quad_decoder,
     sparse_product,
+    spread_assembly,
+    spread_tables,
     word_assembly,
     word_factor,
 )
@@ -244,7 +246,14 @@ def _sparse_cores(spec: KernelSpec) -> str:
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
     fmt, constants = FORMATS[spec.weight], _fragment_constants(spec, spec.compute)
-    if fmt.bits == 8:
+    spread = ""
+    if spec.sparse:
+        assert isinstance(fmt, IntegerFormat)
+        scaled = constants["SCALES"] == "fragments"
+        constants["FACTOR"] = factor = word_factor(fmt, spec.compute, spec.target, at_once=scaled)
+        constants["WORDS"] = spread_assembly(fmt, spec.compute, scaled=scaled, factor=factor)
+        spread = _spread()
+    elif fmt.bits == 8:
         assert isinstance(fmt, IntegerFormat)
         constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
@@ -252,6 +261,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "N",
         "K",
         "BITS",
+        "SPARSE",
         "COLUMNS",
         "SCALES",
         "SYMMETRIC",
@@ -266,7 +276,15 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "GATED",
         "OPERANDS",
     ]
-    return {"constants": _constants({name: constants[name] for name in names})} | _stream_tiles(spec)
+    holes = {"constants": _constants({name: constants[name] for name in names}), "spread": spread}
+    return holes | _stream_tiles(spec)
+
+
+def _spread() -> str:
+    """The functions of `stream_spread`."""
+    text = _template("stream_spread")
+    (a, b), (c, d) = spread_tables()
+    return fill_hole(text[text.index("# <decoding>") :], "decoding", _constants({"TABLES": (a, b, c, d)})) + "\n\n"
 
 
 def _stream_rows8(spec: KernelSpec) -> dict[str, str]:

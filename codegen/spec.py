@@ -271,6 +271,10 @@ _EXACT_SCALES = {
 """Types of scales that a type of tensor cores holds."""
 
 
+FEW = 32
+"""Rows of a tile up to which it costs less to add offsets to products than to weights."""
+
+
 def scales_of(spec: KernelSpec, preferred: str) -> str:
     """Where a kernel of `gemm_fragment` applies scales; see the template.
 
@@ -278,8 +282,10 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
         preferred: "products" or "fragments", for where both serve.
     """
     divisible = spec.aligned >= 64 or (spec.aligned >= 16 and FORMATS[spec.weight].bits in (4, 8)) or not spec.aligned
-    if spec.offset or not divisible:
+    if not divisible:
         return "weights"
+    if spec.offset:
+        return "products" if spec.tile.m <= FEW else "weights"
     if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
         return "total"
     exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
@@ -312,10 +318,11 @@ def stream_objection(spec: KernelSpec) -> str | None:
     if spec.in_rows:
         return _rows_stream_objection(spec)
     fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
-    if fmt.bits not in (4, 8) or spec.sparse or spec.activation is not None or spec.compute == "float32":
+    if fmt.bits not in (4, 8) or spec.activation is not None or spec.compute == "float32":
         return "its weights are of 4 or 8 bits, its activations of 16"
-    if fmt.bits == 8 and (not isinstance(fmt, IntegerFormat) or spec.compute != "bfloat16" or scales != "total"):
-        return "its weights of 8 bits are integers with a scale a row, its activations bfloat16 then"
+    integers = isinstance(fmt, IntegerFormat) and spec.compute == "bfloat16" and scales == "total"
+    if fmt.bits == 8 and not spec.sparse and not integers:
+        return "its dense weights of 8 bits are integers with a scale a row, its activations bfloat16 then"
     if spec.super_columns or (scales == "total" and not spec.symmetric):
         return "it takes no scales above scales, and zero points of groups only"
     if scales == "weights" or spec.scale_dtype not in (_ROW_SCALES if scales == "total" else (spec.compute,)):

@@ -252,6 +252,86 @@ def kept_assembly(fmt: Format, dtype: str) -> str:
     return _block(lines)
 
 
+def spread_tables() -> tuple[tuple[int, int], tuple[int, int]]:
+    """For the threads that have the first and the last two of four columns: two words of selectors, as bytes.
+
+    Byte m selects what the thread's columns are where bits of m say which of them are kept: the lower four bits for the
+    first, the higher ones for the second. Of four bytes to select from, those for the first word are 0 and 2, the codes
+    that four columns keep, and for the second 1 and 3; byte 4 is the code of 0.
+    """
+    # A code alone is the first of both if its column is one of the first two, else the second.
+    tables = []
+    for alone in (0, 2):
+        pairs = ((4, 4), (alone, 4), (4, alone), (0, 2))
+        words = [[tuple(place + (place < 4) * of for place in pair) for pair in pairs] for of in (0, 1)]
+        tables.append(tuple(int.from_bytes(bytes(low | high << 4 for low, high in word), "little") for word in words))
+    (a, b), (c, d) = tables
+    return (a, b), (c, d)
+
+
+def spread_assembly(fmt: IntegerFormat, dtype: str, *, scaled: bool, factor: float) -> str:
+    """PTX that decodes 2:4 sparse codes to dense weights, as `stream_spread` takes them: word i to $<2i> and $<2i+1>.
+
+    Inputs are two words of codes, s = 0 and 1, one or for 4 bits two of places; by how much these are rotated; the two
+    words of `spread_tables`; and with `scaled` both rows' scales. For 8 bits word 2 s + r is of row r; for 4 bits word
+    4 s + 2 t + r, of which t is in the second word of places. Results are `factor` times less.
+
+    Two fours of columns have their codes in four bytes, or in half of each, first both first ones. Tables give each
+    four a byte, two such bytes select codes for their columns, and then each pair of codes is set apart, as a word.
+    """
+    four = fmt.bits == 4
+    inputs = [f"${i}" for i in range(16 if four else 8, 32)]
+    codes, places, scales = inputs[:2], inputs[2 : 3 + four], inputs[7 + four :]
+    near, far, even, odd = inputs[3 + four : 7 + four]
+    lines = [".reg .b32 x, y, zero, l0, l1, t0, t1", f"mov.b32 zero, {0x88888888 if four else 0x80808080:#x}"]
+    lines += [f"shf.r.wrap.b32 x, {places[0]}, {places[0]}, {near}"]
+    lines += [f"shf.r.wrap.b32 y, {places[-1]}, {places[-1]}, {far}"]
+    # (x & mask) | (y & ~mask), then (x & mask) | 4 for each second four, which has the second table
+    lines += ["lop3.b32 x, x, y, 0xf0f0f0f, 0xe4", "lop3.b32 x, x, 0x33333333, 0x40404040, 0xea"]
+    lines.append(f"prmt.b32 l0, {even}, {odd}, x")
+    if four:
+        lines += ["shr.b32 x, x, 16", f"prmt.b32 l1, {even}, {odd}, x"]
+    lines += _row_values(fmt, dtype, scales[: 2 * scaled], factor)
+    for s in range(2):
+        for half in range(1 + four):
+            lines += [f"shr.b32 l{half}, l{half}, 16"] * s
+            lines.append(f"prmt.b32 x, {codes[s]}, zero, l{half}")
+            if four:
+                lines.append(f"and.b32 x, x, {0xF0F0F0F << 4 * half:#x}")
+            for i, selector in enumerate(("0x4140", "0x4342")):
+                word, r = (4 * s + 2 * i + half, half) if four else (2 * s + i, i)
+                apart = "0" if dtype == "bfloat16" else "0x64646464"
+                lines += [f"prmt.b32 t{i}, x, {apart}, {selector}"]
+                if dtype == "bfloat16":
+                    lines.append(f"fma.rn.bf16x2 t{i}, t{i}, s{r}, z{r}")
+                else:
+                    lines.append(f"fma.rn.f16x2 t{i}, t{i}, u{r}, z{r}")
+                    lines += [f"mul.rn.f16x2 t{i}, t{i}, {scales[r]}"] * scaled
+                lines.append(f"mov.b32 {{${2 * word}, ${2 * word + 1}}}, t{i}")
+    return _block(lines)
+
+
+def _row_values(fmt: IntegerFormat, dtype: str, scales: list[str], factor: float) -> list[str]:
+    """PTX of what codes of row r, as numbers where they lie, are multiplied by, s<r> or u<r>, and what is added, z<r>.
+
+    Of 4 bits those of the second row lie 4 bits higher. In float16, where they are less than 1024 in numbers from
+    there, scales come after.
+    """
+    lines = [".reg .b32 s0, s1, u0, u1, z0, z1"]
+    for r in range(2):
+        unit, negative = 2.0 ** (-4 * r if fmt.bits == 4 else 0), -float(fmt.offset)
+        if dtype == "float16":
+            negative -= MAGIC[dtype][1] * unit
+        else:
+            unit, negative = unit * 2.0**133 / factor, negative / factor
+        lines += [f"mov.b32 {name}{r}, {bits_of(v, dtype) * 0x10001:#x}" for name, v in (("u", unit), ("z", negative))]
+        if dtype == "bfloat16" and scales:
+            lines += [f"mul.rn.bf16x2 s{r}, {scales[r]}, u{r}", f"mul.rn.bf16x2 z{r}, {scales[r]}, z{r}"]
+        elif dtype == "bfloat16":
+            lines.append(f"mov.b32 s{r}, u{r}")
+    return lines
+
+
 def sparse_product(dtype: str) -> str:
     """PTX of one product of sparse tensor cores, as `sparse_cores` takes it."""
     kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]

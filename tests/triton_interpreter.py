@@ -138,6 +138,12 @@ def _install_bounds(builder: Any) -> None:
     builder.create_atomic_rmw = atomic_rmw
 
 
+def _funnel(low: Any, high: Any, count: Any) -> Any:
+    """PTX shf.r.wrap: the low word of both, shifted right."""
+    both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+    return (both >> (count & np.uint32(31)).astype(np.uint64)).astype(np.uint32)
+
+
 def _permute_bytes(low: Any, high: Any, selector: Any) -> Any:
     """PTX prmt: each of four nibbles of the selector chooses one of eight bytes, or from 8 its sign."""
     both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
@@ -190,6 +196,7 @@ _PTX: dict[str, Any] = {
     "prmt.b32": _permute_bytes,
     "lop3.b32": _choose_bits,
     "shf.l.wrap.b32": lambda low, high, count: high << count | low >> np.uint32(32) - count,
+    "shf.r.wrap.b32": lambda low, high, count: _funnel(low, high, count),
     "max.bf16x2": _by_halves(torch.fmax, torch.bfloat16),
     "cvt.rn.f16x2.e4m3x2": lambda pair: _floats(pair.view(np.uint8), torch.float8_e4m3fn, torch.float16).view(
         np.uint32
@@ -305,7 +312,7 @@ class _Results(list[Any]):
         return self[index]
 
 
-def _install_assembly(builder: Any) -> None:
+def install_assembly(builder: Any) -> None:
     """Inline PTX of 32-bit registers and the instructions in `_PTX`, without branches; results may be 16-bit halves.
 
     Elements may be packed: then registers hold bytes or halves, and the one result 16-bit halves, of as many elements.
@@ -418,7 +425,7 @@ def install() -> None:
         _installed = True
         _install_arithmetic(interpreter.InterpreterBuilder)
         _install_bounds(interpreter.InterpreterBuilder)
-        _install_assembly(interpreter.InterpreterBuilder)
+        install_assembly(interpreter.InterpreterBuilder)
         _install_dual()
 
 

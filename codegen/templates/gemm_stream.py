@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 N = tl.constexpr(256)
 K = tl.constexpr(256)
 BITS = tl.constexpr(4)
+SPARSE = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
 SCALES = tl.constexpr("fragments")
 SYMMETRIC = tl.constexpr(True)
@@ -47,6 +48,10 @@ GATED = tl.constexpr(False)
 OPERANDS = tl.constexpr(False)
 # </constants>
 
+# <spread>
+from qcompile.codegen.templates.stream_spread import decode_spread, for_all_words
+
+# </spread>
 # <tiles>
 from qcompile.codegen.templates.stream_tiles import (
     HALVES,
@@ -68,8 +73,11 @@ GROUPED = tl.constexpr(SCALES.value == "fragments")
 GROUPS = tl.constexpr(max(1, 128 // COLUMNS.value))
 """Scales of a row in a step: those of halves of it, or one."""
 LINES = tl.constexpr(BITS.value // 2)
-"""Lines of 256 words that a tile of 64 x 64 has in memory."""
-BYTES = BLOCK_M * 256 + ROWS * (LINES * 2048 + (GROUPS * (128 if SYMMETRIC else 192) if GROUPED else 0))
+"""Lines of 256 words that a tile of 64 x 64 has in memory; or if it is sparse of 128 words of codes, before a line that
+says which columns are kept."""
+STORED = tl.constexpr(BITS.value // 2 + 1 if SPARSE.value else BITS.value)
+"""Bits that a weight takes in memory."""
+BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * (128 if SYMMETRIC else 192) if GROUPED else 0))
 """Of a stage."""
 CONSTRAINTS = tl.constexpr(
     "=h,=h,=h,=h,r"
@@ -134,10 +142,12 @@ def epilogue(value, second, bias, operand_0, n, offsets, mask):
 
 @gluon.jit
 def words_of(halves):
-    """16-bit numbers of rows w and h in both halves of words, for all l and v of them."""
-    halves = gl.convert_layout(halves, WH, assert_trivial=True)
-    words = (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
-    return gl.expand_dims(gl.expand_dims(words, 2), 3)
+    """16-bit numbers of rows w and h in both halves of words, for all that a thread decodes of these rows."""
+    if SPARSE:
+        halves = for_all_words(halves)
+    else:
+        halves = gl.expand_dims(gl.expand_dims(gl.convert_layout(halves, WH, assert_trivial=True), 2), 3)
+    return (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
 
 
 @gluon.jit
@@ -148,7 +158,7 @@ def two_rows(values):
 
 @gluon.jit
 def load_rows(ring, stage, row, group: gl.constexpr):
-    """Zero points and scales of groups of a tile's rows, if there are, as `decoders.word_assembly` takes them."""
+    """Zero points and scales of groups of a tile's rows, if there are, as `word_decoders` has PTX that takes them."""
     _, _, _, _, scales, zeros = ring
     found = ()
     if GROUPED:
@@ -162,8 +172,18 @@ def load_rows(ring, stage, row, group: gl.constexpr):
 
 
 @gluon.jit
-def decode(codes, rows):
-    """Weights [64, 64] from a tile's words in shared memory."""
+def decode(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
+    """Weights [64, 64] from the words of half of a stage's tile in shared memory."""
+    if SPARSE:
+        return gl.convert_layout(decode_spread(ring, stage, half, tile, rows), WEIGHTS, assert_trivial=True)
+    else:
+        return gl.convert_layout(decode_words(ring, stage, half, tile, rows), WEIGHTS, assert_trivial=True)
+
+
+@gluon.jit
+def decode_words(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
+    """The same as they are decoded, of dense codes."""
+    codes = ring[3].index(stage).slice(LINES * half, LINES, 1).slice(tile, 1, 0)
     if BITS == 8:
         words = codes.load(WIDE_TILE).reshape(4, 8, 4, 4, 2)
         a0, b0, a1, b1 = gl.inline_asm_elementwise(
@@ -183,28 +203,32 @@ def decode(codes, rows):
         low, high = gl.join(gl.join(a0, a2), gl.join(a1, a3)), gl.join(gl.join(b0, b2), gl.join(b1, b3))
     # w h l v | s r | b, with n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b
     fields = gl.join(low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True))
-    weight = gl.permute(fields, (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
-    return gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
+    return gl.permute(fields, (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
 
 
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
-    _, codes, scale, zero_point = inputs
-    full, _, _, codes_ring, scale_ring, zero_ring = ring
+    _, codes, scale, beside = inputs
+    full, _, _, codes_ring, scale_ring, beside_ring = ring
     mbarrier.expect(full.index(stage), BYTES, pred=there)
     group = step * 128 // COLUMNS
     PART: gl.constexpr = ROWS // HALVES
     for half in gl.static_range(HALVES):
         row = tile_n + half * (WIDTH_N // 64)
         into = codes_ring.index(stage).slice(half * PART, PART, 0)
-        tma.async_copy_global_to_shared(codes, [row, step * (2 * LINES), 0], full.index(stage), into, pred=there)
+        if SPARSE:
+            tma.async_copy_global_to_shared(codes, [row, 2 * step, 0, 0], full.index(stage), into, pred=there)
+            into = beside_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(beside, [row, 2 * step, LINES, 0], full.index(stage), into, pred=there)
+        else:
+            tma.async_copy_global_to_shared(codes, [row, step * (2 * LINES), 0], full.index(stage), into, pred=there)
         if GROUPED:
             into = scale_ring.index(stage).slice(half * PART, PART, 0)
             tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
         if GROUPED and not SYMMETRIC:
-            into = zero_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(zero_point, [row, group, 0], full.index(stage), into, pred=there)
+            into = beside_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(beside, [row, group, 0], full.index(stage), into, pred=there)
 
 
 @gluon.jit
@@ -225,7 +249,7 @@ def scaled(sums, row_scale, n, m, M):
 @gluon.jit
 def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl.constexpr):
     """All that warp group GROUP does."""
-    full, empty, xs, codes = ring[:4]
+    full, empty, xs = ring[:3]
     FIRST: gl.constexpr = GROUP if GATED else GROUP * PER
     SECOND: gl.constexpr = FIRST + (2 if GATED else 1)
     steps, whole = steps_of_program(tiles_m, sharers)
@@ -248,9 +272,8 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
                         rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2)
-                words = codes.index(stage).slice(LINES * half, LINES, 1)
                 columns = xs.index(stage).slice(64 * half, 64, 1).permute((1, 0))
-                weight = decode(words.slice(FIRST, 1, 0), rows0)
+                weight = decode(ring, stage, half, FIRST, rows0)
                 sum0 = warpgroup_mma(weight, columns, sum0, is_async=True)
                 warpgroup_mma_wait(1, deps=[held])
                 held = weight
@@ -259,7 +282,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                 elif GROUP == 0:
                     sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
                 if PER == 2:
-                    weight = decode(words.slice(SECOND, 1, 0), rows1)
+                    weight = decode(ring, stage, half, SECOND, rows1)
                     sum1 = warpgroup_mma(weight, columns, sum1, is_async=True)
                     warpgroup_mma_wait(1, deps=[held])
                     held = weight
@@ -269,21 +292,28 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
 
 
 @gluon.jit(do_not_specialize=["sharers", "M"])
-def kernel(x, codes, scale, zero_point, row_scale, bias, operand_0, y, partial, arrived, sharers, M):
+def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arrived, sharers, M):
     """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
-    x, codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words and of [N / 64, groups,
-    64], by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and [R, GROUPS, 64], with R = ROWS / HALVES. row_scale: [N],
-    unless GROUPED. What the constants make needless is not read. partial: float32, two of BLOCK_M * BLOCK_N a sharer;
-    arrived: int32, 0 for both groups of each shared tile, and 0 again at the end.
+    x, codes, scale, beside: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words, of [N / 64, groups, 64] and
+    of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and twice [R, GROUPS, 64], with R = ROWS /
+    HALVES. If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by blocks of [R, 2, LINES,
+    128] and [R, 2, 1, 128]. row_scale: [N], unless GROUPED. What the constants make needless is not read. partial:
+    float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at
+    the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
-    code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2 * LINES, 256], codes.layout)
-    scale_ring, zero_ring = code_ring, code_ring
+    if SPARSE:
+        code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, LINES, 128], codes.layout)
+        beside_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, 1, 128], beside.layout)
+    else:
+        code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2 * LINES, 256], codes.layout)
+        beside_ring = code_ring
+    scale_ring = code_ring
     if GROUPED:
         scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, 64], scale.layout)
     if GROUPED and not SYMMETRIC:
-        zero_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], zero_point.layout)
+        beside_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], beside.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -291,8 +321,8 @@ def kernel(x, codes, scale, zero_point, row_scale, bias, operand_0, y, partial, 
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    inputs, outputs = (x, codes, scale, zero_point), (row_scale, bias, operand_0, y)
-    ring = (full, empty, xs, code_ring, scale_ring, zero_ring)
+    inputs, outputs = (x, codes, scale, beside), (row_scale, bias, operand_0, y)
+    ring = (full, empty, xs, code_ring, scale_ring, beside_ring)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),

@@ -25,13 +25,18 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
     if kernel.in_rows:
         rows, layout = kernel.tile.n // (2 if kernel.gated else 1), NVMMASharedLayout(128, 8, 2)
         return {"x": ([kernel.tile.m, 128], layout), "codes": ([rows, 128], layout)}
-    rows = kernel.tile.n // (128 if kernel.gated else 64)
+    rows, bits = kernel.tile.n // (128 if kernel.gated else 64), FORMATS[kernel.weight].bits
     groups = max(1, 128 // kernel.columns)
+    codes = [rows, bits, 256], NVMMASharedLayout(0, 32, 3)
+    beside = [rows, groups, 64], NVMMASharedLayout(0, 8, 3)
+    if kernel.sparse:
+        layout = NVMMASharedLayout(0, 32, 4)
+        codes, beside = ([rows, 2, bits // 2, 128], layout), ([rows, 2, 1, 128], layout)
     return {
         "x": ([kernel.tile.m, 128], NVMMASharedLayout(128, 16, 2)),
-        "codes": ([rows, FORMATS[kernel.weight].bits, 256], NVMMASharedLayout(0, 32, 3)),
+        "codes": codes,
         "scale": ([rows, groups, 64], NVMMASharedLayout(0, 16, 3)),
-        "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
+        "beside": beside,
     }
 
 
@@ -82,8 +87,9 @@ def launch(
         assert x_scale is not None
         scales.insert(0, x_scale.contiguous())
     else:
-        codes = codes.view(len(codes), -1, 256)
-    inputs = {"x": x, "codes": codes, "scale": weight.scale, "zero_point": weight.zero_point}
+        codes = codes.view(*codes.shape[:2], -1, 128) if kernel.sparse else codes.view(len(codes), -1, 256)
+    beside = codes if kernel.sparse else weight.zero_point
+    inputs = {"x": x, "codes": codes, "scale": weight.scale, "beside": beside}
     given = blocks(kernel)
     for name in given:  # descriptors that the kernel does not use are some other
         if inputs[name] is None or (name == "scale" and kernel.groups == 1):

@@ -325,7 +325,7 @@ def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
 def test_sparse_tensor_cores_get_what_each_thread_has(target: str) -> None:
     """The fastest by the model of some cuts; no spills in loops, and element i of each operand is in thread i."""
     kernels = []
-    for name, m in (("int4_24", 1), ("int4_24", 16), ("int8_24", 16)):
+    for name, m in (("int4_24", 1), ("int4_24", 16), ("int8_24", 16), ("int4_24", 32)):
         like = timing.job(name, preset(name), (28672, 4096), m, torch.bfloat16).like(target)
         cuts: dict[tuple[int, ...], KernelSpec] = {}
         for kernel in rank(candidates(like, m), m, keep=1000):

@@ -6,6 +6,7 @@ import types
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,11 +15,15 @@ from hypothesis import strategies as st
 from qcompile.codegen import spec as specs
 from qcompile.codegen.cost_model import candidates, device_of, shared_bytes
 from qcompile.codegen.spec import KernelSpec, has_gluon, stream_objection
+from qcompile.layouts import LAYOUTS
 from qcompile.presets import preset
 from qcompile.runtime import cache
 from qcompile.runtime import measure as timing
 from qcompile.runtime.streams import division
+from qcompile.scheme import Granularity
 from tests.cross_compile import measure
+from tests.kernels.problems import random_weight
+from tests.triton_interpreter import install_assembly
 
 pytestmark = pytest.mark.skipif(not has_gluon(), reason="needs a Triton whose Gluon the templates were tried with")
 
@@ -91,8 +96,94 @@ def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split:
         assert found == [(p, slot if p == least else 2 * p) for p in range(least, most + 1)]
 
 
+class Values:
+    """A tensor of Gluon's, or memory that is loaded from, with the operations that `decode_spread` uses."""
+
+    def __init__(self, data: np.ndarray[Any, Any]) -> None:
+        self.data = data
+
+    def index(self, stage: int) -> Values:
+        return Values(self.data[stage])
+
+    def slice(self, start: int, length: int, dim: int) -> Values:
+        return Values(self.data.take(range(start, start + length), dim))
+
+    def load(self, layout: object) -> Values:
+        return self
+
+    def reshape(self, *shape: int) -> Values:
+        return Values(self.data.reshape(shape))
+
+    def split(self) -> tuple[Values, Values]:
+        return Values(self.data[..., 0]), Values(self.data[..., 1])
+
+    def to(self, dtype: object, bitcast: bool) -> Values:
+        assert bitcast
+        return self
+
+    def __mod__(self, other: int) -> Values:
+        return Values(self.data % other)
+
+    def __eq__(self, other: object) -> Any:
+        return Values(self.data == other)
+
+    def __add__(self, other: int) -> Values:
+        return Values(self.data + np.uint32(other))
+
+    def __rmul__(self, other: int) -> Values:
+        return Values(np.uint32(other) * self.data)
+
+
+def plain_assembly(text: str, constraints: str, operands: Any, dtype: Any, is_pure: bool, pack: int) -> list[Values]:
+    builder = types.SimpleNamespace()
+    install_assembly(builder)
+    arrays = [types.SimpleNamespace(data=d) for d in np.broadcast_arrays(*(operand.data for operand in operands))]
+    found = builder.create_inline_asm(None, text, constraints, arrays, dtype, is_pure, pack)
+    return [Values(result.data) for result in found]
+
+
+@pytest.mark.parametrize("columns", [128, 0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sparse_words_become_dense_weights(bits: int, dtype: torch.dtype, columns: int) -> None:
+    """`decode_spread` on arrays, against the weights, which are rounded once in bfloat16; rows' scales come later."""
+    name, kind = f"int{bits}_24", str(dtype).removeprefix("torch.")
+    granularity, scale_dtype = (Granularity.group(128), kind) if columns else (Granularity.channel(), "float32")
+    scheme = replace(preset(name).weight, granularity=granularity, scale_dtype=scale_dtype)
+    kernel = replace(like(name), x_dtype=kind, scale_dtype=scale_dtype, columns=columns or 4096)
+    module = cache.load(streams(kernel, 256)[0])
+    torch.manual_seed(0)
+    logical = random_weight(scheme, 128, 256)
+    packed = LAYOUTS["fragment24"].pack(logical)
+    words = packed.codes.view(2, 2, 2, -1, 128).numpy().view(np.uint32)  # tiles of rows, steps, halves, lines
+    language = types.SimpleNamespace(
+        arange=lambda start, end, layout: Values(np.arange(start, end, dtype=np.uint32)),
+        permute=lambda values, order: Values(values.data.transpose(order)),
+        join=lambda a, b: Values(np.stack([a.data, b.data], -1)),
+        where=lambda condition, yes, no: Values(np.where(condition.data, np.uint32(yes), np.uint32(no))),
+        convert_layout=lambda values, layout, assert_trivial: values,
+        inline_asm_elementwise=plain_assembly,
+    )
+    constants = {"BITS": bits, "PIECES": bits // 2}
+    constants |= {name: getattr(module, name).value for name in ("WORDS", "OPERANDS_OF_WORDS", "HALF_WORDS", "TABLES")}
+    layouts = dict.fromkeys(("CODES", "PLACES", "LANES", "SPREAD", "COMPUTE"))
+    decode = types.FunctionType(module.decode_spread.fn.__code__, {"gl": language, **constants, **layouts})
+    codes, scale = logical.unpack_codes().double() - 2 ** (bits - 1), logical.scale
+    for tile, step, half in np.ndindex(2, 2, 2):
+        ring = (None, None, None, Values(words[None, :, step, :, :-1]), None, Values(words[None, :, step, :, -1:]))
+        expected, rows = codes[64 * tile :, 64 * (2 * step + half) :][:64, :64], ()
+        if columns:
+            each = scale[64 * tile :][:64, step]
+            expected = (expected * each[:, None].double()).to(dtype).double()
+            halves = each.view(torch.int16).numpy().view(np.uint16).reshape(4, 2, 8).astype(np.uint32) * 0x10001
+            rows = tuple(Values(halves[:, r].reshape(4, 8, 1, 1, 1)) for r in range(2))
+        weight = decode(ring, 0, half, tile, rows).data
+        found = torch.from_numpy(weight.astype(np.int16)).view(dtype).double() * module.FACTOR.value
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("steps", [(), ("silu(a)*b",), ("bias", "silu", "mul", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only", "int8"])
+@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"])
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
     """Weights are decoded while the product before is under way; nothing in the loop spills."""
     one_of_each = {(kernel.tile.m, kernel.tile.n): kernel for kernel in streams(like(name, (4096, 4096), *steps), 256)}
@@ -118,7 +209,7 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(like("int8_weight_only"), x_dtype="float16"),
         replace(like("int8_weight_only"), symmetric=False),
         like("mxfp4"),
-        like("int4_24"),
+        replace(like("int4_24"), columns=32),
         like("fp8"),
         like("fp8_block"),
         like("mxfp8"),

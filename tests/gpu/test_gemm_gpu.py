@@ -147,7 +147,7 @@ def test_sparse_weights_decode_as_dense_ones(name: str, dtype: torch.dtype) -> N
             assert torch.equal(*decoded)
 
 
-@pytest.mark.parametrize("m", [1, 5, 16])
+@pytest.mark.parametrize("m", [1, 5, 16, 32])
 @pytest.mark.parametrize(("name", "dtype"), [("int4_24", BF16), ("int8_24", BF16), ("int4_24", torch.float16)], ids=str)
 def test_sparse_tensor_cores(name: str, dtype: torch.dtype, m: int) -> None:
     """Tiles of all cuts, with and without a gate whose columns are a program's halves."""

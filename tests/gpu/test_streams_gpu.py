@@ -31,8 +31,16 @@ FORMATS = {
     "int4 float16": ("int4", 128, torch.float16),
     "int4 of rows": ("int4", 0, BF16),
     "int8 of rows": ("int8", 0, BF16),
+    "int4 sparse": ("int4", 128, BF16),
+    "int4 sparse of 64": ("int4", 64, BF16),
+    "int4 sparse of 256": ("int4", 256, BF16),
+    "int4 sparse float16": ("int4", 128, torch.float16),
+    "int4 sparse of rows": ("int4", 0, BF16),
+    "int8 sparse of rows": ("int8", 0, BF16),
+    "int8 sparse": ("int8", 128, BF16),
+    "int8 sparse float16": ("int8", 64, torch.float16),
 }
-"""Format of weights, columns of a group (0: of a row) and type of activations."""
+"""Format of weights, columns of a group (0: of a row) and type of activations; names say which are 2:4 sparse."""
 
 
 ROWS = ("int8", "int8 of a tensor")
@@ -52,10 +60,13 @@ def given(name: str, m: int, n: int, k: int, *steps: str, identity: bool = False
     number, columns, dtype = FORMATS[name]
     scale = "float16" if dtype == torch.float16 else "bfloat16"
     if columns:
-        scheme = Scheme(weight=weight_scheme(number, Granularity.group(columns), scale))
+        weight = weight_scheme(number, Granularity.group(columns), scale)
     else:
-        scheme = Scheme(weight=weight_scheme(number, Granularity.channel()))
-    return problem(scheme, "fragment", m, n, k, dtype, steps, identity=identity)
+        weight = weight_scheme(number, Granularity.channel())
+    layout = "fragment"
+    if "sparse" in name:
+        weight, layout = replace(weight, sparsity="2:4"), "fragment24"
+    return problem(Scheme(weight=weight), layout, m, n, k, dtype, steps, identity=identity)
 
 
 def streams(problem: Problem, m: int) -> list[KernelSpec]:
@@ -73,12 +84,22 @@ def test_identity_returns_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("m", [33, 100, 300])
 @pytest.mark.parametrize("shape", [(200, 448), (1024, 4096)], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse", "int8 sparse of rows"])
 def test_every_tile(name: str, shape: tuple[int, int], m: int) -> None:
     """Of the last rows, columns and tokens there are fewer than a tile has; some tiles are shared by programs."""
     probe = given(name, m, *shape)
     for kernel in streams(probe, 512):
         probe.check(run(probe, kernel), BF16)
+
+
+@pytest.mark.parametrize("name", ["int4 sparse", "int8 sparse of rows"])
+def test_few_rows(name: str) -> None:
+    """Tiles of 16 and 32, which sparse weights have."""
+    for m, steps in ((16, ()), (32, ("bias", "silu", "mul", "add")), (40, ("silu(a)*b",))):
+        probe = given(name, m, 640, 1024, *steps)
+        for kernel in streams(probe, min(m, 32)):
+            assert kernel.tile.m == min(m, 32)
+            probe.check(run(probe, kernel), BF16)
 
 
 @pytest.mark.parametrize("steps", [(), ("bias", "silu", "mul", "add"), ("silu(a)*b",)], ids=str)
@@ -100,7 +121,7 @@ def test_formats_and_operands(name: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "uint4 of 64", "int8 of rows", *ROWS])
+@pytest.mark.parametrize("name", ["int4", "uint4 of 64", "int8 of rows", "int4 sparse", "int8 sparse of rows", *ROWS])
 def test_gates(name: str, steps: tuple[str, ...]) -> None:
     """Halves of 320 rows are no multiple of what a program holds of them."""
     for m in (64, 200):
@@ -115,7 +136,7 @@ def test_stored_codes() -> None:
         probe.check(run(probe, kernel), BF16)
 
 
-@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse"])
 def test_more_tiles_than_processors(name: str) -> None:
     """Programs take some tiles whole, and share what is left; tiles of M are more than a band."""
     for m, n in ((700, 4096 + 128), (2200, 1024)):

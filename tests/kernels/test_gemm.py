@@ -193,7 +193,7 @@ def test_fragment24(
     st.sampled_from(["int4", "int8"]),
     st.sampled_from([-1, 64, 128, 192, 256]),
     st.sampled_from(["bfloat16", "float16", "float32", "float8_e8m0fnu"]),
-    st.tuples(st.sampled_from([1, 2, 9, 16]), st.integers(1, 260), st.sampled_from([64, 128, 192, 256, 512])),
+    st.tuples(st.sampled_from([1, 2, 9, 16, 32]), st.integers(1, 260), st.sampled_from([64, 128, 192, 256, 512])),
     st.sampled_from(FLOATS[:2]),
     st.sampled_from(["sm_80", "sm_90"]),
     st.integers(0, 1000),
