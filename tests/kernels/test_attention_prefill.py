@@ -55,15 +55,19 @@ def test_few_programs_share_a_long_context() -> None:
     assert splits == {(1, 32, 16384): 16, (1, 9, 256): 1, (4, 32, 16384): 4, (1, 2048, 2048): 1}
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
-def test_cross_compiled_kernels_do_not_spill(target: str) -> None:
-    """Heads of all sizes and caches of all types; every other kernel has parts, which its programs put together."""
+@pytest.mark.parametrize(("turn", "target"), enumerate(["sm_80", "sm_89", "sm_100", "gfx942", "sm_90"]))
+def test_cross_compiled_kernels_do_not_spill(turn: int, target: str) -> None:
+    """Heads of all sizes and caches of all types; every other kernel has parts, which its programs put together.
+
+    On sm_90 all of them; others take turns, since compiling takes long.
+    """
     kernels = []
     for size, (kv, scales) in itertools.product((64, 128, 256), TYPES):
         given_ = problem(kv, scales, heads=8, group=4, size=size, mask="none", length=1, causal=True)
         given_ = replace(given_, query=given_.query.to(torch.bfloat16))
         tile = attention_gpu.prefill_tile_of(4096, size, target, torch.bfloat16, plain=scales == "none")
         kernels.append(given_.kernel(target, replace(tile, split=8 if len(kernels) % 2 else 1)))
+    kernels = kernels if target == "sm_90" else kernels[turn::4]
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["spills"] == 0, (kernel, found)
