@@ -203,8 +203,8 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
-    if spec.sparse:
-        working = max(working, value["weights"] * _SPREAD / (device.processors * 128 * 1.3e9))
+    instructions = _SPREAD if spec.sparse else _instructions(spec)
+    working = max(working, value["weights"] * instructions / (device.processors * 128 * 1.3e9))
     working *= fill if tile.split else 1.0
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0

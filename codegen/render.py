@@ -41,6 +41,7 @@ from qcompile.codegen.word_decoders import (
     byte_assembly,
     kept_assembly,
     pairs_decoder,
+    quad_assembly,
     quad_decoder,
     sparse_product,
     spread_assembly,
@@ -254,8 +255,8 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         constants["WORDS"] = spread_assembly(fmt, spec.compute, scaled=scaled, factor=factor)
         spread = _spread()
     elif fmt.bits == 8:
-        assert isinstance(fmt, IntegerFormat)
-        constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
+        constants["WORDS"] = byte_assembly(fmt, spec.compute, float(str(constants["FACTOR"])))
+    constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target) if spec.quads else ""
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [
         "N",
@@ -263,13 +264,16 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "BITS",
         "SPARSE",
         "COLUMNS",
+        "QUADS",
         "SCALES",
+        "SUPER_LAST",
         "SYMMETRIC",
         "COMPUTE",
         "BLOCK_M",
         "BLOCK_N",
         "STAGES",
         "WORDS",
+        "SCALE_WORDS",
         "NEGATIVE",
         "FACTOR",
         "SHARED",

@@ -314,16 +314,18 @@ def stream_objection(spec: KernelSpec) -> str | None:
     fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
     if fmt.bits not in (4, 8) or spec.activation is not None or spec.compute == "float32":
         return "its weights are of 4 or 8 bits, its activations of 16"
-    integers = isinstance(fmt, IntegerFormat) and spec.compute == "bfloat16" and scales == "total"
-    if fmt.bits == 8 and not spec.sparse and not integers:
-        return "its dense weights of 8 bits are integers with a scale a row, its activations bfloat16 then"
-    if spec.super_columns or (scales == "total" and not spec.symmetric):
-        return "it takes no scales above scales, and zero points of groups only"
-    if scales == "weights" or spec.scale_dtype not in (_ROW_SCALES if scales == "total" else (spec.compute,)):
+    if fmt.bits == 8 and not spec.sparse and scales != "total":
+        return "its dense weights of 8 bits have a scale a row"
+    if fmt.bits == 8 and not spec.sparse and isinstance(fmt, IntegerFormat) and spec.compute != "bfloat16":
+        return "its activations are bfloat16 where dense weights are integers of 8 bits"
+    if (spec.super_columns and scales != "fragments") or (scales == "total" and not spec.symmetric):
+        return "it takes scales above scales of groups, if one is for all, and zero points of groups only"
+    kept = _ROW_SCALES if scales == "total" else (spec.compute,) if scales == "fragments" else ()
+    if spec.scale_dtype not in kept and not (scales == "fragments" and spec.quads):
         return "scales of groups are not of the activations' type, or those of rows are no floating-point numbers"
-    if spec.k % 64 or (scales == "fragments" and spec.columns != 64 and spec.columns % 128):
+    if spec.k % 64 or (scales == "fragments" and spec.columns != 64 and spec.columns % 128 and not spec.quads):
         return "64 columns have more than one scale"
-    return None
+    return "its sparse weights have no scales of 16 or 32 columns" if spec.sparse and spec.quads else None
 
 
 def _rows_stream_objection(spec: KernelSpec) -> str | None:

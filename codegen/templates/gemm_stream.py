@@ -34,13 +34,16 @@ K = tl.constexpr(256)
 BITS = tl.constexpr(4)
 SPARSE = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
+QUADS = tl.constexpr(0)
 SCALES = tl.constexpr("fragments")
+SUPER_LAST = tl.constexpr(False)
 SYMMETRIC = tl.constexpr(True)
 COMPUTE = tl.constexpr(tl.bfloat16)
 BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(256)
 STAGES = tl.constexpr(4)
 WORDS = tl.constexpr("")
+SCALE_WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
 SHARED = tl.constexpr(True)
@@ -70,14 +73,19 @@ from qcompile.codegen.templates.stream_tiles import (
 
 GROUPED = tl.constexpr(SCALES.value == "fragments")
 """Whether rows have scales of groups of columns; else one, which multiplies the sum."""
-GROUPS = tl.constexpr(max(1, 128 // COLUMNS.value))
-"""Scales of a row in a step: those of halves of it, or one."""
+LINE_COLUMNS = tl.constexpr(64 if QUADS.value else COLUMNS.value)
+LINE_LENGTH = tl.constexpr(32 * QUADS.value if QUADS.value else 64)
+"""Columns whose scales lie together for 64 rows, and how many there are, or words of four."""
+GROUPS = tl.constexpr(max(1, 128 // LINE_COLUMNS.value))
+"""Lines of scales in a step: those of halves of it, or one."""
 LINES = tl.constexpr(BITS.value // 2)
 """Lines of 256 words that a tile of 64 x 64 has in memory; or if it is sparse of 128 words of codes, before a line that
 says which columns are kept."""
 STORED = tl.constexpr(BITS.value // 2 + 1 if SPARSE.value else BITS.value)
 """Bits that a weight takes in memory."""
-BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * (128 if SYMMETRIC else 192) if GROUPED else 0))
+LINE_BYTES = tl.constexpr(4 * LINE_LENGTH.value if QUADS.value else 128 if SYMMETRIC.value else 192)
+"""Of a line of scales and of zero points, if there are."""
+BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
 """Of a stage."""
 CONSTRAINTS = tl.constexpr(
     "=h,=h,=h,=h,r"
@@ -129,6 +137,16 @@ SLOTS = gl.constexpr(
     )
 )
 """What belongs to 64 rows: a thread has its two, r = 0 and 1."""
+QUAD_SLOTS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1]] if QUADS.value == 2 else [],
+        [[0, 0, 0], [0, 0, 0], [0, 0, QUADS.value], [0, 0, 2 * QUADS.value], [0, 0, 4 * QUADS.value]],
+        [[0, 0, 8 * QUADS.value], [0, 0, 16 * QUADS.value]],
+        [],
+        [1, 1, LINE_LENGTH.value],
+    )
+)
+"""Words of four scales of 64 rows: a thread has those of its two."""
 
 
 # <epilogue>
@@ -157,11 +175,37 @@ def two_rows(values):
 
 
 @gluon.jit
+def runs_of(first, second):
+    """Of both groups of words of four scales a number, as one for each run of 16 columns that a thread decodes."""
+    each = gl.join(first, second).reshape(4, 8, 1, 2 * QUADS)
+    if QUADS == 1:
+        each = gl.join(each, each).reshape(4, 8, 1, 4)
+    return gl.convert_layout(each, WHLV, assert_trivial=True)
+
+
+@gluon.jit
+def quad_rows(quads):
+    """Scales of both rows of threads from words of four."""
+    words = quads.load(QUAD_SLOTS).reshape(4, 8, QUADS)
+    a0, a1, b0, b1 = gl.inline_asm_elementwise(
+        SCALE_WORDS,
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    return runs_of(a0, b0), runs_of(a1, b1)
+
+
+@gluon.jit
 def load_rows(ring, stage, row, group: gl.constexpr):
     """Zero points and scales of groups of a tile's rows, if there are, as `word_decoders` has PTX that takes them."""
     _, _, _, _, scales, zeros = ring
     found = ()
-    if GROUPED:
+    if QUADS > 0:
+        found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+    elif GROUPED:
         if not SYMMETRIC:
             first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
             first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
@@ -212,7 +256,7 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
     _, codes, scale, beside = inputs
     full, _, _, codes_ring, scale_ring, beside_ring = ring
     mbarrier.expect(full.index(stage), BYTES, pred=there)
-    group = step * 128 // COLUMNS
+    group = step * 128 // LINE_COLUMNS
     PART: gl.constexpr = ROWS // HALVES
     for half in gl.static_range(HALVES):
         row = tile_n + half * (WIDTH_N // 64)
@@ -241,7 +285,7 @@ def send_x(inputs, ring, first_m, step, stage, there):
 @gluon.jit
 def scaled(sums, row_scale, n, m, M):
     """Sums of rows n of the weight, times what multiplies sums."""
-    if GROUPED:
+    if GROUPED and not SUPER_LAST:
         return sums * FACTOR
     return sums * (gl.load(row_scale + n, mask=n < N, other=0.0).to(gl.float32) * FACTOR)
 
@@ -298,7 +342,8 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
     x, codes, scale, beside: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words, of [N / 64, groups, 64] and
     of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and twice [R, GROUPS, 64], with R = ROWS /
     HALVES. If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by blocks of [R, 2, LINES,
-    128] and [R, 2, 1, 128]. row_scale: [N], unless GROUPED. What the constants make needless is not read. partial:
+    128] and [R, 2, 1, 128]. With QUADS scale is of [N / 64, K / 64, 32 * QUADS] words of four, by blocks of [R, 2, 32 *
+    QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make needless is not read. partial:
     float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at
     the end.
     """
@@ -311,7 +356,7 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
         beside_ring = code_ring
     scale_ring = code_ring
     if GROUPED:
-        scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, 64], scale.layout)
+        scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, LINE_LENGTH], scale.layout)
     if GROUPED and not SYMMETRIC:
         beside_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], beside.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
