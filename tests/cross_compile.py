@@ -102,7 +102,7 @@ def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
     kinds = {name: types[name] for name in given} | dict.fromkeys(unused, types["codes"])
     kinds |= {"scale": "*i32"} if spec.quads else {}
     given |= dict.fromkeys(unused, given["codes"])
-    return {name: _descriptor(kinds[name], *block) for name, block in given.items()} 
+    return {name: _descriptor(kinds[name], *block) for name, block in given.items()}
 
 
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:
