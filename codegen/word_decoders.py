@@ -9,8 +9,6 @@ import operator
 import struct
 from typing import TypeAlias
 
-import torch
-
 from qcompile.codegen.decoders import FIELDS, MAGIC, bias_factor, bits_of, jit_function
 from qcompile.codegen.spec import launches_early, native_fp8
 from qcompile.formats import FloatFormat, Format, IntegerFormat, TableFormat
@@ -221,16 +219,16 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
 def byte_assembly(fmt: Format, dtype: str, factor: float) -> str:
     """PTX as that of `word_assembly`, of word $4 of four 8-bit codes, integers in bfloat16 or floats: rows in turn."""
     if isinstance(fmt, FloatFormat):
-        kind = {torch.float8_e4m3fn: "e4m3x2", torch.float8_e5m2: "e5m2x2"}[fmt.dtype]
         lines = [".reg .b16 l, h, x, y", ".reg .b32 t0", ".reg .f32 f, g"]
         lines += ["prmt.b32 t0, $4, 0, 0x3120", "mov.b32 {l, h}, t0"]
         for r, pair in enumerate("lh"):
-            lines.append(f"cvt.rn.f16x2.{kind} t0, {pair}")
+            lines.append(f"cvt.rn.f16x2.e{fmt.exponent}m{fmt.mantissa}x2 t0, {pair}")
             if dtype == "bfloat16":
                 lines += ["mov.b32 {x, y}, t0", "cvt.f32.f16 f, x", "cvt.f32.f16 g, y", "cvt.rn.bf16x2.f32 t0, g, f"]
             lines.append(f"mov.b32 {{${2 * r}, ${2 * r + 1}}}, t0")
         return _block(lines)
-    assert isinstance(fmt, IntegerFormat) and dtype == "bfloat16"
+    assert isinstance(fmt, IntegerFormat)
+    assert dtype == "bfloat16"
     unit, negative = (bits_of(value, "bfloat16") * 0x10001 for value in (2.0**133 / factor, -fmt.offset / factor))
     lines = [".reg .b32 w, s, z, t0, t1", f"mov.b32 s, {unit:#x}", f"mov.b32 z, {negative:#x}", "shr.b32 w, $4, 8"]
     for r, word in enumerate(("$4", "w")):

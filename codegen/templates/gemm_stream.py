@@ -343,9 +343,9 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
     of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and twice [R, GROUPS, 64], with R = ROWS /
     HALVES. If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by blocks of [R, 2, LINES,
     128] and [R, 2, 1, 128]. With QUADS scale is of [N / 64, K / 64, 32 * QUADS] words of four, by blocks of [R, 2, 32 *
-    QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make needless is not read. partial:
-    float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at
-    the end.
+    QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make needless is not
+    read. partial: float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile,
+    and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
     if SPARSE:

@@ -12,8 +12,8 @@ from qcompile.codegen.spec import KernelSpec
 from qcompile.formats import FORMATS
 from qcompile.packed import PackedWeight
 from qcompile.runtime import launcher
-from qcompile.tensors import by_bytes
 from qcompile.runtime.counters import zeros_kept_zero
+from qcompile.tensors import by_bytes
 
 WARPS = 4
 """Of a group: what Triton is told of a program's warps, to which the kernel adds those of the other group."""
