@@ -53,6 +53,7 @@ from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.gates import ACTIVATIONS, gate
 from qcompile.linear_spec import OPERAND_STEPS, STORES
+from qcompile.scheme import SCALE_DTYPES
 
 
 def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
@@ -257,6 +258,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
     elif fmt.bits == 8:
         constants["WORDS"] = byte_assembly(fmt, spec.compute, float(str(constants["FACTOR"])))
     constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target) if spec.quads else ""
+    constants["SCALE_BITS"] = 8 * SCALE_DTYPES[spec.scale_dtype].itemsize
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [
         "N",
@@ -266,6 +268,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "COLUMNS",
         "QUADS",
         "SCALES",
+        "SCALE_BITS",
         "SUPER_LAST",
         "SYMMETRIC",
         "COMPUTE",

@@ -10,6 +10,10 @@ columns: `full` says that a stage has arrived, `empty` that both groups are done
 stages AHEAD, once the other has left them. So x is read from the L2 cache, whose rate limits such products, once for
 BLOCK_N rows of the weight.
 
+Scales go where `gemm_fragment` has them ("total", "fragments" or "products"). With "products" a group waits for each
+product of 64 columns before it begins the next, which it has decoded by then, and adds it to the sum, times its rows'
+scales; the other group's products are under way meanwhile.
+
 Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`. With GATED a group's two
 tiles are of the same rows in both halves of the weight, and the epilogue gets both.
 """
@@ -36,6 +40,7 @@ SPARSE = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
 QUADS = tl.constexpr(0)
 SCALES = tl.constexpr("fragments")
+SCALE_BITS = tl.constexpr(16)
 SUPER_LAST = tl.constexpr(False)
 SYMMETRIC = tl.constexpr(True)
 COMPUTE = tl.constexpr(tl.bfloat16)
@@ -71,8 +76,10 @@ from qcompile.codegen.templates.stream_tiles import (
 
 # </tiles>
 
-GROUPED = tl.constexpr(SCALES.value == "fragments")
+GROUPED = tl.constexpr(SCALES.value != "total")
 """Whether rows have scales of groups of columns; else one, which multiplies the sum."""
+PRODUCTS = tl.constexpr(SCALES.value == "products")
+"""Whether these multiply products of 64 columns, before they are added; else weights."""
 LINE_COLUMNS = tl.constexpr(64 if QUADS.value else COLUMNS.value)
 LINE_LENGTH = tl.constexpr(32 * QUADS.value if QUADS.value else 64)
 """Columns whose scales lie together for 64 rows, and how many there are, or words of four."""
@@ -83,14 +90,14 @@ LINES = tl.constexpr(BITS.value // 2)
 says which columns are kept."""
 STORED = tl.constexpr(BITS.value // 2 + 1 if SPARSE.value else BITS.value)
 """Bits that a weight takes in memory."""
-LINE_BYTES = tl.constexpr(4 * LINE_LENGTH.value if QUADS.value else 128 if SYMMETRIC.value else 192)
+LINE_BYTES = tl.constexpr(LINE_LENGTH.value * (4 if QUADS.value else SCALE_BITS.value // 8 + (not SYMMETRIC.value)))
 """Of a line of scales and of zero points, if there are."""
 BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
 """Of a stage."""
 CONSTRAINTS = tl.constexpr(
     "=h,=h,=h,=h,r"
     if BITS.value == 8
-    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * (GROUPED.value + (not SYMMETRIC.value))
+    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * ((SCALES.value == "fragments") + (not SYMMETRIC.value))
 )
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
@@ -137,6 +144,7 @@ SLOTS = gl.constexpr(
     )
 )
 """What belongs to 64 rows: a thread has its two, r = 0 and 1."""
+SUM_ROWS = gl.constexpr(gl.SliceLayout(1, SUMS.value))
 QUAD_SLOTS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 0, 1]] if QUADS.value == 2 else [],
@@ -200,19 +208,33 @@ def quad_rows(quads):
 
 @gluon.jit
 def load_rows(ring, stage, row, group: gl.constexpr):
-    """Zero points and scales of groups of a tile's rows, if there are, as `word_decoders` has PTX that takes them."""
+    """What `decode` takes of a tile's rows, if there are: zero points, and scales of groups unless PRODUCTS.
+
+    They are as `word_decoders` has PTX that takes them.
+    """
     _, _, _, _, scales, zeros = ring
     found = ()
-    if QUADS > 0:
+    if QUADS > 0 and not PRODUCTS:
         found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
     elif GROUPED:
         if not SYMMETRIC:
             first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
             first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
             found = (first + NEGATIVE, second + NEGATIVE)
-        first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-        found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
+        if not PRODUCTS:
+            first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+            found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
     return found
+
+
+@gluon.jit
+def product_scales(ring, stage, row, group: gl.constexpr):
+    """With PRODUCTS the scales of a group of a tile's rows, [64, 1]."""
+    if PRODUCTS:
+        values = ring[4].index(stage).slice(row, 1, 0).slice(group, 1, 1).load(SLOTS).reshape(64)
+        return gl.expand_dims(gl.convert_layout(values, SUM_ROWS, assert_trivial=True).to(gl.float32), 1)
+    else:
+        return gl.zeros((64, 1), gl.float32, SUMS)
 
 
 @gluon.jit
@@ -291,6 +313,36 @@ def scaled(sums, row_scale, n, m, M):
 
 
 @gluon.jit
+def nothing():
+    """Sums before the first product is added."""
+    zeros = gl.zeros((64, BLOCK_M), gl.float32, SUMS)
+    if PRODUCTS:
+        return zeros
+    else:
+        return warpgroup_mma_init(zeros)
+
+
+@gluon.jit
+def add_last(sum, product, scales, held):
+    """With PRODUCTS the sum with the last product, when it is done, times its scales; and that product."""
+    if PRODUCTS:
+        product, _ = warpgroup_mma_wait(0, deps=[product, held])
+        sum += product * scales
+    return sum, product
+
+
+@gluon.jit
+def multiply(weight, columns, sum, product, held):
+    """Begin to add a product to the sum, or with PRODUCTS to make one, and wait for those before."""
+    if PRODUCTS:
+        product = warpgroup_mma(weight, columns, product, use_acc=False, is_async=True)
+    else:
+        sum = warpgroup_mma(weight, columns, sum, is_async=True)
+        warpgroup_mma_wait(1, deps=[held])
+    return sum, product
+
+
+@gluon.jit
 def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl.constexpr):
     """All that warp group GROUP does."""
     full, empty, xs = ring[:3]
@@ -305,31 +357,43 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         tile, step = place[0], place[3]
         length = gl.minimum(STEPS - step, steps - i)
         later = ((i > whole) & (step == 0)).to(gl.int32)
-        sum0 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
-        sum1 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
+        sum0, sum1 = nothing(), nothing()
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
+        product, scales = (
+            warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS)),
+            gl.zeros((64, 1), gl.float32, SUMS),
+        )
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
             for half in gl.static_range(2):
                 if half % (2 // GROUPS) == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
+                    scales0 = product_scales(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
                         rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2)
+                        scales1 = product_scales(ring, stage, SECOND, half * GROUPS // 2)
                 columns = xs.index(stage).slice(64 * half, 64, 1).permute((1, 0))
                 weight = decode(ring, stage, half, FIRST, rows0)
-                sum0 = warpgroup_mma(weight, columns, sum0, is_async=True)
-                warpgroup_mma_wait(1, deps=[held])
-                held = weight
+                if PER == 2:
+                    sum1, product = add_last(sum1, product, scales, held)
+                else:
+                    sum0, product = add_last(sum0, product, scales, held)
+                sum0, product = multiply(weight, columns, sum0, product, held)
+                held, scales = weight, scales0
                 if half == 0:  # products of the step before are done
                     mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)
                 elif GROUP == 0:
                     sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
                 if PER == 2:
                     weight = decode(ring, stage, half, SECOND, rows1)
-                    sum1 = warpgroup_mma(weight, columns, sum1, is_async=True)
-                    warpgroup_mma_wait(1, deps=[held])
-                    held = weight
+                    sum0, product = add_last(sum0, product, scales, held)
+                    sum1, product = multiply(weight, columns, sum1, product, held)
+                    held, scales = weight, scales1
+        if PER == 2:
+            sum1, product = add_last(sum1, product, scales, held)
+        else:
+            sum0, product = add_last(sum0, product, scales, held)
         done0, done1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
         finish(done0, done1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
         i += length

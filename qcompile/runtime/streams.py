@@ -13,6 +13,7 @@ from qcompile.formats import FORMATS
 from qcompile.packed import PackedWeight
 from qcompile.runtime import launcher
 from qcompile.runtime.counters import zeros_kept_zero
+from qcompile.scheme import SCALE_DTYPES
 from qcompile.tensors import by_bytes
 
 WARPS = 4
@@ -30,7 +31,7 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
     groups, quads = max(1, 128 // kernel.columns), kernel.quads
     codes = [rows, bits, 256], NVMMASharedLayout(0, 32, 3)
     beside = [rows, groups, 64], NVMMASharedLayout(0, 8, 3)
-    scale = [rows, groups, 64], NVMMASharedLayout(0, 16, 3)
+    scale = [rows, groups, 64], NVMMASharedLayout(0, 8 * SCALE_DTYPES[kernel.scale_dtype].itemsize, 3)
     if quads:
         scale = [rows, 2, 32 * quads], NVMMASharedLayout(0, 32, 3)
     if kernel.sparse:

@@ -198,6 +198,7 @@ def test_sparse_words_become_dense_weights(bits: int, dtype: torch.dtype, column
         ("fp8_weight_only", torch.bfloat16),
         ("fp8_weight_only", torch.float16),
         ("fp8_e5m2", torch.bfloat16),
+        ("nf4", torch.bfloat16),
     ],
     ids=str,
 )
@@ -215,12 +216,17 @@ def test_words_become_weights(name: str, dtype: torch.dtype) -> None:
     words = packed.codes.view(2, 2, -1, 256).numpy().view(np.uint32)  # tiles of rows, steps, lines
     expected = oracle.decode_values(scheme.format.name)[logical.unpack_codes().long()]
     scales = None
+    if name == "nf4":
+        expected = expected.to(dtype).double()
     if kernel.quads:
         scales = by_bytes(packed.scale).view(torch.int32).view(2, 2, 2, -1).numpy().view(np.uint32)
         expected = expected * logical.scale.double().repeat_interleave(kernel.columns, 1)
     language = types.SimpleNamespace(**LANGUAGE, inline_asm_elementwise=plain_assembly)
-    names: dict[str, Any] = {"gl": language, "GROUPED": kernel.quads > 0, "QUADS": kernel.quads, "SPARSE": False}
-    names |= {name: getattr(module, name).value for name in ("BITS", "LINES", "WORDS", "SCALE_WORDS", "CONSTRAINTS")}
+    names: dict[str, Any] = {"gl": language, "GROUPED": module.GROUPED.value, "SPARSE": False}
+    names |= {
+        name: getattr(module, name).value
+        for name in ("BITS", "LINES", "QUADS", "PRODUCTS", "SYMMETRIC", "WORDS", "SCALE_WORDS", "CONSTRAINTS")
+    }
     names |= dict.fromkeys(("QUAD_SLOTS", "TILE", "WIDE_TILE", "WHLV", "COMPUTE"))
     for function in ("runs_of", "quad_rows", "load_rows", "decode_words"):
         names[function] = types.FunctionType(getattr(module, function).fn.__code__, names)
@@ -237,7 +243,7 @@ def test_words_become_weights(name: str, dtype: torch.dtype) -> None:
     "name",
     [
         *("int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"),
-        *("mxfp4", "nvfp4", "fp8_weight_only"),
+        *("nf4", "mxfp4", "nvfp4", "fp8_weight_only"),
     ],
 )
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
@@ -250,7 +256,7 @@ def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
         assert steps or found["spills"] == 0, (kernel.tile, found)
         assert found["shared"] <= min(shared_bytes(kernel), device_of("sm_90").shared), (kernel.tile, found)
         tiles = kernel.tile.n // 128
-        a_group = f"m{tiles}0" if name == "int8" else "dm1" * (2 * tiles) + "0"
+        a_group = f"m{tiles}0" if name == "int8" else ("d0m" if name == "nf4" else "dm1") * (2 * tiles) + "0"
         assert found["order"] == 2 * a_group, (kernel.tile, found)
 
 
@@ -258,7 +264,6 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream_objection(like()) is None
     for other in (
         replace(like(), target="sm_100"),
-        replace(like(), x_dtype="float16"),
         replace(like(), columns=32),
         replace(like(), epilogue=("pairs a*b",)),
         replace(like("fp8_weight_only"), scale_dtype="float8_e8m0fnu"),

@@ -42,6 +42,10 @@ FORMATS = {
     "mxfp4": ("mxfp4", None, BF16),
     "nvfp4": ("nvfp4", None, BF16),
     "nvfp4 float16": ("nvfp4", None, torch.float16),
+    "nf4": ("nf4", None, BF16),
+    "fp4": ("fp4", None, BF16),
+    "uint4 float32": ("uint4", 128, BF16),
+    "int4 sparse float32": ("int4", 64, BF16),
     "fp8": ("fp8_weight_only", None, BF16),
     "fp8 float16": ("fp8_weight_only", None, torch.float16),
 }
@@ -66,7 +70,7 @@ def given(name: str, m: int, n: int, k: int, *steps: str, identity: bool = False
     number, columns, dtype = FORMATS[name]
     if columns is None:
         return problem(preset(number), "fragment", m, n, k, dtype, steps, identity=identity)
-    scale = "float16" if dtype == torch.float16 else "bfloat16"
+    scale = next((scale for scale in ("float32", "float16") if scale in name), "bfloat16")
     if columns:
         weight = weight_scheme(number, Granularity.group(columns), scale)
     else:
@@ -92,7 +96,7 @@ def test_identity_returns_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("m", [33, 100, 300])
 @pytest.mark.parametrize("shape", [(200, 448), (1024, 4096)], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse", "int8 sparse of rows", "mxfp4", "nvfp4", "fp8"])
+@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse", "int8 sparse of rows", "mxfp4", "nvfp4", "nf4", "fp8"])
 def test_every_tile(name: str, shape: tuple[int, int], m: int) -> None:
     """Of the last rows, columns and tokens there are fewer than a tile has; some tiles are shared by programs."""
     probe = given(name, m, *shape)
@@ -130,7 +134,7 @@ def test_formats_and_operands(name: str) -> None:
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
 @pytest.mark.parametrize(
-    "name", ["int4", "uint4 of 64", "int8 of rows", "int4 sparse", "int8 sparse of rows", "nvfp4", "fp8", *ROWS]
+    "name", ["int4", "uint4 of 64", "int8 of rows", "int4 sparse", "int8 sparse of rows", "nvfp4", "nf4", "fp8", *ROWS]
 )
 def test_gates(name: str, steps: tuple[str, ...]) -> None:
     """Halves of 320 rows are no multiple of what a program holds of them."""
