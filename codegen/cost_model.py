@@ -153,7 +153,7 @@ def _instructions(spec: KernelSpec) -> float:
     if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
     if spec.offset:
-        return 8.0
+        return 8.0 if scales_of(spec, "products") == "weights" else 6.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
         return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + few + sparse
@@ -287,7 +287,10 @@ def _eight(like: KernelSpec) -> bool:
 
     A warp group multiplies 16 rows at least by Triton, and no warp of it goes on before all four have multiplied.
     """
-    plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
+    bits = FORMATS[like.weight].bits
+    # Planes of 1 and 2 bits are exchanged between threads on their way to warps that multiply for themselves.
+    whole = bits in (2, 4) or (bits < 8 and scales_of(like, "products") == "weights")
+    plain = like.activation is None and not like.sparse and whole
     served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
     return plain and served and not _tensor_memory(like.target)
 
@@ -298,10 +301,6 @@ def _splits(like: KernelSpec, k: int, block_m: int) -> tuple[int, ...]:
 
 def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     wide = like.compute == "float32"
-    # Weights that are scaled in float32 need registers beside the accumulator's, and so do activations of 8 bits that
-    # are converted where the tensor cores read both sides from registers.
-    crowded = scales_of(like, "products") == "weights"
-    most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
     found = []
     largest = 32 if wide else 64 if like.activation_scale == "group" else 256
     if like.sparse:  # whose words need registers too
@@ -310,6 +309,10 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
     if m == 1 and _eight(like):
         heights = (8, *heights)
     for block_m in heights:
+        # Weights that are scaled in float32 need registers beside the accumulator's, and so do activations of 8 bits
+        # that are converted where the tensor cores read both sides from registers.
+        crowded = scales_of(replace(like, tile=replace(like.tile, m=block_m)), "products") == "weights"
+        most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
         depths = [k for k in deep if k <= like.k] or [64]
@@ -333,7 +336,7 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     """Where scales go, and whether products overlap decoding, which is for operands in registers: Hopper's."""
     small = tile.m <= 32
     deep = tile.k >= 128 and like.target == "sm_90"
-    only = scales_of(like, "products")
+    only = scales_of(replace(like, tile=tile), "products")
     if only != "products":  # there is no choice
         return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
     if small:
@@ -381,7 +384,8 @@ def _holds_products(like: KernelSpec, tile: Tile) -> bool:
 def _slabs(like: KernelSpec, m: int) -> list[Tile]:
     """Tiles of programs that hold all their weights in registers, 64 words a thread at most."""
     bits = FORMATS[like.weight].bits
-    if m > 16 or like.compute == "float32" or bits not in (2, 4, 8) or scales_of(like, "products") == "weights":
+    held = bits in (2, 4, 8) and not like.offset and scales_of(like, "products") != "weights"
+    if m > 16 or like.compute == "float32" or not held:
         return []
     found = []
     cuts = ((64, 4), (128, 4), (128, 8))

@@ -204,6 +204,13 @@ def scale_decoder(scale_dtype: str, target: str) -> str:
         return head + f"    code = value.to(tl.int32)\n    return {formula}\n"
     if scale_dtype == "float8_e4m3fn":
         return head + "    return value.to(tl.float8e4nv, bitcast=True).to(tl.float32)\n"
+    if scale_dtype in ("int8", "uint8"):
+        above = 128 if scale_dtype == "int8" else 0
+        return head + (
+            "    # The last bits of 2**23 and more count units; conversions are slow.\n"
+            f"    bits = (value.to(tl.int32) + {above}) | 0x4B000000\n"
+            f"    return bits.to(tl.float32, bitcast=True) - {float((1 << 23) + above)}\n"
+        )
     return head + "    return value.to(tl.float32)\n"
 
 

@@ -271,6 +271,10 @@ _EXACT_SCALES = {
 """Types of scales that a type of tensor cores holds."""
 
 
+FEW = 32
+"""Rows of a tile up to which it costs less to add offsets to products than to weights."""
+
+
 def scales_of(spec: KernelSpec, preferred: str) -> str:
     """Where a kernel of `gemm_fragment` applies scales; see the template.
 
@@ -278,8 +282,10 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
         preferred: "products" or "fragments", for where both serve.
     """
     divisible = spec.aligned >= 64 or (spec.aligned >= 16 and FORMATS[spec.weight].bits in (4, 8)) or not spec.aligned
-    if spec.offset or not divisible:
+    if not divisible:
         return "weights"
+    if spec.offset:
+        return "products" if spec.tile.m <= FEW else "weights"
     if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
         return "total"
     exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
@@ -318,6 +324,8 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "its dense weights of 8 bits have a scale a row"
     if fmt.bits == 8 and not spec.sparse and isinstance(fmt, IntegerFormat) and spec.compute != "bfloat16":
         return "its activations are bfloat16 where dense weights are integers of 8 bits"
+    if spec.offset:
+        return "it adds no offsets to weights"
     if spec.super_columns and (scales == "total" or not super_last(spec)):
         return "it takes scales above scales of groups, one for all of a row"
     if scales == "total" and not spec.symmetric:

@@ -1,4 +1,4 @@
-"""Write text with an FP8 KV cache, eagerly and compiled: the same text, in half the cache's memory.
+"""Write text with an FP8 KV cache, eagerly and compiled: the same text, in half the memory of 16-bit keys.
 
     python examples/fp8_kv_cache.py [CHECKPOINT | smollm2]
 

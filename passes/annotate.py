@@ -8,6 +8,8 @@ of experts, whose errors change which experts run, take a rule that names them: 
 
 from __future__ import annotations
 
+import warnings
+
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -100,3 +102,5 @@ def annotate(context: GraphContext) -> None:
     modules = [] if root is None else [n for n, m in root.named_modules() if n and is_linear_module(type(m))]
     if context.names or modules:
         context.config.check_used([*context.names, *modules])
+    elif root is not None:
+        warnings.warn(f"{type(root).__name__} has no linear layers: its configuration quantizes nothing", stacklevel=2)

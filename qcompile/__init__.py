@@ -10,6 +10,7 @@ from qcompile.checkpoint.loader import load
 from qcompile.checkpoint.saving import save
 from qcompile.config import QuantConfig
 from qcompile.decorator import quantized
+from qcompile.errors import suggestion
 from qcompile.quantize import quantize_
 from qcompile.report import explain
 
@@ -44,5 +45,5 @@ _NEEDS_TRANSFORMERS = {
 def __getattr__(name: str) -> Any:
     """What needs transformers is imported when it is asked for."""
     if name not in _NEEDS_TRANSFORMERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {suggestion(name, __all__)}")
     return getattr(importlib.import_module(_NEEDS_TRANSFORMERS[name]), name)

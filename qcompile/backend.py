@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 
 from qcompile import attention, compat, ops
 from qcompile.config import QuantConfig, parse_config
-from qcompile.errors import ConfigError, GradientError
+from qcompile.errors import ConfigError, GradientError, nearest, shown
 from qcompile.flags import flags, override
 from qcompile.linear_spec import decode_spec
 from qcompile.memory import give_back
@@ -49,8 +48,13 @@ def parse_options(options: dict[str, Any] | None, mode: str | None) -> Options:
     """Check and split the options.
 
     Raises:
-        ConfigError: an option that neither qcompile nor Inductor knows; an unknown mode; a bad configuration.
+        ConfigError: no mapping; an option that neither qcompile nor Inductor knows; an unknown mode; a bad
+            configuration.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(
+            f'options must be a mapping such as {{"config": "int4"}}, not {type(options).__name__} {shown(options)}'
+        )
     given = dict(options or {})
     mode = given.pop("mode", None) or mode
     try:
@@ -64,10 +68,10 @@ def parse_options(options: dict[str, Any] | None, mode: str | None) -> Options:
             raise ConfigError(f"option {name} must be true or false, not {value!r}")
     known = compat.inductor_options()
     for key in given:
-        if key.replace("-", "_") not in known:
-            near = difflib.get_close_matches(key, [*OWN_OPTIONS, *known], n=3, cutoff=0.6)
-            hint = f"did you mean {', '.join(near)}?" if near else f"qcompile's own are {', '.join(OWN_OPTIONS)}"
-            raise ConfigError(f"unknown option {key!r}; {hint} (Inductor's options are accepted too)")
+        if not isinstance(key, str) or key.replace("-", "_") not in known:
+            near = ", ".join(nearest(key, [*OWN_OPTIONS, *known]))
+            hint = f"did you mean {near}?" if near else f"qcompile's own are {', '.join(OWN_OPTIONS)}"
+            raise ConfigError(f"unknown option {shown(key)}; {hint} (Inductor's options are accepted too)")
     return Options(None if config is None else parse_config(config), inductor=inductor | given, **switches)
 
 

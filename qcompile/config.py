@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -200,7 +201,7 @@ class QuantConfig:
                     f"rule {rule.layers!r} decides no layer: all that it matches ({matched[0]}, ...) "
                     f"are taken by the earlier rule {earlier.layers!r}; move it up or remove it"
                 )
-            near = ", ".join(_nearest(rule.layers, names)) or "(there are none)"
+            near = ", ".join(_nearest(rule.layers, names)) or "none, since there are none or all are quantized"
             raise ConfigError(
                 f'rule {rule.layers!r} matches no layer; nearest: {near} (a rule with "optional": true may match none)'
             )
@@ -292,6 +293,13 @@ def parse_config(given: str | Path | Mapping[str, Any] | Scheme | QuantConfig) -
         return parse_config(_read(Path(given)))
     if isinstance(given, Mapping) and not {"weight", "preset"} & set(given):
         return QuantConfig.from_dict(given)
+    if isinstance(given, Mapping) and (misplaced := next((key for key in _CONFIG_KEYS if key in given), None)):
+        raise ConfigError(
+            f"config: {misplaced} does not stand beside a scheme; the scheme belongs into a rule: "
+            '{"rules": [{"layers": "*", "scheme": ...}], ...}'
+        )
+    if isinstance(given, str) and (os.sep in given or Path(given).suffix):
+        raise ConfigError(f"{given}: the file of a configuration ends in .yaml, .yml or .json")
     if isinstance(given, (str, Mapping, Scheme)):
         return QuantConfig((Rule(layers="*", scheme=_parse_choice(given)),))
     raise ConfigError(

@@ -31,8 +31,10 @@ def quantized(
 
     Raises:
         ConfigError: a bad configuration.
-        TypeError: on something that is no module class.
+        TypeError: on something that is no module class; without a configuration.
     """
+    if isinstance(config, type):
+        raise TypeError(f'quantized takes a configuration first: @qcompile.quantized("int4") above {config.__name__}')
     parsed = parse_config(config)
 
     def decorate(module_class: ModuleType) -> ModuleType:

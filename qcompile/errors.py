@@ -1,6 +1,8 @@
 """Exceptions: one class per kind of user mistake, each message naming the place and the way out."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 
 class QCompileError(Exception):
@@ -51,3 +53,22 @@ _BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 3, 80, 80
 def shown(value: object) -> str:
     """A user's value for a message: its repr, cut short where it is long, deep or repeats itself."""
     return _BRIEF.repr(value)
+
+
+def nearest(given: object, names: Iterable[str], count: int = 3) -> list[str]:
+    """Of some names those most like what was given, whose case does not matter; only one if it is that but for case."""
+    if not isinstance(given, str):
+        return []
+    folded: dict[str, str] = {}
+    for name in names:
+        folded.setdefault(name.casefold(), name)
+    wanted = given.casefold()
+    found = [wanted] if wanted in folded else difflib.get_close_matches(wanted, folded, n=count, cutoff=0.6)
+    return [folded[name] for name in found]
+
+
+def suggestion(given: object, names: Iterable[str]) -> str:
+    """The end of a message about a name that is unknown: what may have been meant, or all that there are."""
+    names = list(names)
+    near = nearest(given, names)
+    return f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"

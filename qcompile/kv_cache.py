@@ -8,7 +8,6 @@ value times the scale. Paged caches have pages for B and tokens of a page for T.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qcompile import spec_text
-from qcompile.errors import ConfigError, shown
+from qcompile.errors import ConfigError, shown, suggestion
 from qcompile.fingerprint import fingerprint
 from qcompile.formats import Format, IntegerFormat, get_format
 from qcompile.scheme_config import check_keys
@@ -160,9 +159,7 @@ def kv_format(name: object) -> KVFormat:
     """
     found = KV_FORMATS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if found is None:
-        known = [*KV_FORMATS, *ALIASES]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) if isinstance(name, str) else []
-        raise ConfigError(f"unknown KV cache format {shown(name)}; did you mean {', '.join(near or known)}?")
+        raise ConfigError(f"unknown KV cache format {shown(name)}; {suggestion(name, [*KV_FORMATS, *ALIASES])}")
     return found
 
 
@@ -196,7 +193,7 @@ class KVScheme:
                 )
             return
         if self.scales not in SCALES:
-            raise ConfigError(f"kv_cache: scales must be one of {', '.join(SCALES)}, not {shown(self.scales)}")
+            raise ConfigError(f"kv_cache: scales {shown(self.scales)} is unknown; {suggestion(self.scales, SCALES)}")
         integers = isinstance(self.format, NumberFormat) and isinstance(self.format.number, IntegerFormat)
         if type(self.group) is not int or self.group not in (0, 16, 32, 64, 128):
             raise ConfigError(f"kv_cache: group must be 16, 32, 64 or 128 numbers, not {shown(self.group)}")

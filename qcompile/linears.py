@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.errors import ConfigError, shown
+from qcompile.errors import ConfigError, shown, suggestion
 from qcompile.layouts import multiplies_integers
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
@@ -83,8 +83,9 @@ def quantize_inputs(model: nn.Module, given: Mapping[str, Any]) -> None:
         ConfigError: other activations.
     """
     by_group = isinstance(given, Mapping) and given.get("granularity") == "group"
-    if isinstance(given, Mapping) and given.get("granularity") not in (None, "tensor", "token", "group"):
-        raise ConfigError(f"activation: granularity {shown(given['granularity'])} is none of tensor, token, group")
+    if isinstance(given, Mapping) and (name := given.get("granularity")) not in (None, "tensor", "token", "group"):
+        hint = suggestion(name, ("tensor", "token", "group"))
+        raise ConfigError(f"activation: granularity {shown(name)} is unknown; {hint}")
     activation = parse_activation({**given, "granularity": None} if by_group else given)
     if activation.format.name != "int8" or not activation.dynamic:
         raise ConfigError(f"inputs of weights that are quantized already become dynamic int8, not {activation}")

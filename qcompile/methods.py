@@ -10,12 +10,11 @@ model as it is, and one way to choose *codes*:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from qcompile.errors import ConfigError, shown
+from qcompile.errors import ConfigError, shown, suggestion
 
 CLIPS = ("none", "mse", "importance", "output")
 """What a search of each block's range minimizes: nothing (the range is that of the weights), the squared error, that
@@ -50,7 +49,7 @@ class RTN:
 
     def __post_init__(self) -> None:
         if not isinstance(self.clip, str) or self.clip not in CLIPS:
-            raise ConfigError(f"method: clip {shown(self.clip)} is none of {', '.join(CLIPS)}")
+            raise ConfigError(f"method: clip {shown(self.clip)} is unknown; {suggestion(self.clip, CLIPS)}")
 
     @property
     def needs_data(self) -> bool:
@@ -101,7 +100,7 @@ class GPTQ:
         if not isinstance(self.act_order, bool):
             raise ConfigError(f"method: act_order must be true or false, not {shown(self.act_order)}")
         if not isinstance(self.clip, str) or self.clip not in CLIPS:
-            raise ConfigError(f"method: clip {shown(self.clip)} is none of {', '.join(CLIPS)}")
+            raise ConfigError(f"method: clip {shown(self.clip)} is unknown; {suggestion(self.clip, CLIPS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +161,10 @@ class Observer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or self.name not in OBSERVERS:
-            raise ConfigError(f"observer {shown(self.name)} is none of {', '.join(OBSERVERS)}")
+            raise ConfigError(f"observer {shown(self.name)} is unknown; {suggestion(self.name, OBSERVERS)}")
         _within("observer: percentile", self.percentile, 0.01, 100.0)
         if not isinstance(self.per, str) or self.per not in OBSERVED:
-            raise ConfigError(f"observer: per {shown(self.per)} is none of {', '.join(OBSERVED)}")
+            raise ConfigError(f"observer: per {shown(self.per)} is unknown; {suggestion(self.per, OBSERVED)}")
 
 
 ABSMAX = Observer()
@@ -281,15 +280,14 @@ def _step(given: object) -> Codes | Fold:
         return _SHORT[given]
     name = given.get("name") if isinstance(given, Mapping) else given
     if not isinstance(name, str) or name not in _KNOWN:
-        near = difflib.get_close_matches(name, _OFFERED, n=1, cutoff=0.4) if isinstance(name, str) else []
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(_OFFERED)}"
-        raise ConfigError(f"unknown method {shown(name if isinstance(given, Mapping) else given)}; {hint}")
+        what = shown(name if isinstance(given, Mapping) else given)
+        raise ConfigError(f"unknown method {what}; {suggestion(name, _OFFERED)}")
     kind = _KNOWN[name]
     settings = {key: value for key, value in given.items() if key != "name"} if isinstance(given, Mapping) else {}
     known = [field.name for field in fields(kind)]
     for key in settings:
         if key not in known:
-            raise ConfigError(f"method {name} has no setting {shown(key)}; there are: {', '.join(known) or 'none'}")
+            raise ConfigError(f"method {name} has no setting {shown(key)}; {suggestion(key, known or ['none'])}")
     return kind(**settings)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qcompile.errors import DeviceError, GradientError
+from qcompile.errors import DeviceError, GradientError, LayerError
 from qcompile.gates import ACTIVATIONS, columns, gate
 from qcompile.hadamard import transform
 from qcompile.linear_spec import STORES, LinearSpec, decode_spec
@@ -83,6 +83,12 @@ def _linear(
             "a quantized linear is for inference only, and autograd is recording: call the model under torch.no_grad() "
             "or torch.inference_mode(), or call model.requires_grad_(False) first"
         )
+    if x.shape[-1] != parsed.in_features:
+        raise LayerError(
+            f"a quantized linear of {parsed.in_features} input features is given {x.shape[-1]}, in {list(x.shape)}"
+        )
+    if not parsed.codes_of and not x.dtype.is_floating_point:
+        raise LayerError(f"a quantized linear is given {x.dtype}; it multiplies floating-point numbers")
     rows = x.reshape(-1, parsed.in_features)
     # The scale of an output that is stored as codes is one number.
     flat = [o.reshape(-1, parsed.width) if o.dim() else o for o in operands]

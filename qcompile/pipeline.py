@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from qcompile import compat
 from qcompile.config import QuantConfig
+from qcompile.errors import ConfigError
 from qcompile.flags import flags
 from qcompile.linear_spec import decode_spec
 from qcompile.packed import PackedWeight
@@ -152,7 +153,11 @@ def _picker(indices: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
 
 
 def _dump_folder() -> Path | None:
-    """A new folder for one graph's dump, or None if the flag is not set."""
+    """A new folder for one graph's dump, or None if the flag is not set.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     if flags.dump is None:
         return None
     for number in range(100_000):
@@ -161,6 +166,8 @@ def _dump_folder() -> Path | None:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"QCOMPILE_DUMP {flags.dump}: {error.strerror}; name a folder to write to") from None
         return folder
     return None
 

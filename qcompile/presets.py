@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from qcompile.errors import ConfigError, shown
+from qcompile.errors import ConfigError, shown, suggestion
 from qcompile.formats import get_format
 from qcompile.scheme import WHOLE, ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme, blocks_of_32
 
@@ -128,8 +126,5 @@ def preset(name: str) -> Scheme:
     """
     found = PRESETS.get(ALIASES.get(name, name)) if isinstance(name, str) else None
     if found is None:
-        names = [*PRESETS, *ALIASES]
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) if isinstance(name, str) else []
-        near = near or sorted(PRESETS)
-        raise ConfigError(f"unknown scheme {shown(name)}; did you mean {', '.join(near)}?")
+        raise ConfigError(f"unknown scheme {shown(name)}; {suggestion(name, [*PRESETS, *ALIASES])}")
     return found

@@ -18,7 +18,7 @@ from qcompile.calibrate.report import LayerResult
 from qcompile.calibrate.run import calibrate_, parents_of
 from qcompile.calibrate.stream import Waiting
 from qcompile.config import QuantConfig, parse_config
-from qcompile.errors import ConfigError, LayerError
+from qcompile.errors import CalibrationError, ConfigError, LayerError, shown
 from qcompile.experts import check_scale, expert_modules, other_experts, quantize_experts
 from qcompile.kv_cache import KVScheme
 from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_linear
@@ -103,6 +103,12 @@ def quantize_waiting(
 
     Then the peak of memory is the result and one block, with statistics of its inputs.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"quantize_ takes a model, an nn.Module, and then its configuration, not {shown(model)}")
+    if isinstance(calibration, (Tensor, Mapping, str)):
+        raise CalibrationError(
+            f"calibration is a list of batches, not {type(calibration).__name__}; put a single batch into a list"
+        )
     if calibration is not None and importance is not None:
         raise ConfigError("importance takes the place of calibration: pass one of them")
     parsed = None if config is None else parse_config(config)
@@ -127,6 +133,8 @@ def quantize_waiting(
                 stacklevel=2,
             )
     schemes = {} if parsed is None else planned(model, parsed)
+    if waiting is None and (empty := next((name for name in schemes if modules[name].weight.is_meta), None)):
+        raise LayerError(f"{empty}: its weight is on the meta device, without values; load the model first")
     mixtures = {}
     for name in experts:
         if parsed is not None and (scheme := parsed.scheme_for(name)) is not None:

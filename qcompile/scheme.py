@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qcompile.errors import ConfigError, LayerError, shown
+from qcompile.errors import ConfigError, LayerError, shown, suggestion
 from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
 from qcompile.methods import ABSMAX, CHECKPOINT, HQQ, ROUND, Method, Observer
 
@@ -90,7 +90,8 @@ class SuperScale:
         if self.bits not in range(2, 9):
             raise ConfigError(f"super_scale bits must be an integer from 2 to 8, not {shown(self.bits)}")
         if self.dtype not in tuple(FLOAT_SCALES):
-            raise ConfigError(f"super_scale dtype {shown(self.dtype)} is none of {', '.join(FLOAT_SCALES)}")
+            hint = suggestion(self.dtype, FLOAT_SCALES)
+            raise ConfigError(f"super_scale dtype {shown(self.dtype)} is unknown; {hint}")
 
     def count(self, columns: int) -> int:
         """How many a row of so many columns has."""
@@ -141,7 +142,8 @@ class WeightScheme:
         if self.sparsity is not None and self.act_order:
             raise ConfigError("columns of 2:4 sparse weights are in their own order: leave act_order out")
         if self.scale_dtype not in tuple(SCALE_DTYPES):
-            raise ConfigError(f"scale_dtype {shown(self.scale_dtype)} is none of {', '.join(SCALE_DTYPES)}")
+            hint = suggestion(self.scale_dtype, SCALE_DTYPES)
+            raise ConfigError(f"scale_dtype {shown(self.scale_dtype)} is unknown; {hint}")
         unsigned = isinstance(self.format, IntegerFormat) and not self.format.signed
         if self.offset and self.symmetric:
             raise ConfigError("a symmetric weight has no offset")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qcompile.errors import ConfigError, shown
+from qcompile.errors import ConfigError, shown, suggestion
 from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
 from qcompile.methods import ABSMAX, ROUND, method_to_config, observer_to_config, parse_method, parse_observer
 from qcompile.presets import PRESETS, preset
@@ -48,12 +47,12 @@ def check_keys(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> N
         ConfigError: an unknown key, or something that is no mapping.
     """
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{what} must be a mapping, not {type(given).__name__} {shown(given)}")
+        raise ConfigError(
+            f"{what} must be a mapping with keys such as {known[0]!r}, not {type(given).__name__} {shown(given)}"
+        )
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4) if isinstance(key, str) else []
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"unknown key {shown(key)} in {what}; {hint}")
+            raise ConfigError(f"unknown key {shown(key)} in {what}; {suggestion(key, known)}")
 
 
 def _size(what: str, value: object) -> int:
@@ -92,7 +91,7 @@ def _granularity(
             raise ConfigError(f"{what}: block_size of one row is a group; write group_size {columns}")
         return Granularity.block(rows, columns)
     if value not in tuple(names):
-        raise ConfigError(f"{what}: granularity {shown(value)} is none of {', '.join(names)}")
+        raise ConfigError(f"{what}: granularity {shown(value)} is unknown; {suggestion(value, names)}")
     return names[value]
 
 

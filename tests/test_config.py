@@ -49,7 +49,7 @@ def test_all_spellings_of_one_scheme_are_equal():
     assert parse_config({"preset": "int4"}) == config
     calibrated = {"preset": "int4", "method": "gptq"}
     assert parse_config(calibrated) == parse_config({"rules": [{"layers": "*", "scheme": calibrated}]})
-    with pytest.raises(ConfigError, match=r"unknown key 'methd'.*did you mean 'method'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'methd'.*did you mean method"):
         parse_config({"preset": "int4", "methd": "gptq"})
     assert len({config, parse_config(scheme)}) == 1
 
@@ -130,7 +130,7 @@ def test_shadowed_and_unused_rules(rules, message):
 
 
 def test_unused_rules_of_a_model_without_layers():
-    with pytest.raises(ConfigError, match=r"nearest: \(there are none\)"):
+    with pytest.raises(ConfigError, match=r"nearest: none, since there are none"):
         parse_config("int4").check_used([])
 
 
@@ -145,11 +145,11 @@ RULE = {"layers": "*", "scheme": "int4"}
         ({"rules": {"*": "int4"}}, "config needs rules"),
         ({"rules": "int4"}, "config needs rules"),
         ({"ignore": ["*"]}, "config needs rules"),
-        ({"rule": [RULE]}, "unknown key 'rule' in config; did you mean 'rules'"),
-        ({"rules": [RULE], "ignored": []}, "unknown key 'ignored' in config; did you mean 'ignore'"),
-        ({"rules": [RULE], "xyz": 1}, "unknown key 'xyz' in config; known keys: rules, ignore"),
-        ({"rules": [RULE, {"layer": "*", "scheme": "int4"}]}, "'layer' in rule 2; did you mean 'layers'"),
-        ({"rules": ["int4"]}, "rule 1 must be a mapping, not str 'int4'"),
+        ({"rule": [RULE]}, "unknown key 'rule' in config; did you mean rules"),
+        ({"rules": [RULE], "ignored": []}, "unknown key 'ignored' in config; did you mean ignore"),
+        ({"rules": [RULE], "xyz": 1}, "unknown key 'xyz' in config; there are rules, ignore"),
+        ({"rules": [RULE, {"layer": "*", "scheme": "int4"}]}, "'layer' in rule 2; did you mean layers"),
+        ({"rules": ["int4"]}, "rule 1 must be a mapping with keys such as '[a-z]*', not str 'int4'"),
         ({"rules": [{"layers": "*"}]}, "rule 1 needs layers .* and a scheme"),
         ({"rules": [{"scheme": "int4"}]}, "rule 1 needs layers"),
         ({"rules": [{"layers": "", "scheme": "int4"}]}, "rule 1 needs layers"),
@@ -165,7 +165,7 @@ RULE = {"layers": "*", "scheme": "int4"}
         ({"rules": [RULE], "ignore": [3]}, r"ignore must be a list of globs, not \[3\]"),
         ({"rules": [RULE], "ignore": [""]}, "ignore must be a list of globs"),
         ({"rules": [RULE], "ignore": None}, "ignore must be a list of globs, not None"),
-        ({"weight": {"format": "int4"}, "rules": [RULE]}, "unknown key 'rules' in scheme"),
+        ({"weight": {"format": "int4"}, "rules": [RULE]}, "rules does not stand beside a scheme"),
         ("int44", "unknown scheme 'int44'; did you mean int4"),
         ("", "unknown scheme ''"),
         (None, "a preset's name, a dict, a file or a QuantConfig, not NoneType"),

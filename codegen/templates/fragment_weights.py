@@ -47,8 +47,8 @@ GROUPS = (K + COLUMNS - 1) // COLUMNS
 SUPER_GROUPS = tl.constexpr(0 if SUPER_COLUMNS.value == 0 else -(-K.value // SUPER_COLUMNS.value))
 ZERO_POINTS = tl.constexpr(not SYMMETRIC.value and not OFFSET.value)
 ZERO_SLOTS = tl.constexpr(2 if ZERO_POINTS.value and SCALES.value != "weights" else 0)
-SCALE_SLOTS = tl.constexpr({"products": 1, "fragments": 1 if QUADS.value else 2}.get(SCALES.value, 0))
-"""Tensors of zero points and of scales that each chunk has."""
+SCALE_SLOTS = tl.constexpr({"products": 1 + OFFSET.value, "fragments": 1 if QUADS.value else 2}.get(SCALES.value, 0))
+"""Tensors of zero points, and of scales and offsets, that each chunk has."""
 TILES_K = (K + 63) // 64
 TILES_N = (N + 63) // 64
 SCALE_COUNT = tl.constexpr(TILES_K.value * 2 * QUADS.value if QUADS.value else GROUPS.value)
@@ -436,8 +436,8 @@ def load_scale(scale, super_scale, rows, row_mask, k):
 
 
 @triton.jit
-def load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, k):
-    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, and its zero points' two slots.
+def load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, k):
+    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, its zero points' two slots.
 
     Scales in fragments are in two slots too, as float32 or as `scale_words` makes them, or as `load_quads` loads them.
     """
@@ -446,6 +446,8 @@ def load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, k):
         first = k + chunk * CHUNK
         if SCALES == "products":
             found = found + (load_scale(scale, super_scale, n, row_mask, first),)
+            if OFFSET:
+                found = found + (load_scale(offset, super_offset, n, row_mask, first),)
         if SCALES == "fragments" and QUADS > 0:
             found = found + (load_quads(scale, tile_n, first // 64),)
         elif SCALES == "fragments":

@@ -14,7 +14,8 @@ programs then load all their weights before they multiply, others go on in a pip
 Where scales go (SCALES):
 
     "total"      one scale a row: it multiplies the sum.
-    "products"   each product of CHUNK columns is multiplied in float32 before it is added.
+    "products"   each product of CHUNK columns is multiplied in float32 before it is added; so is the sum of as many
+                 of x, by the offset.
     "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands.
     "weights"    the general way, for narrow blocks of all sorts and for offsets: weights are multiplied in float32,
                  where the offset is added too, so that it cancels nothing that was rounded; or in COMPUTE where that is
@@ -54,6 +55,7 @@ from qcompile.codegen.templates.fragment_weights import (
     LOADED,
     MMA_SYNC,
     NT,
+    OFFSET,
     OVERLAP,
     PAIRED,
     PIECES,
@@ -168,11 +170,16 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
         planes = in_order(planes)
     weight = operand(decode_words(planes, blocks[zeros : zeros + ZERO_SLOTS], blocks[first:zeros]))
     if SCALES == "products":
-        each = blocks[first][:, None]
+        each, more = blocks[first][:, None], blocks[first + SCALE_SLOTS - 1][:, None]
         if X_SCALE == "group":
             group = tl.minimum(first_k // COLUMNS, GROUPS - 1)
-            each = each * tl.load(x_scale_rows + group, mask=token, other=0.0)[None, :]
-        return accumulator + tl.dot(weight, columns, input_precision=PRECISION) * each
+            of_tokens = tl.load(x_scale_rows + group, mask=token, other=0.0)[None, :]
+            each, more = each * of_tokens, more * of_tokens
+        accumulator += tl.dot(weight, columns, input_precision=PRECISION) * each
+        if OFFSET:
+            ones = tl.full((BLOCK_N, CHUNK), 1.0 / FACTOR, weight.dtype)
+            accumulator += tl.dot(ones, columns, input_precision=PRECISION) * more
+        return accumulator
     return tl.dot(weight, columns, accumulator, input_precision=PRECISION)
 
 
@@ -199,7 +206,8 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
             words = words + pieces(load_words(codes, tile_n, (first_k + step) // 64))
         blocks = ()
         for step in tl.static_range(0, K_PER_SPLIT, BLOCK_K):
-            blocks = blocks + load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, first_k + step)
+            k = first_k + step
+            blocks += load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, k)
         columns = ()
         for step in tl.static_range(0, K_PER_SPLIT, CHUNK):
             columns = columns + (load_columns(x, x_scale_rows, token, first_k + step),)
@@ -207,11 +215,11 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
             k = first_k + i * CHUNK
             accumulator = add_product(accumulator, words[i], columns[i], blocks, x_scale_rows, token, i, k)
     else:
-        blocks = load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, first_k)
+        blocks = load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, first_k)
         for step in tl.range(0, K_PER_SPLIT, BLOCK_K):
             # Small loads are not pipelined, so what belongs to the next turn is loaded in this one.
             next_k = first_k + tl.minimum(step + BLOCK_K, K_PER_SPLIT - BLOCK_K)
-            next_blocks = load_blocks(scale, zero_point, super_scale, tile_n, n, row_mask, next_k)
+            next_blocks = load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, next_k)
             for part in tl.static_range(BLOCK_K // LOADED):
                 k = first_k + step + part * LOADED
                 planes = pieces(load_words(codes, tile_n, k // 64))

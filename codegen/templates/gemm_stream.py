@@ -11,8 +11,8 @@ stages AHEAD, once the other has left them. So x is read from the L2 cache, whos
 BLOCK_N rows of the weight.
 
 Scales go where `gemm_fragment` has them ("total", "fragments" or "products"). With "products" a group waits for each
-product of 64 columns before it begins the next, which it has decoded by then, and adds it to the sum, times its rows'
-scales; the other group's products are under way meanwhile.
+product of 64 columns when it has decoded the next one's weights, adds it to the sum, times its rows' scales, and begins
+the next; the other group's products are under way meanwhile.
 
 Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`. With GATED a group's two
 tiles are of the same rows in both halves of the weight, and the epilogue gets both.
@@ -57,7 +57,7 @@ OPERANDS = tl.constexpr(False)
 # </constants>
 
 # <spread>
-from qcompile.codegen.templates.stream_spread import decode_spread, in_words
+from qcompile.codegen.templates.stream_spread import decode_spread, for_all_words
 
 # </spread>
 # <tiles>
@@ -169,11 +169,11 @@ def epilogue(value, second, bias, operand_0, n, offsets, mask):
 @gluon.jit
 def words_of(halves):
     """16-bit numbers of rows w and h in both halves of words, for all that a thread decodes of these rows."""
-    words = (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
     if SPARSE:
-        return in_words(words)
+        halves = for_all_words(halves)
     else:
-        return gl.expand_dims(gl.expand_dims(gl.convert_layout(words, WH, assert_trivial=True), 2), 3)
+        halves = gl.expand_dims(gl.expand_dims(gl.convert_layout(halves, WH, assert_trivial=True), 2), 3)
+    return (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
 
 
 @gluon.jit

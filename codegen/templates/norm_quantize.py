@@ -1,8 +1,8 @@
 """A norm of rows [M, K], or the rows themselves, as codes and scales of each group of columns, with one read of them.
 
 A program has a row in registers: as groups of columns, whose squares are summed over all and whose maxima are each
-group's own. What is computed is what `qcompile.norms.plain` says. The kernel behind this one may begin at once; what it
-reads of this one's results it waits for.
+group's own. What is computed is what `qcompile.norms.plain` says. The kernel behind this one may begin as soon as those
+before are done, since Inductor's kernels wait for what is right before them alone.
 """
 
 # mypy: ignore-errors
@@ -35,9 +35,9 @@ WHOLE = tl.constexpr(K.value == GROUPS_POWER.value * COLUMNS_POWER.value)
 
 @triton.jit
 def wait_for_inputs():
-    """Until the kernels before have written all they write; those after may begin before."""
+    """Until the kernels before have written all they write; those after may begin then."""
     if EARLY_LAUNCH:
-        PTX: tl.constexpr = "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;"
+        PTX: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;"
         tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 

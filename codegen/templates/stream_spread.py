@@ -70,8 +70,8 @@ SPREAD = gl.constexpr(
 
 
 @gluon.jit
-def in_words(rows):
-    """Numbers [w, h] for all that threads decode of these rows."""
+def for_all_words(rows):
+    """What belongs to rows w and h, for all that threads decode of them."""
     return gl.convert_layout(rows.reshape(4, 8, 1, 1, 1), SPREAD, assert_trivial=True)
 
 

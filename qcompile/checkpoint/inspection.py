@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
-from qcompile.checkpoint.loader import Source, open_checkpoint, quantization_config, skeleton
+from qcompile.checkpoint.loader import skeleton
 from qcompile.checkpoint.method import LayerTensors, LoadedLinear
+from qcompile.checkpoint.source import Source, open_checkpoint, quantization_config
 from qcompile.checkpoint.store import TensorStore, read_json
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import expert_modules, projection_shapes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.store import TensorInfo, TensorStore
-from qcompile.errors import CheckpointError, shown
+from qcompile.errors import CheckpointError, shown, suggestion
 from qcompile.packed import PackedWeight
 from qcompile.scheme import Scheme
 
@@ -231,9 +230,8 @@ def method_for(config: Mapping[str, Any] | None, store: TensorStore) -> Method |
     if not isinstance(name, str):
         raise CheckpointError(f"{store.path}: quantization_config has no quant_method; one of {', '.join(METHODS)}")
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=3, cutoff=0.4) or sorted(METHODS)
         raise CheckpointError(
-            f"{store.path}: quant_method {shown(name)} is unknown; did you mean {', '.join(near)}? A method of your "
-            "own is added with qcompile.checkpoint.method.register"
+            f"{store.path}: quant_method {shown(name)} is unknown; {suggestion(name, METHODS)}. A method of your own "
+            "is added with qcompile.checkpoint.method.register"
         )
     return METHODS[name](config, store)

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qcompile.errors import CheckpointError, shown
+from qcompile.errors import CheckpointError, nearest, shown
 
 INDEX = "model.safetensors.index.json"
 _LARGEST_JSON = 64 << 20
@@ -167,6 +167,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_exists(path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: nothing is there; names what is there and is called alike.
+    """
+    if path.exists():
+        return
+    around = sorted(entry.name for entry in path.absolute().parent.glob("*"))
+    near = ", ".join(nearest(path.name, around))
+    hint = f"did you mean {near}?" if near else "a model of the Hub is downloaded first: `hf download OWNER/NAME`"
+    raise CheckpointError(f"{path}: there is no such file or folder; {hint}")
+
+
 def open_store(path: Path) -> TensorStore:
     """A safetensors file, or a folder with one, or with shards and their index.
 
@@ -176,8 +189,7 @@ def open_store(path: Path) -> TensorStore:
     """
     if path.is_file():
         return SafetensorsStore(path, [path])
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such file or folder")
+    check_exists(path)
     index = path / INDEX
     if index.is_file():
         return _sharded(path, index)
@@ -190,7 +202,7 @@ def open_store(path: Path) -> TensorStore:
             f"{path}: holds {pickles[0]}, a pickle, which can run any code when it is read; convert it to safetensors "
             "with the library that wrote it: model.save_pretrained(folder, safe_serialization=True)"
         )
-    raise CheckpointError(f"{path}: holds no *.safetensors file")
+    raise CheckpointError(f"{path}: holds no *.safetensors file; name a model's folder, or a .gguf file")
 
 
 def _sharded(folder: Path, index: Path) -> TensorStore:

@@ -18,15 +18,16 @@ from rich.table import Table
 from torch import nn
 
 import qcompile
-from qcompile.checkpoint.loader import Source, fill, open_checkpoint, skeleton
+from qcompile.checkpoint.loader import fill, skeleton
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.layers import quantized_layers
 from qcompile.checkpoint.saving.save import fits
 from qcompile.checkpoint.saving.shards import parse_size
+from qcompile.checkpoint.source import Source, open_checkpoint
 from qcompile.cli.options import errors_told, float_dtype
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import QuantConfig, parse_config
-from qcompile.errors import CheckpointError, ConfigError
+from qcompile.errors import CheckpointError, ConfigError, suggestion
 
 STEPS = 3
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -105,7 +106,7 @@ def run(
             format does not hold.
     """
     if format not in FORMATS:
-        raise ConfigError(f"--to {format!r} cannot be written; there are {', '.join(FORMATS)}")
+        raise ConfigError(f"--to {format!r} cannot be written; {suggestion(format, FORMATS)}")
     parse_size(max_shard_size)
     steps.next(f"reading {source}")
     opened = open_checkpoint(source)

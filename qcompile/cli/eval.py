@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile.checkpoint.gguf import smollm2_path
-from qcompile.checkpoint.loader import open_checkpoint
+from qcompile.checkpoint.source import open_checkpoint
 from qcompile.cli.options import DeviceOption, check_folder, choose_device, config_of, errors_told, float_dtype
 from qcompile.cli.shapes import split
 from qcompile.cli.steps import Steps, quiet_imports
@@ -246,7 +246,10 @@ class Conditions:
         kv_cache = None if config is None else config.kv_cache
 
         def with_cache(ids: Tensor) -> Any:
-            return model(ids, past_key_values=qcompile.TransformersCache(model, kv_cache, max_cache_len=ids.shape[1]))
+            from qcompile.integrations.caches import cache_argument
+
+            cache = qcompile.TransformersCache(model, kv_cache, max_cache_len=ids.shape[1])
+            return model(ids, **{cache_argument(model): cache})
 
         call = None if kv_cache is None else with_cache
         evaluation = evaluate(model, self.ids, recording, window=self.window, call=call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.markup import escape
 
 from qcompile.cli.steps import Steps
 from qcompile.config import QuantConfig, Rule, parse_config
-from qcompile.errors import ConfigError, DeviceError, QCompileError
+from qcompile.errors import ConfigError, DeviceError, QCompileError, nearest, suggestion
 from qcompile.presets import ALIASES, PRESETS
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def parse_schemes(given: list[str]) -> list[str]:
     for name in names:
         if name == UNQUANTIZED:
             continue
-        if difflib.get_close_matches(name, [UNQUANTIZED], cutoff=0.7):
+        if nearest(name, [UNQUANTIZED, *PRESETS, *ALIASES], 1) == [UNQUANTIZED]:
             raise ConfigError(f"unknown scheme {name!r}; did you mean {UNQUANTIZED}?")
         parse_config(name)
     return names
@@ -107,7 +106,7 @@ def float_dtype(name: str) -> torch.dtype:
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
-        raise ConfigError(f"--dtype {name!r} is none of {', '.join(known)}")
+        raise ConfigError(f"--dtype {name!r} is unknown; {suggestion(name, known)}")
     return known[name]
 
 

@@ -30,7 +30,7 @@ from qcompile.checkpoint.saving.save import fits, formats_for, layer_like
 from qcompile.cli.options import DeviceOption, choose_device, config_of, errors_told, float_dtype, parse_schemes
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import AUTO, Auto, QuantConfig, Rule, parse_config
-from qcompile.errors import CheckpointError, ConfigError
+from qcompile.errors import CheckpointError, ConfigError, suggestion
 from qcompile.evaluate.models import load_tokenizer_of
 from qcompile.experts import expert_modules
 from qcompile.linears import linear_modules, matrix_of
@@ -237,7 +237,7 @@ def run(
         ConfigError: a calibration file that is missing, or too short.
     """
     if format not in FORMATS:
-        raise ConfigError(f"--format {format!r} cannot be written; there are {', '.join(FORMATS)}")
+        raise ConfigError(f"--format {format!r} cannot be written; {suggestion(format, FORMATS)}")
     if output is not None and output.exists() and any(output.iterdir()):
         raise CheckpointError(f"{output}: is not empty; name another folder")
     if config.undecided:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from qcompile.calibrate.statistics import observed
+from qcompile.checkpoint.store import check_exists
 from qcompile.errors import CheckpointError
 from qcompile.experts import expert_modules, projection_shapes
 from qcompile.kv_cache import parse_kv_cache
@@ -80,11 +80,7 @@ def read_model(path: Path) -> ModelShape:
     """
     from qcompile.checkpoint.loader import skeleton_of
 
-    if not path.exists():
-        around = sorted(entry.name for entry in path.absolute().parent.glob("*")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, around, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "name a folder, a config.json or a GGUF file"
-        raise CheckpointError(f"{path}: does not exist; {hint}")
+    check_exists(path)
     model = skeleton_of(path).to("meta")
     text = model.config.get_text_config()  # type: ignore[operator,union-attr]
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")

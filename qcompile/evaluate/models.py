@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qcompile.checkpoint.gguf import DEMO_REMEDY, gguf_source, load_decoded
 from qcompile.checkpoint.gguf_tokenizer import load_tokenizer
-from qcompile.checkpoint.loader import check_installed, load, open_checkpoint, skeleton
+from qcompile.checkpoint.loader import load, skeleton
+from qcompile.checkpoint.source import check_installed, open_checkpoint
 from qcompile.errors import CheckpointError
 from qcompile.evaluate.layers import Original
 from qcompile.linears import is_conv1d, linear_modules

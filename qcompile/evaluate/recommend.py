@@ -8,7 +8,6 @@ No rule names a scheme: what no other option beats in memory, time and loss at o
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.resources
 import json
@@ -25,7 +24,7 @@ from qcompile.checkpoint.saving.save import FORMATS, formats_for
 from qcompile.codegen.cost_model import CARDS, Card, Device
 from qcompile.codegen.predict import predict, predict_plain
 from qcompile.config import AUTO, Auto, parse_config
-from qcompile.errors import ConfigError, DeviceError, LayerError
+from qcompile.errors import ConfigError, DeviceError, LayerError, suggestion
 from qcompile.evaluate.model_shape import (
     ModelShape,
     Shape,
@@ -86,10 +85,7 @@ def target_of(name: str) -> Target:
         return Target("this CPU", None, pages, Device(1, rates["memory"], math.inf, rates["16-bit"], 0))
     if key == "cuda":
         return _this_gpu()
-    known = [*CARDS, "cpu", "cuda"]
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
-    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}"
-    raise DeviceError(f"device {name!r} is unknown; {hint}")
+    raise DeviceError(f"device {name!r} is unknown; {suggestion(key, [*CARDS, 'cpu', 'cuda'])}")
 
 
 @functools.cache
@@ -242,9 +238,7 @@ def check_preference(prefer: str) -> None:
         ConfigError: unknown, naming the nearest.
     """
     if prefer not in PREFERENCES:
-        near = difflib.get_close_matches(prefer, PREFERENCES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PREFERENCES)}"
-        raise ConfigError(f"--prefer {prefer!r} is unknown; {hint}")
+        raise ConfigError(f"--prefer {prefer!r} is unknown; {suggestion(prefer, PREFERENCES)}")
 
 
 def recommend(

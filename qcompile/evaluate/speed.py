@@ -76,8 +76,11 @@ class Decoder:
     def __init__(self, model: nn.Module, step: Callable[..., Any], capacity: int, cache: Any = None) -> None:
         import transformers
 
+        from qcompile.integrations.caches import cache_argument
+
         self.model, self.step, self.capacity = model, step, capacity
         self.cache = cache or transformers.StaticCache(config=model.config, max_cache_len=capacity)
+        self.given = {cache_argument(model): self.cache}
 
     @torch.inference_mode()
     def generate(self, prompt: Tensor, tokens: int, stop: tuple[int, ...] = ()) -> Generation:
@@ -94,14 +97,14 @@ class Decoder:
         if prompt.numel() + tokens > self.capacity:
             raise ValueError(f"{prompt.numel()} + {tokens} tokens are more than the cache's {self.capacity}")
         self.cache.reset()
-        logits = self.model(input_ids=prompt[None], past_key_values=self.cache, logits_to_keep=1).logits
+        logits = self.model(input_ids=prompt[None], logits_to_keep=1, **self.given).logits
         chosen: list[int] = []
         seconds: list[float] = []
         while len(chosen) < tokens and (len(chosen) < _LEAST_STEPS or not set(stop) & set(chosen)):
             token = logits[:, -1].argmax(-1, keepdim=True)
             chosen.append(int(token.item()))
             start = _now(prompt.device)
-            logits = self.step(input_ids=token, past_key_values=self.cache).logits
+            logits = self.step(input_ids=token, **self.given).logits
             seconds.append(_now(prompt.device) - start)
         steady = seconds[2:] or seconds
         end = next((i for i, token_id in enumerate(chosen) if token_id in stop), len(chosen))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import io
 import logging
@@ -14,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, nearest
 
 Scores = dict[str, dict[str, float]]
 """Task to metric (as `acc` or `acc_stderr`) to value."""
@@ -46,7 +45,7 @@ class Tasks:
         self.names = [_name_in(Path(name)) if Path(name) in files else name for name in given]
         for name in self.names:
             if not self.manager.match_tasks([name]):
-                near = ", ".join(difflib.get_close_matches(name, self.manager.all_tasks, n=3))
+                near = ", ".join(nearest(name, self.manager.all_tasks))
                 raise ConfigError(
                     f"lm-evaluation-harness knows no task {name!r}" + (f"; nearest: {near}" if near else "")
                 )

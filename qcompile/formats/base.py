@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 
-from qcompile.errors import ConfigError, shown
+from qcompile.errors import ConfigError, shown, suggestion
 from qcompile.expr import Value
 
 
@@ -69,7 +68,5 @@ def get_format(name: str) -> Format:
         ConfigError: unknown name; the message lists the nearest ones.
     """
     if not isinstance(name, str) or name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.4) if isinstance(name, str) else []
-        near = near or sorted(FORMATS)
-        raise ConfigError(f"unknown number format {shown(name)}; did you mean {', '.join(near)}?")
+        raise ConfigError(f"unknown number format {shown(name)}; {suggestion(name, FORMATS)}")
     return FORMATS[name]

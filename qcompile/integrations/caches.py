@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from qcompile.attention import check_compute
 from qcompile.caches import clear_half, half_of
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.config import QuantConfig, parse_config
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, shown
 from qcompile.formats import get_format
 from qcompile.kv_cache import KVScheme, parse_kv_cache, quantize
 
@@ -183,12 +184,31 @@ def scheme_of(kv_cache: Any, model: nn.Module) -> KVScheme:
     return scheme
 
 
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a transformers model's decoder.
+
+    Raises:
+        ConfigError: another library's model.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise ConfigError(
+            f"{type(model).__name__} is no model of transformers; models that keep their own cache take "
+            "qcompile.caches.KVCache"
+        )
+    return config.get_text_config(decoder=True)
+
+
 def layers_of(model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
     """For each layer of a model its kind, and what transformers makes its cache with."""
-    config: Any = model.config
-    kinds, given = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    kinds, given = get_layer_types_and_kwargs(text_config(model))
     # Releases up to 5.17 at least have one dictionary for all layers.
     return list(zip(kinds, [given] * len(kinds) if isinstance(given, dict) else given, strict=True))
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's `forward` calls its cache: `cache` in releases from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def attention_scales(model: nn.Module) -> dict[int, KVScales]:
@@ -216,6 +236,8 @@ class TransformersCache(StaticCache):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module, kv_cache: Any = "fp8", *, max_cache_len: int) -> None:
+        if isinstance(max_cache_len, bool) or not isinstance(max_cache_len, int) or max_cache_len < 1:
+            raise ConfigError(f"max_cache_len is a number of tokens, not {shown(max_cache_len)}")
         scheme = scheme_of(kv_cache, model)
         check_compute(scheme, next(model.parameters()).device, f"a cache for {type(model).__name__}")
         scales = attention_scales(model)
@@ -285,8 +307,8 @@ def calibrate_kv_cache(model: nn.Module, batches: Iterable[Any], *, per_head: bo
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in batches:
         given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-        recorder = _Recorder(model.config.get_text_config(decoder=True), seen)  # type: ignore[operator,union-attr]
-        model(**given, past_key_values=recorder, use_cache=True)
+        recorder = _Recorder(text_config(model), seen)
+        model(**given, **{cache_argument(model): recorder}, use_cache=True)
     if not seen:
         raise ConfigError("calibrating a KV cache needs at least one batch")
     for module in model.modules():

@@ -13,7 +13,7 @@ from qcompile.attention import check_compute
 from qcompile.caches import PagedKVCache
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.errors import ConfigError
-from qcompile.integrations.caches import attention_scales, layers_of, scheme_of
+from qcompile.integrations.caches import attention_scales, cache_argument, layers_of, scheme_of, text_config
 from qcompile.kv_cache import KVScheme
 from qcompile.pages import PageTable
 
@@ -99,7 +99,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
         page_size: int = 64,
     ) -> None:
         scheme = scheme_of(kv_cache, model)
-        config = model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+        config = text_config(model)
         layers = layers_of(model)
         if unknown := {kind for kind, _ in layers} - _KINDS:
             raise ConfigError(f"paged caches are for full and sliding attention; the model has {sorted(unknown)} too")
@@ -110,6 +110,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
         window = max(windows) if all(windows) else 0
         self.pages = PageTable(batch, max_length, pages=num_pages, page_size=page_size, window=window, device=device)
         self._added = config._attn_implementation == "eager"
+        self._argument = cache_argument(model)
         self._dtype = next(model.parameters()).dtype
         scales = attention_scales(model)
         super().__init__(layers=[PagedLayer(self.pages, scheme, scales.get(i)) for i in range(len(layers))])
@@ -127,7 +128,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
             rows: integers [b], the rows that the call is about; all, in their order, unless given.
 
         Returns:
-            `past_key_values`, `position_ids` and `attention_mask`.
+            The cache, under the name that the model has for it, `position_ids` and `attention_mask`.
         """
         if rows is not None and not isinstance(rows, Tensor):
             rows = torch.tensor(rows, device=self.pages.lengths.device)
@@ -135,7 +136,7 @@ class TransformersPagedCache(Cache):  # type: ignore[misc]
             layer.rows = rows
         masks = {kind: self._mask(tokens, rows, window) for kind, window in self._windows.items()}
         return {
-            "past_key_values": self,
+            self._argument: self,
             "position_ids": self.pages.positions(tokens, rows).clamp(min=0),
             "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
         }

@@ -17,8 +17,9 @@ from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qcompile.checkpoint.loader import fill, open_checkpoint
+from qcompile.checkpoint.loader import fill
 from qcompile.checkpoint.saving.save import quantized_state_dict
+from qcompile.checkpoint.source import open_checkpoint
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.experts import expert_modules, quantize_experts

@@ -193,10 +193,15 @@ def load(spec: CppSpec) -> Kernel | None:
 
 
 def open_library(spec: _Spec, kind: Callable[[_Spec, Path], _Kernel], what: str) -> _Kernel | None:
-    """`kind` of a spec and its library; None, with a warning of `what` there is not, if compiler or folder fail.
+    """`kind` of a spec and its library; None, with a warning of `what` there is not and the way out, if that fails.
 
     A compiler that does not know an instruction set gets the next lesser one.
     """
+    if compiler() is None:
+        warnings.warn(
+            f"no C++ kernel for {what}: no compiler is found; install g++ or clang++, or name one by CXX", stacklevel=3
+        )
+        return None
     for lesser in (name for name, needed in ISAS.items() if set(ISAS[spec.isa]).issuperset(needed)):
         try:
             path = build(replace(spec, isa=lesser))
@@ -204,5 +209,6 @@ def open_library(spec: _Spec, kind: Callable[[_Spec, Path], _Kernel], what: str)
         except (subprocess.SubprocessError, OSError) as error:
             failure = error
     said = (getattr(failure, "stderr", None) or str(failure)).strip().splitlines()
-    warnings.warn(f"no C++ kernel for {what}: {said[0]}", stacklevel=3)
+    remedy = "QCOMPILE_CACHE_DIR names another folder" if isinstance(failure, OSError) else "CXX names another compiler"
+    warnings.warn(f"no C++ kernel for {what}: {said[0]}; {remedy}", stacklevel=3)
     return None

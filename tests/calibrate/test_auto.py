@@ -265,7 +265,7 @@ def test_auto_goes_through_json():
         ({"preset": "auto", "bits": -1}, "bits must be a positive number"),
         ({"preset": "auto", "bits": float("nan")}, "bits must be a positive number"),
         ({"preset": "auto", "bytes": 1.5}, "bytes must be a positive integer"),
-        ({"preset": "auto", "bit": 4}, "did you mean 'bits'"),
+        ({"preset": "auto", "bit": 4}, "did you mean bits"),
         ({"preset": "auto", "bits": 4, "candidates": ["int4"]}, "at least two"),
         ({"preset": "auto", "bits": 4, "candidates": ["int4", "int4"]}, "each once"),
         ({"preset": "auto", "bits": 4, "candidates": ["int4", "int44"]}, "unknown scheme 'int44'"),

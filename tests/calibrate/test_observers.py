@@ -140,8 +140,11 @@ def test_smoothed_inputs_are_observed_after_folding():
     [
         ({"dynamic": True, "observer": "mse"}, "an observer finds static scales"),
         ({"dynamic": False, "scale": 0.1, "observer": "mse"}, "an observer finds static scales"),
-        ({"dynamic": False, "observer": "max"}, "observer 'max' is none of absmax, percentile, mse, kl"),
-        ({"dynamic": False, "observer": {"name": "kl", "per": "channel"}}, "per 'channel' is none of tensor, token"),
+        ({"dynamic": False, "observer": "max"}, "observer 'max' is unknown; did you mean absmax"),
+        (
+            {"dynamic": False, "observer": {"name": "kl", "per": "channel"}},
+            "per 'channel' is unknown; there are tensor, token",
+        ),
         ({"dynamic": False, "observer": {"name": "percentile", "percentile": 0}}, "percentile must be a number"),
         ({"dynamic": False, "observer": {"bins": 7}}, "an observer has no setting 'bins'"),
     ],

@@ -11,7 +11,7 @@ import qcompile
 from qcompile.errors import LayerError
 from qcompile.modules import QuantizedLinear
 from tests import tolerance
-from tests.checkpoint.test_save import llama, load, same
+from tests.checkpoint.tiny_models import llama, load, same
 
 STATIC = {
     "weight": {"format": "int8", "granularity": "channel"},

@@ -15,7 +15,7 @@ from qcompile.errors import CheckpointError
 from qcompile.linears import linear_modules
 from qcompile.quantize import quantize_waiting
 from tests.checkpoint.moe_files import make_moe
-from tests.checkpoint.test_save import llama
+from tests.checkpoint.tiny_models import llama
 
 IDS = [torch.randint(0, 50, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(2)]
 GPTQ = {

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qcompile
-from qcompile.checkpoint.loader import open_checkpoint, quantization_config
 from qcompile.checkpoint.method import LayerTensors, Method, method_for, register
+from qcompile.checkpoint.source import open_checkpoint, quantization_config
 from qcompile.checkpoint.store import INDEX, open_store, read_json
 from qcompile.errors import CheckpointError, ConfigError, DeviceError, QCompileError
 

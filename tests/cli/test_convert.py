@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import qcompile
 from qcompile.cli import app
-from tests.checkpoint.test_save import llama, quantized, same
+from tests.checkpoint.tiny_models import llama, quantized, same
 
 
 def run(*arguments):

@@ -17,7 +17,7 @@ tokenizers = pytest.importorskip("tokenizers")
 import qcompile
 from qcompile.cli import app
 from qcompile.cli import eval as command
-from tests.checkpoint.test_save import llama
+from tests.checkpoint.tiny_models import llama
 
 WORDS = "a quantized model multiplies its inputs by codes and scales until the answer comes out of the last layer"
 

@@ -15,7 +15,7 @@ from qcompile.checkpoint.inspection import inspect
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.checkpoint.store import SafetensorsStore
 from qcompile.cli import app
-from tests.checkpoint.test_save import llama, quantized
+from tests.checkpoint.tiny_models import llama, quantized
 
 
 def run(*arguments):

@@ -22,7 +22,7 @@ from qcompile.modules import QuantizedLinear
 from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
 from tests.checkpoint.test_imatrix import entry, write
-from tests.checkpoint.test_save import llama
+from tests.checkpoint.tiny_models import llama
 
 WORDS = "a quantized model multiplies its inputs by codes and scales until the answer comes out of the last layer"
 
@@ -149,7 +149,7 @@ def refused(result, *words):
 def test_mistakes(source, text, tmp_path):
     out = tmp_path / "out"
     refused(run(source, "--output", out, "--method", "gptq"), "gptq, looks at activations: name a text, --calibration")
-    refused(run(source, "--output", out, "--method", "gtpq", "--calibration", text), "did you mean 'gptq'?")
+    refused(run(source, "--output", out, "--method", "gtpq", "--calibration", text), "did you mean gptq?")
     refused(
         run(source, "--output", out, "--method", "gptq", "--calibration", tmp_path / "none"), "cannot be read as text"
     )

@@ -21,11 +21,16 @@ def calls(*arguments: str) -> list[str]:
     return result.stdout.strip().split("\n")
 
 
+def is_norm(call: str) -> bool:
+    """Whether a kernel computes RMSNorm, by its name: that of the operator, or, before torch 2.14, of what it does."""
+    return any(name in call for name in ("rms_norm", "rsqrt", "mean"))
+
+
 @pytest.mark.parametrize("preset", ["int4", "nf4", "int8", "fp8"])
 def test_quantization_joins_the_norm_and_the_product_is_one_call(preset):
     norm, product = calls(preset, "static")
     assert norm.startswith("triton_")
-    assert "rsqrt" in norm or "rms_norm" in norm
+    assert is_norm(norm)
     assert ("amax" in norm) == (preset in ("int8", "fp8"))
     assert "torch.ops.qcompile.gemm" in product
 
@@ -33,7 +38,7 @@ def test_quantization_joins_the_norm_and_the_product_is_one_call(preset):
 def test_a_long_input_decodes_the_weight_and_the_epilogue_follows_torchs_product():
     decode, norm, product, epilogue = calls("fp8_weight_only", "static", "2048", "4096", "4096")
     assert decode.startswith("qcompile_")
-    assert "rsqrt" in norm
+    assert is_norm(norm)
     assert product.startswith("extern_kernels.mm(")
     assert epilogue.startswith("triton_poi_")
     assert "sigmoid" in epilogue
@@ -42,7 +47,7 @@ def test_a_long_input_decodes_the_weight_and_the_epilogue_follows_torchs_product
 
 def test_long_fp8_inputs_are_multiplied_by_torch_between_two_fused_kernels():
     norm, product, epilogue = calls("fp8", "static", "2048", "4096", "4096")
-    assert "rsqrt" in norm
+    assert is_norm(norm)
     assert "amax" in norm
     assert product.startswith("extern_kernels._scaled_mm(")
     assert "use_fast_accum=False" in product
@@ -51,7 +56,7 @@ def test_long_fp8_inputs_are_multiplied_by_torch_between_two_fused_kernels():
 
 def test_any_length_takes_one_graph_that_chooses_at_run_time():
     norm, product = calls("fp8", "dynamic")
-    assert "rsqrt" in norm or "rms_norm" in norm
+    assert is_norm(norm)
     assert "amax" in norm
     assert "torch.ops.qcompile.gemm" in product
 
@@ -132,7 +137,7 @@ def test_activations_are_read_once_and_quantized_once_for_all_that_read_them(gen
 def test_by_itself_inductor_takes_two_kernels_for_scales_of_groups_after_a_norm(generated):
     """It does not join the sum over a row and the maxima of its groups: hence the pass `quantize_norms`."""
     norm, quantize, *products = generated["groups"]
-    assert "mean" in norm
+    assert is_norm(norm)
     assert "amax" in quantize
     assert len({gemm_inputs(product) for product in products}) == 1
 
@@ -140,7 +145,7 @@ def test_by_itself_inductor_takes_two_kernels_for_scales_of_groups_after_a_norm(
 @pytest.mark.parametrize("preset", ["int4", "fp8_static"])
 def test_gate_and_up_are_one_product_with_nothing_between_it_and_the_next(generated, preset):
     norm, up, down = generated[f"{preset} mlp"]
-    assert "rsqrt" in norm
+    assert is_norm(norm)
     assert "'silu(a)*b'" in up
     assert ("'to_fp8_e4m3'" in up) == (preset == "fp8_static")
     assert ("'codes_of':'bfloat16'" in down) == (preset == "fp8_static")
@@ -149,7 +154,7 @@ def test_gate_and_up_are_one_product_with_nothing_between_it_and_the_next(genera
 @pytest.mark.parametrize("preset", ["fp8", "fp8_static"])
 def test_after_torchs_product_gate_and_quantization_are_one_kernel(generated, preset):
     norm, up, gate, down = generated[f"{preset} long mlp"]
-    assert "rsqrt" in norm
+    assert is_norm(norm)
     assert up.startswith("extern_kernels._scaled_mm(")
     assert "sigmoid" in gate
     assert ("amax" in gate) == (preset == "fp8")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qcompile.codegen import spec as specs
 from qcompile.codegen.cost_model import candidates, device_of, shared_bytes
-from qcompile.codegen.spec import KernelSpec, stream_objection
+from qcompile.codegen.spec import KernelSpec, has_gluon, stream_objection
 from qcompile.formats import get_format
 from qcompile.layouts import LAYOUTS
 from qcompile.presets import preset
@@ -28,6 +28,8 @@ from tests import oracle
 from tests.cross_compile import measure
 from tests.kernels.problems import random_weight
 from tests.triton_interpreter import install_assembly
+
+pytestmark = pytest.mark.skipif(not has_gluon(), reason="needs a Triton whose Gluon the templates were tried with")
 
 BF16 = torch.bfloat16
 

@@ -27,7 +27,7 @@ from qcompile.experts import QuantizedExperts
 from qcompile.modules import QuantizedLinear
 from tests import oracle
 from tests.checkpoint.moe_files import make_moe
-from tests.checkpoint.test_save import llama
+from tests.checkpoint.tiny_models import llama
 
 WINDOW = 24
 INT4 = parse_config("int4")

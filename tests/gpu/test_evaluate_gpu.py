@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from qcompile.config import parse_config
 from qcompile.evaluate import evaluate, quantized_copy
-from tests.checkpoint.test_save import llama
+from tests.checkpoint.tiny_models import llama
 
 pytestmark = pytest.mark.gpu
 

@@ -16,6 +16,7 @@ plain run first compiles the kernels. Tensors are made on the CPU, so that few k
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ import torch
 from qcompile.codegen.cost_model import candidates, rank
 from qcompile.codegen.spec import Tile, decoding_spec
 from qcompile.layouts import LAYOUTS, choose_layout
+from qcompile.norm_spec import NormSpec
+from qcompile.norms import plain
 from qcompile.reference import dequantize, quantize_activation
 from qcompile.runtime import cache, gpu, gpu_grouped, vendor
 from tests.gpu.test_attention_gpu import run, run_plain
@@ -31,6 +34,7 @@ from tests.kernels import test_attention, test_grouped
 from tests.kernels.problems import problem
 from tests.kernels.test_gemm import shipped
 from tests.kernels.test_grouped import SCHEMES
+from tests.kernels.test_norms import LLAMA, inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +57,8 @@ KINDS: dict[str, tuple[str, int, tuple[int, int], Callable[[Tile], bool]]] = {
     "streams of scales in fours": ("nvfp4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
     "streams of scaled products": ("nf4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
     "sparse tensor cores": ("int4_24", 5, (256, 512), lambda t: t.form == "cores"),
-    "scaled weights": ("q4_k", 5, (200, 512), lambda t: True),
+    "offsets of products": ("q4_k", 5, (200, 512), lambda t: True),
+    "scaled weights": ("q4_k", 70, (200, 512), lambda t: t.m > 32),
     "8-bit activations": ("int4_fp8", 33, (200, 512), lambda t: True),
     "rows of int8": ("int8", 33, (200, 448), lambda t: t.split == 1),
     "rows of int8, parts of K": ("int8", 5, (200, 1024), lambda t: t.split > 1),
@@ -115,6 +120,15 @@ def test_experts(name: str) -> None:
 def test_attention_to_a_cache(kv: str, scales: str, size: int) -> None:
     given = test_attention.problem(kv, scales, heads=3, group=3, context=333, size=size, dtype=BF16, length=300)
     given.check_kernel(run(given, launches=0))
+
+
+@pytest.mark.parametrize("norm", [LLAMA, replace(LLAMA, k=200, columns=200)], ids=["groups", "rows"])
+def test_norms(norm: NormSpec) -> None:
+    given = [None if t is None else t.cuda() for t in inputs(norm, 3, BF16)]
+    codes, expected = (
+        made[0] for made in (torch.ops.qcompile.norm_quantize(*given, norm.encode()), plain(*given, norm))
+    )
+    assert (codes.cpu().float() == expected.cpu().float()).double().mean() > 0.97
 
 
 def test_attention_to_plain_keys() -> None:

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 import qcompile
 from qcompile.errors import CheckpointError, ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
-from tests.checkpoint.test_save import llama, quantized, same
+from tests.checkpoint.tiny_models import llama, quantized, same
 
 IDS = torch.arange(9)[None]
 

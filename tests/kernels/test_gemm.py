@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qcompile.codegen.cost_model import candidates
-from qcompile.codegen.spec import Tile
+from qcompile.codegen.spec import Tile, scales_of
 from qcompile.flags import override
 from qcompile.formats import FORMATS, IntegerFormat, get_format
 from qcompile.layouts import choose_layout
@@ -116,6 +116,18 @@ def test_identity_of_every_preset(name: str) -> None:
     given_ = problem(scheme, layout, 128, 72, 128, identity=True)
     expected = given_.weight.to(torch.bfloat16).double()
     assert torch.equal(given_.interpret("sm_90", replace(SMALL, m=128, k=128)).double(), expected.T)
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ["q4_1", "q4_k"])
+def test_offsets_of_few_rows(name: str, dtype: torch.dtype, rows: int) -> None:
+    """They are added to products there, not to weights."""
+    scheme = shipped(name, (72, 256))
+    given_ = problem(scheme, "fragment", 5, 72, 256, dtype, ("bias",))
+    tile = replace(SMALL, m=rows, k=128)
+    assert scales_of(given_.kernel("sm_90", tile), tile.scales) == "products"
+    given_.check(given_.interpret("sm_90", tile), dtype)
 
 
 @st.composite

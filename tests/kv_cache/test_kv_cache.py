@@ -135,7 +135,7 @@ def test_a_name_takes_the_scales_of_its_format(name: str) -> None:
         ("fp9", r"unknown KV cache format 'fp9'; did you mean fp8"),
         (8, "kv_cache must be a name, a mapping or null, not 8"),
         ({"scales": "head"}, "kv_cache needs a format"),
-        ({"format": "fp8", "scale": "head"}, r"unknown key 'scale' in kv_cache; did you mean 'scales'\?"),
+        ({"format": "fp8", "scale": "head"}, r"unknown key 'scale' in kv_cache; did you mean scales\?"),
         ({"format": "fp8", "scales": "channel"}, "scales must be one of tensor, head, token, not 'channel'"),
         ({"format": ["fp8"]}, r"unknown KV cache format \['fp8'\]"),
         ({"format": "int4", "group": 48}, "group must be 16, 32, 64 or 128 numbers, not 48"),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.checkpoint import gguf_models
 from qcompile.checkpoint.saving.base import Rounding, Unsavable, refusal
 from qcompile.checkpoint.saving.gguf_pack import block_type, pack_layer
 from qcompile.checkpoint.saving.layers import Layer
@@ -133,11 +134,9 @@ class Names:
     """Names and row orders of a file's tensors."""
 
     def __init__(self, config: Any) -> None:
-        from qcompile.checkpoint import gguf as reader
-
         self.config = config
-        self.known = reader.ARCHITECTURES[config.model_type]
-        self.top = {ours: theirs for theirs, ours in reader._TOP.items()}
+        self.known = gguf_models.ARCHITECTURES[config.model_type]
+        self.top = {ours: theirs for theirs, ours in gguf_models.TOP.items()}
         self.layer = {ours: theirs for theirs, ours in self.known.layer.items()}
 
     def in_file(self, name: str) -> str:

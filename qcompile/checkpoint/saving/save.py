@@ -28,7 +28,7 @@ from qcompile.checkpoint.saving.gguf_pack import block_type, pack_layer
 from qcompile.checkpoint.saving.gptq import GPTQ
 from qcompile.checkpoint.saving.layers import Layer, quantized_layers
 from qcompile.checkpoint.saving.shards import Shards, Staging, parse_size
-from qcompile.errors import CheckpointError, ConfigError, shown
+from qcompile.errors import CheckpointError, ConfigError, shown, suggestion
 from qcompile.methods import ROUND
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.reference import quantize_weight
@@ -81,7 +81,7 @@ def save(
         ConfigError: an unknown format or size.
     """
     if format not in FORMATS:
-        raise ConfigError(f"format {shown(format)} cannot be written; there are {', '.join(FORMATS)}")
+        raise ConfigError(f"format {shown(format)} cannot be written; {suggestion(format, FORMATS)}")
     folder, limit, rounding = Path(folder), parse_size(max_shard_size), Rounding(allow_rounding)
     layers = quantized_layers(model)
     _check_folder(folder)
