@@ -121,8 +121,8 @@ _NARROW = {128: 1.55, 256: 1.3}
 """How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
 _SPREAD = 3.0
 """As `_instructions`, of a sparse weight that `gemm_stream` makes dense."""
-_APART = 1.2
-"""How much longer `gemm_stream` multiplies where scales multiply products."""
+_APART = 1.75
+"""How much longer `gemm_stream` multiplies where it waits for each product, to scale it."""
 _HIDDEN = 0.4
 """Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
@@ -200,17 +200,16 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     tile = spec.tile
     alike = replace(spec, tile=replace(tile, form="loop", split=1))
     value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
-    programs = value["programs"] * tile.split or device.processors
+    programs = value["programs"] * tile.split or min(device.processors, 4 * value["programs"])
     fill = math.ceil(programs / device.processors) * device.processors / programs
     slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
     instructions = _SPREAD if spec.sparse else _instructions(spec)
-    if scales_of(spec, tile.scales) == "products":  # each of which is scaled in registers while no other is under way
-        instructions += tile.m / 64
+    if not spec.in_rows and scales_of(spec, tile.scales) == "products":
         working *= _APART
     working = max(working, value["weights"] * instructions / (device.processors * 128 * 1.3e9))
-    working *= fill if tile.split else 1.0
+    working *= fill
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0
     if tile.split != 1 and (tile.split or value["programs"] % device.processors):
