@@ -359,10 +359,8 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         later = ((i > whole) & (step == 0)).to(gl.int32)
         sum0, sum1 = nothing(), nothing()
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
-        product, scales = (
-            warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS)),
-            gl.zeros((64, 1), gl.float32, SUMS),
-        )
+        product = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
+        scales = gl.zeros((64, 1), gl.float32, SUMS)
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
