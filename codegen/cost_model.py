@@ -121,6 +121,8 @@ _NARROW = {128: 1.55, 256: 1.3}
 """How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
 _SPREAD = 3.0
 """As `_instructions`, of a sparse weight that `gemm_stream` makes dense."""
+_APART = 1.75
+"""How much longer `gemm_stream` multiplies where it waits for each product, to scale it."""
 _HIDDEN = 0.4
 """Share of the time of decoding that is not hidden behind products with `Tile.overlap`."""
 
@@ -198,14 +200,16 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     tile = spec.tile
     alike = replace(spec, tile=replace(tile, form="loop", split=1))
     value = {name: compute(*_given(alike, m, device)) for name, compute in _compiled().items()}
-    programs = value["programs"] * tile.split or device.processors
+    programs = value["programs"] * tile.split or min(device.processors, 4 * value["programs"])
     fill = math.ceil(programs / device.processors) * device.processors / programs
     slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
-    if spec.sparse:
-        working = max(working, value["weights"] * _SPREAD / (device.processors * 128 * 1.3e9))
-    working *= fill if tile.split else 1.0
+    instructions = _SPREAD if spec.sparse else _instructions(spec)
+    if not spec.in_rows and scales_of(spec, tile.scales) == "products":
+        working *= _APART
+    working = max(working, value["weights"] * instructions / (device.processors * 128 * 1.3e9))
+    working *= fill
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0
     if tile.split != 1 and (tile.split or value["programs"] % device.processors):
@@ -415,9 +419,10 @@ def _cores(like: KernelSpec, m: int) -> list[Tile]:
 
 
 def _streams(like: KernelSpec, m: int) -> list[Tile]:
-    """Tiles of programs that share all steps evenly, with as many stages as fit; sums take 128 registers at most.
+    """Tiles of programs that share all steps evenly, with as many stages as fit.
 
-    Dense weights of up to 32 rows are multiplied faster by a loop.
+    Sums take 128 registers at most, with products that are multiplied after. Dense weights of up to 32 rows are
+    multiplied faster by a loop.
     """
     if m <= (1 if like.sparse else 32) or stream_objection(like) is not None:
         return []
@@ -425,6 +430,8 @@ def _streams(like: KernelSpec, m: int) -> list[Tile]:
     processors = device_of(like.target).processors
     heights = (16,) if m <= 16 else (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
     for block_m, block_n in itertools.product(heights, (256,) if like.gated else (128, 256)):
+        if block_m * block_n > 128 * 128 and scales_of(like, "fragments") == "products":
+            continue
         tiles = -(-m // block_m) * -(-like.n // block_n)
         for split in (0, *(z for z in (1, 2, 4, 8) if z == 1 or (tiles * z <= processors and 256 * z <= like.k))):
             tile = Tile(m=block_m, n=block_n, k=128, split=split, warps=8, stages=8, form="stream", scales="fragments")

@@ -41,6 +41,7 @@ from qcompile.codegen.word_decoders import (
     byte_assembly,
     kept_assembly,
     pairs_decoder,
+    quad_assembly,
     quad_decoder,
     sparse_product,
     spread_assembly,
@@ -52,6 +53,7 @@ from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.gates import ACTIVATIONS, gate
 from qcompile.linear_spec import OPERAND_STEPS, STORES
+from qcompile.scheme import SCALE_DTYPES
 
 
 def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
@@ -252,8 +254,9 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         constants["WORDS"] = spread_assembly(fmt, spec.compute, scaled=scaled, factor=factor)
         spread = _spread()
     elif fmt.bits == 8:
-        assert isinstance(fmt, IntegerFormat)
-        constants["WORDS"] = byte_assembly(fmt, float(str(constants["FACTOR"])))
+        constants["WORDS"] = byte_assembly(fmt, spec.compute, float(str(constants["FACTOR"])))
+    constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target) if spec.quads else ""
+    constants["SCALE_BITS"] = 8 * SCALE_DTYPES[spec.scale_dtype].itemsize
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [
         "N",
@@ -261,13 +264,17 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "BITS",
         "SPARSE",
         "COLUMNS",
+        "QUADS",
         "SCALES",
+        "SCALE_BITS",
+        "SUPER_LAST",
         "SYMMETRIC",
         "COMPUTE",
         "BLOCK_M",
         "BLOCK_N",
         "STAGES",
         "WORDS",
+        "SCALE_WORDS",
         "NEGATIVE",
         "FACTOR",
         "SHARED",

@@ -293,7 +293,7 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     return "fragments" if preferred == "fragments" and exact else "products"
 
 
-_ROW_SCALES = ("float32", "bfloat16", "float16")
+_FLOATS = ("float32", "bfloat16", "float16")
 
 
 @functools.cache
@@ -320,14 +320,21 @@ def stream_objection(spec: KernelSpec) -> str | None:
     fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
     if fmt.bits not in (4, 8) or spec.activation is not None or spec.compute == "float32":
         return "its weights are of 4 or 8 bits, its activations of 16"
-    integers = isinstance(fmt, IntegerFormat) and spec.compute == "bfloat16" and scales == "total"
-    if fmt.bits == 8 and not spec.sparse and not integers:
-        return "its dense weights of 8 bits are integers with a scale a row, its activations bfloat16 then"
-    if spec.super_columns or (scales == "total" and not spec.symmetric):
-        return "it takes no scales above scales, and zero points of groups only"
-    if scales == "weights" or spec.scale_dtype not in (_ROW_SCALES if scales == "total" else (spec.compute,)):
-        return "scales of groups are not of the activations' type, or those of rows are no floating-point numbers"
-    if spec.k % 64 or (scales == "fragments" and spec.columns != 64 and spec.columns % 128):
+    if fmt.bits == 8 and not spec.sparse and scales != "total":
+        return "its dense weights of 8 bits have a scale a row"
+    if fmt.bits == 8 and not spec.sparse and isinstance(fmt, IntegerFormat) and spec.compute != "bfloat16":
+        return "its activations are bfloat16 where dense weights are integers of 8 bits"
+    if spec.offset:
+        return "it adds no offsets to weights"
+    if spec.super_columns and (scales == "total" or not super_last(spec)):
+        return "it takes scales above scales of groups, one for all of a row"
+    if scales == "total" and not spec.symmetric:
+        return "it takes zero points of groups only"
+    if scales == "weights" or not (spec.scale_dtype in _FLOATS or (spec.quads and scales == "fragments")):
+        return "its scales are of floating-point types of 16 or 32 bits, or of 8 where weights hold their products"
+    if spec.quads and spec.sparse:
+        return "its sparse weights have no scales of 16 or 32 columns"
+    if spec.k % 64 or (scales != "total" and not spec.quads and spec.columns != 64 and spec.columns % 128):
         return "64 columns have more than one scale"
     return None
 
@@ -335,7 +342,7 @@ def stream_objection(spec: KernelSpec) -> str | None:
 def _rows_stream_objection(spec: KernelSpec) -> str | None:
     if spec.compute != "int8" or spec.activation_scale not in ("token", "tensor"):
         return "its weights of 8 bits in rows are int8, and so are its activations, with a scale a token or a tensor"
-    if spec.groups > 1 or spec.scale_dtype not in _ROW_SCALES:
+    if spec.groups > 1 or spec.scale_dtype not in _FLOATS:
         return "its weights have scales of rows or of all, which are floating-point numbers"
     if spec.k % 16:
         return "rows do not begin at multiples of 16 bytes"

@@ -216,8 +216,19 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
     return _block(lines)
 
 
-def byte_assembly(fmt: IntegerFormat, factor: float) -> str:
-    """PTX as that of `word_assembly`, of word $4 of four 8-bit codes, for integers in bfloat16: rows in turn."""
+def byte_assembly(fmt: Format, dtype: str, factor: float) -> str:
+    """PTX as that of `word_assembly`, of word $4 of four 8-bit codes, integers in bfloat16 or floats: rows in turn."""
+    if isinstance(fmt, FloatFormat):
+        lines = [".reg .b16 l, h, x, y", ".reg .b32 t0", ".reg .f32 f, g"]
+        lines += ["prmt.b32 t0, $4, 0, 0x3120", "mov.b32 {l, h}, t0"]
+        for r, pair in enumerate("lh"):
+            lines.append(f"cvt.rn.f16x2.e{fmt.exponent}m{fmt.mantissa}x2 t0, {pair}")
+            if dtype == "bfloat16":
+                lines += ["mov.b32 {x, y}, t0", "cvt.f32.f16 f, x", "cvt.f32.f16 g, y", "cvt.rn.bf16x2.f32 t0, g, f"]
+            lines.append(f"mov.b32 {{${2 * r}, ${2 * r + 1}}}, t0")
+        return _block(lines)
+    assert isinstance(fmt, IntegerFormat)
+    assert dtype == "bfloat16"
     unit, negative = (bits_of(value, "bfloat16") * 0x10001 for value in (2.0**133 / factor, -fmt.offset / factor))
     lines = [".reg .b32 w, s, z, t0, t1", f"mov.b32 s, {unit:#x}", f"mov.b32 z, {negative:#x}", "shr.b32 w, $4, 8"]
     for r, word in enumerate(("$4", "w")):
@@ -382,8 +393,8 @@ def quad_words(quads):
 """
 
 
-def quad_decoder(scale_dtype: str, compute: str, target: str) -> str:
-    """A Triton function `quad_words`: what `scale_words` makes of the four bytes of words, in a tuple."""
+def quad_assembly(scale_dtype: str, compute: str, target: str) -> str:
+    """PTX that makes $<i> what `scale_words` makes of byte i of word $4; "" where there is none."""
     lines: list[str] = []
     if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):
         # As in `decode_scale`: bytes 0 and 2, then 1 and 3.
@@ -401,7 +412,12 @@ def quad_decoder(scale_dtype: str, compute: str, target: str) -> str:
             lines.append("mov.b32 {x, y}, a")
             for j, half in enumerate("xy"):
                 lines += [f"cvt.f32.f16 f, {half}", f"cvt.rn.bf16x2.f32 ${2 * i + j}, f, f"]
-    if lines:
-        return _QUADS.format(assembly=_block(lines))
+    return _block(lines) if lines else ""
+
+
+def quad_decoder(scale_dtype: str, compute: str, target: str) -> str:
+    """A Triton function `quad_words`: what `scale_words` makes of the four bytes of words, in a tuple."""
+    if assembly := quad_assembly(scale_dtype, compute, target):
+        return _QUADS.format(assembly=assembly)
     body = ", ".join(f"scale_words((quads >> {8 * i} & 0xFF).to(tl.uint8))" for i in range(4))
     return jit_function("quad_words(quads):", f"({body})")

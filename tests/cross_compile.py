@@ -71,6 +71,7 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "zero_point": codes if spec.symmetric or spec.offset else "*u8",
         "beside": codes if spec.symmetric else "*u8",
         "offset": scale if spec.offset else codes,
+        "row_scale": above if spec.super_columns else scale,
         "super_scale": above if spec.super_columns else codes,
         "super_offset": above if spec.super_columns and spec.offset else codes,
         "offsets": "*i32",
@@ -99,8 +100,9 @@ def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
         return {name: _descriptor(types[name], *block) for name, block in given.items()}
     unused = ["beside"] * (spec.symmetric and not spec.sparse) + ["scale"] * (spec.groups == 1)
     kinds = {name: types[name] for name in given} | dict.fromkeys(unused, types["codes"])
+    kinds |= {"scale": "*i32"} if spec.quads else {}
     given |= dict.fromkeys(unused, given["codes"])
-    return {name: _descriptor(kinds[name], *block) for name, block in given.items()} | {"row_scale": types["scale"]}
+    return {name: _descriptor(kinds[name], *block) for name, block in given.items()}
 
 
 def attention_signature(spec: AttentionKernelSpec, names: list[str]) -> dict[str, str]:

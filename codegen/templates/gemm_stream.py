@@ -10,6 +10,10 @@ columns: `full` says that a stage has arrived, `empty` that both groups are done
 stages AHEAD, once the other has left them. So x is read from the L2 cache, whose rate limits such products, once for
 BLOCK_N rows of the weight.
 
+Scales go where `gemm_fragment` has them ("total", "fragments" or "products"). With "products" a group waits for each
+product of 64 columns when it has decoded the next one's weights, adds it to the sum, times its rows' scales, and begins
+the next; the other group's products are under way meanwhile.
+
 Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`. With GATED a group's two
 tiles are of the same rows in both halves of the weight, and the epilogue gets both.
 """
@@ -34,13 +38,17 @@ K = tl.constexpr(256)
 BITS = tl.constexpr(4)
 SPARSE = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
+QUADS = tl.constexpr(0)
 SCALES = tl.constexpr("fragments")
+SCALE_BITS = tl.constexpr(16)
+SUPER_LAST = tl.constexpr(False)
 SYMMETRIC = tl.constexpr(True)
 COMPUTE = tl.constexpr(tl.bfloat16)
 BLOCK_M = tl.constexpr(64)
 BLOCK_N = tl.constexpr(256)
 STAGES = tl.constexpr(4)
 WORDS = tl.constexpr("")
+SCALE_WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
 SHARED = tl.constexpr(True)
@@ -68,21 +76,28 @@ from qcompile.codegen.templates.stream_tiles import (
 
 # </tiles>
 
-GROUPED = tl.constexpr(SCALES.value == "fragments")
+GROUPED = tl.constexpr(SCALES.value != "total")
 """Whether rows have scales of groups of columns; else one, which multiplies the sum."""
-GROUPS = tl.constexpr(max(1, 128 // COLUMNS.value))
-"""Scales of a row in a step: those of halves of it, or one."""
+PRODUCTS = tl.constexpr(SCALES.value == "products")
+"""Whether these multiply products of 64 columns, before they are added; else weights."""
+LINE_COLUMNS = tl.constexpr(64 if QUADS.value else COLUMNS.value)
+LINE_LENGTH = tl.constexpr(32 * QUADS.value if QUADS.value else 64)
+"""Columns whose scales lie together for 64 rows, and how many there are, or words of four."""
+GROUPS = tl.constexpr(max(1, 128 // LINE_COLUMNS.value))
+"""Lines of scales in a step: those of halves of it, or one."""
 LINES = tl.constexpr(BITS.value // 2)
 """Lines of 256 words that a tile of 64 x 64 has in memory; or if it is sparse of 128 words of codes, before a line that
 says which columns are kept."""
 STORED = tl.constexpr(BITS.value // 2 + 1 if SPARSE.value else BITS.value)
 """Bits that a weight takes in memory."""
-BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * (128 if SYMMETRIC else 192) if GROUPED else 0))
+LINE_BYTES = tl.constexpr(LINE_LENGTH.value * (4 if QUADS.value else SCALE_BITS.value // 8 + (not SYMMETRIC.value)))
+"""Of a line of scales and of zero points, if there are."""
+BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
 """Of a stage."""
 CONSTRAINTS = tl.constexpr(
     "=h,=h,=h,=h,r"
     if BITS.value == 8
-    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * (GROUPED.value + (not SYMMETRIC.value))
+    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * ((SCALES.value == "fragments") + (not SYMMETRIC.value))
 )
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
@@ -129,6 +144,17 @@ SLOTS = gl.constexpr(
     )
 )
 """What belongs to 64 rows: a thread has its two, r = 0 and 1."""
+SUM_ROWS = gl.constexpr(gl.SliceLayout(1, SUMS.value))
+QUAD_SLOTS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1]] if QUADS.value == 2 else [],
+        [[0, 0, 0], [0, 0, 0], [0, 0, QUADS.value], [0, 0, 2 * QUADS.value], [0, 0, 4 * QUADS.value]],
+        [[0, 0, 8 * QUADS.value], [0, 0, 16 * QUADS.value]],
+        [],
+        [1, 1, LINE_LENGTH.value],
+    )
+)
+"""Words of four scales of 64 rows: a thread has those of its two."""
 
 
 # <epilogue>
@@ -157,18 +183,58 @@ def two_rows(values):
 
 
 @gluon.jit
+def runs_of(first, second):
+    """Of both groups of words of four scales a number, as one for each run of 16 columns that a thread decodes."""
+    each = gl.join(first, second).reshape(4, 8, 1, 2 * QUADS)
+    if QUADS == 1:
+        each = gl.join(each, each).reshape(4, 8, 1, 4)
+    return gl.convert_layout(each, WHLV, assert_trivial=True)
+
+
+@gluon.jit
+def quad_rows(quads):
+    """Scales of both rows of threads from words of four."""
+    words = quads.load(QUAD_SLOTS).reshape(4, 8, QUADS)
+    a0, a1, b0, b1 = gl.inline_asm_elementwise(
+        SCALE_WORDS,
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    return runs_of(a0, b0), runs_of(a1, b1)
+
+
+@gluon.jit
 def load_rows(ring, stage, row, group: gl.constexpr):
-    """Zero points and scales of groups of a tile's rows, if there are, as `word_decoders` has PTX that takes them."""
+    """What `decode` takes of a tile's rows, if there are: zero points, and scales of groups unless PRODUCTS.
+
+    They are as `word_decoders` has PTX that takes them.
+    """
     _, _, _, _, scales, zeros = ring
     found = ()
-    if GROUPED:
+    if QUADS > 0 and not PRODUCTS:
+        found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+    elif GROUPED:
         if not SYMMETRIC:
             first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
             first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
             found = (first + NEGATIVE, second + NEGATIVE)
-        first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-        found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
+        if not PRODUCTS:
+            first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+            found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
     return found
+
+
+@gluon.jit
+def product_scales(ring, stage, row, group: gl.constexpr):
+    """With PRODUCTS the scales of a group of a tile's rows, [64, 1]."""
+    if PRODUCTS:
+        values = ring[4].index(stage).slice(row, 1, 0).slice(group, 1, 1).load(SLOTS).reshape(64)
+        return gl.expand_dims(gl.convert_layout(values, SUM_ROWS, assert_trivial=True).to(gl.float32), 1)
+    else:
+        return gl.zeros((64, 1), gl.float32, SUMS)
 
 
 @gluon.jit
@@ -212,7 +278,7 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
     _, codes, scale, beside = inputs
     full, _, _, codes_ring, scale_ring, beside_ring = ring
     mbarrier.expect(full.index(stage), BYTES, pred=there)
-    group = step * 128 // COLUMNS
+    group = step * 128 // LINE_COLUMNS
     PART: gl.constexpr = ROWS // HALVES
     for half in gl.static_range(HALVES):
         row = tile_n + half * (WIDTH_N // 64)
@@ -241,9 +307,39 @@ def send_x(inputs, ring, first_m, step, stage, there):
 @gluon.jit
 def scaled(sums, row_scale, n, m, M):
     """Sums of rows n of the weight, times what multiplies sums."""
-    if GROUPED:
+    if GROUPED and not SUPER_LAST:
         return sums * FACTOR
     return sums * (gl.load(row_scale + n, mask=n < N, other=0.0).to(gl.float32) * FACTOR)
+
+
+@gluon.jit
+def nothing():
+    """Sums before the first product is added."""
+    zeros = gl.zeros((64, BLOCK_M), gl.float32, SUMS)
+    if PRODUCTS:
+        return zeros
+    else:
+        return warpgroup_mma_init(zeros)
+
+
+@gluon.jit
+def add_last(sum, product, scales, held):
+    """With PRODUCTS the sum with the last product, when it is done, times its scales; and that product."""
+    if PRODUCTS:
+        product, _ = warpgroup_mma_wait(0, deps=[product, held])
+        sum += product * scales
+    return sum, product
+
+
+@gluon.jit
+def multiply(weight, columns, sum, product, held):
+    """Begin to add a product to the sum, or with PRODUCTS to make one, and wait for those before."""
+    if PRODUCTS:
+        product = warpgroup_mma(weight, columns, product, use_acc=False, is_async=True)
+    else:
+        sum = warpgroup_mma(weight, columns, sum, is_async=True)
+        warpgroup_mma_wait(1, deps=[held])
+    return sum, product
 
 
 @gluon.jit
@@ -261,31 +357,41 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         tile, step = place[0], place[3]
         length = gl.minimum(STEPS - step, steps - i)
         later = ((i > whole) & (step == 0)).to(gl.int32)
-        sum0 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
-        sum1 = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
+        sum0, sum1 = nothing(), nothing()
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
+        product = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
+        scales = gl.zeros((64, 1), gl.float32, SUMS)
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
             for half in gl.static_range(2):
                 if half % (2 // GROUPS) == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
+                    scales0 = product_scales(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
                         rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2)
+                        scales1 = product_scales(ring, stage, SECOND, half * GROUPS // 2)
                 columns = xs.index(stage).slice(64 * half, 64, 1).permute((1, 0))
                 weight = decode(ring, stage, half, FIRST, rows0)
-                sum0 = warpgroup_mma(weight, columns, sum0, is_async=True)
-                warpgroup_mma_wait(1, deps=[held])
-                held = weight
+                if PER == 2:
+                    sum1, product = add_last(sum1, product, scales, held)
+                else:
+                    sum0, product = add_last(sum0, product, scales, held)
+                sum0, product = multiply(weight, columns, sum0, product, held)
+                held, scales = weight, scales0
                 if half == 0:  # products of the step before are done
                     mbarrier.arrive(empty.index((now + STAGES - 1) % STAGES), pred=now > 0)
                 elif GROUP == 0:
                     sent_n, sent_m, sent = send_next(inputs, ring, now, steps, tiles_m, sharers, sent_n, sent_m, sent)
                 if PER == 2:
                     weight = decode(ring, stage, half, SECOND, rows1)
-                    sum1 = warpgroup_mma(weight, columns, sum1, is_async=True)
-                    warpgroup_mma_wait(1, deps=[held])
-                    held = weight
+                    sum0, product = add_last(sum0, product, scales, held)
+                    sum1, product = multiply(weight, columns, sum1, product, held)
+                    held, scales = weight, scales1
+        if PER == 2:
+            sum1, product = add_last(sum1, product, scales, held)
+        else:
+            sum0, product = add_last(sum0, product, scales, held)
         done0, done1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
         finish(done0, done1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
         i += length
@@ -298,9 +404,10 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
     x, codes, scale, beside: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words, of [N / 64, groups, 64] and
     of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and twice [R, GROUPS, 64], with R = ROWS /
     HALVES. If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by blocks of [R, 2, LINES,
-    128] and [R, 2, 1, 128]. row_scale: [N], unless GROUPED. What the constants make needless is not read. partial:
-    float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile, and 0 again at
-    the end.
+    128] and [R, 2, 1, 128]. With QUADS scale is of [N / 64, K / 64, 32 * QUADS] words of four, by blocks of [R, 2, 32 *
+    QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make needless is not
+    read. partial: float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile,
+    and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
     if SPARSE:
@@ -311,7 +418,7 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
         beside_ring = code_ring
     scale_ring = code_ring
     if GROUPED:
-        scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, 64], scale.layout)
+        scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, LINE_LENGTH], scale.layout)
     if GROUPED and not SYMMETRIC:
         beside_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], beside.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -13,6 +13,8 @@ from qcompile.formats import FORMATS
 from qcompile.packed import PackedWeight
 from qcompile.runtime import launcher
 from qcompile.runtime.counters import zeros_kept_zero
+from qcompile.scheme import SCALE_DTYPES
+from qcompile.tensors import by_bytes
 
 WARPS = 4
 """Of a group: what Triton is told of a program's warps, to which the kernel adds those of the other group."""
@@ -26,16 +28,19 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
         rows, layout = kernel.tile.n // (2 if kernel.gated else 1), NVMMASharedLayout(128, 8, 2)
         return {"x": ([kernel.tile.m, 128], layout), "codes": ([rows, 128], layout)}
     rows, bits = kernel.tile.n // (128 if kernel.gated else 64), FORMATS[kernel.weight].bits
-    groups = max(1, 128 // kernel.columns)
+    groups, quads = max(1, 128 // kernel.columns), kernel.quads
     codes = [rows, bits, 256], NVMMASharedLayout(0, 32, 3)
     beside = [rows, groups, 64], NVMMASharedLayout(0, 8, 3)
+    scale = [rows, groups, 64], NVMMASharedLayout(0, 8 * SCALE_DTYPES[kernel.scale_dtype].itemsize, 3)
+    if quads:
+        scale = [rows, 2, 32 * quads], NVMMASharedLayout(0, 32, 3)
     if kernel.sparse:
         layout = NVMMASharedLayout(0, 32, 4)
         codes, beside = ([rows, 2, bits // 2, 128], layout), ([rows, 2, 1, 128], layout)
     return {
         "x": ([kernel.tile.m, 128], NVMMASharedLayout(128, 16, 2)),
         "codes": codes,
-        "scale": ([rows, groups, 64], NVMMASharedLayout(0, 16, 3)),
+        "scale": scale,
         "beside": beside,
     }
 
@@ -82,14 +87,15 @@ def launch(
     x = x.contiguous()
     if x.data_ptr() % 16:  # where descriptors cannot begin
         x = x.clone()
-    scales = [weight.scale]
+    scale = by_bytes(weight.scale).view(torch.int32) if kernel.quads else weight.scale
+    scales = [weight.super_scale if kernel.super_columns else scale]
     if kernel.in_rows:
         assert x_scale is not None
         scales.insert(0, x_scale.contiguous())
     else:
         codes = codes.view(*codes.shape[:2], -1, 128) if kernel.sparse else codes.view(len(codes), -1, 256)
     beside = codes if kernel.sparse else weight.zero_point
-    inputs = {"x": x, "codes": codes, "scale": weight.scale, "beside": beside}
+    inputs = {"x": x, "codes": codes, "scale": scale, "beside": beside}
     given = blocks(kernel)
     for name in given:  # descriptors that the kernel does not use are some other
         if inputs[name] is None or (name == "scale" and kernel.groups == 1):

@@ -9,18 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.codegen import spec as specs
 from qcompile.codegen.cost_model import candidates, device_of, shared_bytes
 from qcompile.codegen.spec import KernelSpec, has_gluon, stream_objection
+from qcompile.formats import get_format
 from qcompile.layouts import LAYOUTS
 from qcompile.presets import preset
 from qcompile.runtime import cache
 from qcompile.runtime import measure as timing
 from qcompile.runtime.streams import division
 from qcompile.scheme import Granularity
+from qcompile.tensors import by_bytes
+from tests import oracle
 from tests.cross_compile import measure
 from tests.kernels.problems import random_weight
 from tests.triton_interpreter import install_assembly
@@ -134,6 +138,18 @@ class Values:
         return Values(np.uint32(other) * self.data)
 
 
+LANGUAGE = {
+    "arange": lambda start, end, layout: Values(np.arange(start, end, dtype=np.uint32)),
+    "permute": lambda values, order: Values(values.data.transpose(order)),
+    "join": lambda a, b: Values(np.stack([a.data, b.data], -1)),
+    "where": lambda condition, yes, no: Values(np.where(condition.data, np.uint32(yes), np.uint32(no))),
+    "convert_layout": lambda values, layout, assert_trivial: values,
+    "int16": tl.int16,
+    "int32": tl.int32,
+}
+"""What `decode_spread` and `decode_words` use of Gluon, on `Values`."""
+
+
 def plain_assembly(text: str, constraints: str, operands: Any, dtype: Any, is_pure: bool, pack: int) -> list[Values]:
     builder = types.SimpleNamespace()
     install_assembly(builder)
@@ -156,14 +172,7 @@ def test_sparse_words_become_dense_weights(bits: int, dtype: torch.dtype, column
     logical = random_weight(scheme, 128, 256)
     packed = LAYOUTS["fragment24"].pack(logical)
     words = packed.codes.view(2, 2, 2, -1, 128).numpy().view(np.uint32)  # tiles of rows, steps, halves, lines
-    language = types.SimpleNamespace(
-        arange=lambda start, end, layout: Values(np.arange(start, end, dtype=np.uint32)),
-        permute=lambda values, order: Values(values.data.transpose(order)),
-        join=lambda a, b: Values(np.stack([a.data, b.data], -1)),
-        where=lambda condition, yes, no: Values(np.where(condition.data, np.uint32(yes), np.uint32(no))),
-        convert_layout=lambda values, layout, assert_trivial: values,
-        inline_asm_elementwise=plain_assembly,
-    )
+    language = types.SimpleNamespace(**LANGUAGE, inline_asm_elementwise=plain_assembly)
     constants = {"BITS": bits, "PIECES": bits // 2}
     constants |= {name: getattr(module, name).value for name in ("WORDS", "OPERANDS_OF_WORDS", "HALF_WORDS", "TABLES")}
     layouts = dict.fromkeys(("CODES", "PLACES", "LANES", "SPREAD", "COMPUTE"))
@@ -182,8 +191,63 @@ def test_sparse_words_become_dense_weights(bits: int, dtype: torch.dtype, column
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("mxfp4", torch.bfloat16),
+        ("nvfp4", torch.bfloat16),
+        ("nvfp4", torch.float16),
+        ("fp8_weight_only", torch.bfloat16),
+        ("fp8_weight_only", torch.float16),
+        ("fp8_e5m2", torch.bfloat16),
+        ("nf4", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_words_become_weights(name: str, dtype: torch.dtype) -> None:
+    """`decode_words` on arrays, with scales of four to a word, against the weights but what multiplies their sums."""
+    scheme = preset("fp8_weight_only" if name == "fp8_e5m2" else name).weight
+    if name == "fp8_e5m2":
+        scheme = replace(scheme, format=get_format(name))
+    kind = str(dtype).removeprefix("torch.")
+    kernel = replace(like(name if name != "fp8_e5m2" else "fp8_weight_only"), x_dtype=kind, weight=scheme.format.name)
+    module = cache.load(streams(kernel, 256)[0])
+    torch.manual_seed(0)
+    logical = random_weight(scheme, 128, 256)
+    packed = LAYOUTS["fragment"].pack(logical)
+    words = packed.codes.view(2, 2, -1, 256).numpy().view(np.uint32)  # tiles of rows, steps, lines
+    expected = oracle.decode_values(scheme.format.name)[logical.unpack_codes().long()]
+    scales = None
+    if name == "nf4":
+        expected = expected.to(dtype).double()
+    if kernel.quads:
+        scales = by_bytes(packed.scale).view(torch.int32).view(2, 2, 2, -1).numpy().view(np.uint32)
+        expected = expected * logical.scale.double().repeat_interleave(kernel.columns, 1)
+    language = types.SimpleNamespace(**LANGUAGE, inline_asm_elementwise=plain_assembly)
+    names: dict[str, Any] = {"gl": language, "GROUPED": module.GROUPED.value, "SPARSE": False}
+    names |= {
+        name: getattr(module, name).value
+        for name in ("BITS", "LINES", "QUADS", "PRODUCTS", "SYMMETRIC", "WORDS", "SCALE_WORDS", "CONSTRAINTS")
+    }
+    names |= dict.fromkeys(("QUAD_SLOTS", "TILE", "WIDE_TILE", "WHLV", "COMPUTE"))
+    for function in ("runs_of", "quad_rows", "load_rows", "decode_words"):
+        names[function] = types.FunctionType(getattr(module, function).fn.__code__, names)
+    for tile, step, half in np.ndindex(2, 2, 2):
+        lines = None if scales is None else Values(scales[None, :, step])
+        ring = (None, None, None, Values(words[None, :, step]), lines, None)
+        weight = names["decode_words"](ring, 0, half, tile, names["load_rows"](ring, 0, tile, half)).data
+        found = torch.from_numpy(weight.astype(np.int16)).view(dtype).double() * module.FACTOR.value
+        assert torch.equal(found, expected[64 * tile :, 64 * (2 * step + half) :][:64, :64])
+
+
 @pytest.mark.parametrize("steps", [(), ("silu(a)*b",), ("bias", "silu", "mul", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"),
+        *("nf4", "mxfp4", "nvfp4", "fp8_weight_only"),
+    ],
+)
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
     """Weights are decoded while the product before is under way; nothing in the loop spills."""
     one_of_each = {(kernel.tile.m, kernel.tile.n): kernel for kernel in streams(like(name, (4096, 4096), *steps), 256)}
@@ -194,7 +258,7 @@ def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
         assert steps or found["spills"] == 0, (kernel.tile, found)
         assert found["shared"] <= min(shared_bytes(kernel), device_of("sm_90").shared), (kernel.tile, found)
         tiles = kernel.tile.n // 128
-        a_group = f"m{tiles}0" if name == "int8" else "dm1" * (2 * tiles) + "0"
+        a_group = f"m{tiles}0" if name == "int8" else ("d0m" if name == "nf4" else "dm1") * (2 * tiles) + "0"
         assert found["order"] == 2 * a_group, (kernel.tile, found)
 
 
@@ -202,13 +266,13 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream_objection(like()) is None
     for other in (
         replace(like(), target="sm_100"),
-        replace(like(), x_dtype="float16"),
         replace(like(), columns=32),
         replace(like(), epilogue=("pairs a*b",)),
-        like("fp8_weight_only"),
+        replace(like("fp8_weight_only"), scale_dtype="float8_e8m0fnu"),
         replace(like("int8_weight_only"), x_dtype="float16"),
         replace(like("int8_weight_only"), symmetric=False),
-        like("mxfp4"),
+        replace(like("mxfp4"), x_dtype="float16"),
+        replace(like("nvfp4"), super_columns=256),
         replace(like("int4_24"), columns=32),
         like("fp8"),
         like("fp8_block"),

@@ -54,6 +54,8 @@ KINDS: dict[str, tuple[str, int, tuple[int, int], Callable[[Tile], bool]]] = {
     "streams of int8 rows": ("int8", 70, (200, 448), lambda t: t.form == "stream" and t.split > 0),
     "streams of int8 rows that share tiles": ("int8", 130, (200, 640), lambda t: t.form == "stream" and t.split == 0),
     "streams of sparse weights": ("int4_24", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
+    "streams of scales in fours": ("nvfp4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
+    "streams of scaled products": ("nf4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
     "sparse tensor cores": ("int4_24", 5, (256, 512), lambda t: t.form == "cores"),
     "offsets of products": ("q4_k", 5, (200, 512), lambda t: True),
     "scaled weights": ("q4_k", 70, (200, 512), lambda t: t.m > 32),

@@ -39,8 +39,18 @@ FORMATS = {
     "int8 sparse of rows": ("int8", 0, BF16),
     "int8 sparse": ("int8", 128, BF16),
     "int8 sparse float16": ("int8", 64, torch.float16),
+    "mxfp4": ("mxfp4", None, BF16),
+    "nvfp4": ("nvfp4", None, BF16),
+    "nvfp4 float16": ("nvfp4", None, torch.float16),
+    "nf4": ("nf4", None, BF16),
+    "fp4": ("fp4", None, BF16),
+    "uint4 float32": ("uint4", 128, BF16),
+    "int4 sparse float32": ("int4", 64, BF16),
+    "fp8": ("fp8_weight_only", None, BF16),
+    "fp8 float16": ("fp8_weight_only", None, torch.float16),
 }
-"""Format of weights, columns of a group (0: of a row) and type of activations; names say which are 2:4 sparse."""
+"""Format of weights, columns of a group (0: of a row; None: the format is a preset) and type of activations; names say
+which are 2:4 sparse."""
 
 
 ROWS = ("int8", "int8 of a tensor")
@@ -58,7 +68,9 @@ def given(name: str, m: int, n: int, k: int, *steps: str, identity: bool = False
             scheme = replace(scheme, weight=replace(scheme.weight, granularity=tensor), activation=static)
         return problem(scheme, "rows8", m, n, k, BF16, steps)
     number, columns, dtype = FORMATS[name]
-    scale = "float16" if dtype == torch.float16 else "bfloat16"
+    if columns is None:
+        return problem(preset(number), "fragment", m, n, k, dtype, steps, identity=identity)
+    scale = next((scale for scale in ("float32", "float16") if scale in name), "bfloat16")
     if columns:
         weight = weight_scheme(number, Granularity.group(columns), scale)
     else:
@@ -84,7 +96,7 @@ def test_identity_returns_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("m", [33, 100, 300])
 @pytest.mark.parametrize("shape", [(200, 448), (1024, 4096)], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse", "int8 sparse of rows"])
+@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse", "int8 sparse of rows", "mxfp4", "nvfp4", "nf4", "fp8"])
 def test_every_tile(name: str, shape: tuple[int, int], m: int) -> None:
     """Of the last rows, columns and tokens there are fewer than a tile has; some tiles are shared by programs."""
     probe = given(name, m, *shape)
@@ -121,7 +133,9 @@ def test_formats_and_operands(name: str) -> None:
 
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
-@pytest.mark.parametrize("name", ["int4", "uint4 of 64", "int8 of rows", "int4 sparse", "int8 sparse of rows", *ROWS])
+@pytest.mark.parametrize(
+    "name", ["int4", "uint4 of 64", "int8 of rows", "int4 sparse", "int8 sparse of rows", "nvfp4", "nf4", "fp8", *ROWS]
+)
 def test_gates(name: str, steps: tuple[str, ...]) -> None:
     """Halves of 320 rows are no multiple of what a program holds of them."""
     for m in (64, 200):

@@ -284,7 +284,8 @@ def test_without_tables_a_good_choice_is_made(shape: tuple[int, int]) -> None:
     assert pick("int4", 16, shape) == "gemm_fragment"
     # At 4096 rows it is as fast as torch's product by a decoded weight, and needs no memory for that.
     assert [pick("int4", m, shape) for m in (64, 128, 1024, 4096)] == ["gemm_stream"] * 4
-    assert [pick("nf4", m, shape) for m in (64, 4096)] == ["gemm_fragment", "decode_mm"]
+    assert [pick("nf4", m, shape) for m in (64, 256, 1024, 4096)] == ["gemm_stream"] * 2 + ["decode_mm"] * 2
+    assert [pick(name, m, shape) for name in ("mxfp4", "nvfp4") for m in (64, 1024)] == ["gemm_stream"] * 4
     assert pick("fp8", 16, shape) == "gemm_rows8"
     assert [pick("fp8", m, shape) for m in (1024, 4096)] == ["scaled_mm"] * 2
     # torch._int_mm reaches half the rate of our own int8 kernel.
