@@ -152,8 +152,10 @@ def _instructions(spec: KernelSpec) -> float:
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
+    if spec.offset and scales_of(spec, "products") == "weights":
+        return 8.0
     if spec.offset:
-        return 8.0 if scales_of(spec, "products") == "weights" else 6.0
+        narrow += 1.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
         return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + few + sparse
