@@ -332,7 +332,7 @@ def test_sparse_tensor_cores_get_what_each_thread_has(target: str) -> None:
             tile = kernel.tile
             if tile.form == "cores":
                 cuts.setdefault((tile.n, tile.k, tile.warps), kernel)
-        assert len(cuts) >= 5
+        assert len(cuts) >= (5 if m < 32 else 4)  # of 32 rows fewer fit in the shared memory of sm_120
         kernels += [*cuts.values()][::4]
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, (kernel, found)

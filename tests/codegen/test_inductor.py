@@ -36,7 +36,7 @@ def test_quantization_joins_the_norm_and_the_product_is_one_call(preset):
 
 
 def test_a_long_input_decodes_the_weight_and_the_epilogue_follows_torchs_product():
-    decode, norm, product, epilogue = calls("fp8_weight_only", "static", "2048", "4096", "4096")
+    decode, norm, product, epilogue = calls("nf4", "static", "2048", "4096", "4096")
     assert decode.startswith("qcompile_")
     assert is_norm(norm)
     assert product.startswith("extern_kernels.mm(")
