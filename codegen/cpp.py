@@ -11,8 +11,8 @@ from importlib import resources
 import torch
 from torch import Tensor
 
+from qcompile.codegen.holes import fill_hole
 from qcompile.codegen.printers import cpp_constant, to_cpp
-from qcompile.codegen.render import fill_hole
 from qcompile.expr import Expr, var
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat
 from qcompile.formats.whole import whole_numbers

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.cpp import ISAS, decode_functions, template_text
+from qcompile.codegen.holes import fill_hole
 from qcompile.codegen.printers import cpp_constant
-from qcompile.codegen.render import fill_hole
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat
 from qcompile.kv_cache import AttentionSpec, NumberFormat, PlainFormat
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import re
 import struct
-from importlib import resources
 
-from qcompile.codegen.attention_spec import ATTENTION_TEMPLATE, AttentionKernelSpec
+from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.decoders import (
     DTYPES,
@@ -16,17 +12,18 @@ from qcompile.codegen.decoders import (
     MAGIC,
     bits_of,
     conversion,
-    decode_formula,
     formula_of,
     helpers_of,
     pair_decoder,
     scale_decoder,
     scale_word_decoder,
 )
+from qcompile.codegen.holes import fill_hole, functions_of, print_constants, read_template
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
 from qcompile.codegen.printers import to_triton
 from qcompile.codegen.ranges_spec import RangesSpec
+from qcompile.codegen.render_attention import attention_holes
 from qcompile.codegen.spec import (
     AnySpec,
     GroupedSpec,
@@ -54,14 +51,6 @@ from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableF
 from qcompile.gates import ACTIVATIONS, gate
 from qcompile.linear_spec import OPERAND_STEPS, STORES
 from qcompile.scheme import SCALE_DTYPES
-
-
-def fill_hole(text: str, name: str, content: str, comment: str = "#") -> str:
-    """A template's text with other content between the lines `# <name>` and `# </name>`."""
-    pattern = re.compile(rf"(^{comment} <{name}>\n).*?(^{comment} </{name}>$)", re.MULTILINE | re.DOTALL)
-    filled, count = pattern.subn(lambda match: match[1] + content + match[2], text)
-    assert count == 1, f"a template has one hole named {name}, not {count}"
-    return filled
 
 
 def _epilogue(spec: KernelSpec) -> str:
@@ -111,14 +100,6 @@ def _store(fmt: Format, scale: str) -> list[str]:
         # The sum's last place is 1, so it is rounded to an integer, half to even.
         lines.append("value = (value + 12582912.0) - 12582912.0")
     return lines
-
-
-def _constants(values: dict[str, object]) -> str:
-    lines = []
-    for name, value in values.items():
-        literal = str(value) if str(value).startswith("tl.") or not isinstance(value, str) else json.dumps(value)
-        lines.append(f"{name} = tl.constexpr({literal})\n")
-    return "".join(lines)
 
 
 def _holds(dtype: str, fmt: Format) -> bool:
@@ -220,8 +201,8 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
         conversion("decode_x", spec.activation, spec),
     )
     return {
-        "weights": _functions_of("fragment_weights"),
-        "constants": _constants(constants),
+        "weights": functions_of("fragment_weights"),
+        "constants": print_constants(constants),
         "decode": "\n\n".join(decoders) + "\n\n",
     }
 
@@ -241,7 +222,7 @@ def _sparse_cores(spec: KernelSpec) -> str:
         "KEPT": kept_assembly(FORMATS[spec.weight], spec.compute),
         "MULTIPLY": sparse_product(spec.compute),
     }
-    return fill_hole(_functions_of("sparse_cores", "# <cores>"), "cores", _constants(constants))
+    return fill_hole(functions_of("sparse_cores", "# <cores>"), "cores", print_constants(constants))
 
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
@@ -281,15 +262,15 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "GATED",
         "OPERANDS",
     ]
-    holes = {"constants": _constants({name: constants[name] for name in names}), "spread": spread}
+    holes = {"constants": print_constants({name: constants[name] for name in names}), "spread": spread}
     return holes | _stream_tiles(spec)
 
 
 def _spread() -> str:
     """The functions of `stream_spread`."""
-    text = _template("stream_spread")
+    text = read_template("stream_spread")
     (a, b), (c, d) = spread_tables()
-    return fill_hole(text[text.index("# <decoding>") :], "decoding", _constants({"TABLES": (a, b, c, d)})) + "\n\n"
+    return fill_hole(text[text.index("# <decoding>") :], "decoding", print_constants({"TABLES": (a, b, c, d)})) + "\n\n"
 
 
 def _stream_rows8(spec: KernelSpec) -> dict[str, str]:
@@ -305,12 +286,12 @@ def _stream_rows8(spec: KernelSpec) -> dict[str, str]:
         "GATED": spec.gated,
         "OPERANDS": spec.operand_count > 0,
     }
-    return {"constants": _constants(constants)} | _stream_tiles(spec)
+    return {"constants": print_constants(constants)} | _stream_tiles(spec)
 
 
 def _stream_tiles(spec: KernelSpec) -> dict[str, str]:
     """The constants and functions of `stream_tiles`, and the epilogue."""
-    text = _template("stream_tiles")
+    text = read_template("stream_tiles")
     return {"tiles": text[text.index("STEPS = ") :].rstrip() + "\n\n", "epilogue": _epilogue(spec)}
 
 
@@ -338,21 +319,21 @@ def _rows8(spec: KernelSpec) -> dict[str, str]:
         conversion("decode_weight", spec.weight, spec),
         conversion("decode_x", spec.activation, spec),
     )
-    return {"constants": _constants(constants), "decode": "\n\n".join(decoders) + "\n\n"} | _end(spec)
+    return {"constants": print_constants(constants), "decode": "\n\n".join(decoders) + "\n\n"} | _end(spec)
 
 
 def _end(spec: KernelSpec) -> dict[str, str]:
     """The epilogue, and the function of `gemm_ending`."""
-    text = _template("gemm_ending")
+    text = read_template("gemm_ending")
     return {"epilogue": _epilogue(spec), "ending": text[text.index("@triton.jit\ndef finish_parts") :] + "\n\n"}
 
 
 def _grouped(spec: KernelSpec) -> dict[str, str]:
-    return {"fragment": _functions_of("gemm_fragment"), **_fragment(spec), "experts": _experts(spec)}
+    return {"fragment": functions_of("gemm_fragment"), **_fragment(spec), "experts": _experts(spec)}
 
 
 def _grouped_rows8(spec: KernelSpec) -> dict[str, str]:
-    return {"rows8": _functions_of("gemm_rows8"), **_rows8(spec), "experts": _experts(spec)}
+    return {"rows8": functions_of("gemm_rows8"), **_rows8(spec), "experts": _experts(spec)}
 
 
 def _experts(spec: KernelSpec) -> str:
@@ -362,8 +343,12 @@ def _experts(spec: KernelSpec) -> str:
         "EXPERTS": spec.experts,
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
-    text = _template("gemm_grouped")
-    return _constants(constants) + "\n\n" + text[text.index("@triton.jit\ndef find_tile") : text.index("# </experts>")]
+    text = read_template("gemm_grouped")
+    return (
+        print_constants(constants)
+        + "\n\n"
+        + text[text.index("@triton.jit\ndef find_tile") : text.index("# </experts>")]
+    )
 
 
 def _decode(spec: KernelSpec) -> dict[str, str]:
@@ -382,14 +367,6 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
     )
 
 
-def _functions_of(template: str, begin: str = "# <") -> str:
-    """The constants and functions of a template, with its holes, from a line that begins so."""
-    text = _template(template)
-    kernel = text.find("\ndef kernel(")
-    end = len(text) if kernel < 0 else text.rindex("@triton.jit", 0, kernel)
-    return text[text.index(f"\n{begin}") + 1 : end].rstrip() + "\n\n\n"
-
-
 def _finish(spec: KernelSpec) -> dict[str, str]:
     constants: dict[str, object] = {
         "N": spec.n,
@@ -400,80 +377,19 @@ def _finish(spec: KernelSpec) -> dict[str, str]:
         "BLOCK_M": spec.tile.m,
         "BLOCK_N": spec.tile.n,
     }
-    return {"constants": _constants(constants), "epilogue": _epilogue(spec)}
-
-
-_VALUES = """@triton.jit
-def values_of(codes, HALF: tl.constexpr):
-    \"\"\"Bytes' values in COMPUTE: of their lower (HALF 0) or higher (1) four bits, or of all eight.\"\"\"
-{body}
-"""
-
-_BYTES_TO_FLOAT16 = """    # {number} + code in float16, less that number and what the format subtracts
-    return tl.inline_asm_elementwise(
-        "{{ .reg .b32 t, z; {part}mov.b32 z, 0x64646464; prmt.b32 $0, t, z, 0x4140; prmt.b32 $1, t, z, 0x4342; "
-        "mov.b32 z, {negative:#x}; add.rn.f16x2 $0, $0, z; add.rn.f16x2 $1, $1, z; }}",
-        "=r,=r,r",
-        [codes],
-        dtype=tl.float16,
-        is_pure=True,
-        pack=4,
-    )"""
-
-
-def _values(spec: AttentionKernelSpec) -> str:
-    """The function `values_of` of `attention`.
-
-    Of integers four bytes become two pairs of float16 in a few instructions; converting numbers one by one takes longer
-    than reading them.
-    """
-    native = spec.constants()["NATIVE"]
-    if native:
-        return _VALUES.format(body="    return codes" if spec.in_fp8 else "    return codes.to(COMPUTE)")
-    fmt = FORMATS[spec.number]
-    if isinstance(fmt, IntegerFormat) and spec.compute == "float16" and spec.target.startswith("sm_"):
-        number = MAGIC["float16"][1]
-        negative = bits_of(-float(number + fmt.offset), "float16") * 0x10001
-        if fmt.bits == 8:
-            parts = ["mov.b32 t, $2; "]
-        else:
-            parts = [f"{how} t, t, 0x0F0F0F0F; " for how in ("mov.b32 t, $2; and.b32", "shr.b32 t, $2, 4; and.b32")]
-        bodies = [_BYTES_TO_FLOAT16.format(part=part, number=number, negative=negative) for part in parts]
-        if fmt.bits == 8:
-            return _VALUES.format(body=bodies[0])
-        low, high = (body.replace("\n    ", "\n        ").replace("    ", "        ", 1) for body in bodies)
-        return _VALUES.format(body=f"    if HALF == 0:\n{low}\n    else:\n{high}")
-    code = "codes.to(tl.int32)" if spec.bits == 8 else "(codes.to(tl.int32) >> (4 * HALF)) & 15"
-    return decode_formula(fmt) + "\n\n" + _VALUES.format(body=f"    return decode({code}).to(COMPUTE)")
-
-
-def _attention(spec: AttentionKernelSpec) -> dict[str, str]:
-    found = {"attention": _functions_of("attention"), "parts": _functions_of("attention_parts", "STORED_ROWS")}
-    found |= {"constants": _constants(spec.constants()), "decode": _values(spec) + "\n\n"}
-    return found | ({"lanes": _lanes(spec)} if spec.template == ATTENTION_TEMPLATE else {})
-
-
-def _lanes(spec: AttentionKernelSpec) -> str:
-    """The functions of `attention_lanes`, for tiles that have them, and those that it shares with `sparse_cores`."""
-    if not spec.tile.lanes:
-        return ""
-    text, cores = _functions_of("attention_lanes", "# <lanes>"), _template("sparse_cores")
-    convert = {"fp8_e4m3": "cvt.rn.f16x2.e4m3x2", "fp8_e5m2": "cvt.rn.f16x2.e5m2x2"}[spec.number]
-    text = fill_hole(text, "lanes", _constants({"STAGES": spec.tile.stages, "CONVERT": convert}))
-    shared = cores[cores.index("@triton.jit\ndef unjoined") : cores.index("@triton.jit\ndef block_ahead")]
-    return fill_hole(text, "registers", shared)
+    return {"constants": print_constants(constants), "epilogue": _epilogue(spec)}
 
 
 def _choosing(spec: ColumnsSpec | RangesSpec) -> dict[str, str]:
-    return {"constants": _constants(spec.constants()), "nearest": nearest(FORMATS[spec.number]) + "\n\n"}
+    return {"constants": print_constants(spec.constants()), "nearest": nearest(FORMATS[spec.number]) + "\n\n"}
 
 
 def _holes(spec: AnySpec) -> dict[str, str]:
     """What fills a template."""
     if isinstance(spec, AttentionKernelSpec):
-        return _attention(spec)
+        return attention_holes(spec)
     if isinstance(spec, NormKernelSpec):
-        return {"constants": _constants(spec.constants())}
+        return {"constants": print_constants(spec.constants())}
     return _choosing(spec) if isinstance(spec, (ColumnsSpec, RangesSpec)) else _FILL[spec.source](spec)
 
 
@@ -489,11 +405,6 @@ _FILL = {
 }
 
 
-@functools.cache
-def _template(name: str) -> str:
-    return resources.files("qcompile.codegen.templates").joinpath(f"{name}.py").read_text(encoding="utf-8")
-
-
 def render(spec: AnySpec) -> str:
     """The kernel's source, which begins with the spec and how to make the file again.
 
@@ -501,7 +412,7 @@ def render(spec: AnySpec) -> str:
     line.
     """
     template = spec.source if isinstance(spec, KernelSpec) else spec.template
-    text = _template(template)
+    text = read_template(template)
     for name, content in _holes(spec).items():
         text = fill_hole(text, name, content)
     if isinstance(spec, KernelSpec):
