@@ -337,11 +337,12 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     """Where scales go, and whether products overlap decoding, which is for operands in registers: Hopper's."""
     small = tile.m <= 32
     deep = tile.k >= 128 and like.target == "sm_90"
-    only = scales_of(replace(like, tile=tile), "products")
+    given = replace(like, tile=tile)
+    if small and scales_of(given, _few_rows(like)) in ("products", "fragments"):
+        return [{"scales": _few_rows(like)}]
+    only = scales_of(given, "products")
     if only != "products":  # there is no choice
         return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
-    if small:
-        return [{"scales": _few_rows(like)}]
     ways: list[dict[str, Any]] = []
     fragments = scales_of(like, "fragments") == "fragments"
     products = not fragments or (tile.m <= 64 and not like.quads)

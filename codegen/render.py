@@ -40,6 +40,7 @@ from qcompile.codegen.word_decoders import (
     pairs_decoder,
     quad_assembly,
     quad_decoder,
+    quad_unit,
     sparse_product,
     spread_assembly,
     spread_tables,
@@ -137,7 +138,8 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
     if scales == "fragments" and spec.quads:
-        chunk = widest
+        above = spec.super_columns if spec.super_columns < spec.k else 0
+        chunk = min(widest, above & -above or widest)
     if spec.tile.form == "cores":
         chunk = min(aligned, warp_columns(spec.tile))
     run = min(aligned, chunk)
@@ -152,6 +154,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
         if isinstance(fmt, IntegerFormat):
             negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
+    unit = quad_unit(spec.scale_dtype, spec.compute, spec.target) if scaled and spec.quads else 1.0
     return {
         "N": spec.n,
         "K": spec.k,
@@ -175,7 +178,8 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "SUPER_LAST": scales != "total" and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
-        "FACTOR": factor,
+        "FACTOR": factor * (unit if words else 1.0),
+        "UNIT": unit,
         "GATED": spec.gated,
         "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,

@@ -381,7 +381,7 @@ def pairs_decoder(fmt: Format) -> str:
 
 _QUADS = """@triton.jit
 def quad_words(quads):
-    \"\"\"What `scale_words` makes of the four bytes of words.\"\"\"
+    \"\"\"What `scale_words` makes of the four bytes of words, UNIT times less.\"\"\"
     return tl.inline_asm_elementwise(
         {assembly!r},
         "=r,=r,=r,=r,r",
@@ -393,9 +393,26 @@ def quad_words(quads):
 """
 
 
+def quad_unit(scale_dtype: str, compute: str, target: str) -> float:
+    """By how much scales are more than what `quad_decoder` makes of them: a power of two."""
+    return 64.0 if scale_dtype in ("int8", "uint8") and compute == "bfloat16" and target.startswith("sm_") else 1.0
+
+
 def quad_assembly(scale_dtype: str, compute: str, target: str) -> str:
-    """PTX that makes $<i> what `scale_words` makes of byte i of word $4; "" where there is none."""
+    """PTX that makes $<i> what `scale_words` makes of byte i of word $4, `quad_unit` times less; "" if there is none.
+
+    Integers are numbers where they lie in bfloat16, as codes are, or the last bits of 1024 and more in float16.
+    """
     lines: list[str] = []
+    if scale_dtype in ("int8", "uint8") and compute in FIELDS and target.startswith("sm_"):
+        above = 128 if scale_dtype == "int8" else 0
+        wide = compute == "bfloat16"
+        times, less = (2.0**127, above / 64) if wide else (1.0, above + 1024)
+        lines += [".reg .b32 a, c, d", f"xor.b32 a, $4, {above * 0x1010101:#x}"]
+        lines += [f"mov.b32 {name}, {bits_of(v, compute) * 0x10001:#x}" for name, v in (("c", times), ("d", -less))]
+        for i in range(4):
+            lines.append(f"prmt.b32 ${i}, a, {0 if wide else 0x64646464:#x}, {0x4040 + 0x101 * i:#x}")
+            lines.append(f"fma.rn.{'bf16x2' if wide else 'f16x2'} ${i}, ${i}, c, d")
     if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):
         # As in `decode_scale`: bytes 0 and 2, then 1 and 3.
         lines += [".reg .b32 a, m, z", "mov.b32 m, 0x400040", "mov.b32 z, 0"]
@@ -416,7 +433,7 @@ def quad_assembly(scale_dtype: str, compute: str, target: str) -> str:
 
 
 def quad_decoder(scale_dtype: str, compute: str, target: str) -> str:
-    """A Triton function `quad_words`: what `scale_words` makes of the four bytes of words, in a tuple."""
+    """A Triton function `quad_words`: what `scale_words` makes of the bytes of words, `quad_unit` times less."""
     if assembly := quad_assembly(scale_dtype, compute, target):
         return _QUADS.format(assembly=assembly)
     body = ", ".join(f"scale_words((quads >> {8 * i} & 0xFF).to(tl.uint8))" for i in range(4))

@@ -64,6 +64,7 @@ def signed(word: int) -> int:
 def quads_of(scale_dtype: str, columns: int, k: int) -> int:
     """How many words of four scales each two rows, 8 apart, have for 64 columns; 0 if scales do not lie in fours.
 
-    Those do that are floats of one byte and belong to 16 or 32 of more columns.
+    Those do that have one byte and belong to 16 or 32 of more columns.
     """
-    return 32 // columns if scale_dtype.startswith("float8") and columns in (16, 32) and columns < k else 0
+    byte = scale_dtype.startswith("float8") or scale_dtype in ("int8", "uint8")
+    return 32 // columns if byte and columns in (16, 32) and columns < k else 0

@@ -32,6 +32,7 @@ SUPER_LAST = tl.constexpr(False)
 WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
+UNIT = tl.constexpr(1.0)
 GATED = tl.constexpr(False)
 PAIRED = tl.constexpr(False)
 SPLIT = tl.constexpr(1)
@@ -47,7 +48,16 @@ GROUPS = (K + COLUMNS - 1) // COLUMNS
 SUPER_GROUPS = tl.constexpr(0 if SUPER_COLUMNS.value == 0 else -(-K.value // SUPER_COLUMNS.value))
 ZERO_POINTS = tl.constexpr(not SYMMETRIC.value and not OFFSET.value)
 ZERO_SLOTS = tl.constexpr(2 if ZERO_POINTS.value and SCALES.value != "weights" else 0)
-SCALE_SLOTS = tl.constexpr({"products": 1 + OFFSET.value, "fragments": 1 if QUADS.value else 2}.get(SCALES.value, 0))
+SUPERS = tl.constexpr(SCALES.value == "fragments" and SUPER_COLUMNS.value > 0 and not SUPER_LAST.value)
+"""Whether products of weights in fragments are multiplied by what is above their scales."""
+APART = tl.constexpr(SUPERS.value or (SCALES.value == "fragments" and OFFSET.value))
+"""Whether each of these products is added to the sum by itself."""
+SCALE_SLOTS = tl.constexpr(
+    {
+        "products": 1 + OFFSET.value,
+        "fragments": (1 if QUADS.value else 2) + OFFSET.value + SUPERS.value * (1 + OFFSET.value),
+    }.get(SCALES.value, 0)
+)
 """Tensors of zero points, and of scales and offsets, that each chunk has."""
 TILES_K = (K + 63) // 64
 TILES_N = (N + 63) // 64
@@ -102,7 +112,7 @@ def scale_words(value):
 
 @triton.jit
 def quad_words(quads):
-    """What `scale_words` makes of the four bytes of words."""
+    """What `scale_words` makes of the four bytes of words, UNIT times less."""
     return (
         scale_words((quads & 0xFF).to(tl.uint8)),
         scale_words((quads >> 8 & 0xFF).to(tl.uint8)),
@@ -373,6 +383,23 @@ def decode_words(planes, zeros, scales):
 
 
 @triton.jit
+def offset_words(quads):
+    """Offsets [BLOCK_N, CHUNK] in COMPUTE, UNIT times less, from words of `load_quads`."""
+    a0, a1, b0, b1 = quad_words(quads)
+    both = tl.join(spread(a0, b0), spread(a1, b1))
+    if WORDS != "":
+        APART_PTX: tl.constexpr = "mov.b32 {$0, $1}, $2;"
+        low, high = tl.inline_asm_elementwise(
+            APART_PTX, "=h,=h,r", [both], dtype=(tl.int16, tl.int16), is_pure=True, pack=1
+        )
+    else:
+        low, high = both.to(tl.int16), (both >> 16).to(tl.int16)
+    fields = tl.reshape(tl.join(low, high), (KT, NT, 4, 8, 4, V, 1, 2, 2)).to(COMPUTE, bitcast=True)
+    fields = tl.broadcast_to(fields, (KT, NT, 4, 8, 4, V, 2, 2, 2))
+    return tl.reshape(tl.permute(fields, (1, 2, 7, 3, 0, 5, 6, 4, 8)), (BLOCK_N, CHUNK))
+
+
+@triton.jit
 def load_rows(values, rows, row_mask, block, COUNT: tl.constexpr):
     """What belongs to rows and to blocks of columns, from [N / 64, COUNT, 64]."""
     source = values + rows // 64 * (COUNT * 64) + rows % 64 + tl.minimum(block, COUNT - 1) * 64
@@ -439,7 +466,8 @@ def load_scale(scale, super_scale, rows, row_mask, k):
 def load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, k):
     """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, its zero points' two slots.
 
-    Scales in fragments are in two slots too, as float32 or as `scale_words` makes them, or as `load_quads` loads them.
+    Scales in fragments are in two slots too, as float32 or as `scale_words` makes them; or as `load_quads` loads them,
+    and then offsets, what is above scales, and above offsets.
     """
     found = ()
     for chunk in tl.static_range(CHUNKS):
@@ -450,6 +478,12 @@ def load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n,
                 found = found + (load_scale(offset, super_offset, n, row_mask, first),)
         if SCALES == "fragments" and QUADS > 0:
             found = found + (load_quads(scale, tile_n, first // 64),)
+            if OFFSET:
+                found = found + (load_quads(offset, tile_n, first // 64),)
+            if SUPERS:
+                found = found + (load_super(super_scale, n, row_mask, first),)
+            if SUPERS and OFFSET:
+                found = found + (load_super(super_offset, n, row_mask, first),)
         elif SCALES == "fragments":
             r0, r1 = load_slots(scale, tile_n, first // COLUMNS, GROUPS)
             if WORDS != "":

@@ -36,6 +36,7 @@ import triton.language as tl
 
 # <weights>
 from qcompile.codegen.templates.fragment_weights import (
+    APART,
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
@@ -68,7 +69,9 @@ from qcompile.codegen.templates.fragment_weights import (
     SLAB,
     SPLIT,
     SUPER_LAST,
+    SUPERS,
     TILES_N,
+    UNIT,
     WIDTH_N,
     X_SCALE,
     ZERO_SLOTS,
@@ -81,6 +84,7 @@ from qcompile.codegen.templates.fragment_weights import (
     load_scale,
     load_super,
     load_words,
+    offset_words,
     pieces,
     place_of,
     prefetch,
@@ -180,6 +184,19 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
             ones = tl.full((BLOCK_N, CHUNK), 1.0 / FACTOR, weight.dtype)
             accumulator += tl.dot(ones, columns, input_precision=PRECISION) * more
         return accumulator
+    if APART:
+        product = tl.dot(weight, columns, input_precision=PRECISION)
+        if SUPERS:
+            product *= blocks[first + 1 + OFFSET][:, None]
+        accumulator += product
+        if OFFSET:
+            more = tl.dot(operand(offset_words(blocks[first + 1])), columns, input_precision=PRECISION)
+            if SUPERS:
+                more *= (blocks[first + 3] * (UNIT / FACTOR))[:, None]
+            else:
+                more *= UNIT / FACTOR
+            accumulator += more
+        return accumulator
     return tl.dot(weight, columns, accumulator, input_precision=PRECISION)
 
 
@@ -242,7 +259,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
                             part * PIECES + piece,
                             k + piece * CHUNK,
                         )
-            if SCALES != "products" and not OVERLAP:
+            if SCALES != "products" and not APART and not OVERLAP:
                 accumulator = settled(accumulator)
             blocks = next_blocks
     if FACTOR != 1.0:
