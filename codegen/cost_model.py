@@ -288,10 +288,7 @@ def _eight(like: KernelSpec) -> bool:
 
     A warp group multiplies 16 rows at least by Triton, and no warp of it goes on before all four have multiplied.
     """
-    bits = FORMATS[like.weight].bits
-    # Planes of 1 and 2 bits are exchanged between threads on their way to warps that multiply for themselves.
-    whole = bits in (2, 4) or (bits < 8 and scales_of(like, "products") == "weights")
-    plain = like.activation is None and not like.sparse and whole
+    plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
     served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
     return plain and served and not _tensor_memory(like.target)
 

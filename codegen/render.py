@@ -36,6 +36,8 @@ from qcompile.codegen.spec import (
 )
 from qcompile.codegen.word_decoders import (
     byte_assembly,
+    codes_decoder,
+    fields_assembly,
     kept_assembly,
     pairs_decoder,
     quad_assembly,
@@ -148,10 +150,12 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     zero_points = not spec.symmetric and not spec.offset and scales != "weights"
     scaled = scales == "fragments"
     changed = scales != "weights" and spec.tile.form != "cores"
-    if changed and (fmt.bits == 4 or not zero_points):  # else something is added to weights after
-        factor = word_factor(fmt, decoded, spec.target, at_once=fmt.bits == 4 and scaled and not zero_points)
-    if fmt.bits == 4 and decoded in FIELDS and spec.target.startswith("sm_"):
-        words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
+    whole = fmt.bits == 4 or (fmt.bits < 8 and isinstance(fmt, IntegerFormat) and changed)
+    if changed and (whole or not zero_points):  # else something is added to weights after
+        factor = word_factor(fmt, decoded, spec.target, at_once=whole and scaled and not zero_points)
+    if whole and decoded in FIELDS and spec.target.startswith("sm_"):
+        assembly = word_assembly if fmt.bits == 4 else fields_assembly
+        words = assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
         if isinstance(fmt, IntegerFormat):
             negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
     unit = quad_unit(spec.scale_dtype, spec.compute, spec.target) if scaled and spec.quads else 1.0
@@ -201,6 +205,7 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
         quad_decoder(spec.scale_dtype, spec.compute, spec.target),
         pairs_decoder(FORMATS[spec.weight]),
+        *([codes_decoder(FORMATS[spec.weight])] if FORMATS[spec.weight].bits not in (4, 8) else []),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target, factor),
         conversion("decode_x", spec.activation, spec),
     )

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from qcompile.codegen.decoders import FIELDS, MAGIC, bias_factor, bits_of, jit_function
 from qcompile.codegen.spec import launches_early, native_fp8
 from qcompile.formats import FloatFormat, Format, IntegerFormat, TableFormat
-from qcompile.places import bit_places, moves, signed
+from qcompile.places import bit_places, gathered, moves, signed, slots
 
 
 def _block(lines: list[str]) -> str:
@@ -123,7 +123,8 @@ def word_factor(fmt: Format, dtype: str, target: str, *, at_once: bool) -> float
         return 1.0
     if isinstance(fmt, FloatFormat):
         return 2.0**40 if fmt.bits == 4 and at_once and target.startswith("sm_") else 1.0
-    if not isinstance(fmt, IntegerFormat) or not launches_early(target):
+    anywhere = fmt.bits not in (4, 8) and target.startswith("sm_")
+    if not isinstance(fmt, IntegerFormat) or not (anywhere or launches_early(target)):
         return 1.0
     return 2.0**40 if at_once else 2.0**6
 
@@ -144,7 +145,8 @@ def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, 
         unit = 2.0 ** (127 - 4 * r) * (2.0**6 / factor)
         if at_once:
             lines += [f"mov.b32 c, {word(unit)}", f"mul.rn.bf16x2 s{r}, ${9 + r}, c"]
-            lines += [f"mov.b32 c, {word(-fmt.offset / factor)}", f"mul.rn.bf16x2 z{r}, ${9 + r}, c"]
+            lines.append(f"mov.b32 z{r}, {word(-fmt.offset / factor)}")
+            lines += [f"mul.rn.bf16x2 z{r}, ${9 + r}, z{r}"] if fmt.offset else []
             continue
         lines.append(f"mov.b32 s{r}, {word(unit)}")
         if zero_points:
@@ -214,6 +216,111 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
         lines += [calculate("mul", f"t{j}", f"${first + j % 2}") for j in range(4)]
     lines += [f"mov.b32 {{$%d, $%d}}, t{j}" % (2 * j, 2 * j + 1) for j in range(4)]
     return _block(lines)
+
+
+def _bytes(bits: int, word: int) -> tuple[list[str], list[tuple[str, int]]]:
+    """PTX that puts what `places.slots` calls bytes together, of words from $<word>; for each slot a word and lowest bit."""
+    sources, lines = [f"${word + i}" for i in range(bits)], []
+    for number, parts in enumerate(gathered(bits)):
+        name, filled = f"g{number}", 0
+        lines.append(f".reg .b32 {name}")
+        for i, (source, down, taken) in enumerate(parts):
+            if i == 0:
+                found = f"${word + source}"
+            else:  # (found & mask) | (shifted & ~mask)
+                lines.append(f"shr.b32 s, ${word + source}, {down}")
+                lines.append(f"lop3.b32 {name}, {found}, s, {filled * 0x1010101:#x}, 0xe4")
+                found = name
+            filled |= taken
+        sources.append(name)
+    return lines, [(sources[number], low) for number, low in slots(bits)]
+
+
+def fields_assembly(
+    fmt: IntegerFormat, dtype: str, target: str, *, zero_points: bool, scaled: bool, factor: float
+) -> str:
+    """PTX that decodes a thread's 64 columns of codes of other than 4 and 8 bits, of as many words: from $32 on.
+
+    The code with v, r, s and b of `FragmentLayout` goes to $<8 v + 4 r + 2 s + b>. Behind the words are both rows' zero
+    points as for `word_assembly`, then the scales of slots 2 v + r. Results are `factor` times less.
+
+    As in `_multiply_in_place`, fields of the lower byte of a half are numbers where they lie; in float16, which has
+    less room, they are the last bits of 1024 and more.
+    """
+    wide = dtype == "bfloat16"
+    packed, number = ("bf16x2", 0) if wide else ("f16x2", 1024)
+    fused = wide and int(target[3:]) < 90  # has no multiplication of its own
+
+    def word(value: float) -> str:
+        return f"{bits_of(value, dtype) * 0x10001:#x}"
+
+    def multiply(name: str, a: str, b: str) -> str:
+        return f"fma.rn.{packed} {name}, {a}, {b}, none" if fused else f"mul.rn.{packed} {name}, {a}, {b}"
+
+    gathering, sources = _bytes(fmt.bits, 32)
+    scales = 32 + fmt.bits + 2 * zero_points
+    at_once = wide and scaled and not zero_points
+    lines = [".reg .b32 s, t, c, m, z, none", f"mov.b32 none, {word(-0.0)}", *gathering]
+    for slot, (source, low) in enumerate(sources):
+        unit = 2.0 ** (127 - low) * (2.0**6 / factor) if wide else 2.0**-low
+        less = -fmt.offset / factor - number * unit
+        scale = f"${scales + slot}"
+        lines += [f"mov.b32 m, {word(unit)}", f"mov.b32 z, {word(less)}"]
+        if at_once:
+            lines += [multiply("m", scale, "m"), *([multiply("z", scale, "z")] if fmt.offset else [])]
+        elif zero_points:  # which are given less a number
+            zero = f"${32 + fmt.bits + slot % 2}"
+            given = MAGIC[dtype][1]
+            lines += [f"mov.b32 c, {word(1 / factor)}", f"mov.b32 z, {word(given / factor + less)}"]
+            lines.append(f"fma.rn.{packed} z, {zero}, c, z")
+        for s in range(2):
+            field, mask = source, ((1 << fmt.bits) - 1 << low) * 0x10001
+            if s:
+                lines.append(f"shr.b32 s, {source}, 8")
+                field = "s"
+            if wide:
+                lines.append(f"and.b32 t, {field}, {mask:#x}")
+            else:
+                lines.append(f"lop3.b32 t, {field}, {mask:#x}, {MAGIC[dtype][0]:#x}, 0xea")  # (field & mask) | magic
+            if wide and not fmt.offset and not zero_points:
+                lines.append(multiply("t", "t", "m"))
+            else:
+                lines.append(f"fma.rn.{packed} t, t, m, z")
+            if scaled and not at_once:
+                lines.append(multiply("t", "t", scale))
+            first = 8 * (slot // 2) + 4 * (slot % 2) + 2 * s
+            lines.append(f"mov.b32 {{${first}, ${first + 1}}}, t")
+    return _block(lines)
+
+
+_CODES = """@triton.jit
+def codes_of(words):
+    \"\"\"Codes of 64 columns from a thread's words, as `decode_pair` takes them: [K tiles, N tiles, 128 threads, 16].\"\"\"
+"""
+
+
+def codes_decoder(fmt: Format) -> str:
+    """A Triton function `codes_of`, which takes codes of other than 4 and 8 bits out of a thread's words."""
+    lines, sources = [], [f"words[{i}]" for i in range(fmt.bits)]
+    for number, parts in enumerate(gathered(fmt.bits)):
+        terms = (f"(words[{word}] >> {down} & {signed(taken * 0x1010101)})" for word, down, taken in parts)
+        lines.append(f"g{number} = " + " | ".join(terms))
+        sources.append(f"g{number}")
+    names = {}
+    for slot, (byte, low) in enumerate(slots(fmt.bits)):
+        for s in range(2):
+            v, r = divmod(slot, 2)
+            names[v, s, r] = name = f"c{v}{s}{r}"
+            lines.append(f"{name} = {sources[byte]} >> {low + 8 * s} & {((1 << fmt.bits) - 1) * 0x10001:#x}")
+
+    def joined(*, r: int, s: int) -> str:
+        a, b, c, d = (names[v, s, r] for v in range(4))
+        return f"tl.join(tl.join({a}, {c}), tl.join({b}, {d}))"
+
+    rows = [f"tl.join({joined(r=r, s=0)}, {joined(r=r, s=1)})" for r in range(2)]
+    lines += [f"r{r} = {row}" for r, row in enumerate(rows)]
+    lines.append("return tl.reshape(tl.join(r0, r1), (KT, NT, 128, 16))")
+    return _CODES + "".join(f"    {line}\n" for line in lines)
 
 
 def byte_assembly(fmt: Format, dtype: str, factor: float) -> str:

@@ -90,8 +90,15 @@ V = tl.constexpr(min(4, CHUNK.value // 16))
 """A chunk is of KT tiles of 64 columns, of V runs of 16 each."""
 GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
-CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.value + 2 * (SCALES.value == "fragments")))
-"""Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
+BYTES = tl.constexpr(BITS.value not in (4, 8))
+"""Whether codes of a thread's 64 columns are decoded together, from as many words as a code has bits."""
+_SCALED = SCALES.value == "fragments"
+CONSTRAINTS = tl.constexpr(
+    "=h," * (32 if BYTES.value else 8)
+    + ",".join("r" * ((BITS.value + 8 * _SCALED if BYTES.value else 1 + 2 * _SCALED) + ZERO_SLOTS.value))
+)
+"""Of WORDS: halves of words of weights from words of codes, with what their rows' weights are less and times."""
+HALF_WORDS = tl.constexpr((tl.int16,) * (32 if BYTES.value else 8))
 PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * STORED.value // 16 * 16))
 """Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows; a multiple of 16."""
 PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
@@ -125,6 +132,12 @@ def quad_words(quads):
 def four_bits(words):
     """The codes of words of 4-bit ones, as `decode_pair` takes them: [K tiles, N tiles, 128 threads, pairs]."""
     return extract(words, 4)
+
+
+@triton.jit
+def codes_of(words):
+    """Codes of 64 columns from a thread's words, as `decode_pair` takes them: [K tiles, N tiles, 128 threads, 16]."""
+    return tl.zeros((KT, NT, 128, 16), tl.int32)
 
 
 @triton.jit
@@ -195,10 +208,6 @@ def extract(words, WIDTH: tl.constexpr):
     fields = tl.join(words, words >> 8)
     if WIDTH <= 4:
         fields = tl.join(fields, fields >> 4)
-    if WIDTH <= 2:
-        fields = tl.join(fields, fields >> 2)
-    if WIDTH <= 1:
-        fields = tl.join(fields, fields >> 1)
     MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x10001
     return tl.reshape(fields, (words.shape[0], NT, 128, words.shape[3] * 16 // WIDTH)) & MASK
 
@@ -299,6 +308,44 @@ def pieces(planes):
 
 
 @triton.jit
+def each_of(words):
+    """Of [.., 128 threads, up to 4] a tuple of [.., 128 threads]."""
+    COUNT: tl.constexpr = words.shape[3]
+    if COUNT == 1:
+        return (tl.reshape(words, (KT, NT, 128)),)
+    elif COUNT == 2:
+        return tl.split(words)
+    else:
+        even, odd = tl.split(tl.reshape(words, (KT, NT, 128, 2, 2)))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return a, b, c, d
+
+
+@triton.jit
+def words_of(planes):
+    """A thread's words of 64 columns, in a tuple."""
+    found = ()
+    for plane in tl.static_range(PLANES):
+        found = found + each_of(planes[plane])
+    return found
+
+
+@triton.jit
+def of_runs(fields, FIRST: tl.constexpr):
+    """Fields FIRST + 8 v of the runs v of 16 columns, in the last two dimensions."""
+    return tl.join(tl.join(fields[FIRST], fields[FIRST + 16]), tl.join(fields[FIRST + 8], fields[FIRST + 24]))
+
+
+@triton.jit
+def joined(fields, B: tl.constexpr):
+    """Of fields 8 v + 4 r + 2 s + b those of one b: [K tiles, N tiles, 128 threads, v, s, r]."""
+    first = tl.join(of_runs(fields, B), of_runs(fields, B + 2))
+    second = tl.join(of_runs(fields, B + 4), of_runs(fields, B + 6))
+    return tl.reshape(tl.join(first, second), (KT, NT, 128, V, 2, 2))
+
+
+@triton.jit
 def half_words(value):
     """16-bit numbers in both halves of words."""
     return (value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
@@ -338,35 +385,35 @@ def decode_words(planes, zeros, scales):
     """
     if WORDS != "":
         shape: tl.constexpr = (KT, NT, 128, V)
-        words = (planes[0],)
+        words = words_of(planes) if BYTES else (planes[0],)
         if ZERO_SLOTS:
             for r in tl.static_range(2):
-                bits = zeros[r].to(tl.int32) * 0x10001 + NEGATIVE
-                words = words + (tl.broadcast_to(tl.reshape(bits, (1, NT, 128, 1)), shape),)
+                bits = tl.reshape(zeros[r].to(tl.int32) * 0x10001 + NEGATIVE, (1, NT, 128, 1))
+                bits = tl.broadcast_to(bits, shape)
+                words = words + ((each_of(bits)[0],) if BYTES else (bits,))
         if SCALES == "fragments":
             first, second = scales_of_rows(scales)
-            words = words + (tl.broadcast_to(first, shape), tl.broadcast_to(second, shape))
-        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-            WORDS,
-            CONSTRAINTS,
-            words,
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True,
-            pack=1,
-        )
-        low = tl.join(tl.join(a0, a2), tl.join(a1, a3)).to(COMPUTE, bitcast=True)  # s | r
-        high = tl.join(tl.join(b0, b2), tl.join(b1, b3)).to(COMPUTE, bitcast=True)
+            first, second = tl.broadcast_to(first, shape), tl.broadcast_to(second, shape)
+            if BYTES:
+                a, b = each_of(first), each_of(second)
+                words = words + (a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3])
+            else:
+                words = words + (first, second)
+        found = tl.inline_asm_elementwise(WORDS, CONSTRAINTS, words, dtype=HALF_WORDS, is_pure=True, pack=1)
+        if BYTES:
+            low, high = joined(found, 0), joined(found, 1)
+        else:
+            a0, b0, a1, b1, a2, b2, a3, b3 = found
+            low = tl.join(tl.join(a0, a2), tl.join(a1, a3))  # s | r
+            high = tl.join(tl.join(b0, b2), tl.join(b1, b3))
+        low, high = low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True)
     else:
         if BITS == 8:
             pairs = extract(planes[0], 8)
-        elif BITS & 4:
-            pairs = four_bits(planes[0]) if BITS == 4 else extract(planes[0], 4)
-            if BITS & 2:
-                pairs |= extract(planes[1], 2) << 4
+        elif BITS == 4:
+            pairs = four_bits(planes[0])
         else:
-            pairs = extract(planes[0], 2)
-        if BITS & 1:
-            pairs |= extract(planes[-1], 1) << (BITS - 1)
+            pairs = codes_of(words_of(planes))
         low, high = decode_pair(pairs)
         if ZERO_SLOTS:
             zero = tl.reshape(tl.join(zeros[0], zeros[1]), (1, NT, 128, 1, 2)).to(low.dtype)
