@@ -194,7 +194,11 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
     index = tl.arange(0, KT * NT * 128 * WIDTH)
     kt = index // (NT * 128 * WIDTH)
     nt, word = place_of(tile_n, index, 128 * WIDTH)
-    source = codes + (nt * TILES_K + kt) * (128 * STORED) + 128 * LOW + word
+    place = (nt * TILES_K + kt) * (128 * STORED) + 128 * LOW + word
+    if BYTES and MMA_SYNC:
+        # A thread loads its own words of each plane, or weights would be exchanged: `gemm_fragment.operand`.
+        place = tl.max_contiguous(place, WIDTH)
+    source = codes + place
     if EVEN_K and EVEN_N:
         words = tl.load(source)
     else:
