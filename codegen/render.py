@@ -150,14 +150,25 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     zero_points = not spec.symmetric and not spec.offset and scales != "weights"
     scaled = scales == "fragments"
     changed = scales != "weights" and spec.tile.form != "cores"
-    whole = fmt.bits == 4 or (fmt.bits < 8 and isinstance(fmt, IntegerFormat) and changed)
-    if changed and (whole or not zero_points):  # else something is added to weights after
-        factor = word_factor(fmt, decoded, spec.target, at_once=whole and scaled and not zero_points)
-    if whole and decoded in FIELDS and spec.target.startswith("sm_"):
-        assembly = word_assembly if fmt.bits == 4 else fields_assembly
-        words = assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
-        if isinstance(fmt, IntegerFormat):
-            negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
+    integers = spec.quads > 0 and spec.scale_dtype in ("int8", "uint8")
+    nvidia = decoded in FIELDS and spec.target.startswith("sm_")
+    # Codes of 64 columns at once, which 4 bits need for scales of integers only.
+    at_once = integers if scaled and spec.quads else fmt.bits != 4
+    at_once = at_once and nvidia and changed and isinstance(fmt, IntegerFormat) and fmt.bits < 8
+    if changed and (at_once or fmt.bits == 4 or not zero_points):  # else something is added to weights after
+        multiplied = (at_once or fmt.bits == 4) and scaled and not zero_points
+        factor = word_factor(fmt, decoded, spec.target, scaled=multiplied, at_once=at_once)
+    if at_once:
+        assert isinstance(fmt, IntegerFormat)
+        of = spec.scale_dtype if scaled else ""
+        quads = spec.quads if scaled else 0
+        words = fields_assembly(
+            fmt, decoded, spec.target, zero_points=zero_points, scales=of, quads=quads, factor=factor
+        )
+    elif fmt.bits == 4 and nvidia:
+        words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
+    if words and isinstance(fmt, IntegerFormat):
+        negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
     unit = quad_unit(spec.scale_dtype, spec.compute, spec.target) if scaled and spec.quads else 1.0
     return {
         "N": spec.n,
@@ -184,6 +195,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "NEGATIVE": negative,
         "FACTOR": factor * (unit if words else 1.0),
         "UNIT": unit,
+        "BYTES": at_once or fmt.bits not in (4, 8),
         "GATED": spec.gated,
         "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
@@ -240,7 +252,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
     if spec.sparse:
         assert isinstance(fmt, IntegerFormat)
         scaled = constants["SCALES"] == "fragments"
-        constants["FACTOR"] = factor = word_factor(fmt, spec.compute, spec.target, at_once=scaled)
+        constants["FACTOR"] = factor = word_factor(fmt, spec.compute, spec.target, scaled=scaled)
         constants["WORDS"] = spread_assembly(fmt, spec.compute, scaled=scaled, factor=factor)
         spread = _spread()
     elif fmt.bits == 8:

@@ -113,20 +113,20 @@ def _move_fields(fmt: FloatFormat, dtype: str) -> list[str]:
     return lines
 
 
-def word_factor(fmt: Format, dtype: str, target: str, *, at_once: bool) -> float:
+def word_factor(fmt: Format, dtype: str, target: str, *, scaled: bool, at_once: bool = False) -> float:
     """By how much weights may be more than what `word_assembly` or `pair_decoder` makes of codes: a power of two, or 1.
 
     Args:
-        at_once: whether they are multiplied by scales too, of which those up to 2**33 leave all factors finite then.
+        scaled: whether they are multiplied by scales too, of which those up to 2**33 leave all factors finite then.
+        at_once: whether `fields_assembly` makes them, which does for all NVIDIA's what `word_assembly` does from sm_90.
     """
     if dtype != "bfloat16":
         return 1.0
     if isinstance(fmt, FloatFormat):
-        return 2.0**40 if fmt.bits == 4 and at_once and target.startswith("sm_") else 1.0
-    anywhere = fmt.bits not in (4, 8) and target.startswith("sm_")
-    if not isinstance(fmt, IntegerFormat) or not (anywhere or launches_early(target)):
+        return 2.0**40 if fmt.bits == 4 and scaled and target.startswith("sm_") else 1.0
+    if not isinstance(fmt, IntegerFormat) or not (at_once or launches_early(target)):
         return 1.0
-    return 2.0**40 if at_once else 2.0**6
+    return 2.0**40 if scaled else 2.0**6
 
 
 def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, at_once: bool) -> list[str]:
@@ -218,78 +218,107 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
     return _block(lines)
 
 
-def _bytes(bits: int, word: int) -> tuple[list[str], list[tuple[str, int]]]:
-    """PTX that puts what `places.slots` calls bytes together, of words from $<word>; for each slot a word and lowest bit."""
-    sources, lines = [f"${word + i}" for i in range(bits)], []
-    for number, parts in enumerate(gathered(bits)):
-        name, filled = f"g{number}", 0
-        lines.append(f".reg .b32 {name}")
-        for i, (source, down, taken) in enumerate(parts):
-            if i == 0:
-                found = f"${word + source}"
-            else:  # (found & mask) | (shifted & ~mask)
-                lines.append(f"shr.b32 s, ${word + source}, {down}")
-                lines.append(f"lop3.b32 {name}, {found}, s, {filled * 0x1010101:#x}, 0xe4")
-                found = name
-            filled |= taken
-        sources.append(name)
-    return lines, [(sources[number], low) for number, low in slots(bits)]
+def _bytes(bits: int) -> tuple[list[str], list[str]]:
+    """PTX that gathers bytes from the words from $32 on, and the names of all bytes that `places.slots` has."""
+    names, lines = [f"${32 + i}" for i in range(bits)], []
+    for number, parts in enumerate(gathered(bits), bits):
+        (first, _, filled), *others = parts
+        found = f"${32 + first}"
+        lines.append(f".reg .b32 g{number}")
+        for word, down, taken in others:
+            lines.append(f"shr.b32 s, ${32 + word}, {down}")
+            lines.append(f"lop3.b32 g{number}, {found}, s, {filled * 0x1010101:#x}, 0xe4")  # (found & mask) | (s & ~mask)
+            found, filled = f"g{number}", filled | taken
+        names.append(found)
+    return lines, names
+
+
+def integer_quads(scale_dtype: str, dtype: str, word: str, names: list[str]) -> list[str]:
+    """PTX that makes of a word of four scales those of two rows, each of two groups, `quad_unit` times less.
+
+    Integers are numbers where they lie in bfloat16, as codes are, or the last bits of 1024 and more in float16.
+    """
+    wide, above = dtype == "bfloat16", 128 if scale_dtype == "int8" else 0
+    times, less = (2.0**127, above / 64) if wide else (1.0, above + 1024.0)
+    lines = [f"xor.b32 s, {word}, {above * 0x1010101:#x}"]
+    lines += [f"mov.b32 {name}, {bits_of(v, dtype) * 0x10001:#x}" for name, v in (("c", times), ("d", -less))]
+    for r, name in enumerate(names):
+        lines.append(f"prmt.b32 {name}, s, {0 if wide else 0x64646464:#x}, {(0x4240, 0x4341)[r]:#x}")
+        lines.append(f"fma.rn.{'bf16x2' if wide else 'f16x2'} {name}, {name}, c, d")
+    return lines
 
 
 def fields_assembly(
-    fmt: IntegerFormat, dtype: str, target: str, *, zero_points: bool, scaled: bool, factor: float
+    fmt: IntegerFormat, dtype: str, target: str, *, zero_points: bool, scales: str, quads: int, factor: float
 ) -> str:
-    """PTX that decodes a thread's 64 columns of codes of other than 4 and 8 bits, of as many words: from $32 on.
+    """PTX that decodes the codes of a thread's 64 columns, less than 8 bits each, from as many words from $32 on.
 
     The code with v, r, s and b of `FragmentLayout` goes to $<8 v + 4 r + 2 s + b>. Behind the words are both rows' zero
-    points as for `word_assembly`, then the scales of slots 2 v + r. Results are `factor` times less.
+    points as for `word_assembly`; then the scales of both rows, twice in a word each, or with `quads`, as `load_quads`
+    has them, that many words of four. Results are `factor` times less.
 
     As in `_multiply_in_place`, fields of the lower byte of a half are numbers where they lie; in float16, which has
     less room, they are the last bits of 1024 and more.
+
+    Args:
+        scales: the type of scales that multiply weights, "int8" or "uint8" in quads; "" if none do.
     """
     wide = dtype == "bfloat16"
     packed, number = ("bf16x2", 0) if wide else ("f16x2", 1024)
     fused = wide and int(target[3:]) < 90  # has no multiplication of its own
 
-    def word(value: float) -> str:
-        return f"{bits_of(value, dtype) * 0x10001:#x}"
+    def word(value: float, high: float | None = None) -> str:
+        return f"{bits_of(value, dtype) | bits_of(value if high is None else high, dtype) << 16:#x}"
 
     def multiply(name: str, a: str, b: str) -> str:
         return f"fma.rn.{packed} {name}, {a}, {b}, none" if fused else f"mul.rn.{packed} {name}, {a}, {b}"
 
-    gathering, sources = _bytes(fmt.bits, 32)
-    scales = 32 + fmt.bits + 2 * zero_points
-    at_once = wide and scaled and not zero_points
-    lines = [".reg .b32 s, t, c, m, z, none", f"mov.b32 none, {word(-0.0)}", *gathering]
-    for slot, (source, low) in enumerate(sources):
-        unit = 2.0 ** (127 - low) * (2.0**6 / factor) if wide else 2.0**-low
-        less = -fmt.offset / factor - number * unit
-        scale = f"${scales + slot}"
-        lines += [f"mov.b32 m, {word(unit)}", f"mov.b32 z, {word(less)}"]
+    gathering, names = _bytes(fmt.bits)
+    lows = [low for _, low in slots(fmt.bits)]
+    units = [2.0 ** (127 - low) * (2.0**6 / factor) if wide else 2.0**-low for low in lows]
+    beside = 32 + fmt.bits
+    at_once = wide and scales and not zero_points
+    lines = [".reg .b32 s, t, c, d, m, z, none", ".reg .b16 l, h", f"mov.b32 none, {word(-0.0)}", *gathering]
+    for q in range(quads):
+        lines.append(f".reg .b32 q{q}0, q{q}1")
+        lines += integer_quads(scales, dtype, f"${beside + q}", [f"q{q}0", f"q{q}1"])
+    for slot, (number_of_byte, low) in enumerate(slots(fmt.bits)):
+        v, r = divmod(slot, 2)
+        scale, half, lower, upper = f"${beside + 2 * zero_points + r}", "", slot, slot
+        if quads:  # a word of which has the scales of runs v and v + apart
+            apart = 2 // quads
+            q, group = divmod(v // apart, 2) if quads == 2 else (0, v // apart)
+            scale, half = f"q{q}{r}", "lh"[group]
+            lower = slot - 2 * apart * group
+            upper = lower + 2 * apart
+        less = -fmt.offset / factor - number * units[slot]
+        lines += [f"mov.b32 m, {word(units[lower], units[upper])}", f"mov.b32 z, {word(less)}"]
+
+        def alone(name: str, half: str = half) -> list[str]:
+            return [f"mov.b32 {{l, h}}, {name}", f"mov.b32 {name}, {{{half}, {half}}}"] if half else []
+
         if at_once:
-            lines += [multiply("m", scale, "m"), *([multiply("z", scale, "z")] if fmt.offset else [])]
-        elif zero_points:  # which are given less a number
-            zero = f"${32 + fmt.bits + slot % 2}"
-            given = MAGIC[dtype][1]
-            lines += [f"mov.b32 c, {word(1 / factor)}", f"mov.b32 z, {word(given / factor + less)}"]
-            lines.append(f"fma.rn.{packed} z, {zero}, c, z")
+            lines += [multiply("m", scale, "m"), *alone("m")]
+            lines += [multiply("z", scale, "z"), *alone("z")] if fmt.offset else []
+        elif scales:
+            lines += [f"mov.b32 m, {word(units[slot])}", f"mov.b32 d, {scale}", *alone("d")]
+        if zero_points:  # which are given less a number
+            lines += [f"mov.b32 c, {word(1 / factor)}", f"mov.b32 z, {word(MAGIC[dtype][1] / factor + less)}"]
+            lines.append(f"fma.rn.{packed} z, ${beside + r}, c, z")
         for s in range(2):
-            field, mask = source, ((1 << fmt.bits) - 1 << low) * 0x10001
+            field, mask = names[number_of_byte], ((1 << fmt.bits) - 1 << low) * 0x10001
             if s:
-                lines.append(f"shr.b32 s, {source}, 8")
+                lines.append(f"shr.b32 s, {field}, 8")
                 field = "s"
             if wide:
                 lines.append(f"and.b32 t, {field}, {mask:#x}")
             else:
                 lines.append(f"lop3.b32 t, {field}, {mask:#x}, {MAGIC[dtype][0]:#x}, 0xea")  # (field & mask) | magic
-            if wide and not fmt.offset and not zero_points:
-                lines.append(multiply("t", "t", "m"))
-            else:
-                lines.append(f"fma.rn.{packed} t, t, m, z")
-            if scaled and not at_once:
-                lines.append(multiply("t", "t", scale))
-            first = 8 * (slot // 2) + 4 * (slot % 2) + 2 * s
-            lines.append(f"mov.b32 {{${first}, ${first + 1}}}, t")
+            exact = wide and not fmt.offset and not zero_points
+            lines.append(multiply("t", "t", "m") if exact else f"fma.rn.{packed} t, t, m, z")
+            if scales and not at_once:
+                lines.append(multiply("t", "t", "d"))
+            lines.append(f"mov.b32 {{${4 * slot + 2 * s}, ${4 * slot + 2 * s + 1}}}, t")
     return _block(lines)
 
 
@@ -506,20 +535,12 @@ def quad_unit(scale_dtype: str, compute: str, target: str) -> float:
 
 
 def quad_assembly(scale_dtype: str, compute: str, target: str) -> str:
-    """PTX that makes $<i> what `scale_words` makes of byte i of word $4, `quad_unit` times less; "" if there is none.
-
-    Integers are numbers where they lie in bfloat16, as codes are, or the last bits of 1024 and more in float16.
-    """
+    """PTX that makes $<i> what `scale_words` makes of byte i of word $4, `quad_unit` times less; "" if there is none."""
     lines: list[str] = []
     if scale_dtype in ("int8", "uint8") and compute in FIELDS and target.startswith("sm_"):
-        above = 128 if scale_dtype == "int8" else 0
-        wide = compute == "bfloat16"
-        times, less = (2.0**127, above / 64) if wide else (1.0, above + 1024)
-        lines += [".reg .b32 a, c, d", f"xor.b32 a, $4, {above * 0x1010101:#x}"]
-        lines += [f"mov.b32 {name}, {bits_of(v, compute) * 0x10001:#x}" for name, v in (("c", times), ("d", -less))]
-        for i in range(4):
-            lines.append(f"prmt.b32 ${i}, a, {0 if wide else 0x64646464:#x}, {0x4040 + 0x101 * i:#x}")
-            lines.append(f"fma.rn.{'bf16x2' if wide else 'f16x2'} ${i}, ${i}, c, d")
+        lines += [".reg .b32 s, c, d, q0, q1", *integer_quads(scale_dtype, compute, "$4", ["q0", "q1"])]
+        lines += [f"prmt.b32 ${i}, q{i % 2}, 0, {(0x1010, 0x3232)[i // 2]:#x}" for i in range(4)]
+        return _block(lines)
     if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):
         # As in `decode_scale`: bytes 0 and 2, then 1 and 3.
         lines += [".reg .b32 a, m, z", "mov.b32 m, 0x400040", "mov.b32 z, 0"]

@@ -30,6 +30,7 @@ SCALES = tl.constexpr("products")
 SCALE_TYPE = tl.constexpr(tl.float32)
 SUPER_LAST = tl.constexpr(False)
 WORDS = tl.constexpr("")
+BYTES = tl.constexpr(False)
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
 UNIT = tl.constexpr(1.0)
@@ -90,12 +91,10 @@ V = tl.constexpr(min(4, CHUNK.value // 16))
 """A chunk is of KT tiles of 64 columns, of V runs of 16 each."""
 GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
-BYTES = tl.constexpr(BITS.value not in (4, 8))
-"""Whether codes of a thread's 64 columns are decoded together, from as many words as a code has bits."""
-_SCALED = SCALES.value == "fragments"
+_WORDS_IN = BITS.value if BYTES.value else 1
+_SCALES_IN = 0 if SCALES.value != "fragments" else QUADS.value if BYTES.value and QUADS.value else 2
 CONSTRAINTS = tl.constexpr(
-    "=h," * (32 if BYTES.value else 8)
-    + ",".join("r" * ((BITS.value + 8 * _SCALED if BYTES.value else 1 + 2 * _SCALED) + ZERO_SLOTS.value))
+    "=h," * (32 if BYTES.value else 8) + ",".join("r" * (_WORDS_IN + ZERO_SLOTS.value + _SCALES_IN))
 )
 """Of WORDS: halves of words of weights from words of codes, with what their rows' weights are less and times."""
 HALF_WORDS = tl.constexpr((tl.int16,) * (32 if BYTES.value else 8))
@@ -395,14 +394,12 @@ def decode_words(planes, zeros, scales):
                 bits = tl.reshape(zeros[r].to(tl.int32) * 0x10001 + NEGATIVE, (1, NT, 128, 1))
                 bits = tl.broadcast_to(bits, shape)
                 words = words + ((each_of(bits)[0],) if BYTES else (bits,))
-        if SCALES == "fragments":
+        if SCALES == "fragments" and BYTES and QUADS > 0:
+            words = words + each_of(scales[0])
+        elif SCALES == "fragments":
             first, second = scales_of_rows(scales)
             first, second = tl.broadcast_to(first, shape), tl.broadcast_to(second, shape)
-            if BYTES:
-                a, b = each_of(first), each_of(second)
-                words = words + (a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3])
-            else:
-                words = words + (first, second)
+            words = words + ((each_of(first)[0], each_of(second)[0]) if BYTES else (first, second))
         found = tl.inline_asm_elementwise(WORDS, CONSTRAINTS, words, dtype=HALF_WORDS, is_pure=True, pack=1)
         if BYTES:
             low, high = joined(found, 0), joined(found, 1)
