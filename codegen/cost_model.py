@@ -150,15 +150,18 @@ def _instructions(spec: KernelSpec) -> float:
         return 1.7  # half as many are decoded
     few = -0.4 if warps_multiply(spec) and spec.target == "sm_90" else 0.0
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
-    if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
+    scales = scales_of(spec, spec.tile.scales)
+    if spec.quads and scales == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
-    if spec.offset and scales_of(spec, "products") == "weights":
+    if spec.offset and scales == "weights":
         return 8.0
     if spec.offset:
         narrow += 1.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
         return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + few + sparse
+    if isinstance(fmt, IntegerFormat) and fmt.bits < 8 and scales != "weights" and spec.target.startswith("sm_"):
+        return (2.7 if fmt.bits < 4 else 3.0) + narrow + few + sparse
     return 3.6 + narrow + few + sparse
 
 
@@ -288,7 +291,10 @@ def _eight(like: KernelSpec) -> bool:
 
     A warp group multiplies 16 rows at least by Triton, and no warp of it goes on before all four have multiplied.
     """
-    plain = like.activation is None and not like.sparse and FORMATS[like.weight].bits < 8
+    fmt = FORMATS[like.weight]
+    # Bytes of other formats are exchanged between threads on their way to warps that multiply for themselves.
+    whole = isinstance(fmt, IntegerFormat) or fmt.bits == 4
+    plain = like.activation is None and not like.sparse and whole and fmt.bits < 8
     served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
     return plain and served and not _tensor_memory(like.target)
 

@@ -18,6 +18,13 @@ from qcompile.codegen.decoders import (
     scale_decoder,
     scale_word_decoder,
 )
+from qcompile.codegen.field_decoders import (
+    codes_decoder,
+    fields_assembly,
+    quad_assembly,
+    quad_decoder,
+    quad_unit,
+)
 from qcompile.codegen.holes import fill_hole, functions_of, print_constants, read_template
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
@@ -36,13 +43,8 @@ from qcompile.codegen.spec import (
 )
 from qcompile.codegen.word_decoders import (
     byte_assembly,
-    codes_decoder,
-    fields_assembly,
     kept_assembly,
     pairs_decoder,
-    quad_assembly,
-    quad_decoder,
-    quad_unit,
     sparse_product,
     spread_assembly,
     spread_tables,

@@ -263,7 +263,9 @@ def _split_slots(words: Tensor, bits: int) -> Tensor:
     bytes_ = torch.tensor([16 * b + 8 * s for s in range(2) for b in range(2)], dtype=torch.int32, device=words.device)
     found = []
     for number, low in slots(bits):
-        both = sum((words[..., word] >> down) & signed(taken * 0x1010101) for word, down, taken in _parts_of(number, bits))
+        both = torch.zeros_like(words[..., 0])
+        for word, down, taken in _parts_of(number, bits):
+            both |= (words[..., word] >> down) & signed(taken * 0x1010101)
         found.append((both.unsqueeze(-1) >> (bytes_ + low)) & ((1 << bits) - 1))
     split = torch.stack(found, -2).unflatten(-1, (2, 2)).unflatten(-3, (4, 2))  # v r s b
     return split.transpose(-3, -2).flatten(-4, -2).to(torch.uint8)
