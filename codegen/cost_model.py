@@ -319,6 +319,8 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
         most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
+        if block_m == 8 and like.offset:  # scales and offsets of 256 columns are more than fit beside eight rows
+            deep = (128,)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
@@ -347,7 +349,7 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     if only != "products":  # there is no choice
         return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
     ways: list[dict[str, Any]] = []
-    fragments = scales_of(like, "fragments") == "fragments"
+    fragments = scales_of(given, "fragments") == "fragments"
     products = not fragments or (tile.m <= 64 and not like.quads)
     if products and _holds_products(like, tile):
         ways.append({})
@@ -357,8 +359,12 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
 
 
 def _few_rows(like: KernelSpec) -> str:
-    """Where scales go in products of few rows: those of narrow groups into fragments, which makes products wide."""
-    return "fragments" if like.quads else "products"
+    """Where scales go in products of few rows: those of narrow groups into fragments, which makes products wide.
+
+    Those that are integers need too many registers where they are not decoded by words, which is for NVIDIA's.
+    """
+    words = like.target.startswith("sm_") or like.scale_dtype.startswith("float8")
+    return "fragments" if like.quads and words else "products"
 
 
 def _before_hopper(target: str) -> bool:

@@ -16,7 +16,9 @@ Where scales go (SCALES):
     "total"      one scale a row: it multiplies the sum.
     "products"   each product of CHUNK columns is multiplied in float32 before it is added; so is the sum of as many
                  of x, by the offset.
-    "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands.
+    "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands. Each
+                 product of CHUNK columns is multiplied by what is above scales (SUPERS), and with offsets added to the
+                 product of these, as they are, times what is above them.
     "weights"    the general way, for narrow blocks of all sorts and for offsets: weights are multiplied in float32,
                  where the offset is added too, so that it cancels nothing that was rounded; or in COMPUTE where that is
                  exact.
