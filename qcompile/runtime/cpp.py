@@ -82,10 +82,10 @@ class Kernel:
 def compiler() -> tuple[str, ...] | None:
     """The words of the compiler's command; None if there is none."""
     given = shlex.split(os.environ.get("CXX", ""))
-    if given and shutil.which(given[0]) is None:
-        warnings.warn(f"CXX names {given[0]!r}, which is not on the path: c++, g++ or clang++ is used", stacklevel=2)
     for words in (given, ["c++"], ["g++"], ["clang++"]):
         if words and (found := shutil.which(words[0])) is not None:
+            if given and words is not given:
+                warnings.warn(f"CXX names {given[0]!r}, which is not on the path: {found} is used", stacklevel=2)
             return (found, *words[1:])
     return None
 
