@@ -84,6 +84,8 @@ def compiler() -> tuple[str, ...] | None:
     given = shlex.split(os.environ.get("CXX", ""))
     for words in (given, ["c++"], ["g++"], ["clang++"]):
         if words and (found := shutil.which(words[0])) is not None:
+            if given and words is not given:
+                warnings.warn(f"CXX names {given[0]!r}, which is not on the path: {found} is used", stacklevel=2)
             return (found, *words[1:])
     return None
 

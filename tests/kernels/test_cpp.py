@@ -163,6 +163,12 @@ def test_without_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert cpp.load(SPEC) is None
 
 
+def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    with pytest.warns(UserWarning, match="CXX names 'no-such-compiler', which is not on the path: .* is used"):
+        assert cpp.compiler.__wrapped__() is not None
+
+
 def test_a_compiler_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = folder / "broken"
     broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
