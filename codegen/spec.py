@@ -271,7 +271,7 @@ _EXACT_SCALES = {
 """Types of scales that a type of tensor cores holds."""
 
 
-FEW = 32
+FEW_ROWS = 32
 """Rows of a tile up to which it costs less to add offsets to products than to weights."""
 
 
@@ -285,7 +285,7 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     if not divisible:
         return "weights"
     if spec.offset:
-        return "products" if spec.tile.m <= FEW else "weights"
+        return "products" if spec.tile.m <= FEW_ROWS else "weights"
     if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
         return "total"
     exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
