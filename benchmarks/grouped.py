@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from qcompile import compat, gates
-from qcompile.evaluate.linear import LIMIT, OURS, Candidate, quantize_rows
+from qcompile.evaluate.linear import LIMIT, OURS, Candidate, quantize_by_inductor
 from qcompile.evaluate.timing import Call, Row, ceilings, copies, machine_name, microseconds, write_results
 from qcompile.layouts import LAYOUTS, to_layout
 from qcompile.packed import PackedWeight
@@ -97,11 +97,11 @@ def quantized(
     """Ours, and torch's of the same scheme."""
     activation, inputs = given.spec.scheme.activation, x
     if activation is not None:
-        inputs = dequantize_activation(*quantize_rows(x, activation), activation)
+        inputs = dequantize_activation(*quantize_by_inductor(x, activation), activation)
     expected = measure.grouped_product(inputs, ids, packed, given.spec.out_features)
 
     def call(weight: tuple[Tensor, ...]) -> Tensor:
-        rows, x_scale = (x, None) if activation is None else quantize_rows(x, activation)
+        rows, x_scale = (x, None) if activation is None else quantize_by_inductor(x, activation)
         return gpu_grouped.grouped_gemm(rows, x_scale, offsets, list(weight), None, given.spec, torch.bfloat16)
 
     weights = copies(x.device, *to_layout(packed, LAYOUTS[given.spec.layout]).tensors)
@@ -115,7 +115,7 @@ def quantized(
         for fast in (False, True):
 
             def theirs(codes: Tensor, scale: Tensor, fast: bool = fast) -> Tensor:
-                rows, x_scale = quantize_rows(x, activation)
+                rows, x_scale = quantize_by_inductor(x, activation)
                 return torch._scaled_grouped_mm(
                     rows,
                     codes.transpose(1, 2),

@@ -441,8 +441,9 @@ def _streams(like: KernelSpec, m: int) -> list[Tile]:
     found = []
     processors = device_of(like.target).processors
     heights = (16,) if m <= 16 else (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
+    most = 128 * 128 if scales_of(like, "fragments") == "products" else 128 * 256
     for block_m, block_n in itertools.product(heights, (256,) if like.gated else (128, 256)):
-        if block_m * block_n > 128 * 128 and scales_of(like, "fragments") == "products":
+        if block_m * block_n > most:
             continue
         tiles = -(-m // block_m) * -(-like.n // block_n)
         for split in (0, *(z for z in (1, 2, 4, 8) if z == 1 or (tiles * z <= processors and 256 * z <= like.k))):

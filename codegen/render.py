@@ -367,11 +367,8 @@ def _experts(spec: KernelSpec) -> str:
         "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
     }
     text = read_template("gemm_grouped")
-    return (
-        print_constants(constants)
-        + "\n\n"
-        + text[text.index("@triton.jit\ndef find_tile") : text.index("# </experts>")]
-    )
+    functions = text[text.index("@triton.jit\ndef find_tile") : text.index("# </experts>")]
+    return print_constants(constants) + "\n\n" + functions
 
 
 def _decode(spec: KernelSpec) -> dict[str, str]:

@@ -271,7 +271,7 @@ _EXACT_SCALES = {
 """Types of scales that a type of tensor cores holds; both hold integers of 8 bits too."""
 
 
-FEW = 32
+FEW_ROWS = 32
 """Rows of a tile up to which it costs less to add offsets to products than to weights."""
 
 
@@ -289,7 +289,7 @@ def _in_fragments(spec: KernelSpec) -> bool:
         return False
     if integers and spec.compute == "float16" and FORMATS[spec.weight].absmax * 255 > 65504:
         return False
-    few = spec.tile.m <= FEW
+    few = spec.tile.m <= FEW_ROWS
     if spec.super_columns and not super_last(spec):
         return few and (spec.super_columns >= spec.k or spec.super_columns % 64 == 0)
     return few or not spec.offset
@@ -307,7 +307,7 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
     if not divisible:
         return "weights"
     if spec.offset:
-        return "products" if spec.tile.m <= FEW else "weights"
+        return "products" if spec.tile.m <= FEW_ROWS else "weights"
     whole = spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k)
     return "total" if whole else "products"
 

@@ -1,4 +1,4 @@
-"""linear(norm(x + residual)) -> codes, scales, ... = norm_quantize(x, residual); linear(codes, scales)      groups
+"""linear(norm(x + residual)) -> codes, scales, ... = norm_quantize(x, residual); linear(codes, scales)      norms
 
 for linears whose activations have a dynamic scale a token, or a group of columns. Norms are `F.rms_norm` and
 `F.layer_norm`, and RMSNorm as transformers spells it out: with the weight applied in the rows' type (Llama), in float32

@@ -512,7 +512,8 @@ def load_scale(scale, super_scale, rows, row_mask, k):
 
 @triton.jit
 def load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, k):
-    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, its zero points' two slots.
+    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, then its offsets or its
+    zero points' two slots.
 
     Scales in fragments are in two slots too, as float32 or as `scale_words` makes them; or as `load_quads` loads them,
     and then offsets, what is above scales, and above offsets.

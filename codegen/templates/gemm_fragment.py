@@ -19,7 +19,7 @@ Where scales go (SCALES):
     "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands. Each
                  product of CHUNK columns is multiplied by what is above scales (SUPERS), and with offsets added to the
                  product of these, as they are, times what is above them.
-    "weights"    the general way, for narrow blocks of all sorts and for offsets: weights are multiplied in float32,
+    "weights"    the general way, for narrow blocks, and for offsets and many rows: weights are multiplied in float32,
                  where the offset is added too, so that it cancels nothing that was rounded; or in COMPUTE where that is
                  exact.
 
@@ -183,7 +183,7 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
             each, more = each * of_tokens, more * of_tokens
         accumulator += tl.dot(weight, columns, input_precision=PRECISION) * each
         if OFFSET:
-            ones = tl.full((BLOCK_N, CHUNK), 1.0 / FACTOR, weight.dtype)
+            ones = tl.full((BLOCK_N, CHUNK), 1.0 / FACTOR, weight.dtype)  # as much less as weights are
             accumulator += tl.dot(ones, columns, input_precision=PRECISION) * more
         return accumulator
     if APART:

@@ -1,8 +1,8 @@
 """A norm of rows [M, K], or the rows themselves, as codes and scales of each group of columns, with one read of them.
 
 A program has a row in registers: as groups of columns, whose squares are summed over all and whose maxima are each
-group's own. What is computed is what `qcompile.norms.plain` says. The kernel behind this one may begin as soon as those
-before are done, since Inductor's kernels wait for what is right before them alone.
+group's own. What is computed is what `qcompile.norms.plain` says. The kernel behind this one may begin, but not before
+all kernels before are done: one that waits for this one alone finds their results.
 """
 
 # mypy: ignore-errors

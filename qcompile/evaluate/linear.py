@@ -70,8 +70,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.compile(dynamic=False)
-def quantize_rows(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
-    """Codes [M, K] and scales [M, 1]."""
+def quantize_by_inductor(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] and scales [M, 1], as graphs have them where no kernel of ours quantizes."""
     return quantize_activation(x, scheme)
 
 
@@ -171,7 +171,7 @@ def _scaled_mm(
     """cuBLAS or CUTLASS, as torch chooses; `fast` adds products with few bits."""
 
     def call(codes: Tensor, scale: Tensor) -> Tensor:
-        rows, x_scale = quantize_rows(x, activation)
+        rows, x_scale = quantize_by_inductor(x, activation)
         return torch._scaled_mm(rows, codes.t(), x_scale, scale.t(), out_dtype=torch.bfloat16, use_fast_accum=fast)
 
     laid_out = LAYOUTS["rows8"].pack(packed)
@@ -184,7 +184,7 @@ def _int_mm(name: str, x: Tensor, packed: PackedWeight, activation: ActivationSc
     """torch's int8 product, which on GPUs takes more than 16 rows, and its scales in a kernel of Inductor's."""
 
     def call(codes: Tensor, scale: Tensor) -> Tensor:
-        rows, x_scale = quantize_rows(x, activation)
+        rows, x_scale = quantize_by_inductor(x, activation)
         return scale_product(torch._int_mm(rows, codes.t()), x_scale, scale.t())
 
     laid_out = LAYOUTS["rows8"].pack(packed)
@@ -225,7 +225,7 @@ def candidates(
         expected = product(_quantized(x, activation, quantize), decoded)
         yield _ours(name, schemes[name], x, quantized, expected)
         if activation is not None:
-            expected = product(_quantized(x, activation, quantize_rows), decoded)
+            expected = product(_quantized(x, activation, quantize_by_inductor), decoded)
         yield from _of_torch(name, schemes[name], x, quantized, expected)
 
 

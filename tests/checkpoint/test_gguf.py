@@ -29,6 +29,7 @@ from qcompile.modules import QuantizedLinear
 from qcompile.reference import dequantize
 from tests.checkpoint.gguf_files import Q, blocks_of, converted, random_blocks, settings, write
 from tests.checkpoint.llama_cpp_logits import llama_cpp_logits
+from tests.checkpoint.tiny_models import LLAMA3
 from tests.tolerance import half_sqnr_floor, rewrite_sqnr_floor, sqnr
 
 CPU = torch.device("cpu")
@@ -46,14 +47,6 @@ SHAPE = {
     "vocab_size": 128,
     "max_position_embeddings": 16384,
     "head_dim": 16,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
 }
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

@@ -13,7 +13,7 @@ from torch import nn
 import qcompile
 from qcompile.errors import CheckpointError
 from tests import tolerance
-from tests.checkpoint.tiny_models import TINY, llama, quantized, weights
+from tests.checkpoint.tiny_models import LLAMA3, TINY, llama, quantized, weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,14 +48,6 @@ def test_gguf_blocks_are_those_that_were_loaded(kind, tmp_path):
         assert second.fields[key].contents() == first.fields[key].contents()
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096}
 RUN = [
     ("llama", "q8_0", {"attention_bias": True}),

@@ -21,6 +21,15 @@ TINY = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Settings of Llama 3's rotary embedding."""
 CT = "compressed-tensors"
 
 
