@@ -211,7 +211,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
 
 
 def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
-    """What fills `fragment_weights`, some of its constants changed."""
+    """What fills `fragment_weights`, some of its constants changed, and what decodes weights."""
     constants = _fragment_constants(spec, decoded) | changed
     factor = 1.0 if constants["WORDS"] else float(str(constants["FACTOR"]))
     decoders = (
@@ -224,7 +224,7 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
         conversion("decode_x", spec.activation, spec),
     )
     return {
-        "weights": functions_of("fragment_weights"),
+        "weights": functions_of("fragment_weights") + functions_of("fragment_scales", "@triton.jit"),
         "constants": print_constants(constants),
         "decode": "\n\n".join(decoders) + "\n\n",
     }

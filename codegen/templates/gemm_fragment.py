@@ -37,6 +37,14 @@ import triton
 import triton.language as tl
 
 # <weights>
+from qcompile.codegen.templates.fragment_scales import (
+    decode_words,
+    load_blocks,
+    load_scale,
+    load_super,
+    offset_words,
+    scale_weights,
+)
 from qcompile.codegen.templates.fragment_weights import (
     APART,
     BLOCK_K,
@@ -79,18 +87,12 @@ from qcompile.codegen.templates.fragment_weights import (
     ZERO_SLOTS,
     K,
     N,
-    decode_words,
     decode_x,
     first_tile,
-    load_blocks,
-    load_scale,
-    load_super,
     load_words,
-    offset_words,
     pieces,
     place_of,
     prefetch,
-    scale_weights,
 )
 
 # </weights>
