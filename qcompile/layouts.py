@@ -177,15 +177,27 @@ class FragmentLayout(Layout):
 
     In a tile, thread t = 32 w + 4 h + l holds the 32 codes of n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b for
     v < 4 and r, s, b < 2, in as many words as a code has bits. A pair b = 0, 1 sits in the halves of a word, and one
-    mask extracts both: codes of 8 bits are in byte 2 b + r of word 2 v + s; others in bytes 2 b + s, of which those of
-    slot 2 v + r are number `byte` at bit `low`, by `places.slots`. A byte has as many codes as fit, and some codes are
-    gathered from bits that are left in several words (`places.gathered`). All threads' first words of the plane come
-    first: words of a tile are in planes of 8, 4, 2 and 1 (`plane_widths`), in which a thread's follow each other. The
-    bits of words of FP4 and of tables of 16 values change places then (`places.bit_places`).
+    mask extracts both. Codes of 8 bits are in byte 2 b + r of word 2 v + s. Others are in bytes 2 b + s, where slot
+    2 v + r is the same bits of each of the four bytes (`places.slots`): as many slots as fit from the lowest bit of
+    each word on, and in what is then left of the highest bits of words the rest of them (`places.gathered`).
+
+    | bits | in word i      | others, and the words that their bits come from, the highest first                       |
+    | ---- | -------------- | ---------------------------------------------------------------------------------------- |
+    | 2    | 4 i to 4 i + 3 |                                                                                          |
+    | 3    | 2 i, 2 i + 1   | 6, 7 in a byte, of two bits each from words 0, 1, 2: 7 above 6                           |
+    | 4    | 2 i, 2 i + 1   |                                                                                          |
+    | 5    | i              | 5: three bits from word 0, two from 3; 6: from 1, 4; 7: three from 2, one each from 3, 4 |
+    | 6    | i              | 6: two bits each from words 0, 1, 2; 7: from 3, 4, 5                                     |
+    | 7    | i              | 7: one bit each from words 0 to 6                                                        |
+
+    Words of a tile are in planes of 8, 4, 2 and 1 words a thread (`plane_widths`): word f + i of thread t, of the plane
+    that begins at word f and has p words a thread, is number 128 f + p t + i. The bits of words of FP4 and of tables of
+    16 values change places then (`places.bit_places`).
 
     All that is per block becomes [N / 64, groups, 64], and what is above it [N / 64, super groups, 64]. Scales of one
-    byte for 16 or 32 columns (and offsets of that type) become [N / 64, K / 64, 4096 / columns] instead, as
-    `_in_fours` says: what a thread needs for a tile follows each other.
+    byte for 16 or 32 columns (and offsets of that type) become [N / 64, K / 64, 4096 / columns] instead (`_in_fours`):
+    with Q = 32 / columns words of four (`places.quads_of`) for two rows of a tile, word Q (t // 4) + q has in byte
+    2 g + r what thread t needs for row r and the tile's group 2 q + g of columns.
     """
 
     name = "fragment"
