@@ -330,6 +330,9 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
                     continue
                 if warps > 8 and _tensor_memory(like.target):
                     continue
+                # Of AMD's eight warps each has 256 registers a thread, too few for products and what is added to them.
+                if block_m == 32 and warps > 4 and like.offset and not crowded and not like.target.startswith("sm_"):
+                    continue
                 # Parts of K that are added at the end spill beside as many sums that come from tensor memory.
                 whole = _tensor_memory(like.target) and block_m * block_n >= 128 * 128
                 for split, stages in itertools.product((1,) if whole else _splits(like, k, block_m), (3, 4)):
