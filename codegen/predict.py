@@ -14,7 +14,7 @@ from collections.abc import Callable
 import sympy
 
 from qcompile.codegen.cost_model import Device, bytes_out, device_of, seconds, stacked_rows
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import KernelSpec, scales_of
 from qcompile.scheme import SCALE_DTYPES
 
 STRETCH = {
@@ -27,6 +27,9 @@ STRETCH = {
     ("gemm_stream_rows8", "int8"): 0.8,
 }
 """Measured over modelled time at M >= 64, by template and `KernelSpec.compute`; 1.3 for all others."""
+
+_NARROW = 1.7
+"""Likewise, beyond that, of weights that are scaled in float32 because groups are too narrow for products."""
 
 MARGIN = 1.1
 """Factor on the times of torch's kernels: one of ours that may be as fast needs fewer launches and less memory."""
@@ -81,7 +84,9 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device 
         template = "gemm_rows8" if spec.in_rows else "gemm_fragment"
         if spec.streams:
             template = spec.source
-        return STRETCH.get((template, spec.compute), 1.3) * seconds(spec, m, device)
+        alone = template == "gemm_fragment" and scales_of(spec, spec.tile.scales) == "weights"
+        narrow = _NARROW if alone and spec.columns <= 16 else 1.0
+        return STRETCH.get((template, spec.compute), 1.3) * narrow * seconds(spec, m, device)
     device, width = device or device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
     bits = spec.stored_bits
     n = stacked_rows(spec, m)
