@@ -1,13 +1,15 @@
 """Time of attention over a KV cache on a GPU: quantized caches against torch's own over bfloat16.
 
-    python benchmarks/attention.py [--out FOLDER] [--only decode|prefill]
+    python benchmarks/attention.py [--out FOLDER] [--only decode|prefill|flex]
 
-Writes `benchmarks/results/<machine>.attention.json`. Heads are those of Llama-3-8B: 32 of queries, 8 of keys, of size
-128, and for some contexts of 64 and 256 (`shape`: heads of queries, of keys, size). Times are taken as in linear.py:
-CUDA graphs over several copies of the cache, so that it comes from memory; medians. torch's attention is cuDNN's, or
-FlashAttention where cuDNN refuses. `error` is |y - y'| / |y'| (Frobenius) of the first sequence, where y' is the
-float64 attention over what the cache stands for. `floor_us` is reading the cache once, at the rate under `ceilings`.
-Paged caches have randomly permuted pages; "unequal" is as many tokens in all, half of them in one sequence.
+Writes `benchmarks/results/<machine>.attention.json`; a part alone is written only to a folder that is named. Heads are
+those of Llama-3-8B: 32 of queries, 8 of keys, of size 128, and for some contexts of 64 and 256 (`shape`: heads of
+queries, of keys, size). Times are taken as in linear.py: CUDA graphs over several copies of the cache, so that it comes
+from memory; medians. torch's attention is cuDNN's, or FlashAttention where cuDNN refuses. FlexAttention is compiled by
+torch.compile, without a block mask, with which its programs do not share a context, and with one of blocks of 128
+tokens that hides nothing. `error` is |y - y'| / |y'| (Frobenius) of the first sequence, where y' is the float64
+attention over what the cache stands for. `floor_us` is reading the cache once, at the rate under `ceilings`. Paged
+caches have randomly permuted pages; "unequal" is as many tokens in all, half of them in one sequence.
 
 Rows with `queries` are of prompts (as long as the context) and chunks of prompts, causal. There torch attends to keys
 and values of 16 bits, with `is_causal` where the prompt is all of the context, else with a mask; `dequantize` is that
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from qcompile.caches import KVCache
 from qcompile.evaluate.timing import ceilings, copies, microseconds, write_results
@@ -60,25 +63,52 @@ def error(y: Tensor, query: Tensor, key: Tensor, value: Tensor) -> float:
     return round(((y[:1].double() - expected).norm() / expected.norm()).item(), 5)
 
 
-def measure(batch: int, context: int, rate: float, size: int = SIZE) -> Iterator[dict[str, object]]:
-    """The rows of one batch and context."""
-    shape = (batch, HEADS, context, size)
+def inputs(batch: int, context: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of one token, keys and values."""
     query = torch.randn(batch, HEADS * GROUP, 1, size, device="cuda", dtype=torch.bfloat16)
-    key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    key, value = (torch.randn(batch, HEADS, context, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return query, key, value
 
-    def row(impl: str, kv: str, us: float, wrong: float, nbytes: int) -> dict[str, object]:
-        return {
-            "bench": "attention",
-            "impl": impl,
-            "kv": kv,
-            "batch": batch,
-            "context": context,
-            "shape": [HEADS * GROUP, HEADS, size],
-            "us": round(us, 2),
-            "error": wrong,
-            "floor_us": round(1e6 * nbytes / rate, 2),
-        }
 
+def decode_row(
+    batch: int, context: int, size: int, rate: float, impl: str, kv: str, us: float, wrong: float, nbytes: int
+) -> dict[str, object]:
+    """A row of decoding."""
+    return {
+        "bench": "attention",
+        "impl": impl,
+        "kv": kv,
+        "batch": batch,
+        "context": context,
+        "shape": [HEADS * GROUP, HEADS, size],
+        "us": round(us, 2),
+        "error": wrong,
+        "floor_us": round(1e6 * nbytes / rate, 2),
+    }
+
+
+def flex(batch: int, context: int, rate: float, size: int = SIZE) -> Iterator[dict[str, object]]:
+    """The rows of FlexAttention of one batch and context; where it fails, the reason is printed."""
+    query, key, value = inputs(batch, context, size)
+    cold = copies(DEVICE, key, value)
+    blocks = create_block_mask(lambda b, h, q, kv: kv >= 0, None, None, 1, context, DEVICE, BLOCK_SIZE=128)
+    for impl, block_mask in {"FlexAttention": None, "FlexAttention, block mask": blocks}.items():
+        torch.compiler.reset()  # or later shapes exceed the limit of recompiling
+        attention = partial(torch.compile(flex_attention, dynamic=False), block_mask=block_mask, enable_gqa=True)
+        try:
+            calls = [partial(attention, query, *t) for t in cold]
+            wrong = error(calls[0](), query, key[:1], value[:1])
+            us = microseconds(calls, DEVICE)
+        except Exception as failure:  # a compiler's error of any kind is the result
+            print(f"skipped {impl} at {batch} x {context} of {size}: {type(failure).__name__}: {failure}"[:500])
+            continue
+        yield decode_row(batch, context, size, rate, impl, "bfloat16", us, wrong, 2 * key.nbytes)
+
+
+def measure(batch: int, context: int, rate: float, size: int = SIZE) -> Iterator[dict[str, object]]:
+    """The other rows of one batch and context."""
+    query, key, value = inputs(batch, context, size)
+    row = partial(decode_row, batch, context, size, rate)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         plain = [
             partial(F.scaled_dot_product_attention, query, *t, enable_gqa=True) for t in copies(DEVICE, key, value)
@@ -245,19 +275,20 @@ def first_prompt(cache: KVCache, positions: Tensor, query: Tensor, key: Tensor, 
 def main() -> None:
     """Measure, write the results and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results file")
-    parser.add_argument("--only", choices=["decode", "prefill"], help="a part, without writing results")
+    parser.add_argument("--out", type=Path, help=f"folder of the results file, {RESULTS} unless there is --only")
+    parser.add_argument("--only", choices=["decode", "prefill", "flex"], help="a part; flex is one of decode")
     given = parser.parse_args()
     torch.manual_seed(0)
     rates = ceilings(DEVICE)
     rows = []
     if given.only != "prefill":
         for size, contexts in ({SIZE: CONTEXTS} | OTHERS).items():
-            rows += [row for batch, context in contexts for row in measure(batch, context, rates["memory"], size)]
-    if given.only != "decode":
+            for part in (flex,) if given.only == "flex" else (measure, flex):
+                rows += [row for batch, context in contexts for row in part(batch, context, rates["memory"], size)]
+    if given.only in (None, "prefill"):
         rows += [row for shape in PROMPTS for row in prefill(*shape, rates["16-bit"])]
-    if given.only is None:
-        write_results(given.out, "attention", DEVICE, rows, rates)
+    if given.only is None or given.out:
+        write_results(given.out or RESULTS, "attention", DEVICE, rows, rates)
     for row in rows:
         share = float(str(row["floor_us"])) / float(str(row["us"]))
         fields = (

@@ -150,15 +150,18 @@ def _instructions(spec: KernelSpec) -> float:
         return 1.7  # half as many are decoded
     few = -0.4 if warps_multiply(spec) and spec.target == "sm_90" else 0.0
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
-    if spec.quads and scales_of(spec, spec.tile.scales) == "fragments":
+    scales = scales_of(spec, spec.tile.scales)
+    if spec.quads and scales == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
-    if spec.offset and scales_of(spec, "products") == "weights":
+    if spec.offset and scales == "weights":
         return 8.0
     if spec.offset:
         narrow += 1.0
     sparse = 0.5 * fmt.bits * spec.sparse
     if fmt.bits == 4:
         return {IntegerFormat: 2.4, FloatFormat: 2.9, TableFormat: 4.2}[type(fmt)] + narrow + few + sparse
+    if isinstance(fmt, IntegerFormat) and fmt.bits < 8 and scales != "weights" and spec.target.startswith("sm_"):
+        return (2.7 if fmt.bits < 4 else 3.0) + narrow + few + sparse
     return 3.6 + narrow + few + sparse
 
 
@@ -288,10 +291,10 @@ def _eight(like: KernelSpec) -> bool:
 
     A warp group multiplies 16 rows at least by Triton, and no warp of it goes on before all four have multiplied.
     """
-    bits = FORMATS[like.weight].bits
-    # Planes of 1 and 2 bits are exchanged between threads on their way to warps that multiply for themselves.
-    whole = bits in (2, 4) or (bits < 8 and scales_of(like, "products") == "weights")
-    plain = like.activation is None and not like.sparse and whole
+    fmt = FORMATS[like.weight]
+    # Bytes of other formats are exchanged between threads on their way to warps that multiply for themselves.
+    whole = isinstance(fmt, IntegerFormat) or fmt.bits == 4
+    plain = like.activation is None and not like.sparse and whole and fmt.bits < 8
     served = like.compute in ("bfloat16", "float16") and like.target.startswith("sm_")
     return plain and served and not _tensor_memory(like.target)
 
@@ -316,6 +319,8 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
         most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
+        if block_m == 8 and like.offset:  # scales and offsets of 256 columns are more than fit beside eight rows
+            deep = (128,)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
             # A warp has 16 rows, or 32 of larger tiles; an accumulator has at most `most` registers of a thread.
@@ -337,13 +342,14 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     """Where scales go, and whether products overlap decoding, which is for operands in registers: Hopper's."""
     small = tile.m <= 32
     deep = tile.k >= 128 and like.target == "sm_90"
-    only = scales_of(replace(like, tile=tile), "products")
+    given = replace(like, tile=tile)
+    if small and scales_of(given, _few_rows(like)) in ("products", "fragments"):
+        return [{"scales": _few_rows(like)}]
+    only = scales_of(given, "products")
     if only != "products":  # there is no choice
         return [{}, {"overlap": True}] if not small and deep and only == "total" else [{}]
-    if small:
-        return [{"scales": _few_rows(like)}]
     ways: list[dict[str, Any]] = []
-    fragments = scales_of(like, "fragments") == "fragments"
+    fragments = scales_of(given, "fragments") == "fragments"
     products = not fragments or (tile.m <= 64 and not like.quads)
     if products and _holds_products(like, tile):
         ways.append({})
@@ -353,8 +359,12 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
 
 
 def _few_rows(like: KernelSpec) -> str:
-    """Where scales go in products of few rows: those of narrow groups into fragments, which makes products wide."""
-    return "fragments" if like.quads else "products"
+    """Where scales go in products of few rows: those of narrow groups into fragments, which makes products wide.
+
+    Those that are integers need too many registers where they are not decoded by words, which is for NVIDIA's.
+    """
+    words = like.target.startswith("sm_") or like.scale_dtype.startswith("float8")
+    return "fragments" if like.quads and words else "products"
 
 
 def _before_hopper(target: str) -> bool:

@@ -208,7 +208,7 @@ def scale_decoder(scale_dtype: str, target: str) -> str:
         above = 128 if scale_dtype == "int8" else 0
         return head + (
             "    # The last bits of 2**23 and more count units; conversions are slow.\n"
-            f"    bits = (value.to(tl.int32) + {above}) | 0x4B000000\n"
+            f"    bits = (value.to(tl.{scale_dtype}, bitcast=True).to(tl.int32) + {above}) | 0x4B000000\n"
             f"    return bits.to(tl.float32, bitcast=True) - {float((1 << 23) + above)}\n"
         )
     return head + "    return value.to(tl.float32)\n"

@@ -18,6 +18,13 @@ from qcompile.codegen.decoders import (
     scale_decoder,
     scale_word_decoder,
 )
+from qcompile.codegen.field_decoders import (
+    codes_decoder,
+    fields_assembly,
+    quad_assembly,
+    quad_decoder,
+    quad_unit,
+)
 from qcompile.codegen.holes import fill_hole, functions_of, print_constants, read_template
 from qcompile.codegen.nearest import nearest
 from qcompile.codegen.norm_kernel_spec import NormKernelSpec
@@ -38,8 +45,6 @@ from qcompile.codegen.word_decoders import (
     byte_assembly,
     kept_assembly,
     pairs_decoder,
-    quad_assembly,
-    quad_decoder,
     sparse_product,
     spread_assembly,
     spread_tables,
@@ -138,7 +143,8 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
     chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
     if scales == "fragments" and spec.quads:
-        chunk = widest
+        above = spec.super_columns if spec.super_columns < spec.k else 0
+        chunk = min(widest, above & -above or widest)
     if spec.tile.form == "cores":
         chunk = min(aligned, warp_columns(spec.tile))
     run = min(aligned, chunk)
@@ -147,12 +153,26 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     zero_points = not spec.symmetric and not spec.offset and scales != "weights"
     scaled = scales == "fragments"
     changed = scales != "weights" and spec.tile.form != "cores"
-    if changed and (fmt.bits == 4 or not zero_points):  # else something is added to weights after
-        factor = word_factor(fmt, decoded, spec.target, at_once=fmt.bits == 4 and scaled and not zero_points)
-    if fmt.bits == 4 and decoded in FIELDS and spec.target.startswith("sm_"):
+    integers = spec.quads > 0 and spec.scale_dtype in ("int8", "uint8")
+    nvidia = decoded in FIELDS and spec.target.startswith("sm_")
+    # Codes of 64 columns at once, which 4 bits need for scales of integers only.
+    at_once = integers if scaled and spec.quads else fmt.bits != 4
+    at_once = at_once and nvidia and changed and isinstance(fmt, IntegerFormat) and fmt.bits < 8
+    if changed and (at_once or fmt.bits == 4 or not zero_points):  # else something is added to weights after
+        multiplied = (at_once or fmt.bits == 4) and scaled and not zero_points
+        factor = word_factor(fmt, decoded, spec.target, scaled=multiplied, at_once=at_once)
+    if at_once:
+        assert isinstance(fmt, IntegerFormat)
+        of = spec.scale_dtype if scaled else ""
+        quads = spec.quads if scaled else 0
+        words = fields_assembly(
+            fmt, decoded, spec.target, zero_points=zero_points, scales=of, quads=quads, factor=factor
+        )
+    elif fmt.bits == 4 and nvidia:
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
-        if isinstance(fmt, IntegerFormat):
-            negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
+    if words and isinstance(fmt, IntegerFormat):
+        negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
+    unit = quad_unit(spec.scale_dtype, spec.compute, spec.target) if scaled and spec.quads else 1.0
     return {
         "N": spec.n,
         "K": spec.k,
@@ -176,7 +196,9 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         "SUPER_LAST": scales != "total" and super_last(spec),
         "WORDS": words,
         "NEGATIVE": negative,
-        "FACTOR": factor,
+        "FACTOR": factor * (unit if words else 1.0),
+        "UNIT": unit,
+        "BYTES": at_once or fmt.bits not in (4, 8),
         "GATED": spec.gated,
         "PAIRED": spec.paired,
         "SPLIT": spec.tile.split,
@@ -190,7 +212,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
 
 
 def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[str, str]:
-    """What fills `fragment_weights`, some of its constants changed."""
+    """What fills `fragment_weights`, some of its constants changed, and what decodes weights."""
     constants = _fragment_constants(spec, decoded) | changed
     factor = 1.0 if constants["WORDS"] else float(str(constants["FACTOR"]))
     decoders = (
@@ -198,11 +220,12 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
         scale_word_decoder(spec.scale_dtype, spec.compute, spec.target),
         quad_decoder(spec.scale_dtype, spec.compute, spec.target),
         pairs_decoder(FORMATS[spec.weight]),
+        *([codes_decoder(FORMATS[spec.weight])] if FORMATS[spec.weight].bits not in (4, 8) else []),
         pair_decoder(FORMATS[spec.weight], decoded, spec.target, factor),
         conversion("decode_x", spec.activation, spec),
     )
     return {
-        "weights": functions_of("fragment_weights"),
+        "weights": functions_of("fragment_weights") + functions_of("fragment_scales", "@triton.jit"),
         "constants": print_constants(constants),
         "decode": "\n\n".join(decoders) + "\n\n",
     }
@@ -232,7 +255,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
     if spec.sparse:
         assert isinstance(fmt, IntegerFormat)
         scaled = constants["SCALES"] == "fragments"
-        constants["FACTOR"] = factor = word_factor(fmt, spec.compute, spec.target, at_once=scaled)
+        constants["FACTOR"] = factor = word_factor(fmt, spec.compute, spec.target, scaled=scaled)
         constants["WORDS"] = spread_assembly(fmt, spec.compute, scaled=scaled, factor=factor)
         spread = _spread()
     elif fmt.bits == 8:

@@ -268,11 +268,31 @@ _EXACT_SCALES = {
     "bfloat16": ("bfloat16", "float8_e8m0fnu", "float8_e4m3fn"),
     "float16": ("float16", "float8_e4m3fn"),
 }
-"""Types of scales that a type of tensor cores holds."""
+"""Types of scales that a type of tensor cores holds; both hold integers of 8 bits too."""
 
 
 FEW_ROWS = 32
 """Rows of a tile up to which it costs less to add offsets to products than to weights."""
+
+
+def _in_fragments(spec: KernelSpec) -> bool:
+    """Whether weights may be multiplied by their scales as the tensor cores' operands.
+
+    What is above scales, and offsets, multiply products then, for which scales must lie in fours and rows be few.
+    """
+    integers = spec.scale_dtype in ("int8", "uint8")
+    if spec.groups == 1 or not (integers or spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())):
+        return False
+    if not spec.quads:
+        return not integers and not spec.offset and (spec.super_columns == 0 or super_last(spec))
+    if spec.compute not in _EXACT_SCALES or not (spec.symmetric or spec.offset):
+        return False
+    if integers and spec.compute == "float16" and FORMATS[spec.weight].absmax * 255 > 65504:
+        return False
+    few = spec.tile.m <= FEW_ROWS
+    if spec.super_columns and not super_last(spec):
+        return few and (spec.super_columns >= spec.k or spec.super_columns % 64 == 0)
+    return few or not spec.offset
 
 
 def scales_of(spec: KernelSpec, preferred: str) -> str:
@@ -282,15 +302,14 @@ def scales_of(spec: KernelSpec, preferred: str) -> str:
         preferred: "products" or "fragments", for where both serve.
     """
     divisible = spec.aligned >= 64 or (spec.aligned >= 16 and FORMATS[spec.weight].bits in (4, 8)) or not spec.aligned
+    if preferred == "fragments" and (divisible or spec.quads) and _in_fragments(spec):
+        return "fragments"
     if not divisible:
         return "weights"
     if spec.offset:
         return "products" if spec.tile.m <= FEW_ROWS else "weights"
-    if spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k):
-        return "total"
-    exact = spec.scale_dtype in _EXACT_SCALES.get(spec.compute, ())
-    exact = exact and (spec.super_columns == 0 or super_last(spec)) and (spec.symmetric or not spec.quads)
-    return "fragments" if preferred == "fragments" and exact else "products"
+    whole = spec.groups == 1 and (spec.super_columns == 0 or spec.super_columns >= spec.k)
+    return "total" if whole else "products"
 
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -330,7 +349,8 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "it takes scales above scales of groups, one for all of a row"
     if scales == "total" and not spec.symmetric:
         return "it takes zero points of groups only"
-    if scales == "weights" or not (spec.scale_dtype in _FLOATS or (spec.quads and scales == "fragments")):
+    floats = spec.scale_dtype in _FLOATS or (spec.quads and spec.scale_dtype.startswith("float8"))
+    if scales == "weights" or not floats or (spec.quads and scales != "fragments"):
         return "its scales are of floating-point types of 16 or 32 bits, or of 8 where weights hold their products"
     if spec.quads and spec.sparse:
         return "its sparse weights have no scales of 16 or 32 columns"

@@ -9,13 +9,13 @@ import operator
 import struct
 from typing import TypeAlias
 
-from qcompile.codegen.decoders import FIELDS, MAGIC, bias_factor, bits_of, jit_function
-from qcompile.codegen.spec import launches_early, native_fp8
+from qcompile.codegen.decoders import FIELDS, MAGIC, bias_factor, bits_of
+from qcompile.codegen.spec import launches_early
 from qcompile.formats import FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.places import bit_places, moves, signed
 
 
-def _block(lines: list[str]) -> str:
+def block(lines: list[str]) -> str:
     """PTX of these lines, whose registers are its own."""
     return "{ " + " ".join(line + ";" for line in lines) + " }"
 
@@ -113,19 +113,20 @@ def _move_fields(fmt: FloatFormat, dtype: str) -> list[str]:
     return lines
 
 
-def word_factor(fmt: Format, dtype: str, target: str, *, at_once: bool) -> float:
+def word_factor(fmt: Format, dtype: str, target: str, *, scaled: bool, at_once: bool = False) -> float:
     """By how much weights may be more than what `word_assembly` or `pair_decoder` makes of codes: a power of two, or 1.
 
     Args:
-        at_once: whether they are multiplied by scales too, of which those up to 2**33 leave all factors finite then.
+        scaled: whether they are multiplied by scales too, of which those up to 2**33 leave all factors finite then.
+        at_once: whether `fields_assembly` makes them, which does for all NVIDIA's what `word_assembly` does from sm_90.
     """
     if dtype != "bfloat16":
         return 1.0
     if isinstance(fmt, FloatFormat):
-        return 2.0**40 if fmt.bits == 4 and at_once and target.startswith("sm_") else 1.0
-    if not isinstance(fmt, IntegerFormat) or not launches_early(target):
+        return 2.0**40 if fmt.bits == 4 and scaled and target.startswith("sm_") else 1.0
+    if not isinstance(fmt, IntegerFormat) or not (at_once or launches_early(target)):
         return 1.0
-    return 2.0**40 if at_once else 2.0**6
+    return 2.0**40 if scaled else 2.0**6
 
 
 def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, at_once: bool) -> list[str]:
@@ -144,7 +145,8 @@ def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, 
         unit = 2.0 ** (127 - 4 * r) * (2.0**6 / factor)
         if at_once:
             lines += [f"mov.b32 c, {word(unit)}", f"mul.rn.bf16x2 s{r}, ${9 + r}, c"]
-            lines += [f"mov.b32 c, {word(-fmt.offset / factor)}", f"mul.rn.bf16x2 z{r}, ${9 + r}, c"]
+            lines.append(f"mov.b32 z{r}, {word(-fmt.offset / factor)}")
+            lines += [f"mul.rn.bf16x2 z{r}, ${9 + r}, z{r}"] if fmt.offset else []
             continue
         lines.append(f"mov.b32 s{r}, {word(unit)}")
         if zero_points:
@@ -213,7 +215,7 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
         first = 11 if zero_points else 9
         lines += [calculate("mul", f"t{j}", f"${first + j % 2}") for j in range(4)]
     lines += [f"mov.b32 {{$%d, $%d}}, t{j}" % (2 * j, 2 * j + 1) for j in range(4)]
-    return _block(lines)
+    return block(lines)
 
 
 def byte_assembly(fmt: Format, dtype: str, factor: float) -> str:
@@ -226,7 +228,7 @@ def byte_assembly(fmt: Format, dtype: str, factor: float) -> str:
             if dtype == "bfloat16":
                 lines += ["mov.b32 {x, y}, t0", "cvt.f32.f16 f, x", "cvt.f32.f16 g, y", "cvt.rn.bf16x2.f32 t0, g, f"]
             lines.append(f"mov.b32 {{${2 * r}, ${2 * r + 1}}}, t0")
-        return _block(lines)
+        return block(lines)
     assert isinstance(fmt, IntegerFormat)
     assert dtype == "bfloat16"
     unit, negative = (bits_of(value, "bfloat16") * 0x10001 for value in (2.0**133 / factor, -fmt.offset / factor))
@@ -234,7 +236,7 @@ def byte_assembly(fmt: Format, dtype: str, factor: float) -> str:
     for r, word in enumerate(("$4", "w")):
         lines += [f"and.b32 t{r}, {word}, 0xff00ff", f"fma.rn.bf16x2 t{r}, t{r}, s, z"]
         lines.append(f"mov.b32 {{${2 * r}, ${2 * r + 1}}}, t{r}")
-    return _block(lines)
+    return block(lines)
 
 
 def kept_assembly(fmt: Format, dtype: str) -> str:
@@ -260,7 +262,7 @@ def kept_assembly(fmt: Format, dtype: str) -> str:
         if fmt.bits > room:
             lines.append(f"lop3.b32 s, {source}, 0x800080, {magic ^ 0x80808080:#x}, 0x6a")  # (word & mask) ^ numbers
         lines.append(f"fma.rn.{packed} ${j}, ${j}, o, {base}")
-    return _block(lines)
+    return block(lines)
 
 
 def spread_tables() -> tuple[tuple[int, int], tuple[int, int]]:
@@ -319,7 +321,7 @@ def spread_assembly(fmt: IntegerFormat, dtype: str, *, scaled: bool, factor: flo
                     lines.append(f"fma.rn.f16x2 t{i}, t{i}, u{r}, z{r}")
                     lines += [f"mul.rn.f16x2 t{i}, t{i}, {scales[r]}"] * scaled
                 lines.append(f"mov.b32 {{${2 * word}, ${2 * word + 1}}}, t{i}")
-    return _block(lines)
+    return block(lines)
 
 
 def _row_values(fmt: IntegerFormat, dtype: str, scales: list[str], factor: float) -> list[str]:
@@ -377,47 +379,3 @@ def pairs_decoder(fmt: Format) -> str:
         terms += [f"((words >> {-up}) & {signed(mask >> -up)})" for up, mask in ups.items() if up < 0]
         lines = ["return extract(" + " | ".join(terms) + ", 4)"]
     return _FOUR_BITS + "".join(f"    {line}\n" for line in lines)
-
-
-_QUADS = """@triton.jit
-def quad_words(quads):
-    \"\"\"What `scale_words` makes of the four bytes of words.\"\"\"
-    return tl.inline_asm_elementwise(
-        {assembly!r},
-        "=r,=r,=r,=r,r",
-        [quads],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-"""
-
-
-def quad_assembly(scale_dtype: str, compute: str, target: str) -> str:
-    """PTX that makes $<i> what `scale_words` makes of byte i of word $4; "" where there is none."""
-    lines: list[str] = []
-    if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):
-        # As in `decode_scale`: bytes 0 and 2, then 1 and 3.
-        lines += [".reg .b32 a, m, z", "mov.b32 m, 0x400040", "mov.b32 z, 0"]
-        for i, place in enumerate(("shl.b32 a, $4, 7", "shr.b32 a, $4, 1")):
-            lines += [place, "and.b32 a, a, 0x7f807f80", "max.bf16x2 a, a, m", "fma.rn.bf16x2 a, a, z, a"]
-            lines += [f"prmt.b32 ${i}, a, 0, 0x1010", f"prmt.b32 ${i + 2}, a, 0, 0x3232"]
-    elif scale_dtype == "float8_e4m3fn" and compute in FIELDS and target.startswith("sm_") and native_fp8(target):
-        lines += [".reg .b16 l, h, x, y", ".reg .b32 a", ".reg .f32 f", "mov.b32 {l, h}, $4"]
-        for i, pair in enumerate("lh"):
-            lines.append(f"cvt.rn.f16x2.e4m3x2 a, {pair}")
-            if compute == "float16":
-                lines += [f"prmt.b32 ${2 * i}, a, 0, 0x1010", f"prmt.b32 ${2 * i + 1}, a, 0, 0x3232"]
-                continue
-            lines.append("mov.b32 {x, y}, a")
-            for j, half in enumerate("xy"):
-                lines += [f"cvt.f32.f16 f, {half}", f"cvt.rn.bf16x2.f32 ${2 * i + j}, f, f"]
-    return _block(lines) if lines else ""
-
-
-def quad_decoder(scale_dtype: str, compute: str, target: str) -> str:
-    """A Triton function `quad_words`: what `scale_words` makes of the four bytes of words, in a tuple."""
-    if assembly := quad_assembly(scale_dtype, compute, target):
-        return _QUADS.format(assembly=assembly)
-    body = ", ".join(f"scale_words((quads >> {8 * i} & 0xFF).to(tl.uint8))" for i in range(4))
-    return jit_function("quad_words(quads):", f"({body})")

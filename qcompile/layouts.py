@@ -27,7 +27,7 @@ from qcompile.bitpack import pack_bits
 from qcompile.formats import IntegerFormat
 from qcompile.formats.whole import whole_numbers
 from qcompile.packed import LOGICAL, PackedWeight
-from qcompile.places import move_bits, quads_of
+from qcompile.places import gathered, move_bits, quads_of, signed, slots
 from qcompile.scheme import WHOLE, Granularity, Scheme
 
 TILE = 64
@@ -176,14 +176,28 @@ class FragmentLayout(Layout):
     """64x64 tiles in the order in which a warp group's MMA takes its first operand from registers.
 
     In a tile, thread t = 32 w + 4 h + l holds the 32 codes of n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b for
-    v < 4 and r, s, b < 2. A plane of width p takes p words a thread: with j = 4 v + 2 s + r, the code's field of that
-    plane is in word j // (16 / p) at bit 16 b + p (j % (16 / p)). So a pair b = 0, 1 sits in the halves of a word, and
-    one mask extracts both. The planes of a tile follow each other: 128 p words each. The bits of words of FP4 and of
-    tables of 16 values change places then (`places.bit_places`).
+    v < 4 and r, s, b < 2, in as many words as a code has bits. A pair b = 0, 1 sits in the halves of a word, and one
+    mask extracts both. Codes of 8 bits are in byte 2 b + r of word 2 v + s. Others are in bytes 2 b + s, where slot
+    2 v + r is the same bits of each of the four bytes (`places.slots`): as many slots as fit from the lowest bit of
+    each word on, and in what is then left of the highest bits of words the rest of them (`places.gathered`).
+
+    | bits | in word i      | others, and the words that their bits come from, the highest first                       |
+    | ---- | -------------- | ---------------------------------------------------------------------------------------- |
+    | 2    | 4 i to 4 i + 3 |                                                                                          |
+    | 3    | 2 i, 2 i + 1   | 6, 7 in a byte, of two bits each from words 0, 1, 2: 7 above 6                           |
+    | 4    | 2 i, 2 i + 1   |                                                                                          |
+    | 5    | i              | 5: three bits from word 0, two from 3; 6: from 1, 4; 7: three from 2, one each from 3, 4 |
+    | 6    | i              | 6: two bits each from words 0, 1, 2; 7: from 3, 4, 5                                     |
+    | 7    | i              | 7: one bit each from words 0 to 6                                                        |
+
+    Words of a tile are in planes of 8, 4, 2 and 1 words a thread (`plane_widths`): word f + i of thread t, of the plane
+    that begins at word f and has p words a thread, is number 128 f + p t + i. The bits of words of FP4 and of tables of
+    16 values change places then (`places.bit_places`).
 
     All that is per block becomes [N / 64, groups, 64], and what is above it [N / 64, super groups, 64]. Scales of one
-    byte for 16 or 32 columns (and offsets of that type) become [N / 64, K / 64, 4096 / columns] instead, as
-    `_in_fours` says: what a thread needs for a tile follows each other.
+    byte for 16 or 32 columns (and offsets of that type) become [N / 64, K / 64, 4096 / columns] instead (`_in_fours`):
+    with Q = 32 / columns words of four (`places.quads_of`) for two rows of a tile, word Q (t // 4) + q has in byte
+    2 g + r what thread t needs for row r and the tile's group 2 q + g of columns.
     """
 
     name = "fragment"
@@ -197,25 +211,18 @@ class FragmentLayout(Layout):
         n, k = weight.shape
         bits = weight.scheme.format.bits
         fields = _fragments(F.pad(weight.unpack_codes(), (0, -k % TILE, 0, -n % TILE)))
-        planes = []
-        low = 0
-        for width in plane_widths(bits):
-            planes.append(_join_fields((fields >> low) & ((1 << width) - 1), width).flatten(2))
-            low += width
+        words = _join_fields(fields, 8) if bits == 8 else _join_slots(fields, bits)
+        planes = [plane.flatten(2) for plane in words.split(plane_widths(bits), -1)]
         codes = move_bits(torch.cat(planes, -1), weight.scheme.format)
         return replace(_rows_last(weight, TILE), codes=codes, layout=self.name)
 
     def unpack(self, weight: PackedWeight) -> PackedWeight:
         n, k = weight.shape
         bits = weight.scheme.format.bits
-        tiles_n, tiles_k = weight.codes.shape[:2]
-        codes = torch.zeros(tiles_n, tiles_k, 128, 16, 2, dtype=torch.uint8, device=weight.device)
         stored = move_bits(weight.codes, weight.scheme.format, back=True)
-        low = 0
-        for width in plane_widths(bits):
-            words = stored[..., 128 * low : 128 * (low + width)].unflatten(-1, (128, width))
-            codes |= _split_fields(words, width) << low
-            low += width
+        planes = stored.split([128 * width for width in plane_widths(bits)], -1)
+        words = torch.cat([plane.unflatten(-1, (128, -1)) for plane in planes], -1)
+        codes = _split_fields(words, 8) if bits == 8 else _split_slots(words, bits)
         matrix = _matrix(codes)[:n, :k].contiguous()
         return replace(_rows_first(weight, TILE), codes=pack_bits(matrix, bits), layout=LOGICAL)
 
@@ -248,6 +255,37 @@ def _split_fields(words: Tensor, width: int) -> Tensor:
     shifts = width * torch.arange(16 // width, dtype=torch.int32, device=words.device)
     both = words[..., None, None] >> (shifts[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=words.device))
     return (both & ((1 << width) - 1)).to(torch.uint8).flatten(-3, -2)
+
+
+def _join_slots(fields: Tensor, bits: int) -> Tensor:
+    """Fields [.., j = 4 v + 2 s + r, b] of `bits` bits as int32 words [.., bits], as `places.slots` has them."""
+    split = fields.unflatten(-2, (4, 2, 2)).to(torch.int32)  # v s r b
+    bytes_ = [16 * b + 8 * s for s in range(2) for b in range(2)]
+    words = torch.zeros(*fields.shape[:-2], bits, dtype=torch.int32, device=fields.device)
+    for slot, (number, low) in enumerate(slots(bits)):
+        pairs = split[..., slot // 2, :, slot % 2, :].flatten(-2)  # s b
+        both = sum(pairs[..., i] << place for i, place in enumerate(bytes_)) << low
+        for word, down, taken in _parts_of(number, bits):
+            words[..., word] |= (both & signed(taken * 0x1010101)) << down
+    return words
+
+
+def _split_slots(words: Tensor, bits: int) -> Tensor:
+    """The inverse of `_join_slots`, uint8."""
+    bytes_ = torch.tensor([16 * b + 8 * s for s in range(2) for b in range(2)], dtype=torch.int32, device=words.device)
+    found = []
+    for number, low in slots(bits):
+        both = torch.zeros_like(words[..., 0])
+        for word, down, taken in _parts_of(number, bits):
+            both |= (words[..., word] >> down) & signed(taken * 0x1010101)
+        found.append((both.unsqueeze(-1) >> (bytes_ + low)) & ((1 << bits) - 1))
+    split = torch.stack(found, -2).unflatten(-1, (2, 2)).unflatten(-3, (4, 2))  # v r s b
+    return split.transpose(-3, -2).flatten(-4, -2).to(torch.uint8)
+
+
+def _parts_of(number: int, bits: int) -> tuple[tuple[int, int, int], ...]:
+    """Of byte `number` of `places.slots` the parts, as `places.gathered` has them."""
+    return ((number, 0, 0xFF),) if number < bits else gathered(bits)[number - bits]
 
 
 class Fragment24Layout(Layout):

@@ -10,6 +10,42 @@ _FLOAT_PLACES = ((6, 7, 8, 15), (0, 1, 2, 9), (10, 11, 12, 19), (4, 5, 14, 13))
 """For each of the four codes in the lower half of a word of E2M1: where its bits lie, lowest first."""
 
 
+_THIRDS = ((0, 0, 0xC0), (1, 2, 0x30), (2, 4, 0x0C))
+_GATHERED = {
+    3: (_THIRDS,),
+    5: (
+        ((0, 0, 0xE0), (3, 3, 0x18)),
+        ((1, 0, 0xE0), (4, 3, 0x18)),
+        ((2, 0, 0xE0), (3, 1, 0x10), (4, 2, 0x08)),
+    ),
+    6: (_THIRDS, tuple((word + 3, down, taken) for word, down, taken in _THIRDS)),
+    7: (tuple((word, word, 0x80 >> word) for word in range(7)),),
+}
+"""For codes of so many bits: bytes that are gathered from what whole codes leave of a thread's words.
+
+Of each byte the parts: of word number `word`, shifted down by `down`, the bits of the mask `taken`.
+"""
+
+
+def gathered(bits: int) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    """`_GATHERED` for codes of `bits` bits, which has none if they fill bytes."""
+    return _GATHERED.get(bits, ())
+
+
+def slots(bits: int) -> tuple[tuple[int, int], ...]:
+    """For the eight codes in bytes of a thread's words: which byte, and the lowest bit there.
+
+    Bytes are those of the `bits` words, which have as many codes as fit, from the lowest bit; after them, from number
+    `bits`, those that are `gathered`, whose codes end at the highest bit.
+    """
+    found = [(word, bits * i) for word in range(bits) for i in range(8 // bits)]
+    for number, parts in enumerate(gathered(bits), bits):
+        low = min(taken & -taken for _, _, taken in parts).bit_length() - 1
+        found += [(number, first) for first in range(low, 8, bits)]
+    assert len(found) == 8
+    return tuple(found)
+
+
 def bit_places(fmt: Format) -> tuple[int, ...] | None:
     """Where the bits of a word of eight 4-bit codes lie, if not in order.
 
@@ -64,6 +100,7 @@ def signed(word: int) -> int:
 def quads_of(scale_dtype: str, columns: int, k: int) -> int:
     """How many words of four scales each two rows, 8 apart, have for 64 columns; 0 if scales do not lie in fours.
 
-    Those do that are floats of one byte and belong to 16 or 32 of more columns.
+    Those do that have one byte and belong to 16 or 32 of more columns.
     """
-    return 32 // columns if scale_dtype.startswith("float8") and columns in (16, 32) and columns < k else 0
+    byte = scale_dtype.startswith("float8") or scale_dtype in ("int8", "uint8")
+    return 32 // columns if byte and columns in (16, 32) and columns < k else 0

@@ -16,7 +16,8 @@ from qcompile.packed import PackedWeight, concatenate
 from qcompile.presets import PRESETS
 from qcompile.reference import dequantize, quantize_weight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
-from tests.kernels.problems import sparse_codes
+from tests.kernels.problems import random_weight, sparse_codes
+from tests.kernels.test_gemm import GGUF_LIKE
 
 SHAPES = [(64, 128), (1, 128), (65, 192), (130, 64), (3, 80)]
 GRANULARITIES = [Granularity.tensor(), Granularity.channel(), Granularity.group(16), Granularity.group(32)]
@@ -76,24 +77,50 @@ def test_round_trip(name, layout):
     assert bool(taken) == expected[layout.name]
 
 
-def test_fragment_puts_codes_where_its_docstring_says():
-    codes = torch.randint(0, 8, (64, 64), dtype=torch.uint8)
-    scheme = scheme_of("int3", Granularity.channel()).weight
-    packed = PackedWeight.from_codes(codes, torch.ones(64, 1, dtype=torch.bfloat16), None, scheme)
-    words = LAYOUTS["fragment"].pack(packed).codes
-    assert words.shape == (1, 1, 128 * 3)
-    plain = [w % 2**32 for w in words.flatten().tolist()]
+BYTES = {
+    1: [[(0, slot)] for slot in range(8)],
+    2: [[(slot // 4, 2 * (slot % 4) + i) for i in range(2)] for slot in range(8)],
+    3: [
+        *([(slot // 2, 3 * (slot % 2) + i) for i in range(3)] for slot in range(6)),
+        [(2, 6), (2, 7), (1, 6)],
+        [(1, 7), (0, 6), (0, 7)],
+    ],
+    4: [[(slot // 2, 4 * (slot % 2) + i) for i in range(4)] for slot in range(8)],
+    5: [
+        *([(slot, i) for i in range(5)] for slot in range(5)),
+        [(3, 6), (3, 7), (0, 5), (0, 6), (0, 7)],
+        [(4, 6), (4, 7), (1, 5), (1, 6), (1, 7)],
+        [(4, 5), (3, 5), (2, 5), (2, 6), (2, 7)],
+    ],
+    6: [
+        *([(slot, i) for i in range(6)] for slot in range(6)),
+        [(2, 6), (2, 7), (1, 6), (1, 7), (0, 6), (0, 7)],
+        [(5, 6), (5, 7), (4, 6), (4, 7), (3, 6), (3, 7)],
+    ],
+    7: [*([(slot, i) for i in range(7)] for slot in range(7)), [(6 - i, 7) for i in range(7)]],
+}
+"""By bits of a code, for each slot 2 v + r: in which word, and where in its bytes 2 b + s, the code's bits are."""
+
+
+@pytest.mark.parametrize("name", ["int2", "int3", "int4", "int5", "int6", "int7", "int8"])
+def test_fragment_puts_codes_where_its_docstring_says(name):
+    bits = FORMATS[name].bits
+    codes = torch.randint(0, 2**bits, (64, 64), dtype=torch.uint8)
+    packed = PackedWeight.from_codes(
+        codes, torch.ones(64, 1, dtype=torch.bfloat16), None, scheme_of(name, Granularity.channel()).weight
+    )
+    there = LAYOUTS["fragment"].pack(packed).codes
+    assert there.shape == (1, 1, 128 * bits)
+    planes = there.flatten().split([128 * width for width in plane_widths(bits)])
+    words = torch.cat([plane.view(128, -1) for plane in planes], 1).tolist()
     for w, h, lane, v, s, r, b in itertools.product(range(4), range(8), range(4), range(4), *[range(2)] * 3):
-        n, k = 16 * w + 8 * r + h, 16 * v + 8 * s + 2 * lane + b
-        thread, j = 32 * w + 4 * h + lane, 4 * v + 2 * s + r
-        value, start, weight_of_plane = 0, 0, 1
-        for width in (2, 1):
-            per_word = 16 // width
-            word = plain[start + thread * width + j // per_word]
-            value += word // 2 ** (16 * b + width * (j % per_word)) % 2**width * weight_of_plane
-            start += 128 * width
-            weight_of_plane *= 2**width
-        assert value == codes[n, k]
+        own = [word % 2**32 for word in words[32 * w + 4 * h + lane]]
+        if bits == 8:
+            found = own[2 * v + s] >> 8 * (2 * b + r) & 0xFF
+        else:
+            places = BYTES[bits][2 * v + r]
+            found = sum((own[word] >> 8 * (2 * b + s) + place & 1) << i for i, (word, place) in enumerate(places))
+        assert found == codes[16 * w + 8 * r + h, 16 * v + 8 * s + 2 * lane + b]
 
 
 E2M1_BITS = {"00": (6, 7, 8, 15), "01": (0, 1, 2, 9), "10": (10, 11, 12, 19), "11": (4, 5, 14, 13)}
@@ -132,6 +159,17 @@ def test_narrow_scales_of_a_byte_lie_in_fours(columns):
         tile, w, r, h = n // 64, n % 64 // 16, n % 16 // 8, n % 8
         place = (8 * w + h) * 4 * quads + group % (2 * quads) * 2 + r
         assert there[tile, group // (2 * quads), place] == scale[n, group]
+
+
+@given(st.sampled_from(sorted(GGUF_LIKE)), st.integers(1, 140), st.integers(1, 600), st.integers(0, 99))
+def test_integer_scales_come_back(name, n, k, seed):
+    torch.manual_seed(seed)
+    packed = random_weight(GGUF_LIKE[name], n, k)
+    there = LAYOUTS["fragment"].pack(packed)
+    columns = GGUF_LIKE[name].granularity.columns
+    if columns < k:
+        assert there.scale.shape == (-(-n // 64), -(-k // 64), 4096 // columns)
+    assert equal(LAYOUTS["fragment"].unpack(there), packed)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])

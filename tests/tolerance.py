@@ -93,17 +93,23 @@ def gemm_bound(
     return total + unit(out_dtype) * (y + total) + eta(out_dtype) / 2
 
 
-def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor) -> Tensor:
+def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor, rounded: torch.dtype = torch.float32) -> Tensor:
     """What a product errs by beyond `gemm_bound` if weights are `scaled` + `offset`: float64 [M, N].
 
     The two may cancel, so their roundings in float32 (two of each: a scale of scales, and the product with the code;
-    one of the sum) are relative to their own magnitudes: sum_k |x| gamma32(3) (|scaled| + |offset|).
+    one of the sum) are relative to their own magnitudes: sum_k |x| gamma32(3) (|scaled| + |offset|). A kernel that
+    rounds `scaled` to a narrower type, whose unit is u, and sums both by themselves in float32 adds
+    sum_k |x| u |scaled| + gamma(K + 3) sum_k |x| (|scaled| + |offset|).
 
     Args:
         x, scaled, offset: [M, K], [N, K], [N, K].
+        rounded: the type to which `scaled` is rounded.
     """
-    parts = scaled.to(torch.float64).abs() + offset.to(torch.float64).abs()
-    return gamma(3, U32) * (x.to(torch.float64).abs() @ parts.T)
+    x, scaled, offset = (part.to(torch.float64).abs() for part in (x, scaled, offset))
+    bound = gamma(3, U32) * (x @ (scaled + offset).T)
+    if rounded != torch.float32:
+        bound += unit(rounded) * (x @ scaled.T) + gamma(x.shape[1] + 3) * (x @ (scaled + offset).T)
+    return bound
 
 
 SLOPE = {

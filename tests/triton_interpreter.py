@@ -350,6 +350,11 @@ def install_assembly(builder: Any) -> None:
                 for half, register in enumerate(target.split(", ")):
                     registers[register] = (registers[source] >> np.uint32(16 * half)).astype(np.uint16)
                 continue
+            if rest.endswith("}"):
+                target, halves = rest[:-1].split(", {")
+                low, high = (registers[half].astype(np.uint32) for half in halves.split(", "))
+                registers[target] = low | high << np.uint32(16)
+                continue
             target, *sources = rest.split(", ")
             values = [registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources]
             registers[target] = _PTX[name](*values)

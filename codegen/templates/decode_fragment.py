@@ -1,6 +1,6 @@
 """W [N, K] in a 16-bit type from weights in the `fragment` layout: each code is read once, each element written once.
 
-Codes are decoded and scaled by the functions of `fragment_weights`, in the order of `reference.dequantize`, and rounded
+Codes are decoded and scaled by the functions of `fragment_scales`, in the order of `reference.dequantize`, and rounded
 once, to W's type.
 """
 
@@ -9,15 +9,14 @@ import triton
 import triton.language as tl
 
 # <weights>
+from qcompile.codegen.templates.fragment_scales import decode_words, scale_weights
 from qcompile.codegen.templates.fragment_weights import (
     BLOCK_N,
     CHUNK,
     TILES_N,
     K,
     N,
-    decode_words,
     load_words,
-    scale_weights,
 )
 
 # </weights>

@@ -1,7 +1,7 @@
-"""Weights in the `fragment` layout of qcompile/layouts.py: constants, loads of codes and of scales, and decoding.
+"""Codes in the `fragment` layout of qcompile/layouts.py: constants, loads of words, and what decodes them.
 
-For the templates that multiply by such weights and the one that writes them out. How scales are applied is said in
-`gemm_fragment`.
+For the templates that multiply by such weights and the one that writes them out. `fragment_scales` makes weights of
+what is here, with their scales.
 """
 
 # mypy: ignore-errors
@@ -30,8 +30,10 @@ SCALES = tl.constexpr("products")
 SCALE_TYPE = tl.constexpr(tl.float32)
 SUPER_LAST = tl.constexpr(False)
 WORDS = tl.constexpr("")
+BYTES = tl.constexpr(False)
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
+UNIT = tl.constexpr(1.0)
 GATED = tl.constexpr(False)
 PAIRED = tl.constexpr(False)
 SPLIT = tl.constexpr(1)
@@ -47,7 +49,16 @@ GROUPS = (K + COLUMNS - 1) // COLUMNS
 SUPER_GROUPS = tl.constexpr(0 if SUPER_COLUMNS.value == 0 else -(-K.value // SUPER_COLUMNS.value))
 ZERO_POINTS = tl.constexpr(not SYMMETRIC.value and not OFFSET.value)
 ZERO_SLOTS = tl.constexpr(2 if ZERO_POINTS.value and SCALES.value != "weights" else 0)
-SCALE_SLOTS = tl.constexpr({"products": 1 + OFFSET.value, "fragments": 1 if QUADS.value else 2}.get(SCALES.value, 0))
+SUPERS = tl.constexpr(SCALES.value == "fragments" and SUPER_COLUMNS.value > 0 and not SUPER_LAST.value)
+"""Whether products of weights in fragments are multiplied by what is above their scales."""
+APART = tl.constexpr(SUPERS.value or (SCALES.value == "fragments" and OFFSET.value))
+"""Whether each of these products is added to the sum by itself."""
+SCALE_SLOTS = tl.constexpr(
+    {
+        "products": 1 + OFFSET.value,
+        "fragments": (1 if QUADS.value else 2) + OFFSET.value + SUPERS.value * (1 + OFFSET.value),
+    }.get(SCALES.value, 0)
+)
 """Tensors of zero points, and of scales and offsets, that each chunk has."""
 TILES_K = (K + 63) // 64
 TILES_N = (N + 63) // 64
@@ -80,8 +91,13 @@ V = tl.constexpr(min(4, CHUNK.value // 16))
 """A chunk is of KT tiles of 64 columns, of V runs of 16 each."""
 GROUP_M = tl.constexpr(8)
 """Tiles of M that neighbouring programs take before the next tile of N, so that they share weights in the L2 cache."""
-CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r" * (ZERO_SLOTS.value + 2 * (SCALES.value == "fragments")))
-"""Of WORDS: halves of four words from a word, with what its rows' weights are less and times."""
+_WORDS_IN = BITS.value if BYTES.value else 1
+_SCALES_IN = 0 if SCALES.value != "fragments" else QUADS.value if BYTES.value and QUADS.value else 2
+CONSTRAINTS = tl.constexpr(
+    "=h," * (32 if BYTES.value else 8) + ",".join("r" * (_WORDS_IN + ZERO_SLOTS.value + _SCALES_IN))
+)
+"""Of WORDS: halves of words of weights from words of codes, with what their rows' weights are less and times."""
+HALF_WORDS = tl.constexpr((tl.int16,) * (32 if BYTES.value else 8))
 PREFETCH = tl.constexpr(min(128, K_PER_SPLIT.value // 64 * 4 * STORED.value // 16 * 16))
 """Bytes that each of 128 threads sends to the L2 cache for each tile of 64 rows; a multiple of 16."""
 PREFETCH_PTX = tl.constexpr(f"cp.async.bulk.prefetch.L2.global [$1], {PREFETCH.value}; mov.b32 $0, 0;")
@@ -102,7 +118,7 @@ def scale_words(value):
 
 @triton.jit
 def quad_words(quads):
-    """What `scale_words` makes of the four bytes of words."""
+    """What `scale_words` makes of the four bytes of words, UNIT times less."""
     return (
         scale_words((quads & 0xFF).to(tl.uint8)),
         scale_words((quads >> 8 & 0xFF).to(tl.uint8)),
@@ -115,6 +131,12 @@ def quad_words(quads):
 def four_bits(words):
     """The codes of words of 4-bit ones, as `decode_pair` takes them: [K tiles, N tiles, 128 threads, pairs]."""
     return extract(words, 4)
+
+
+@triton.jit
+def codes_of(words):
+    """Codes of 64 columns from a thread's words, as `decode_pair` takes them: [K tiles, N tiles, 128 threads, 16]."""
+    return tl.zeros((KT, NT, 128, 16), tl.int32)
 
 
 @triton.jit
@@ -171,7 +193,11 @@ def load_plane(codes, tile_n, tile_k, LOW: tl.constexpr, WIDTH: tl.constexpr):
     index = tl.arange(0, KT * NT * 128 * WIDTH)
     kt = index // (NT * 128 * WIDTH)
     nt, word = place_of(tile_n, index, 128 * WIDTH)
-    source = codes + (nt * TILES_K + kt) * (128 * STORED) + 128 * LOW + word
+    place = (nt * TILES_K + kt) * (128 * STORED) + 128 * LOW + word
+    if BYTES and MMA_SYNC:
+        # A thread loads its own words of each plane, or weights would be exchanged: `gemm_fragment.operand`.
+        place = tl.max_contiguous(place, WIDTH)
+    source = codes + place
     if EVEN_K and EVEN_N:
         words = tl.load(source)
     else:
@@ -185,10 +211,6 @@ def extract(words, WIDTH: tl.constexpr):
     fields = tl.join(words, words >> 8)
     if WIDTH <= 4:
         fields = tl.join(fields, fields >> 4)
-    if WIDTH <= 2:
-        fields = tl.join(fields, fields >> 2)
-    if WIDTH <= 1:
-        fields = tl.join(fields, fields >> 1)
     MASK: tl.constexpr = ((1 << WIDTH) - 1) * 0x10001
     return tl.reshape(fields, (words.shape[0], NT, 128, words.shape[3] * 16 // WIDTH)) & MASK
 
@@ -289,188 +311,44 @@ def pieces(planes):
 
 
 @triton.jit
-def half_words(value):
-    """16-bit numbers in both halves of words."""
-    return (value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-
-
-@triton.jit
-def spread(first, second):
-    """Of both groups of each word of `load_quads` a number, as one for each run of 16 columns."""
-    each = tl.reshape(tl.join(first, second), (KT, NT, 128, 2 * QUADS, 1))
-    return tl.reshape(tl.broadcast_to(each, (KT, NT, 128, 2 * QUADS, COLUMNS // 16)), (KT, NT, 128, V))
-
-
-@triton.jit
-def scales_of_rows(scales):
-    """Scales of a chunk for both rows of each thread slot, which broadcast to [K tiles, N tiles, 128 threads, V].
-
-    They are as `scale_words` makes them, or in float32 if codes are decoded without WORDS.
-    """
-    if QUADS == 0:
-        return tl.reshape(scales[0], (1, NT, 128, 1)), tl.reshape(scales[1], (1, NT, 128, 1))
-    elif WORDS != "":
-        a0, a1, b0, b1 = quad_words(scales[0])
-        return spread(a0, b0), spread(a1, b1)
+def each_of(words):
+    """Of [.., 128 threads, up to 4] a tuple of [.., 128 threads]."""
+    COUNT: tl.constexpr = words.shape[3]
+    if COUNT == 1:
+        return (tl.reshape(words, (KT, NT, 128)),)
+    elif COUNT == 2:
+        return tl.split(words)
     else:
-        a0 = decode_scale((scales[0] & 0xFF).to(tl.uint8))
-        a1 = decode_scale(((scales[0] >> 8) & 0xFF).to(tl.uint8))
-        b0 = decode_scale(((scales[0] >> 16) & 0xFF).to(tl.uint8))
-        b1 = decode_scale(((scales[0] >> 24) & 0xFF).to(tl.uint8))
-        return spread(a0, b0), spread(a1, b1)
+        even, odd = tl.split(tl.reshape(words, (KT, NT, 128, 2, 2)))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return a, b, c, d
 
 
 @triton.jit
-def decode_words(planes, zeros, scales):
-    """Weights [BLOCK_N, CHUNK] in COMPUTE (or float32), less zero points and, in fragments, times scales.
-
-    zeros, scales: as `load_blocks` has them for a chunk, if there are such.
-    """
-    if WORDS != "":
-        shape: tl.constexpr = (KT, NT, 128, V)
-        words = (planes[0],)
-        if ZERO_SLOTS:
-            for r in tl.static_range(2):
-                bits = zeros[r].to(tl.int32) * 0x10001 + NEGATIVE
-                words = words + (tl.broadcast_to(tl.reshape(bits, (1, NT, 128, 1)), shape),)
-        if SCALES == "fragments":
-            first, second = scales_of_rows(scales)
-            words = words + (tl.broadcast_to(first, shape), tl.broadcast_to(second, shape))
-        a0, b0, a1, b1, a2, b2, a3, b3 = tl.inline_asm_elementwise(
-            WORDS,
-            CONSTRAINTS,
-            words,
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True,
-            pack=1,
-        )
-        low = tl.join(tl.join(a0, a2), tl.join(a1, a3)).to(COMPUTE, bitcast=True)  # s | r
-        high = tl.join(tl.join(b0, b2), tl.join(b1, b3)).to(COMPUTE, bitcast=True)
-    else:
-        if BITS == 8:
-            pairs = extract(planes[0], 8)
-        elif BITS & 4:
-            pairs = four_bits(planes[0]) if BITS == 4 else extract(planes[0], 4)
-            if BITS & 2:
-                pairs |= extract(planes[1], 2) << 4
-        else:
-            pairs = extract(planes[0], 2)
-        if BITS & 1:
-            pairs |= extract(planes[-1], 1) << (BITS - 1)
-        low, high = decode_pair(pairs)
-        if ZERO_SLOTS:
-            zero = tl.reshape(tl.join(zeros[0], zeros[1]), (1, NT, 128, 1, 2)).to(low.dtype)
-            low = tl.reshape(low, (KT, NT, 128, 2 * V, 2)) - zero
-            high = tl.reshape(high, (KT, NT, 128, 2 * V, 2)) - zero
-        if SCALES == "fragments":
-            first, second = scales_of_rows(scales)
-            scale = tl.expand_dims(tl.join(first, second), 4).to(low.dtype)
-            low = tl.reshape(low, (KT, NT, 128, V, 2, 2)) * scale
-            high = tl.reshape(high, (KT, NT, 128, V, 2, 2)) * scale
-    # kt nt | w h l | v s r | b, with n = 64 nt + 16 w + 8 r + h and k = 64 kt + 16 v + 8 s + 2 l + b
-    fields = tl.reshape(tl.join(low, high), (KT, NT, 4, 8, 4, V, 2, 2, 2))
-    return tl.reshape(tl.permute(fields, (1, 2, 7, 3, 0, 5, 6, 4, 8)), (BLOCK_N, CHUNK))
-
-
-@triton.jit
-def load_rows(values, rows, row_mask, block, COUNT: tl.constexpr):
-    """What belongs to rows and to blocks of columns, from [N / 64, COUNT, 64]."""
-    source = values + rows // 64 * (COUNT * 64) + rows % 64 + tl.minimum(block, COUNT - 1) * 64
-    if EVEN_N:
-        return tl.load(source)
-    return tl.load(source, mask=row_mask, other=0)
-
-
-@triton.jit
-def load_slots(values, tile_n, block, COUNT: tl.constexpr):
-    """The same for the two rows r = 0, 1 of each thread slot: [NT * 128] each."""
-    tile, slot = place_of(tile_n, tl.arange(0, NT * 128), 128)
-    rows = first_tile(tile_n) * 64 + tile * 64 + slot // 32 * 16 + slot % 32 // 4
-    mask = rows < TILES_N * 64
-    return load_rows(values, rows, mask, block, COUNT), load_rows(values, rows + 8, mask, block, COUNT)
-
-
-@triton.jit
-def load_blocked(values, rows, row_mask, block):
-    """The same of scales or offsets, which may lie in fours."""
-    if QUADS == 0:
-        return load_rows(values, rows, row_mask, block, GROUPS)
-    block = tl.minimum(block, GROUPS - 1)
-    row = (rows % 64 // 16 * 8 + rows % 8) * QUADS
-    tile = rows // 64 * TILES_K + block // (2 * QUADS)
-    source = values + tile * (128 * QUADS) + (row + block // 2 % QUADS) * 4 + block % 2 * 2 + rows % 16 // 8
-    if EVEN_N:
-        return tl.load(source)
-    return tl.load(source, mask=row_mask, other=0)
-
-
-@triton.jit
-def load_quads(scale, tile_n, tile_k):
-    """Words of four scales, of two groups and in each two rows: int32 [K tiles, N tiles, 128 threads, QUADS]."""
-    each = tl.arange(0, KT * NT * 128)[:, None]
-    kt = each // (NT * 128)
-    nt, slot = place_of(tile_n, each, 128)
-    tile = first_tile(tile_n) + nt
-    source = scale.to(tl.pointer_type(tl.int32)) + (tile * TILES_K + tile_k + kt) * (32 * QUADS)
-    source += slot // 4 * QUADS + tl.arange(0, QUADS)[None, :]
-    if EVEN_K and EVEN_N:
-        words = tl.load(source)
-    else:
-        words = tl.load(source, mask=(tile_k + kt < TILES_K) & (tile < TILES_N), other=0)
-    return tl.reshape(words, (KT, NT, 128, QUADS))
-
-
-@triton.jit
-def load_super(super_scale, rows, row_mask, k):
-    """float32 scales above the scales (or offsets) of rows at columns k."""
-    return load_rows(super_scale, rows, row_mask, k // SUPER_COLUMNS, SUPER_GROUPS).to(tl.float32)
-
-
-@triton.jit
-def load_scale(scale, super_scale, rows, row_mask, k):
-    """float32 scales (or offsets) of rows at columns k, times what is above them unless that comes last."""
-    values = decode_scale(load_blocked(scale, rows, row_mask, k // COLUMNS))
-    if SUPER_GROUPS > 0 and not SUPER_LAST:
-        values *= load_super(super_scale, rows, row_mask, k)
-    return values
-
-
-@triton.jit
-def load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, k):
-    """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, then its offsets or its
-    zero points' two slots.
-
-    Scales in fragments are in two slots too, as float32 or as `scale_words` makes them, or as `load_quads` loads them.
-    """
+def words_of(planes):
+    """A thread's words of 64 columns, in a tuple."""
     found = ()
-    for chunk in tl.static_range(CHUNKS):
-        first = k + chunk * CHUNK
-        if SCALES == "products":
-            found = found + (load_scale(scale, super_scale, n, row_mask, first),)
-            if OFFSET:
-                found = found + (load_scale(offset, super_offset, n, row_mask, first),)
-        if SCALES == "fragments" and QUADS > 0:
-            found = found + (load_quads(scale, tile_n, first // 64),)
-        elif SCALES == "fragments":
-            r0, r1 = load_slots(scale, tile_n, first // COLUMNS, GROUPS)
-            if WORDS != "":
-                found = found + (scale_words(r0), scale_words(r1))
-            else:
-                found = found + (decode_scale(r0), decode_scale(r1))
-        if ZERO_SLOTS:
-            found = found + load_slots(zero_point, tile_n, first // COLUMNS, GROUPS)
+    for plane in tl.static_range(PLANES):
+        found = found + each_of(planes[plane])
     return found
 
 
 @triton.jit
-def scale_weights(weight, scale, zero_point, offset, super_scale, super_offset, n, row_mask, first_k):
-    """Weights [BLOCK_N, CHUNK] less zero points, times scales, plus offsets."""
-    k = first_k + RUN * tl.arange(0, CHUNK // RUN)[None, :]
-    n, row_mask = n[:, None], row_mask[:, None]
-    runs = tl.reshape(weight, (BLOCK_N, CHUNK // RUN, RUN)).to(SCALE_TYPE)
-    if ZERO_POINTS:
-        runs -= load_rows(zero_point, n, row_mask, k // COLUMNS, GROUPS).to(SCALE_TYPE)[:, :, None]
-    runs *= load_scale(scale, super_scale, n, row_mask, k).to(SCALE_TYPE)[:, :, None]
-    if OFFSET:
-        runs += load_scale(offset, super_offset, n, row_mask, k)[:, :, None]
-    return tl.reshape(runs, (BLOCK_N, CHUNK)).to(COMPUTE)
+def of_runs(fields, FIRST: tl.constexpr):
+    """Fields FIRST + 8 v of the runs v of 16 columns, in the last two dimensions."""
+    return tl.join(tl.join(fields[FIRST], fields[FIRST + 16]), tl.join(fields[FIRST + 8], fields[FIRST + 24]))
+
+
+@triton.jit
+def joined(fields, B: tl.constexpr):
+    """Of fields 8 v + 4 r + 2 s + b those of one b: [K tiles, N tiles, 128 threads, v, s, r]."""
+    first = tl.join(of_runs(fields, B), of_runs(fields, B + 2))
+    second = tl.join(of_runs(fields, B + 4), of_runs(fields, B + 6))
+    return tl.reshape(tl.join(first, second), (KT, NT, 128, V, 2, 2))
+
+
+@triton.jit
+def half_words(value):
+    """16-bit numbers in both halves of words."""
+    return (value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001

@@ -16,7 +16,9 @@ Where scales go (SCALES):
     "total"      one scale a row: it multiplies the sum.
     "products"   each product of CHUNK columns is multiplied in float32 before it is added; so is the sum of as many
                  of x, by the offset.
-    "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands.
+    "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands. Each
+                 product of CHUNK columns is multiplied by what is above scales (SUPERS), and with offsets added to the
+                 product of these, as they are, times what is above them.
     "weights"    the general way, for narrow blocks, and for offsets and many rows: weights are multiplied in float32,
                  where the offset is added too, so that it cancels nothing that was rounded; or in COMPUTE where that is
                  exact.
@@ -35,7 +37,16 @@ import triton
 import triton.language as tl
 
 # <weights>
+from qcompile.codegen.templates.fragment_scales import (
+    decode_words,
+    load_blocks,
+    load_scale,
+    load_super,
+    offset_words,
+    scale_weights,
+)
 from qcompile.codegen.templates.fragment_weights import (
+    APART,
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
@@ -68,23 +79,20 @@ from qcompile.codegen.templates.fragment_weights import (
     SLAB,
     SPLIT,
     SUPER_LAST,
+    SUPERS,
     TILES_N,
+    UNIT,
     WIDTH_N,
     X_SCALE,
     ZERO_SLOTS,
     K,
     N,
-    decode_words,
     decode_x,
     first_tile,
-    load_blocks,
-    load_scale,
-    load_super,
     load_words,
     pieces,
     place_of,
     prefetch,
-    scale_weights,
 )
 
 # </weights>
@@ -180,6 +188,19 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
             ones = tl.full((BLOCK_N, CHUNK), 1.0 / FACTOR, weight.dtype)  # as much less as weights are
             accumulator += tl.dot(ones, columns, input_precision=PRECISION) * more
         return accumulator
+    if APART:
+        product = tl.dot(weight, columns, input_precision=PRECISION)
+        if SUPERS:
+            product *= blocks[first + 1 + OFFSET][:, None]
+        accumulator += product
+        if OFFSET:
+            more = tl.dot(operand(offset_words(blocks[first + 1])), columns, input_precision=PRECISION)
+            if SUPERS:
+                more *= (blocks[first + 3] * (UNIT / FACTOR))[:, None]
+            else:
+                more *= UNIT / FACTOR
+            accumulator += more
+        return accumulator
     return tl.dot(weight, columns, accumulator, input_precision=PRECISION)
 
 
@@ -242,7 +263,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
                             part * PIECES + piece,
                             k + piece * CHUNK,
                         )
-            if SCALES != "products" and not OVERLAP:
+            if SCALES != "products" and not APART and not OVERLAP:
                 accumulator = settled(accumulator)
             blocks = next_blocks
     if FACTOR != 1.0:

@@ -89,7 +89,7 @@ def test_every_candidate(name: str, shape: tuple[int, int], m: int) -> None:
     given = problem(scheme, layout_of(scheme, shape), m, *shape, epilogue=steps)
     like = given.kernel(TARGET, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
     for kernel in sample(like, gpu.bucket(m)):
-        given.check(run(given, kernel), torch.bfloat16, unit_of(kernel))
+        given.check(run(given, kernel), torch.bfloat16, unit_of(kernel), kernel=kernel)
 
 
 @pytest.mark.parametrize("m", [1, 33, 200])
@@ -100,7 +100,7 @@ def test_codes_of_8_bits_times_floats(dtype: torch.dtype, m: int) -> None:
     given = problem(scheme, "rows8", m, 1024, 4096, dtype, ("add",))
     like = given.kernel(TARGET, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
     for kernel in sample(like, gpu.bucket(m)):
-        given.check(run(given, kernel), dtype)
+        given.check(run(given, kernel), dtype, kernel=kernel)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])
@@ -125,7 +125,7 @@ def test_groups(columns: int, dtype: torch.dtype) -> None:
     scheme = Scheme(weight=weight_scheme("uint4", Granularity.group(columns), "bfloat16"))
     given = problem(scheme, "fragment", 20, 200, 576, dtype)
     kernel = gpu.choose(given.spec, 32, dtype, dtype, TARGET).kernel
-    given.check(run(given, kernel), dtype)
+    given.check(run(given, kernel), dtype, kernel=kernel)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -156,7 +156,7 @@ def test_sparse_tensor_cores(name: str, dtype: torch.dtype, m: int) -> None:
         like = given.kernel(TARGET, Tile(m=16, n=64, k=128, split=1, warps=4, stages=1))
         ranked = [kernel for kernel in rank(candidates(like, m), m, keep=1000) if kernel.tile.form == "cores"]
         for kernel in ranked[:: max(1, len(ranked) // 5)]:
-            given.check(run(given, kernel), dtype)
+            given.check(run(given, kernel), dtype, kernel=kernel)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "fp8", "mxfp4", "nvfp4", "q4_1", "mxfp8", "int4_24"])
@@ -188,7 +188,7 @@ def test_gates_of_every_candidate(name: str, m: int) -> None:
     given = problem(scheme, layout_of(scheme, shape), m, *shape, epilogue=steps)
     like = given.kernel(TARGET, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
     for kernel in sample(like, gpu.bucket(m)):
-        given.check(run(given, kernel), torch.bfloat16, unit_of(kernel))
+        given.check(run(given, kernel), torch.bfloat16, unit_of(kernel), kernel=kernel)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 200])
@@ -201,7 +201,7 @@ def test_stored_codes(name: str, store: str, m: int) -> None:
     given = problem(scheme, layout_of(scheme, (640, 1024)), m, 640, 1024, epilogue=("silu(a)*b", store))
     like = given.kernel(TARGET, Tile(m=16, n=64, k=64, split=1, warps=4, stages=3))
     for kernel in sample(like, gpu.bucket(m), count=6):
-        given.check(run(given, kernel), torch.bfloat16, unit_of(kernel))
+        given.check(run(given, kernel), torch.bfloat16, unit_of(kernel), kernel=kernel)
 
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "a*gelu(b)", "to_int8")], ids=str)

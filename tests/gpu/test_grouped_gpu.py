@@ -43,7 +43,8 @@ def check(given: Problem, dtype: torch.dtype) -> None:
         for _ in range(LAUNCHES):
             again = gpu_grouped.launch(kernel, function, x, x_scale, offsets, weight, bias, dtype)
             assert torch.equal(first.view(torch.uint8), again.view(torch.uint8)), f"launches of {kernel} differ"
-        given.check(first.cpu(), torch.bfloat16 if activation is not None else dtype, unit_of(kernel))
+        compute = torch.bfloat16 if activation is not None else dtype
+        given.check(first.cpu(), compute, unit_of(kernel), kernel=kernel)
 
 
 @pytest.mark.parametrize("counts", COUNTS)

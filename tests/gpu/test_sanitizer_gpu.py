@@ -79,7 +79,7 @@ def test_products(kind: str) -> None:
     if not found:
         pytest.skip(f"no such tile for {TARGET}")
     y = gpu.launch(found[0], cache.load(found[0]).kernel, *given.arguments("cuda"), given.out_dtype)
-    given.check(y.cpu(), BF16, unit_of(found[0]))
+    given.check(y.cpu(), BF16, unit_of(found[0]), kernel=found[0])
 
 
 @pytest.mark.parametrize("name", ["int3", "q4_k"])

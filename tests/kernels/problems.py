@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec
+from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec, scales_of
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
@@ -55,8 +55,19 @@ class Problem:
         x, x_scale, bias = self.x.to(device), move(self.x_scale), move(self.bias)
         return x, x_scale, packed, bias, operands
 
-    def check(self, y: Tensor, compute: torch.dtype, accumulate_unit: float = tolerance.ACCUMULATE_UNIT) -> None:
-        """Every element within the derived bound of the float64 result."""
+    def check(
+        self,
+        y: Tensor,
+        compute: torch.dtype,
+        accumulate_unit: float = tolerance.ACCUMULATE_UNIT,
+        *,
+        kernel: KernelSpec | None = None,
+    ) -> None:
+        """Every element within the derived bound of the float64 result.
+
+        Args:
+            kernel: what computed it, where that may round weights before their offsets are added.
+        """
         steps = self.spec.epilogue
         product = oracle.linear(self.inputs, self.weight)
         bound = tolerance.gemm_bound(self.inputs, self.weight, compute, accumulate_unit=accumulate_unit)
@@ -64,7 +75,9 @@ class Problem:
         if logical.offset is not None:
             offset = torch.zeros(logical.offset.shape).to(logical.offset.dtype)
             scaled = oracle.dequantize(replace(logical, offset=offset))
-            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled)
+            fragments = kernel is not None and scales_of(kernel, kernel.tile.scales) == "fragments"
+            rounded = compute if fragments else torch.float32
+            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled, rounded)
         bound = tolerance.epilogue_bound(product, bound, self.bias, steps, self.operands, self.out_dtype)
         tolerance.assert_within(y, oracle.epilogue(product, self.bias, steps, self.operands), bound)
 

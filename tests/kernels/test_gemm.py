@@ -130,6 +130,31 @@ def test_offsets_of_few_rows(name: str, dtype: torch.dtype, rows: int) -> None:
     given_.check(given_.interpret("sm_90", tile), dtype)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("name", GGUF_LIKE)
+def test_integer_scales_of_few_rows(name: str, dtype: torch.dtype, target: str) -> None:
+    """They multiply weights, what is above them products, and so do offsets; also beside columns beyond K."""
+    for shape, split in (((5, 72, 592), 1), ((16, 128, 512), 2), ((1, 64, 256), 1)):
+        given_ = problem(shipped(name, shape[1:]), "fragment", *shape, dtype, ("bias",))
+        for form in ("loop", "slab") if shape[2] % 256 == 0 else ("loop",):
+            tile = replace(SMALL, k=128, split=split, form=form, scales="fragments")
+            kernel = given_.kernel(target, tile)
+            assert scales_of(kernel, "fragments") == "fragments"
+            given_.check(given_.interpret(target, tile), dtype, kernel=kernel)
+
+
+@pytest.mark.parametrize("scales", ["products", "fragments"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.bits not in (4, 8)])
+def test_codes_that_are_gathered(name: str, dtype: torch.dtype, target: str, scales: str) -> None:
+    """Codes of 64 columns lie in as many words as they have bits."""
+    scheme = Scheme(weight=weight_scheme(name, Granularity.group(64), "bfloat16"))
+    given_ = problem(scheme, "fragment", 3, 72, 200, dtype)
+    given_.check(given_.interpret(target, replace(SMALL, k=128, scales=scales)), dtype)
+
+
 @st.composite
 def schemes(draw: st.DrawFn, layout: str) -> Scheme:
     """Any scheme that a template takes."""
@@ -190,7 +215,8 @@ def test_fragment(
     scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
 ) -> None:
     given_ = problem(scheme, "fragment", *shape, dtype, seed=seed)
-    given_.check(given_.interpret(target, tile), torch.bfloat16 if scheme.activation else dtype)
+    compute = torch.bfloat16 if scheme.activation else dtype
+    given_.check(given_.interpret(target, tile), compute, kernel=given_.kernel(target, tile))
 
 
 @given(schemes("fragment24"), shapes, st.sampled_from(FLOATS), tiles, targets, st.integers(0, 9))

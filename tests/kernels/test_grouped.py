@@ -13,7 +13,7 @@ from torch import Tensor
 
 import qcompile.grouped  # noqa: F401  (registers the operator)
 from qcompile.codegen.cost_model import device_of
-from qcompile.codegen.spec import GroupedSpec, Tile, grouped_spec, kernel_spec
+from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, grouped_spec, kernel_spec, scales_of
 from qcompile.errors import LayerError
 from qcompile.flags import override
 from qcompile.formats import get_format
@@ -123,12 +123,16 @@ class Problem:
         compute: torch.dtype,
         accumulate_unit: float = tolerance.ACCUMULATE_UNIT,
         between: torch.dtype = torch.float32,
+        *,
+        kernel: KernelSpec | None = None,
     ) -> None:
         """Every element within the derived bound of the float64 result.
 
         Args:
             between: to which products are rounded before the epilogue.
+            kernel: what computed it, where that may round weights before their offsets are added.
         """
+        fragments = kernel is not None and scales_of(kernel, kernel.tile.scales) == "fragments"
         inputs = self.x.double()
         activation = self.spec.scheme.activation
         if activation is not None:
@@ -141,7 +145,9 @@ class Problem:
             bound = tolerance.gemm_bound(inputs[rows], weight, compute, between, accumulate_unit=accumulate_unit)
             if packed.offset is not None:
                 scaled = oracle.dequantize(replace(packed, offset=torch.zeros_like(packed.offset)))
-                bound = bound + tolerance.offset_bound(inputs[rows], scaled, weight - scaled)
+                bound = bound + tolerance.offset_bound(
+                    inputs[rows], scaled, weight - scaled, compute if fragments else torch.float32
+                )
             steps = self.spec.epilogue
             bias = None if self.bias is None else self.bias[index]
             bound = tolerance.epilogue_bound(product, bound, bias, steps, out_dtype=y.dtype)
@@ -255,7 +261,11 @@ def test_kernel(
     """Any distribution of rows to experts, experts without rows among them."""
     given_ = problem(fitted(name, (n, k)), counts, n, k, dtype, bias=bias)
     y = given_.interpret(target, tile, dtype)
-    given_.check(y, torch.bfloat16 if given_.spec.scheme.activation else dtype)
+    compute, kernel = (
+        torch.bfloat16 if given_.spec.scheme.activation else dtype,
+        given_.kernel(target, tile, dtype, dtype),
+    )
+    given_.check(y, compute, kernel=kernel)
 
 
 GATES = ("silu(a)*b", f"pairs {oracle.GPT_OSS}")
@@ -278,7 +288,11 @@ def test_gates(
     assert gpu_grouped.gate_objection(given_.spec) is None
     y = given_.interpret(target, tile, dtype)
     assert y.shape == (sum(counts), n // 2)
-    given_.check(y, torch.bfloat16 if given_.spec.scheme.activation else dtype)
+    compute, kernel = (
+        torch.bfloat16 if given_.spec.scheme.activation else dtype,
+        given_.kernel(target, tile, dtype, dtype),
+    )
+    given_.check(y, compute, kernel=kernel)
 
 
 @pytest.mark.parametrize("gate", GATES)
