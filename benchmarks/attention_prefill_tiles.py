@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
-import os
-import time
 from functools import partial
 
 import torch
+from compiling import compile_by, in_processes
 from torch import Tensor
 
 from qcompile.codegen.attention_spec import AttentionKernelSpec, AttentionTile, Reach, attention_kernel_spec
-from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.evaluate.timing import microseconds
 from qcompile.kv_cache import AttentionSpec, KVSpec, parse_kv_cache, quantize
 from qcompile.runtime import attention_gpu, cache
@@ -64,16 +61,10 @@ def run(kernel: AttentionKernelSpec, query: Tensor, tensors: list[Tensor]) -> Te
     return attention_gpu.launch(kernel, cache.load(kernel).kernel, query, tensors, None, None)
 
 
-def compile_one(given: tuple[str, str, int]) -> str:
+def compile_one(given: tuple[str, tuple[str, int]]) -> str:
     """Compile a kernel in a process of its own, by a launch on one short prompt."""
-    kernel = decode_kernel_spec(given[0])
-    assert isinstance(kernel, AttentionKernelSpec)
-    try:
-        run(kernel, *tensors_of(spec_of(*given[1:]), 1, 16, 128))
-        torch.cuda.synchronize()
-    except Exception as error:  # a compiler's error of any kind is the result
-        return f"{type(error).__name__}: {error}"[:200]
-    return ""
+    encoded, cache_and_size = given
+    return compile_by(lambda kernel: run(kernel, *tensors_of(spec_of(*cache_and_size), 1, 16, 128)), encoded)
 
 
 def main() -> None:
@@ -83,19 +74,17 @@ def main() -> None:
     parser.add_argument("--caches", default="fp8_e4m3,int8,bfloat16")
     parser.add_argument("--shapes", default="1x2048x2048,1x64x16384")
     given = parser.parse_args()
-    start, target = time.monotonic(), target_of(DEVICE)
+    target = target_of(DEVICE)
     wanted = [
         (kv, int(size), *map(int, shape.split("x")))
         for size, kv, shape in itertools.product(
             given.sizes.split(","), given.caches.split(","), given.shapes.split(",")
         )
     ]
-    kernels = {}
+    kernels: dict[AttentionKernelSpec, tuple[str, int]] = {}
     for kv, size, *shape in wanted:
         kernels |= dict.fromkeys(kernels_of(spec_of(kv, size), *shape, target), (kv, size))
-    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
-        notes = dict(zip(kernels, pool.imap(compile_one, [(k.encode(), *v) for k, v in kernels.items()]), strict=True))
-    print(f"{len(kernels)} kernels compiled in {time.monotonic() - start:.0f} s")
+    notes = in_processes(compile_one, kernels)
     for kv, size, *shape in wanted:
         spec = spec_of(kv, size)
         query, tensors = tensors_of(spec, *shape)
@@ -111,9 +100,6 @@ def main() -> None:
                 f"  {times[tile]:9.2f}  context {tile.context}, {tile.rows} rows, {tile.warps} warps, "
                 f"{tile.stages} stages, split {tile.split}"
             )
-        for kernel in found:
-            if notes[kernel]:
-                print("  failed:", kernel.tile, notes[kernel])
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +19,7 @@ from functools import partial
 
 import torch
 from attention import PAGE, in_pages, table_of, unequal
+from compiling import compile_by, in_processes
 from torch import Tensor
 
 from qcompile.codegen.attention_spec import (
@@ -30,9 +29,9 @@ from qcompile.codegen.attention_spec import (
     attention_kernel_spec,
     lanes_objection,
 )
-from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.evaluate.timing import copies, microseconds
 from qcompile.kv_cache import AttentionSpec, KVSpec, parse_kv_cache, quantize
+from qcompile.powers import power_above
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
 
@@ -104,16 +103,13 @@ def launches(kernel: AttentionKernelSpec, cold: list[list[Tensor]], lengths: lis
 
 def compile_one(given: tuple[str, str]) -> str:
     """Compile a kernel in a process of its own, by a launch on one sequence."""
-    kernel = decode_kernel_spec(given[0])
-    assert isinstance(kernel, AttentionKernelSpec)
-    try:
-        tensors = tensors_of(spec_of(given[1]), 1, 128)
-        cold = [[in_pages(t) for t in tensors] if kernel.reach.page else tensors]
-        launches(kernel, cold, [128])[0]()
-        torch.cuda.synchronize()
-    except Exception as error:  # a compiler's error of any kind is the result
-        return f"{type(error).__name__}: {error}"[:300]
-    return ""
+    encoded, name = given
+
+    def launch(kernel: AttentionKernelSpec) -> None:
+        tensors = tensors_of(spec_of(name), 1, 128)
+        launches(kernel, [[in_pages(t) for t in tensors] if kernel.reach.page else tensors], [128])[0]()
+
+    return compile_by(launch, encoded)
 
 
 def main() -> None:
@@ -133,20 +129,13 @@ def main() -> None:
         batch, context = map(int, shape.split("x"))
         spec, reach = spec_of(name), Reach(length=False)
         if given.pages:
-            sequences = 1 << (batch - 1).bit_length() if batch > 1 else 0
+            sequences = power_above(batch) if batch > 1 else 0
             reach = Reach(length=True, sequences=sequences, page=PAGE)
         make = partial(attention_kernel_spec, spec, HEADS, GROUP, 1, "none", reach, torch.bfloat16, target)
         lanes = lanes_objection(spec, GROUP, reach.page, torch.bfloat16, target) is None
         cuts = tiles(batch, context, bool(given.pages), lanes)
         wanted.append((name, batch, context, spec, [make(tile) for tile in cuts]))
-    kernels = {kernel: name for name, _, _, _, found in wanted for kernel in found}
-    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
-        compiled = pool.imap(compile_one, [(kernel.encode(), name) for kernel, name in kernels.items()], 4)
-        notes = dict(zip(kernels, compiled, strict=True))
-    print(f"{len(kernels)} kernels compiled in {time.monotonic() - start:.0f} s")
-    for kernel, note in notes.items():
-        if note:
-            print("failed:", kernel.tile, note)
+    notes = in_processes(compile_one, {kernel: name for name, _, _, _, found in wanted for kernel in found})
     for name, batch, context, spec, found in wanted:
         if time.monotonic() - start > 60 * given.minutes:
             print("out of time before", name, batch, context)

@@ -11,6 +11,7 @@ import torch
 from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
 from qcompile.formats import IntegerFormat
 from qcompile.kv_cache import AttentionSpec, KVFormat, NumberFormat
+from qcompile.powers import power_above
 
 ATTENTION_TEMPLATE = "attention_decode"
 PREFILL_TEMPLATE = "attention_prefill"
@@ -112,7 +113,7 @@ class AttentionKernelSpec:
     @property
     def part(self) -> int:
         """Numbers that a program leaves for the one that puts parts together."""
-        rows = self.tile.rows or 1 << (self.group * self.queries - 1).bit_length()
+        rows = self.tile.rows or power_above(self.group * self.queries)
         pieces = self.pieces(self.value_size)
         return rows * (pieces * _power(self.value_size // pieces) + 2)
 
@@ -181,7 +182,7 @@ class AttentionKernelSpec:
 
 def _power(size: int, least: int = 16) -> int:
     """The power of two that holds a size, from the least that matrix units take on."""
-    return max(least, 1 << (size - 1).bit_length())
+    return max(least, power_above(size))
 
 
 def decode_attention_kernel_spec(text: str) -> AttentionKernelSpec:

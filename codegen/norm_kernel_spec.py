@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from qcompile.codegen.spec import launches_early
 from qcompile.formats import FORMATS, IntegerFormat
 from qcompile.norm_spec import NormSpec, decode_norm
+from qcompile.powers import power_above
 
 NORM_TEMPLATE = "norm_quantize"
 WIDEST = 32768
@@ -47,8 +48,8 @@ class NormKernelSpec:
         return {
             "K": norm.k,
             "COLUMNS": norm.columns,
-            "COLUMNS_POWER": power(norm.columns),
-            "GROUPS_POWER": power(-(-norm.k // norm.columns)),
+            "COLUMNS_POWER": power_above(norm.columns),
+            "GROUPS_POWER": power_above(-(-norm.k // norm.columns)),
             "NORM": norm.norm,
             "EPS": norm.eps,
             "WEIGHT": norm.weight,
@@ -69,14 +70,9 @@ class NormKernelSpec:
         return json.dumps(dataclasses.asdict(self))
 
 
-def power(count: int) -> int:
-    """The least power of two that is not below."""
-    return 1 << (count - 1).bit_length()
-
-
 def held_columns(norm: NormSpec) -> int:
     """What a program holds of a row, and beyond its end."""
-    return power(norm.columns) * power(-(-norm.k // norm.columns))
+    return power_above(norm.columns) * power_above(-(-norm.k // norm.columns))
 
 
 def norm_kernel_spec(norm: NormSpec, x_dtype: str, target: str) -> NormKernelSpec:

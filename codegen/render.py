@@ -55,6 +55,7 @@ from qcompile.expr import var
 from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 from qcompile.gates import ACTIVATIONS, gate
 from qcompile.linear_spec import OPERAND_STEPS, STORES
+from qcompile.powers import power_above
 from qcompile.scheme import SCALE_DTYPES
 
 
@@ -364,7 +365,7 @@ def _experts(spec: KernelSpec) -> str:
     assert isinstance(spec, GroupedSpec)
     constants: dict[str, object] = {
         "EXPERTS": spec.experts,
-        "EXPERTS_POWER": 1 << (spec.experts - 1).bit_length(),
+        "EXPERTS_POWER": power_above(spec.experts),
     }
     text = read_template("gemm_grouped")
     functions = text[text.index("@triton.jit\ndef find_tile") : text.index("# </experts>")]

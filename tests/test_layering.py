@@ -28,6 +28,7 @@ CODEGEN_MAY_IMPORT = {
     "linear_spec",
     "norm_spec",
     "places",
+    "powers",
     "scheme",
 }
 PRIVATE_TORCH = {"_C", "_dynamo", "_functorch", "_guards", "_higher_order_ops", "_inductor", "_subclasses"}

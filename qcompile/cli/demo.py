@@ -38,6 +38,8 @@ STEPS_PER_SCHEME = 4
 WINDOW = 256
 PREFILL = 512
 WARM_UP = 4
+UNDISTURBED = 0.8
+"""Of a processor a thread, where nothing else runs."""
 
 
 def demo(
@@ -70,7 +72,7 @@ def demo(
 
 @dataclass(frozen=True)
 class Row:
-    """A scheme's results; rates in tokens a second, KL in nats."""
+    """A scheme's results; rates in tokens a second, KL in nats, processors as `Generation` has them."""
 
     scheme: str
     weight_bytes: int
@@ -78,6 +80,7 @@ class Row:
     compile_seconds: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    decode_processors: float
     perplexity: float
     kl: float
     top1_agreement: float
@@ -168,6 +171,7 @@ def _row(
         compile_seconds=compile_seconds,
         prefill_tokens_per_second=prefill_tokens_per_second,
         decode_tokens_per_second=generation.decode_rate,
+        decode_processors=generation.processors,
         perplexity=quality.perplexity,
         kl=quality.kl,
         top1_agreement=quality.top1,
@@ -214,3 +218,15 @@ def show(result: Result, console: Console) -> None:
         )
     console.print()
     console.print(table)
+    if slowed := disturbed(result):
+        console.print(
+            f"Other processes occupied the machine while {', '.join(slowed)} decoded, which makes threads that wait "
+            "for each other many times slower: run it again, or beside them with OMP_PROC_BIND=true.",
+            style="yellow",
+        )
+
+
+def disturbed(result: Result) -> list[str]:
+    """The schemes that had fewer processors than threads while they decoded on a CPU."""
+    enough = UNDISTURBED * result.threads
+    return [row.scheme for row in result.rows if result.device == "cpu" and row.decode_processors < enough]

@@ -56,11 +56,14 @@ class Generation:
         ids: the new tokens, without the one that ended the text.
         decode_rate: tokens a second, of all steps but the first two.
         first_step: seconds of the first decoding step, which compiles if nothing did before.
+        processors: how many this process had on average during the steps that are timed. Threads that wait for each
+            other count, so with nothing beside it these are as many as its threads.
     """
 
     ids: list[int]
     decode_rate: float
     first_step: float
+    processors: float
 
 
 class Decoder:
@@ -100,15 +103,18 @@ class Decoder:
         logits = self.model(input_ids=prompt[None], logits_to_keep=1, **self.given).logits
         chosen: list[int] = []
         seconds: list[float] = []
+        occupied: list[float] = []
         while len(chosen) < tokens and (len(chosen) < _LEAST_STEPS or not set(stop) & set(chosen)):
             token = logits[:, -1].argmax(-1, keepdim=True)
             chosen.append(int(token.item()))
-            start = _now(prompt.device)
+            start, start_occupied = _now(prompt.device), time.process_time()
             logits = self.step(input_ids=token, **self.given).logits
             seconds.append(_now(prompt.device) - start)
+            occupied.append(time.process_time() - start_occupied)
         steady = seconds[2:] or seconds
+        processors = sum(occupied[-len(steady) :]) / sum(steady)
         end = next((i for i, token_id in enumerate(chosen) if token_id in stop), len(chosen))
-        return Generation(chosen[:end], len(steady) / sum(steady), seconds[0])
+        return Generation(chosen[:end], len(steady) / sum(steady), seconds[0], processors)
 
 
 def compiled_decoder(model: nn.Module, capacity: int, cache: Any = None) -> Decoder:

@@ -36,6 +36,7 @@ from qcompile.kv_cache import (
     dequantize,
     parse_kv_cache,
 )
+from qcompile.powers import power_above
 from qcompile.runtime import cache, launcher
 from qcompile.runtime.counters import zeros_kept_zero
 from qcompile.runtime.gpu import target_of
@@ -151,7 +152,7 @@ def prefill_tile_of(
         in_fp8: see `AttentionKernelSpec`; the type of queries then does not matter.
         plain: whether keys and values are not quantized.
     """
-    least = max(16, 1 << (rows - 1).bit_length())
+    least = max(16, power_above(rows))
     if not target.startswith("sm_"):
         block, most = 16 if grouped else 32, 64 if size <= 128 else 32
         return AttentionTile(context=block, split=1, warps=4, stages=1, rows=min(least, most))
@@ -200,7 +201,7 @@ def choose_prefill(
     target: str,
 ) -> AttentionKernelSpec:
     """The kernel for many queries."""
-    rows = min(256, 1 << (queries * group - 1).bit_length())
+    rows = min(256, power_above(queries * group))
     size = max(spec.key.head_dim, spec.value.head_dim)
     scheme = spec.scheme
     tile = prefill_tile_of(rows, size, target, x_dtype, scheme.group > 0, scheme.compute == "fp8", scheme.plain)
@@ -245,7 +246,7 @@ def reach_of(
     reach = Reach(
         length=length is not None,
         start=start is not None,
-        sequences=1 << (unequal - 1).bit_length() if unequal > 1 else 0,
+        sequences=power_above(unequal) if unequal > 1 else 0,
         page=0 if block_table is None else size,
     )
     return reach, size if block_table is None else size * block_table.shape[1]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
 import qcompile.evaluate
 from qcompile.cli import app
+from qcompile.cli.demo import Result, Row, disturbed, show
 from qcompile.evaluate import random_language_model
 from qcompile.presets import PRESETS
 
@@ -30,6 +34,7 @@ ROW = {
     "compile_seconds": float,
     "prefill_tokens_per_second": float,
     "decode_tokens_per_second": float,
+    "decode_processors": float,
     "perplexity": float,
     "kl": float,
     "top1_agreement": float,
@@ -56,6 +61,20 @@ def fails(result, *words):
     for word in words:
         assert word in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_demonstration_says_what_was_disturbed():
+    def row(scheme, processors):
+        return Row(scheme, 1, 1.0, 1.0, 1.0, 1.0, processors, 1.0, 0.0, 1.0, "")
+
+    rows = row("int8", 1.0), row("int4", 1.99), row("fp8", 1.5)
+    result = Result("m", "cpu", "2", 2, "", 1, 1, 1, 1, rows)
+    assert disturbed(result) == ["int8", "fp8"]
+    said = io.StringIO()
+    show(result, Console(file=said, width=200))
+    assert "while int8, fp8 decoded" in said.getvalue()
+    on_gpu = replace(result, device="NVIDIA H100")
+    assert disturbed(on_gpu) == []
 
 
 def test_demo(tiny, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -69,7 +71,17 @@ def test_the_cache_is_finite(tiny):
 
 def test_rates_are_positive(tiny):
     assert prefill_rate(tiny.model, tiny.encode("hello")[None]) > 0
-    assert Decoder(tiny.model, tiny.model, 10).generate(tiny.encode("hello"), 1).decode_rate > 0
+    generation = Decoder(tiny.model, tiny.model, 10).generate(tiny.encode("hello"), 1)
+    assert generation.decode_rate > 0
+    assert generation.processors > 0
+
+
+def test_what_waits_has_no_processor(tiny):
+    def slow(**given):
+        time.sleep(0.05)
+        return tiny.model(**given)
+
+    assert Decoder(tiny.model, slow, 20).generate(tiny.encode("hello"), 6).processors < 0.8
 
 
 def test_shared_weights_count_once(tiny):
