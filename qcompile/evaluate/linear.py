@@ -34,8 +34,8 @@ LIMIT = 2.0**-8
 def limit(packed: PackedWeight) -> float:
     """`LIMIT`, and what it errs by that codes times scales are rounded to bfloat16 before offsets are added.
 
-    Each is rounded by 2**-9 of itself at most, and rows of x are independent of weights, so that the error of a product,
-    relative to it, is that of the weights.
+    Each is rounded by 2**-9 of itself at most, and rows of x are independent of weights, so that a product errs by as
+    much of itself as weights do.
     """
     if packed.offset is None:
         return LIMIT
