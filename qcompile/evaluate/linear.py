@@ -28,14 +28,14 @@ from qcompile.scheme import ActivationScheme, Scheme
 OURS = "qcompile"
 PLAIN = ("F.linear", "bfloat16")
 LIMIT = 2.0**-8
-"""Greatest `error` of ours: rounding to bfloat16 errs by at most 2**-9 of each element; the rest is for the sum."""
+"""Greatest `error` of ours: rounding to bfloat16 errs by less than 2**-9, root mean square; the rest is for the sum."""
 
 
 def limit(packed: PackedWeight) -> float:
     """`LIMIT`, and what it errs by that codes times scales are rounded to bfloat16 before offsets are added.
 
-    Each is rounded by 2**-9 of itself at most, and rows of x are independent of weights, so that a product errs by as
-    much of itself as weights do.
+    That is 2**-9 of these in the root mean square, and rows of x are independent of weights, so that a product errs by
+    as much of itself as weights do.
     """
     if packed.offset is None:
         return LIMIT
