@@ -167,8 +167,7 @@ def prefill_tile_of(
         block = 32 if target == "sm_90" else 16
         return AttentionTile(context=block, split=1, warps=4, stages=2, rows=min(least, most))
     if size > 128 and target in WARP_GROUPS and not in_fp8:
-        block, warps = 32 if plain else 64, 8 if least > 64 else 4
-        return AttentionTile(context=block, split=1, warps=warps, stages=3, rows=min(least, 128))
+        return AttentionTile(context=32, split=1, warps=8 if least > 64 else 4, stages=3, rows=min(least, 128))
     if size > 128 or target not in WARP_GROUPS:
         stages = 3 if size <= 64 else 2
         return AttentionTile(context=32, split=1, warps=8 if least >= 64 else 4, stages=stages, rows=min(least, 64))
