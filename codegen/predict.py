@@ -84,8 +84,8 @@ def predict(spec: KernelSpec, m: int, vendor: str | None = None, device: Device 
         template = "gemm_rows8" if spec.in_rows else "gemm_fragment"
         if spec.streams:
             template = spec.source
-        alone = template == "gemm_fragment" and scales_of(spec, spec.tile.scales) == "weights"
-        narrow = _NARROW if alone and spec.columns <= 16 else 1.0
+        in_float32 = template == "gemm_fragment" and scales_of(spec, spec.tile.scales) == "weights"
+        narrow = _NARROW if in_float32 and spec.columns <= 16 else 1.0
         return STRETCH.get((template, spec.compute), 1.3) * narrow * seconds(spec, m, device)
     device, width = device or device_of(spec.target), 4 if spec.out_dtype == "float32" else 2
     bits = spec.stored_bits
