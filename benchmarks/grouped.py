@@ -91,10 +91,27 @@ def plain(x: Tensor, stack: Tensor, offsets: Tensor, ids: Tensor) -> Iterator[Ca
     yield Candidate("mm", "bfloat16", calls, expected)
 
 
-def quantized(
-    name: str, given: measure.Job, packed: PackedWeight, x: Tensor, offsets: Tensor, ids: Tensor
-) -> Iterator[Candidate]:
-    """Ours, and torch's of the same scheme."""
+@dataclass(frozen=True)
+class Stack:
+    """The experts of a layer, and copies of their tensors in the layout of our kernel."""
+
+    name: str
+    job: measure.Job
+    packed: PackedWeight
+    cold: list[tuple[Tensor, ...]]
+
+
+def random_stack(name: str, n: int, k: int, experts: int, device: torch.device) -> Stack:
+    """A stack of random weights, quantized by a preset."""
+    given = measure.job(name, PRESETS[name], (n, k), 16, torch.bfloat16, experts)
+    packed = measure.random_stack(given, str(device))
+    return Stack(name, given, packed, copies(device, *to_layout(packed, LAYOUTS[given.spec.layout]).tensors))
+
+
+def quantized(stack: Stack, x: Tensor, offsets: Tensor, ids: Tensor, step: str = "") -> Iterator[Candidate]:
+    """Ours, with a gate in the product if a step says so, and torch's of the same scheme."""
+    name, given, packed = stack.name, stack.job, stack.packed
+    spec = given.spec.with_epilogue(step) if step else given.spec
     activation, inputs = given.spec.scheme.activation, x
     if activation is not None:
         inputs = dequantize_activation(*quantize_by_inductor(x, activation), activation)
@@ -102,10 +119,9 @@ def quantized(
 
     def call(weight: tuple[Tensor, ...]) -> Tensor:
         rows, x_scale = (x, None) if activation is None else quantize_by_inductor(x, activation)
-        return gpu_grouped.grouped_gemm(rows, x_scale, offsets, list(weight), None, given.spec, torch.bfloat16)
+        return gpu_grouped.grouped_gemm(rows, x_scale, offsets, list(weight), None, spec, torch.bfloat16)
 
-    weights = copies(x.device, *to_layout(packed, LAYOUTS[given.spec.layout]).tensors)
-    calls: list[Call] = [lambda w=w: call(w) for w in weights]  # type: ignore[misc]
+    calls: list[Call] = [lambda w=w: call(w) for w in stack.cold]  # type: ignore[misc]
     yield Candidate(OURS, name, calls, expected)
     if name == "fp8" and x.device.type == "cuda":
         assert activation is not None
@@ -136,12 +152,10 @@ def gated(step: str, y: Tensor) -> Tensor:
     return gates.gate(step, *gates.columns(step, y.float())).to(y.dtype)
 
 
-def gate_candidates(
-    step: str, name: str, given: measure.Job, packed: PackedWeight, x: Tensor, offsets: Tensor, ids: Tensor
-) -> Iterator[Candidate]:
-    """Ours with the gate in the product, and after it."""
-    together = replace(given, spec=given.spec.with_epilogue(step))
-    (within, *_), (apart, *_) = (quantized(name, each, packed, x, offsets, ids) for each in (together, given))
+def gate_candidates(step: str, stack: Stack, x: Tensor, offsets: Tensor, ids: Tensor) -> Iterator[Candidate]:
+    """Ours with the gate in the product, and after it, for rows whose products are about 1, where gates bend."""
+    x = x / measure.grouped_product(x, ids, stack.packed, stack.job.spec.out_features).std().to(x.dtype)
+    within, apart = (next(quantized(stack, x, offsets, ids, each)) for each in (step, ""))
     expected = gates.gate(step, *gates.columns(step, apart.expected))
     yield replace(within, impl=f"{OURS}, gate in the product", expected=expected)
     calls: list[Call] = [lambda call=call: gated(step, call()) for call in apart.calls]  # type: ignore[misc]
@@ -170,24 +184,23 @@ def rows_of(
     routes = {m: measure.routed(m, model.chosen, model.experts, str(device)) for m in tokens}
     for n, k in model.shapes[:1] if gate else model.shapes:
         for scheme in schemes if gate else [None, *schemes]:
+            weights: Tensor | Stack
             if scheme is None:
-                stack = torch.randn(model.experts, n, k, device=device, dtype=torch.bfloat16)
-                size, fitted = stack.nbytes, None
+                weights = torch.randn(model.experts, n, k, device=device, dtype=torch.bfloat16)
+                size, fitted = weights.nbytes, None
             else:
-                given = measure.job(scheme, PRESETS[scheme], (n, k), 16, torch.bfloat16, model.experts)
-                fitted = given.spec.scheme
-                packed = measure.random_stack(given, str(device))
-                size = packed.nbytes
+                weights = random_stack(scheme, n, k, model.experts, device)
+                size, fitted = weights.packed.nbytes, weights.job.spec.scheme
             for m in tokens:
                 offsets, rows = routes[m], m * model.chosen
                 ids = measure.experts_of(offsets, rows)
                 x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-                if scheme is None:
-                    found = plain(x, stack, offsets, ids)
+                if isinstance(weights, Tensor):
+                    found = plain(x, weights, offsets, ids)
                 elif gate:
-                    found = gate_candidates(model.gate, scheme, given, packed, x, offsets, ids)
+                    found = gate_candidates(model.gate, weights, x, offsets, ids)
                 else:
-                    found = quantized(scheme, given, packed, x, offsets, ids)
+                    found = quantized(weights, x, offsets, ids)
                 for candidate in found:
                     try:
                         y, us = candidate.calls[0](), microseconds(candidate.calls, device)
