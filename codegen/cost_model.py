@@ -151,6 +151,8 @@ def _instructions(spec: KernelSpec) -> float:
     few = -0.4 if warps_multiply(spec) and spec.target == "sm_90" else 0.0
     narrow = 2.0 if spec.groups > 1 and spec.columns < 64 else 0.0
     scales = scales_of(spec, spec.tile.scales)
+    if scales == "sums":
+        narrow = 0.2
     if spec.quads and scales == "fragments":
         narrow = 0.1 + 0.3 * spec.quads
     if spec.offset and scales == "weights":
@@ -319,7 +321,7 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
         most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
-        if block_m == 8 and like.offset:  # scales and offsets of 256 columns are more than fit beside eight rows
+        if block_m == 8 and like.offset and isinstance(like, GroupedSpec):  # scales and offsets of 256 columns are more than fit beside eight rows
             deep = (128,)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
@@ -346,6 +348,9 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     small = tile.m <= 32
     deep = tile.k >= 128 and like.target == "sm_90"
     given = replace(like, tile=tile)
+    if scales_of(given, "sums") == "sums":
+        both = tile.k <= 128 or not like.offset
+        return [{"scales": "sums"}, *([{"scales": _few_rows(like)}] if both else [])]
     if small and scales_of(given, _few_rows(like)) in ("products", "fragments"):
         return [{"scales": _few_rows(like)}]
     only = scales_of(given, "products")
@@ -409,7 +414,7 @@ def _slabs(like: KernelSpec, m: int) -> list[Tile]:
         even = like.k % (split * 128) == 0 and 256 <= part <= 1024
         if even and part * block_n * like.loaded_bits <= 64 * 32 * 32 * warps:
             tile = Tile(m=block_m, n=block_n, k=128, split=split, warps=warps, stages=1, form="slab")
-            found.append(replace(tile, scales=_few_rows(like)))
+            found += [replace(tile, **way) for way in _ways(like, tile)]
     return found
 
 

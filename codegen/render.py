@@ -141,7 +141,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     scales = scales_of(spec, spec.tile.scales)
     # With overlap a turn of the loop has two chunks at least.
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
-    chunk = widest if scales == "total" or (scales == "weights" and aligned < 64) else min(widest, aligned)
+    chunk = widest if scales in ("total", "sums") or (scales == "weights" and aligned < 64) else min(widest, aligned)
     if scales == "fragments" and spec.quads:
         above = spec.super_columns if spec.super_columns < spec.k else 0
         chunk = min(widest, above & -above or widest)

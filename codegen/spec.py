@@ -51,7 +51,7 @@ class Tile:
         form: "loop"; "slab": all weights of a program are in registers before it multiplies; "cores": 2:4 sparse
             weights on sparse tensor cores (the template `sparse_cores`); or "stream": see `stream_tiles`, where split
             may be 0: as many programs as multiprocessors share the work evenly; or 1: they take whole tiles.
-        scales: where scales of groups go if both ways serve: "products" or "fragments" (`gemm_fragment`).
+        scales: where scales of groups go if several ways serve: "sums", "products" or "fragments" (`gemm_fragment`).
         overlap: whether weights are decoded while products are under way (`gemm_fragment`); needs scales a row or in
             fragments.
     """
@@ -295,15 +295,24 @@ def _in_fragments(spec: KernelSpec) -> bool:
     return few or not spec.offset
 
 
+def _sums_apart(spec: KernelSpec) -> bool:
+    """Whether one row of x may be multiplied in columns of a group each: eight of 128 of its elements at most."""
+    one = spec.tile.m == 8 and not isinstance(spec, GroupedSpec) and spec.activation is None
+    above = spec.super_columns % 128 == 0 or spec.super_columns >= spec.k
+    return one and above and spec.groups > 1 and spec.columns in (16, 32, 64) and (spec.symmetric or spec.offset)
+
+
 def scales_of(spec: KernelSpec, preferred: str) -> str:
     """Where a kernel of `gemm_fragment` applies scales; see the template.
 
     Args:
-        preferred: "products" or "fragments", for where both serve.
+        preferred: "sums", "products" or "fragments", for where several serve.
     """
     divisible = spec.aligned >= 64 or (spec.aligned >= 16 and FORMATS[spec.weight].bits in (4, 8)) or not spec.aligned
     if preferred == "fragments" and (divisible or spec.quads) and _in_fragments(spec):
         return "fragments"
+    if preferred == "sums" and _sums_apart(spec):
+        return "sums"
     if not divisible:
         return "weights"
     if spec.offset:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from qcompile.codegen.templates.fragment_weights import (
     BITS,
+    BLOCK_M,
     BLOCK_N,
     BYTES,
     CHUNK,
@@ -210,6 +211,38 @@ def load_scale(scale, super_scale, rows, row_mask, k):
 
 
 @triton.jit
+def load_apart(scale, super_scale, tile_n, k):
+    """float32 scales (or offsets) [BLOCK_N, BLOCK_M] of the groups of CHUNK columns from k, each in a column.
+
+    A thread loads those that it multiplies, of two rows and two groups.
+    """
+    tile, slot = place_of(tile_n, tl.arange(0, NT * 128), 128)
+    tile += first_tile(tile_n)
+    rows = tile * 64 + slot // 32 * 16 + slot % 32 // 4
+    mask, pair = tile < TILES_N, slot % 4
+    if QUADS > 0:
+        tile_k = tl.minimum(k // 64 + tl.minimum(pair // QUADS, 1), TILES_K - 1)
+        source = scale.to(tl.pointer_type(tl.int32)) + (tile * TILES_K + tile_k) * (32 * QUADS)
+        source += slot // 4 * QUADS + pair % QUADS
+        words = tl.load(source) if EVEN_N else tl.load(source, mask=mask, other=0)
+        a0 = decode_scale((words & 0xFF).to(tl.uint8))
+        a1 = decode_scale((words >> 8 & 0xFF).to(tl.uint8))
+        b0 = decode_scale((words >> 16 & 0xFF).to(tl.uint8))
+        b1 = decode_scale((words >> 24 & 0xFF).to(tl.uint8))
+    else:
+        group = k // COLUMNS + 2 * pair
+        a0 = decode_scale(load_rows(scale, rows, mask, group, GROUPS))
+        a1 = decode_scale(load_rows(scale, rows + 8, mask, group, GROUPS))
+        b0 = decode_scale(load_rows(scale, rows, mask, group + 1, GROUPS))
+        b1 = decode_scale(load_rows(scale, rows + 8, mask, group + 1, GROUPS))
+    if SUPER_GROUPS > 0 and not SUPER_LAST:
+        first, second = load_super(super_scale, rows, mask, k), load_super(super_scale, rows + 8, mask, k)
+        a0, a1, b0, b1 = a0 * first, a1 * second, b0 * first, b1 * second
+    each = tl.reshape(tl.join(tl.join(a0, b0), tl.join(a1, b1)), (NT, 4, 8, 4, 2, 2))  # nt w h pair | group | r
+    return tl.reshape(tl.permute(each, (0, 1, 5, 2, 3, 4)), (BLOCK_N, BLOCK_M))
+
+
+@triton.jit
 def load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n, row_mask, k):
     """What belongs to BLOCK_K columns from k, in a tuple: for each CHUNK its scales, then its offsets or its
     zero points' two slots.
@@ -224,6 +257,10 @@ def load_blocks(scale, zero_point, offset, super_scale, super_offset, tile_n, n,
             found = found + (load_scale(scale, super_scale, n, row_mask, first),)
             if OFFSET:
                 found = found + (load_scale(offset, super_offset, n, row_mask, first),)
+        if SCALES == "sums":
+            found = found + (load_apart(scale, super_scale, tile_n, first),)
+            if OFFSET:
+                found = found + (load_apart(offset, super_offset, tile_n, first),)
         if SCALES == "fragments" and QUADS > 0:
             found = found + (load_quads(scale, tile_n, first // 64),)
             if OFFSET:

@@ -56,6 +56,7 @@ APART = tl.constexpr(SUPERS.value or (SCALES.value == "fragments" and OFFSET.val
 SCALE_SLOTS = tl.constexpr(
     {
         "products": 1 + OFFSET.value,
+        "sums": 1 + OFFSET.value,
         "fragments": (1 if QUADS.value else 2) + OFFSET.value + SUPERS.value * (1 + OFFSET.value),
     }.get(SCALES.value, 0)
 )

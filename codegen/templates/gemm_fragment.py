@@ -16,6 +16,9 @@ Where scales go (SCALES):
     "total"      one scale a row: it multiplies the sum.
     "products"   each product of CHUNK columns is multiplied in float32 before it is added; so is the sum of as many
                  of x, by the offset.
+    "sums"       as "products", for one row of x: its operand has BLOCK_M columns, each with the elements of one group
+                 of CHUNK columns and 0 for others, so that a product is the sums of groups, each in a column of its own.
+                 The columns are added at the end.
     "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands. Each
                  product of CHUNK columns is multiplied by what is above scales (SUPERS), and with offsets added to the
                  product of these, as they are, times what is above them.
@@ -156,10 +159,13 @@ def load_columns(x, x_scale_rows, token, first_k):
     """Activations [CHUNK, BLOCK_M] in COMPUTE, times the scales of their groups unless those multiply products."""
     m = tl.arange(0, BLOCK_M)
     k = first_k + tl.arange(0, CHUNK)
-    mask = token[None, :]
+    if SCALES == "sums":
+        mask, source = m[None, :] == (tl.arange(0, CHUNK) // RUN)[:, None], x + k[:, None]
+    else:
+        mask, source = token[None, :], x + m[None, :] * K + k[:, None]
     if not EVEN_K:
         mask = mask & (k < K)[:, None]
-    columns = decode_x(tl.load(x + m[None, :] * K + k[:, None], mask=mask, other=0.0))
+    columns = decode_x(tl.load(source, mask=mask, other=0.0))
     if X_SCALE == "group" and SCALES != "products" and GROUPS > 1:
         runs = first_k + RUN * tl.arange(0, CHUNK // RUN)[:, None]
         source = x_scale_rows[None, :] + tl.minimum(runs // COLUMNS, GROUPS - 1)
@@ -177,8 +183,10 @@ def add_product(accumulator, planes, columns, blocks, x_scale_rows, token, chunk
     if OVERLAP:
         planes = in_order(planes)
     weight = operand(decode_words(planes, blocks[zeros : zeros + ZERO_SLOTS], blocks[first:zeros]))
-    if SCALES == "products":
-        each, more = blocks[first][:, None], blocks[first + SCALE_SLOTS - 1][:, None]
+    if SCALES == "products" or SCALES == "sums":
+        each, more = blocks[first], blocks[first + SCALE_SLOTS - 1]
+        if SCALES == "products":
+            each, more = each[:, None], more[:, None]
         if X_SCALE == "group":
             group = tl.minimum(first_k // COLUMNS, GROUPS - 1)
             of_tokens = tl.load(x_scale_rows + group, mask=token, other=0.0)[None, :]
@@ -263,7 +271,7 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
                             part * PIECES + piece,
                             k + piece * CHUNK,
                         )
-            if SCALES != "products" and not APART and not OVERLAP:
+            if SCALES != "products" and SCALES != "sums" and not APART and not OVERLAP:
                 accumulator = settled(accumulator)
             blocks = next_blocks
     if FACTOR != 1.0:
@@ -274,6 +282,8 @@ def multiply(x, x_scale, codes, scale, zero_point, offset, super_scale, super_of
             accumulator *= tl.load(x_scale_rows, mask=token, other=0.0)[None, :]
     if SUPER_LAST:
         accumulator *= load_super(super_scale, n, row_mask, 0)[:, None]
+    if SCALES == "sums":
+        accumulator = tl.where(tl.arange(0, BLOCK_M)[None, :] == 0, tl.sum(accumulator, 1)[:, None], 0.0)
     return accumulator
 
 

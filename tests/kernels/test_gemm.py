@@ -144,6 +144,33 @@ def test_integer_scales_of_few_rows(name: str, dtype: torch.dtype, target: str) 
             given_.check(given_.interpret(target, tile), dtype, kernel=kernel)
 
 
+NARROW = [*GGUF_LIKE, "q4_0", "q4_1", "q5_k", "nf4", "mxfp4", "nvfp4"]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", NARROW)
+def test_sums_of_groups_of_one_row(name: str, dtype: torch.dtype, target: str) -> None:
+    """Each group's is in a column of its own, and scaled in float32; also beside columns beyond K, and with a gate."""
+    for (n, k), split, steps in (((72, 592), 1, ("bias",)), ((256, 512), 2, ("sigmoid(a)*b",)), ((64, 256), 1, ())):
+        given_ = problem(shipped(name, (n, k)), "fragment", 1, n, k, dtype, steps)
+        for form, size in (("loop", 64), ("loop", 128), *([("slab", 64)] if k % 256 == 0 else [])):
+            tile = replace(SMALL, m=8, n=size, k=128, split=split, form=form, scales="sums")
+            assert scales_of(given_.kernel(target, tile), "sums") == "sums"
+            given_.check(given_.interpret(target, tile), dtype)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_one_element_of_a_row_returns_its_weights(name: str) -> None:
+    """Scales of 1 and offsets of 0 leave every value as it is decoded."""
+    given_ = problem(shipped(name, (72, 256)), "fragment", 1, 72, 256, identity=True)
+    tile = replace(SMALL, m=8, k=128, scales="sums")
+    for column in (0, 15, 16, 63, 64, 129, 255):
+        given_.x = torch.eye(256)[column : column + 1].to(torch.bfloat16)
+        expected = given_.weight[:, column].to(torch.bfloat16).double()
+        assert torch.equal(given_.interpret("sm_90", tile).double(), expected[None])
+
+
 @pytest.mark.parametrize("scales", ["products", "fragments"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -203,7 +230,7 @@ tiles = st.builds(
     warps=st.just(4),
     stages=st.just(2),
     form=st.sampled_from(["loop", "slab"]),
-    scales=st.sampled_from(["products", "fragments"]),
+    scales=st.sampled_from(["sums", "products", "fragments"]),
     overlap=st.booleans(),
 ).map(lambda tile: replace(tile, overlap=tile.overlap and tile.k >= 128))
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 200), st.integers(1, 300))
@@ -214,7 +241,8 @@ targets = st.sampled_from(["sm_80", "sm_90", "gfx942"])
 def test_fragment(
     scheme: Scheme, shape: tuple[int, int, int], dtype: torch.dtype, tile: Tile, target: str, seed: int
 ) -> None:
-    given_ = problem(scheme, "fragment", *shape, dtype, seed=seed)
+    m, n, k = shape
+    given_ = problem(scheme, "fragment", 1 if tile.scales == "sums" else m, n, k, dtype, seed=seed)
     compute = torch.bfloat16 if scheme.activation else dtype
     given_.check(given_.interpret(target, tile), compute, kernel=given_.kernel(target, tile))
 
@@ -335,7 +363,7 @@ def test_a_gate_multiplies_columns_of_the_product(layout: str, split: int, n: in
 @pytest.mark.parametrize("layout", ["fragment", "rows8"])
 def test_stored_codes_are_those_of_the_activations(layout: str, name: str) -> None:
     """Bit for bit what the same kernel's result in float32 is quantized to, ends of the range included."""
-    floating = problem(preset("int8" if layout == "rows8" else "int4"), layout, 5, 128, 256, epilogue=("silu(a)*b",))
+    floating = problem(preset("int8" if layout == "rows8" else "int4"), layout, 5, 128, 256, epilogue=("sigmoid(a)*b",))
     floating.out_dtype = torch.float32
     fmt, y = get_format(STORES[name]), floating.interpret("sm_90", SMALL)
     scale = y.abs().max() / (2 * fmt.absmax)
