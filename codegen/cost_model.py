@@ -321,7 +321,8 @@ def _fragment_tiles(like: KernelSpec, m: int) -> list[Tile]:
         most = 64 if crowded or (like.activation is not None and _before_hopper(like.target)) else 128
         small = block_m <= 32 or like.sparse
         deep = (64,) if wide else (128, 256) if block_m <= 32 else (64, 128, 256)
-        if block_m == 8 and like.offset and isinstance(like, GroupedSpec):  # scales and offsets of 256 columns are more than fit beside eight rows
+        apart = scales_of(replace(like, tile=replace(like.tile, m=block_m)), "sums") == "sums"
+        if block_m == 8 and like.offset and not apart:  # both of 256 columns are more than fit beside eight rows
             deep = (128,)
         depths = [k for k in deep if k <= like.k] or [64]
         for block_n, k in itertools.product((64, 128) if small or wide else (64, 128, 256), depths):
@@ -349,8 +350,7 @@ def _ways(like: KernelSpec, tile: Tile) -> list[dict[str, Any]]:
     deep = tile.k >= 128 and like.target == "sm_90"
     given = replace(like, tile=tile)
     if scales_of(given, "sums") == "sums":
-        both = tile.k <= 128 or not like.offset
-        return [{"scales": "sums"}, *([{"scales": _few_rows(like)}] if both else [])]
+        return [{"scales": "sums"}]
     if small and scales_of(given, _few_rows(like)) in ("products", "fragments"):
         return [{"scales": _few_rows(like)}]
     only = scales_of(given, "products")

@@ -299,7 +299,7 @@ def _sums_apart(spec: KernelSpec) -> bool:
     """Whether one row of x may be multiplied in columns of a group each: eight of 128 of its elements at most."""
     one = spec.tile.m == 8 and not isinstance(spec, GroupedSpec) and spec.activation is None
     above = spec.super_columns % 128 == 0 or spec.super_columns >= spec.k
-    return one and above and spec.groups > 1 and spec.columns in (16, 32, 64) and (spec.symmetric or spec.offset)
+    return one and above and spec.groups > 1 and spec.columns in (16, 32) and (spec.symmetric or spec.offset)
 
 
 def scales_of(spec: KernelSpec, preferred: str) -> str:

