@@ -372,7 +372,8 @@ def test_warps_that_multiply_for_themselves_do_not_exchange_weights(target: str)
         looped = [k for k in candidates(like, m) if k.tile.form == "loop" and k.tile.split == 1]
         kernels += rank([k for k in looped if warps_multiply(k)], m, keep=1)
     for kernel, found in zip(kernels, measure(kernels), strict=True):
-        assert found["looped"] == found["exchanges"] == 0, (kernel, found)
+        added = 4 if kernel.tile.scales == "sums" else 0  # sums of two rows' groups, at the end
+        assert (found["looped"], found["exchanges"]) == (0, added), (kernel, found)
         # Nor through shared memory, where weights would take 2 bytes each beside what is copied there. Of 32 rows of x
         # Triton may give each warp half, and then two warps share weights by it.
         if kernel.tile.m < 32:
