@@ -105,11 +105,19 @@ def _bfloat16(x: Tensor, weight: Tensor) -> Candidate:
     return Candidate(*PLAIN, calls, product(x, weight))
 
 
-def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor, *steps: str) -> Candidate:
-    """What a linear runs in a compiled graph: quantization, if any, and, on GPUs, what `runtime/tuning.py` chooses."""
-    n, k = packed.shape
-    layout = choose_layout(scheme, (n, k), x.device.type)
-    spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=layout.name, epilogue=steps)
+def laid_out(scheme: Scheme, packed: PackedWeight) -> PackedWeight:
+    """A weight in the layout of its device's kernel."""
+    return to_layout(packed, choose_layout(scheme, packed.shape, packed.device.type))
+
+
+def _ours(name: str, scheme: Scheme, x: Tensor, weight: PackedWeight, expected: Tensor, *steps: str) -> Candidate:
+    """What a linear runs in a compiled graph: quantization, if any, and, on GPUs, what `runtime/tuning.py` chooses.
+
+    Args:
+        weight: `laid_out`.
+    """
+    n, k = weight.shape
+    spec = LinearSpec(in_features=k, out_features=n, scheme=scheme, layout=weight.layout, epilogue=steps)
     text = spec.encode()
 
     def call(weight: tuple[Tensor, ...]) -> Tensor:
@@ -124,8 +132,7 @@ def _ours(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: 
         rows, x_scale = (x, None) if scheme.activation is None else quantize(x, scheme.activation)
         return gpu.gemm(rows, x_scale, list(weight), None, [], spec, torch.bfloat16)
 
-    weights = copies(x.device, *to_layout(packed, layout).tensors)
-    calls: list[Call] = [lambda w=w: call(w) for w in weights]  # type: ignore[misc]
+    calls: list[Call] = [lambda w=w: call(w) for w in copies(x.device, *weight.tensors)]  # type: ignore[misc]
     return Candidate(OURS, name, calls, expected)
 
 
@@ -137,16 +144,17 @@ def gate_halves(y: Tensor) -> Tensor:
 
 
 def gate_candidates(
-    name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expected: Tensor
+    name: str, scheme: Scheme, x: Tensor, weight: PackedWeight, expected: Tensor
 ) -> Iterator[Candidate]:
     """Gate and up as one product that multiplies its halves itself, and as one with a kernel of Inductor's after it.
 
     Args:
+        weight: `laid_out`.
         expected: float64 silu(a) * b.
     """
-    within = _ours(name, scheme, x, packed, expected, "silu(a)*b")
+    within = _ours(name, scheme, x, weight, expected, "silu(a)*b")
     yield replace(within, impl=f"{OURS}, gate in the product")
-    apart = _ours(name, scheme, x, packed, expected)
+    apart = _ours(name, scheme, x, weight, expected)
     calls: list[Call] = [lambda call=call: gate_halves(call()) for call in apart.calls]  # type: ignore[misc]
     yield replace(apart, impl=f"{OURS}, gate apart", calls=calls)
 
@@ -227,15 +235,19 @@ def _of_torch(name: str, scheme: Scheme, x: Tensor, packed: PackedWeight, expect
 
 
 def candidates(
-    x: Tensor, weight: Tensor, schemes: dict[str, Scheme], packed: dict[str, PackedWeight]
+    x: Tensor, weight: Tensor, schemes: dict[str, Scheme], packed: dict[str, tuple[PackedWeight, PackedWeight]]
 ) -> Iterator[Candidate]:
-    """Plain, then ours and torch's for each scheme; one after another, so that only one's copies are in memory."""
+    """Plain, then ours and torch's for each scheme; one after another, so that only one's copies are in memory.
+
+    Args:
+        packed: each weight in the logical layout, and `laid_out`.
+    """
     yield _bfloat16(x, weight)
-    for name, quantized in packed.items():
+    for name, (quantized, own) in packed.items():
         activation, decoded = schemes[name].activation, dequantize(quantized)
         # Ours and Inductor's scales may differ in their last bit, and then codes of numbers in the middle of two do.
         expected = product(_quantized(x, activation, quantize), decoded)
-        yield _ours(name, schemes[name], x, quantized, expected)
+        yield _ours(name, schemes[name], x, own, expected)
         if activation is not None:
             expected = product(_quantized(x, activation, quantize_by_inductor), decoded)
         yield from _of_torch(name, schemes[name], x, quantized, expected)
@@ -255,8 +267,9 @@ def measure(
     """
     compat.allow_recompilations(64 * len(tokens) * (1 + len(schemes)))
     weight = torch.randn(n, k, device=device) / k**0.5
-    packed = {name: quantize_weight(weight, scheme.weight) for name, scheme in schemes.items()}
-    limits = {name: limit(quantized) for name, quantized in packed.items()}
+    quantized = {name: quantize_weight(weight, scheme.weight) for name, scheme in schemes.items()}
+    packed = {name: (logical, laid_out(schemes[name], logical)) for name, logical in quantized.items()}
+    limits = {name: limit(logical) for name, logical in quantized.items()}
     for m in tokens:
         x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         for candidate in candidates(x, weight, schemes, packed):
@@ -264,7 +277,7 @@ def measure(
             error = float((candidate.calls[0]().to(torch.float64) - expected).norm() / expected.norm())
             right = candidate.impl != OURS or error <= limits[candidate.scheme]
             assert right, f"{candidate.scheme} {n}x{k} M={m}: error {error:.2g}"
-            least = floor(schemes.get(candidate.scheme), packed.get(candidate.scheme), n, k, m, rates)
+            least = floor(schemes.get(candidate.scheme), quantized.get(candidate.scheme), n, k, m, rates)
             yield _row("linear", candidate, n, k, m, device, error, least)
 
 
@@ -296,11 +309,11 @@ def measure_gate(
     weight = torch.randn(n, k, device=device) / k**0.5
     for name, scheme in schemes.items():
         packed = quantize_weight(weight, scheme.weight)
-        most = limit(packed)
+        own, most = laid_out(scheme, packed), limit(packed)
         for m in tokens:
             x = torch.randn(m, k, device=device, dtype=torch.bfloat16)
             a, b = product(_quantized(x, scheme.activation, quantize), dequantize(packed)).chunk(2, -1)
-            for candidate in gate_candidates(name, scheme, x, packed, F.silu(a) * b):
+            for candidate in gate_candidates(name, scheme, x, own, F.silu(a) * b):
                 expected = candidate.expected
                 error = float((candidate.calls[0]().to(torch.float64) - expected).norm() / expected.norm())
                 assert error <= most, f"{candidate.impl} {name} {n}x{k} M={m}: error {error:.2g}"
