@@ -6,8 +6,8 @@
 Writes `benchmarks/results/<machine>.linear.json`. The shapes are the four linears of a Llama-3-8B layer, with the
 query, key and value projections and the gate and up projections merged. Every call takes the next of several copies
 of the weight, `COLD_BYTES` of them together at least; the calls are captured in a CUDA graph, and a time is the median
-over its replays. What is measured is written down in `qcompile/evaluate/linear.py`; `qcompile bench` measures other
-shapes, and `cpu.py` the products on CPUs.
+over its replays. Kernels are compiled by all processors but one beforehand. What is measured is written down in
+`qcompile/evaluate/linear.py`; `qcompile bench` measures other shapes, and `cpu.py` the products on CPUs.
 
 With --gate it times silu(gate) * up of the gate and up projections instead, by the product itself and by a kernel after
 it, and writes `benchmarks/results/<machine>.gate.json`.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,6 +26,8 @@ import torch
 from qcompile.evaluate.linear import measure, measure_gate
 from qcompile.evaluate.timing import Row, ceilings, write_results
 from qcompile.presets import PRESETS
+from qcompile.runtime import gpu, tuning
+from qcompile.runtime import measure as timing
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = [1, 16, 32, 64, 128, 256, 1024, 4096]
@@ -49,6 +52,21 @@ def summary(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def compile_ahead(names: list[str], shapes: list[tuple[int, int]], tokens: list[int], device: torch.device) -> None:
+    """Compile all kernels that will be timed, in processes of their own."""
+    target, name, kernels = gpu.target_of(device), gpu.name_of(device), {}
+    for scheme, shape, m in itertools.product(names, shapes, tokens):
+        job = timing.job(scheme, PRESETS[scheme].fit(scheme, shape), shape, gpu.bucket(m), torch.bfloat16)
+        like = job.like(target)
+        found = tuning.choose(job.spec, job.m, getattr(torch, like.x_dtype), torch.bfloat16, target, name)
+        if found.vendor is None:
+            kernels[found.kernel] = job.spec
+    with timing.compilers(max(1, (os.cpu_count() or 2) - 1)) as running:
+        for future in [running.submit(*each) for each in kernels.items()]:
+            if note := future.result():
+                print(note)
+
+
 def main() -> None:
     """Measure every shape, write the results and print sums over the shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +88,8 @@ def main() -> None:
     names = options.schemes.split(",") if options.schemes else SCHEMES
     tokens = [*map(int, options.tokens.split(","))] if options.tokens else TOKENS
     shapes, tokens = (SHAPES[:1], tokens[::3]) if options.quick else (SHAPES, tokens)
+
+    compile_ahead(names, shapes, tokens, device)
 
     def rows_of(n: int, k: int) -> list[Row]:
         schemes = {name: PRESETS[name].fit(name, (n, k)) for name in names}
