@@ -1,9 +1,9 @@
 """Time of products of few rows by weights with offsets on a GPU, by where their scales go: for `cost_model._few_rows`.
 
-    python benchmarks/offset_scales.py [--schemes q4_k] [--rows 1,16] [--keep 6]
+    python benchmarks/offset_scales.py [--schemes q4_k] [--rows 16] [--keep 6]
 
 "fragments" rounds a code times its scale before the offset is added; else all is exact until the sum ("products", or
-"weights" where groups are too narrow). Prints for each shape the fastest tile of either in microseconds, and the sums
+"weights" where groups are too narrow). One row alone has the exact "sums". Prints for each shape the fastest tile of either in microseconds, and the sums
 over shapes. Kernels are compiled by several processes beforehand; weights come from memory.
 """
 
@@ -43,7 +43,7 @@ def main() -> None:
     """Compile all, then time job after job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", default="q4_k", help="with offsets: q4_k, q5_k, q2_k")
-    parser.add_argument("--rows", default="1,16", help="up to 32")
+    parser.add_argument("--rows", default="16", help="2 to 32")
     parser.add_argument("--keep", type=int, default=6, help="tiles that are timed for each way")
     given = parser.parse_args()
     torch.manual_seed(0)
