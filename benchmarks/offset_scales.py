@@ -3,8 +3,9 @@
     python benchmarks/offset_scales.py [--schemes q4_k] [--rows 16] [--keep 6]
 
 "fragments" rounds a code times its scale before the offset is added; else all is exact until the sum ("products", or
-"weights" where groups are too narrow). One row alone has the exact "sums". Prints for each shape the fastest tile of either in microseconds, and the sums
-over shapes. Kernels are compiled by several processes beforehand; weights come from memory.
+"weights" where groups are too narrow). One row alone has the exact "sums". Prints for each shape the fastest tile of
+either in microseconds, and the sums over shapes. Kernels are compiled by several processes beforehand; weights come
+from memory.
 """
 
 from __future__ import annotations
