@@ -188,7 +188,7 @@ class QuantConfig:
         Raises:
             ConfigError: naming the rule, and the nearest layer names or the rule that shadows it.
         """
-        names = list(names)
+        names = list(dict.fromkeys(names))
         for index, rule in enumerate(self.rules):
             if rule.optional or any(
                 rule.matches(n) and not any(earlier.matches(n) for earlier in self.rules[:index]) for n in names
@@ -201,9 +201,14 @@ class QuantConfig:
                     f"rule {rule.layers!r} decides no layer: all that it matches ({matched[0]}, ...) "
                     f"are taken by the earlier rule {earlier.layers!r}; move it up or remove it"
                 )
-            near = ", ".join(_nearest(rule.layers, names)) or "none, since there are none or all are quantized"
+            if near := _nearest(rule.layers, names):
+                there = f"nearest: {', '.join(near)}"
+            elif names:
+                there = f"there are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            else:
+                there = "there are none, or all are quantized"
             raise ConfigError(
-                f'rule {rule.layers!r} matches no layer; nearest: {near} (a rule with "optional": true may match none)'
+                f'rule {rule.layers!r} matches no layer; {there} (a rule with "optional": true may match none)'
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def test_ignore_is_leading_rules_without_a_scheme():
         ([("*.mlp.*", "int4"), ("*.attn.*", "int8"), ("*layers*", None)], r"rule '\*layers\*' decides no layer"),
         ([("*.q_prj", "int8"), ("*", "int4")], r"rule '\*\.q_prj' matches no layer; nearest: .*q_proj"),
         ([("lmhead", "int8"), ("*", "int4")], "rule 'lmhead' matches no layer; nearest: lm_head"),
+        ([("xyz", "int8"), ("*", "int4")], r"rule 'xyz' matches no layer; there are model\.layers\.0\."),
         ([("*.experts.*", "int8")], '"optional": true may match none'),
     ],
 )
@@ -130,7 +131,7 @@ def test_shadowed_and_unused_rules(rules, message):
 
 
 def test_unused_rules_of_a_model_without_layers():
-    with pytest.raises(ConfigError, match=r"nearest: none, since there are none"):
+    with pytest.raises(ConfigError, match=r"matches no layer; there are none"):
         parse_config("int4").check_used([])
 
 
