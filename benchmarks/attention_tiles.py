@@ -1,7 +1,7 @@
 """Time of decode attention on a GPU by how its work is cut, for choosing `attention_gpu.tile_of`.
 
     python benchmarks/attention_tiles.py [--shapes 1x4096,8x4096] [--caches fp8_e4m3,int8,int4] [--minutes 3]
-        [--pages equal | --pages unequal]
+        [--pages equal | --pages unequal] [--lanes]
 
 Prints for each shape and cache the tiles from the fastest on, in microseconds; heads and timing are as in attention.py.
 Kernels are compiled by several processes beforehand.
@@ -46,8 +46,12 @@ def spec_of(given: str) -> AttentionSpec:
     return AttentionSpec(key=half, value=half, scale=SIZE**-0.5)
 
 
-def tiles(batch: int, context: int, paged: bool, lanes: bool) -> list[AttentionTile]:
-    """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for."""
+def tiles(batch: int, context: int, paged: bool, lanes: bool, others: bool) -> list[AttentionTile]:
+    """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for.
+
+    Args:
+        lanes, others: whether tiles with lanes, and without, are wanted.
+    """
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     pairs, found = batch * HEADS, []
     for warps, stages, power in itertools.product((4, 8) if lanes else (), (2, 3, 4), range(9)):
@@ -56,6 +60,8 @@ def tiles(batch: int, context: int, paged: bool, lanes: bool) -> list[AttentionT
         if enough and 16 * warps << power <= context * (batch if paged else 1):
             cut = AttentionTile(context=16 * warps, split=1 << power, warps=warps, stages=stages, ways=warps)
             found.append(replace(cut, lanes=True))
+    if not others:
+        return found
     if paged and batch > 1:  # of whose sequences each takes one program more than its share
         return found + [
             AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=ways)
@@ -120,6 +126,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--keep", type=int, default=8, help="tiles that are printed")
     parser.add_argument("--pages", choices=["equal", "unequal"], default="", help="of paged caches")
+    parser.add_argument("--lanes", action="store_true", help="tiles with lanes alone")
     given = parser.parse_args()
     start, target = time.monotonic(), target_of(DEVICE)
     wanted = []
@@ -133,7 +140,7 @@ def main() -> None:
             reach = Reach(length=True, sequences=sequences, page=PAGE)
         make = partial(attention_kernel_spec, spec, HEADS, GROUP, 1, "none", reach, torch.bfloat16, target)
         lanes = lanes_objection(spec, GROUP, reach.page, torch.bfloat16, target) is None
-        cuts = tiles(batch, context, bool(given.pages), lanes)
+        cuts = tiles(batch, context, bool(given.pages), lanes, not given.lanes)
         wanted.append((name, batch, context, spec, [make(tile) for tile in cuts]))
     notes = in_processes(compile_one, {kernel: name for name, _, _, _, found in wanted for kernel in found})
     for name, batch, context, spec, found in wanted:

@@ -1,4 +1,4 @@
-"""Attention of up to eight queries to FP8 keys and values that go from memory to registers: for `attention_decode`.
+"""Attention of up to eight queries to keys and values that go from memory to registers: for `attention_decode`.
 
 Each warp attends by itself to 16 tokens at a time, by mma.sync, which multiplies 16 rows of 16 columns by 16 rows of 8
 columns. For that thread 4 g + c has, in registers,
@@ -9,8 +9,13 @@ columns. For that thread 4 g + c has, in registers,
 
 Scores are keys, a row a token, by queries, a column each; results are values, a column a token, by weights, a column a
 query. In which order elements of a key are multiplied, and which row has which of a value, does not matter: so a thread
-has neighbouring bytes of a token, and loads 16 at once. Of values, bytes of neighbouring tokens are put together before
-they are decoded, and movmatrix makes second operands of weights.
+has neighbouring bytes of a token, and loads 16 at once. Of values, bytes of two tokens are put together before they are
+decoded, and movmatrix makes second operands of weights. Which row has which token does not matter either: `token_of`.
+
+Codes of four bits are decoded exactly: a number whose last bits they replace, less that number and what the format
+subtracts. Scales stay outside of products with keys, one product or more for each group that has one; those of values
+multiply weights. What has a scale of its own is therefore spread over all threads of a row, which have as many bytes of
+it. Offsets of keys are multiplied by sums of queries, of which bfloat16 holds three parts.
 
 Each tensor here has an element a thread, [THREADS], which makes it one register of all threads.
 """
@@ -25,14 +30,22 @@ from qcompile.codegen.templates.attention import (
     CAUSAL,
     DIVIDE,
     GROUP,
+    GROUP_SIZE,
+    HALVES,
     HEADS,
+    KEY_BYTES,
+    KEY_SCALED,
     KEY_SIZE,
     LOG2E,
     MASK,
+    OFFSETS,
     PAGE,
     QUERIES,
+    SCALES,
     SHIFT,
     SOFTCAP,
+    VALUE_BYTES,
+    VALUE_SCALED,
     VALUE_SIZE,
     WAYS,
     WINDOW,
@@ -44,36 +57,60 @@ from qcompile.codegen.templates.attention import (
 
 # <lanes>
 STAGES = tl.constexpr(2)
-CONVERT = tl.constexpr("cvt.rn.f16x2.e4m3x2")
+FIRST, LAST = tl.constexpr("0x5140"), tl.constexpr("0x7362")
+LOWER_KEYS = tl.constexpr(
+    "mov.b32 {l, h}, $10; cvt.rn.f16x2.e4m3x2 a, l; cvt.rn.f16x2.e4m3x2 c, h; "
+    "mov.b32 {l, h}, $11; cvt.rn.f16x2.e4m3x2 b, l; cvt.rn.f16x2.e4m3x2 d, h; "
+)
+HIGHER_KEYS = tl.constexpr("")
+LOWER_VALUES = tl.constexpr(
+    "prmt.b32 p, $10, $11, SELECTOR; mov.b32 {l, h}, p; cvt.rn.f16x2.e4m3x2 a, l; cvt.rn.f16x2.e4m3x2 b, h; "
+    "prmt.b32 p, $12, $13, SELECTOR; mov.b32 {l, h}, p; cvt.rn.f16x2.e4m3x2 c, l; cvt.rn.f16x2.e4m3x2 d, h; "
+)
+HIGHER_VALUES = tl.constexpr("")
 # </lanes>
 
+# FIRST, LAST: what puts the first and the last two bytes of two words together. Keys' and values' PTX: from a word of
+# each of two or four tokens to a first operand, of whole bytes or their lower halves, and of their higher halves.
 THREADS = tl.constexpr(32 * WAYS.value)
 LIVE = tl.constexpr(GROUP.value * QUERIES.value)
 """Queries that there are, of eight."""
 AHEAD = tl.constexpr(STAGES.value - 1)
 """Steps whose keys and values are loaded before they are needed."""
-KEY_WORDS = tl.constexpr(KEY_SIZE.value // 16)
-VALUE_WORDS = tl.constexpr(VALUE_SIZE.value // 32)
-"""That a thread has of a token."""
+KEY_WORDS = tl.constexpr(KEY_SIZE.value // (16 * HALVES.value))
+VALUE_WORDS = tl.constexpr(VALUE_SIZE.value // (32 * HALVES.value))
+"""That a thread has of a token,"""
+KEY_RUN = tl.constexpr(min(KEY_WORDS.value, 4, GROUP_SIZE.value // 16 or 4))
+VALUE_RUN = tl.constexpr(min(VALUE_WORDS.value, 4, GROUP_SIZE.value // 32 or 4))
+"""and how many of them lie side by side."""
+COMPACT = tl.constexpr(GROUP_SIZE.value > 0 or OFFSETS.value)
+"""Whether scales and offsets are bfloat16, not float32."""
+KEY_SCALES = tl.constexpr(KEY_SCALED.value * (1 + OFFSETS.value) // (1 + COMPACT.value))
+VALUE_SCALES = tl.constexpr(VALUE_SCALED.value * (1 + OFFSETS.value) // (1 + COMPACT.value))
+"""Words of a token's scales and offsets."""
 TILES = tl.constexpr(VALUE_SIZE.value // 16)
 """Of 16 elements of values."""
+GROUP_WORDS = tl.constexpr(GROUP_SIZE.value // 32 or VALUE_WORDS.value)
+"""Words of values, each with those of seven threads, that share scales."""
+REGISTERS = tl.constexpr("{ .reg .b16 l, h; .reg .b32 p, s, z, a, b, c, d; ")
 MULTIPLY = tl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {a, b, c, d}, {$4, $5}, {$6, $7, $8, $9}; }"
 )
-KEYS = tl.constexpr(
-    "{ .reg .b16 l, h; .reg .b32 a, b, c, d; "
-    f"mov.b32 {{l, h}}, $10; {CONVERT.value} a, l; {CONVERT.value} c, h; "
-    f"mov.b32 {{l, h}}, $11; {CONVERT.value} b, l; {CONVERT.value} d, h; " + MULTIPLY.value
+KEYS, MORE_KEYS = (
+    tl.constexpr(REGISTERS.value + decode.value + MULTIPLY.value) for decode in (LOWER_KEYS, HIGHER_KEYS)
 )
-VALUES = tl.constexpr(
-    "{ .reg .b16 l, h; .reg .b32 p, a, b, c, d; "
-    f"prmt.b32 p, $10, $11, SELECTOR; mov.b32 {{l, h}}, p; {CONVERT.value} a, l; {CONVERT.value} b, h; "
-    f"prmt.b32 p, $12, $13, SELECTOR; mov.b32 {{l, h}}, p; {CONVERT.value} c, l; {CONVERT.value} d, h; "
-    + MULTIPLY.value
+VALUES, MORE_VALUES, LAST_VALUES, MORE_LAST_VALUES = (
+    tl.constexpr(REGISTERS.value + decode.value.replace("SELECTOR", pair.value) + MULTIPLY.value)
+    for pair in (FIRST, LAST)
+    for decode in (LOWER_VALUES, HIGHER_VALUES)
 )
-LOWER, HIGHER = (tl.constexpr(VALUES.value.replace("SELECTOR", each)) for each in ("0x5140", "0x7362"))
-"""PTX of products with the first and the last two bytes of words."""
+"""PTX of products with the first and the last two bytes of words, or with their higher halves."""
 OPERANDS = tl.constexpr("=f,=f,=f,=f,r,r,f,f,f,f,r,r")
+OFFSET_PRODUCT = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$10, $11, $12, $13}, {$4, $5}, "
+    "{$6, $7, $8, $9};"
+)
+LOGARITHM = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 PACK = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 WEIGHTS = tl.constexpr("{ .reg .b32 p; cvt.rn.f16x2.f32 p, $2, $1; movmatrix.sync.aligned.m8n8.trans.b16 $0, p; }")
 
@@ -112,9 +149,16 @@ def begun():
 
 
 @triton.jit
-def load_words(codes, vector, inside, place, SIZE: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr):
-    """COUNT words of each thread's vector from `place` on, in runs of four, the next STEP words behind."""
-    RUN: tl.constexpr = min(COUNT, 4)
+def token_of(row):
+    """Which of eight tokens a row has: threads with neighbouring c then load values of neighbouring tokens."""
+    return row // 2 + row % 2 * 4
+
+
+@triton.jit
+def load_words(
+    codes, vector, inside, place, SIZE: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr
+):
+    """COUNT words of each thread's vector of SIZE bytes from `place` on, in runs of RUN, the next STEP words behind."""
     own = codes + vector * (SIZE // 4) + place
     found = ()
     for run in tl.static_range(COUNT // RUN):
@@ -124,63 +168,142 @@ def load_words(codes, vector, inside, place, SIZE: tl.constexpr, COUNT: tl.const
 
 
 @triton.jit
-def load_tokens(key_codes, value_codes, page, head, t, g, c, begin, end):
-    """A thread's words of the 16 tokens from t: of keys of g and g + 8, of values of 2 c, 2 c + 1 and 8 behind."""
-    base = 0
-    if PAGE:
-        base = (page.to(tl.int64) * HEADS + head) * PAGE - t // PAGE * PAGE
-    keys, values = (), ()
-    for i in tl.static_range(2):
-        token = t + g + 8 * i
-        inside = within(token, begin, end)
-        keys += (load_words(key_codes, base + token, inside, 4 * c, KEY_SIZE, KEY_WORDS, 16),)
-    for i in tl.static_range(4):
-        token = t + 2 * c + (i % 2 + 8 * (i // 2))
-        inside = within(token, begin, end)
-        values += (load_words(value_codes, base + token, inside, VALUE_WORDS * g, VALUE_SIZE, VALUE_WORDS, 0),)
-    return keys, values
+def load_scale_words(scales, vector, inside, COUNT: tl.constexpr):
+    """All of a token."""
+    RUN: tl.constexpr = min(COUNT, 4)
+    return load_words(scales, vector, inside, 0, 4 * COUNT, COUNT, RUN, RUN)
 
 
 @triton.jit
-def numbers_of(word):
+def load_tokens(cache, page, head, t, g, c, begin, end):
+    """A thread's words of the 16 tokens from t: keys and all scales of rows g and g + 8, values of its four rows."""
+    key_codes, key_scale, value_codes, value_scale, _ = cache
+    base = 0
+    if PAGE:
+        base = (page.to(tl.int64) * HEADS + head) * PAGE - t // PAGE * PAGE
+    keys, values, key_scales, value_scales = (), (), (), ()
+    for i in tl.static_range(2):
+        token = t + token_of(g) + 8 * i
+        inside, vector = within(token, begin, end), base + token
+        keys += (load_words(key_codes, vector, inside, KEY_RUN * c, KEY_BYTES, KEY_WORDS, KEY_RUN, 4 * KEY_RUN),)
+        if SCALES == "token":
+            key_scales += (load_scale_words(key_scale, vector, inside, KEY_SCALES),)
+            value_scales += (load_scale_words(value_scale, vector, inside, VALUE_SCALES),)
+    for i in tl.static_range(4):
+        token = t + c + (i % 2 * 4 + i // 2 * 8)
+        inside, place = within(token, begin, end), VALUE_RUN * g
+        own = load_words(value_codes, base + token, inside, place, VALUE_BYTES, VALUE_WORDS, VALUE_RUN, 8 * VALUE_RUN)
+        values += (own,)
+    return keys, values, key_scales, value_scales
+
+
+@triton.jit
+def bfloat16_of(word):
     """Both bfloat16 numbers of a word, in float32."""
     return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def load_queries(query, g, c):
-    """Words of two elements of query g, in the order of keys' words, in float16; and what they are divided by.
+def numbers_of(word):
+    """Both numbers of a word of queries, in float32."""
+    if DIVIDE:
+        return bfloat16_of(word)
+    else:
+        first, second = word.to(tl.int16), (word >> 16).to(tl.int16)
+        return first.to(tl.float16, bitcast=True).to(tl.float32), second.to(tl.float16, bitcast=True).to(tl.float32)
 
-    That is a power of two, for bfloat16 (DIVIDE).
+
+@triton.jit
+def load_queries(query, g, c):
+    """Elements of query g as words of two in float16, in the order of keys' words; what they are divided by; sums.
+
+    They are divided by a power of two, for bfloat16 (DIVIDE). Sums, where scales have offsets, are of what shares one.
     """
     query = query.to(tl.pointer_type(tl.int32), bitcast=True)
     live = g < LIVE
     words = ()
-    for run in tl.static_range(KEY_SIZE // 64):
-        words += load_words(query, g, live, 32 * run + 8 * c, 2 * KEY_SIZE, 8, 4)
+    for half in tl.static_range(HALVES):
+        for run in tl.static_range(KEY_WORDS // KEY_RUN):
+            place = 2 * KEY_RUN * c + (half * (KEY_SIZE // 4) + 8 * KEY_RUN * run)
+            words += load_words(query, g, live, place, 2 * KEY_SIZE, 2 * KEY_RUN, min(2 * KEY_RUN, 4), 4)
     unit = g.to(tl.float32) * 0.0 + 1.0
+    numbers = ()
+    for i in tl.static_range(KEY_SIZE // 8):
+        numbers += numbers_of(words[i])
     if DIVIDE:
         greatest = unit * 0.0
-        for i in tl.static_range(KEY_SIZE // 8):
-            first, second = numbers_of(words[i])
-            greatest = tl.maximum(greatest, tl.maximum(tl.abs(first), tl.abs(second)))
+        for i in tl.static_range(KEY_SIZE // 4):
+            greatest = tl.maximum(greatest, tl.abs(numbers[i]))
         greatest = tl.maximum(greatest, across(greatest, 1))
         greatest = tl.maximum(greatest, across(greatest, 2))
         unit = (greatest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         unit = tl.where(unit == 0.0, 1.0, unit)
         found = ()
-        for i in tl.static_range(KEY_SIZE // 8):
-            first, second = numbers_of(words[i])
-            found += (packed(first / unit, second / unit),)
-        words = found
-    return words, unit
+        for i in tl.static_range(KEY_SIZE // 4):
+            found += (numbers[i] / unit,)
+        numbers = found
+    packs, sums = (), ()
+    for i in tl.static_range(0, KEY_SIZE // 4, 4):  # of halves of bytes every other one is in a word
+        packs += (packed(numbers[i], numbers[i + HALVES]), packed(numbers[i + 3 - HALVES], numbers[i + 3]))
+    SHARED: tl.constexpr = KEY_SIZE // (4 * KEY_SCALED)
+    for group in tl.static_range(KEY_SCALED if OFFSETS else 0):
+        total = unit * 0.0
+        for i in tl.static_range(SHARED):
+            total += numbers[group * SHARED + i]
+        total += across(total, 1)
+        sums += (total + across(total, 2),)
+    return packs, unit, sums
 
 
 @triton.jit
-def add_scores(sums, queries, first, second):
-    """Scores of tokens g and g + 8 by queries 2 c and 2 c + 1, with a word of each token's key."""
+def parts_of(number, c):
+    """Eight digits of a float32 number for each of three threads, as the bits of bfloat16 in the higher half."""
+    first = number.to(tl.int32, bitcast=True) & -65536
+    rest = number - first.to(tl.float32, bitcast=True)
+    second = rest.to(tl.int32, bitcast=True) & -65536
+    third = (rest - second.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) & -65536
+    return tl.where(c == 0, first, tl.where(c == 1, second, tl.where(c == 2, third, 0)))
+
+
+@triton.jit
+def offset_factors(sums, c):
+    """Second operands that multiply words of offsets, or of a scale and an offset, by sums of queries."""
+    found = ()
+    if OFFSETS:
+        if GROUP_SIZE:
+            for i in tl.static_range(0, KEY_SCALED, 2):
+                found += (((parts_of(sums[i], c) >> 16) & 0xFFFF) | parts_of(sums[i + 1], c),)
+        else:
+            found += (parts_of(sums[0], c),)
+        if len(found) % 2 == 1:
+            found += (c * 0,)
+    return found
+
+
+@triton.jit
+def add_offsets(sums, factors, near, far):
+    """Offsets of keys times sums of queries: where sums of products begin.
+
+    near, far: for each factor a word of each token, of two groups' offsets, or of a scale and an offset.
+    """
+    for i in tl.static_range(0, len(factors), 2):
+        p, q, r, s = tl.inline_asm_elementwise(
+            OFFSET_PRODUCT,
+            OPERANDS + ",r,r",
+            factors[i : i + 2] + sums + (near[i], far[i], near[i + 1], far[i + 1]),
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+        sums = (p, q, r, s)
+    return sums
+
+
+@triton.jit
+def add_scores(sums, queries, first, second, HALF: tl.constexpr):
+    """Scores of two tokens by queries 2 c and 2 c + 1, with a word of each token's key, or halves of its bytes."""
     return tl.inline_asm_elementwise(
-        KEYS,
+        MORE_KEYS if HALF else KEYS,
         OPERANDS,
         queries + sums + (first, second),
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
@@ -190,16 +313,73 @@ def add_scores(sums, queries, first, second):
 
 
 @triton.jit
-def scores_of(keys, queries):
-    """`add_scores` of all words: even and odd ones by themselves, so that no product waits for the one before."""
+def add_words(
+    sums, keys, queries, HALF: tl.constexpr, BEGIN: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr = 1
+):
+    """`add_scores` of COUNT words from BEGIN on, STEP apart."""
+    for i in tl.static_range(BEGIN, BEGIN + COUNT * STEP, STEP):
+        own = queries[2 * (HALF * KEY_WORDS + i) : 2 * (HALF * KEY_WORDS + i) + 2]
+        p, q, r, s = add_scores(sums, own, keys[0][i], keys[1][i], HALF)
+        sums = (p, q, r, s)
+    return sums
+
+
+@triton.jit
+def scores_of(keys, scales, queries, factors):
+    """Scores of both tokens by both queries.
+
+    Products of even and odd words, of both halves of bytes, or of groups add up by themselves, so that none waits for
+    the one before.
+    """
     zero = tl.zeros((THREADS,), tl.float32)
-    even, odd = (zero, zero, zero, zero), (zero, zero, zero, zero)
-    for i in tl.static_range(0, KEY_WORDS, 2):
-        p, q, r, s = add_scores(even, queries[2 * i : 2 * i + 2], keys[0][i], keys[1][i])
-        even = (p, q, r, s)
-        p, q, r, s = add_scores(odd, queries[2 * i + 2 : 2 * i + 4], keys[0][i + 1], keys[1][i + 1])
-        odd = (p, q, r, s)
-    return even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]
+    zeros, none = (zero, zero, zero, zero), tl.zeros((THREADS,), tl.int32)
+    if GROUP_SIZE:
+        EACH: tl.constexpr = GROUP_SIZE // 16
+        OFFSETS_FROM: tl.constexpr = KEY_SCALED // 2
+        found = add_offsets(zeros, factors, scales[0][OFFSETS_FROM:] + (none,), scales[1][OFFSETS_FROM:] + (none,))
+        for half in tl.static_range(2):
+            for part in tl.static_range(KEY_SCALED // 2):
+                own = add_words(zeros, keys, queries, half, part * EACH, EACH)
+                near = scale_of(scales[0], half * (KEY_SCALED // 2) + part)
+                far = scale_of(scales[1], half * (KEY_SCALED // 2) + part)
+                found = scaled_sums(found, own, near, far)
+    else:
+        if HALVES == 2:
+            even = add_words(zeros, keys, queries, 0, 0, KEY_WORDS)
+            odd = add_words(zeros, keys, queries, 1, 0, KEY_WORDS)
+        else:
+            even = add_words(zeros, keys, queries, 0, 0, KEY_WORDS // 2, 2)
+            odd = add_words(zeros, keys, queries, 0, 1, KEY_WORDS // 2, 2)
+        found = (even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3])
+        if SCALES == "token":
+            moved = add_offsets(zeros, factors, scales[0] + (none,), scales[1] + (none,))
+            found = scaled_sums(moved, found, scale_of(scales[0], 0), scale_of(scales[1], 0))
+    return found
+
+
+@triton.jit
+def scaled_sums(sums, more, near, far):
+    """Sums, and more of two tokens with their scales."""
+    return sums[0] + more[0] * near, sums[1] + more[1] * near, sums[2] + more[2] * far, sums[3] + more[3] * far
+
+
+@triton.jit
+def scale_of(words, PLACE: tl.constexpr):
+    """A scale or an offset of a token, in float32."""
+    if COMPACT:
+        return bfloat16_of(words[PLACE // 2])[PLACE % 2]
+    else:
+        return words[PLACE].to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude_of(words):
+    """The binary logarithm of the greatest scale of a token's value; at least -60, so that weights stay finite."""
+    greatest = scale_of(words, 0)
+    for group in tl.static_range(1, VALUE_SCALED):
+        greatest = tl.maximum(greatest, scale_of(words, group))
+    power = tl.inline_asm_elementwise(LOGARITHM, "=f,f", [greatest], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.maximum(power, -60.0)
 
 
 @triton.jit
@@ -249,13 +429,47 @@ def add_tile(sofar, values, weights, rescale, WORD: tl.constexpr, PTX: tl.conste
 
 
 @triton.jit
-def add_values(sums, values, weights, rescale):
-    """`add_tile` of all tiles."""
+def add_values(sums, values, scales, weights, rescale):
+    """`add_tile` of all tiles: of words, of the halves of their bytes, of two bytes."""
+    operands = ()
+    for group in tl.static_range(VALUE_SCALED):
+        if SCALES == "token":
+            near, far = scale_of(scales[0], group), scale_of(scales[1], group)
+            operands += ((turned(weights[0] * near, weights[2] * near), turned(weights[1] * far, weights[3] * far)),)
+        else:
+            operands += ((turned(weights[0], weights[2]), turned(weights[1], weights[3])),)
     found = ()
-    for word in tl.static_range(VALUE_WORDS):
-        for half in tl.static_range(2):
-            p, q, r, s = add_tile(sums[2 * word + half], values, weights, rescale, word, HIGHER if half else LOWER)
-            found += ((p, q, r, s),)
+    for part in tl.static_range(VALUE_WORDS // GROUP_WORDS):
+        for word in tl.static_range(part * GROUP_WORDS, (part + 1) * GROUP_WORDS):
+            for half in tl.static_range(HALVES):
+                own = operands[half * (VALUE_SCALED // 2) + part]
+                both = sums[2 * (HALVES * word + half) : 2 * (HALVES * word + half) + 2]
+                p, q, r, s = add_tile(both[0], values, own, rescale, word, MORE_VALUES if half else VALUES)
+                found += ((p, q, r, s),)
+                p, q, r, s = add_tile(both[1], values, own, rescale, word, MORE_LAST_VALUES if half else LAST_VALUES)
+                found += ((p, q, r, s),)
+    return found
+
+
+@triton.jit
+def add_shifts(sums, shifts):
+    """Sums of values with those of their offsets, which are still each thread's own."""
+    whole = ()
+    for group in tl.static_range(VALUE_SCALED):
+        for i in tl.static_range(2):
+            shift = shifts[group][i]
+            shift += across(shift, 4)
+            shift += across(shift, 8)
+            whole += (shift + across(shift, 16),)
+    found = ()
+    for part in tl.static_range(VALUE_WORDS // GROUP_WORDS):
+        for word in tl.static_range(part * GROUP_WORDS, (part + 1) * GROUP_WORDS):
+            for half in tl.static_range(HALVES):
+                first = whole[2 * (half * (VALUE_SCALED // 2) + part)]
+                second = whole[2 * (half * (VALUE_SCALED // 2) + part) + 1]
+                for last in tl.static_range(2):
+                    own = sums[2 * (HALVES * word + half) + last]
+                    found += ((own[0] + first, own[1] + second, own[2] + first, own[3] + second),)
     return found
 
 
@@ -270,22 +484,27 @@ def attend_in_lanes(first, stop, head, begin, end, cache, query, key_factor, mas
     """Attend to blocks of the context from `first` until `stop`: the greatest scores, sums of weights, and of values.
 
     They are [WAYS, 8], [WAYS, 8] and [WAYS, 8, VALUE_SIZE]; arguments are those of `attend_to` and `attention_decode`.
+    Where tokens have scales, scores are compared after those of values have multiplied their weights.
     """
-    key_codes, _, value_codes, _, block_table = cache
+    key_codes, key_scale, value_codes, value_scale, block_table = cache
     thread = tl.arange(0, THREADS)
     lane, warp = thread % 32, thread // 32
     g, c = lane // 4, lane % 4
     key_codes = key_codes.to(tl.pointer_type(tl.int32), bitcast=True)
     value_codes = value_codes.to(tl.pointer_type(tl.int32), bitcast=True)
+    key_scale = key_scale.to(tl.pointer_type(tl.int32), bitcast=True)
+    value_scale = value_scale.to(tl.pointer_type(tl.int32), bitcast=True)
+    cache = (key_codes, key_scale, value_codes, value_scale, block_table)
     t = first * BLOCK_T + warp * 16
     page = page_of(block_table, t, end)
     ahead = ()
     for step in tl.static_range(AHEAD):
         next_page = page_of(block_table, t + (step + 1) * BLOCK_T, end)
-        ahead += (load_tokens(key_codes, value_codes, page, head, t + step * BLOCK_T, g, c, begin, end),)
+        ahead += (load_tokens(cache, page, head, t + step * BLOCK_T, g, c, begin, end),)
         page = next_page
     begun()
-    queries, unit = load_queries(query, g, c)
+    queries, unit, query_sums = load_queries(query, g, c)
+    offsets = offset_factors(query_sums, c)
     factors = (of_lane(unit, 8 * c) * key_factor, of_lane(unit, 8 * c + 4) * key_factor)
     rows = (2 * c, 2 * c + 1)
     places = (
@@ -293,23 +512,28 @@ def attend_in_lanes(first, stop, head, begin, end, cache, query, key_factor, mas
         rows[1] // QUERIES * mask_head + rows[1] % QUERIES * mask_query,
     )
     zero = tl.zeros((THREADS,), tl.float32)
-    tops, totals, sums = (zero + float("-inf"), zero + float("-inf")), (zero, zero), ()
+    tops, totals, sums, shifts = (zero + float("-inf"), zero + float("-inf")), (zero, zero), (), ()
     for _ in tl.static_range(TILES):
         sums += ((zero, zero, zero, zero),)
+    for _ in tl.static_range(VALUE_SCALED if OFFSETS else 0):
+        shifts += ((zero, zero),)
     for _ in tl.range(first, stop, num_stages=1):
         next_page = page_of(block_table, t + (AHEAD + 1) * BLOCK_T, end)
-        following = load_tokens(key_codes, value_codes, page, head, t + AHEAD * BLOCK_T, g, c, begin, end)
+        ahead += (load_tokens(cache, page, head, t + AHEAD * BLOCK_T, g, c, begin, end),)
         begun()
-        keys, values = ahead[0][0], ahead[0][1]
-        found = scores_of(keys, queries)
-        one, two = t + g, t + g + 8
+        keys, values, key_scales, value_scales = ahead[0]
+        found = scores_of(keys, key_scales, queries, offsets)
+        one, two = t + token_of(g), t + token_of(g) + 8
         one_inside, two_inside = within(one, begin, end), within(two, begin, end)
+        if SCALES == "token":
+            near_power, far_power = magnitude_of(value_scales[0]), magnitude_of(value_scales[1])
         weights, rescale = (), ()
         next_tops, next_totals = (), ()
         for i in tl.static_range(2):
             near = shown(found[i], factors[i], one, one_inside, mask, places[i], rows[i], end)
             far = shown(found[2 + i], factors[i], two, two_inside, mask, places[i], rows[i], end)
-            higher = tl.maximum(tops[i], greatest_of(near, far))
+            compared = (near + near_power, far + far_power) if SCALES == "token" else (near, far)
+            higher = tl.maximum(tops[i], greatest_of(compared[0], compared[1]))
             base = finite(higher)
             near, far = tl.exp2(near - (base - SHIFT)), tl.exp2(far - (base - SHIFT))
             smaller = tl.exp2(tops[i] - base)
@@ -318,19 +542,31 @@ def attend_in_lanes(first, stop, head, begin, end, cache, query, key_factor, mas
             rescale += (smaller,)
             weights += (near, far)
         tops, totals = next_tops, next_totals
-        words = (turned(weights[0], weights[2]), turned(weights[1], weights[3]))
-        sums = add_values(sums, values, words, rescale)
-        ahead = ahead[1:] + (following,)
+        next_shifts = ()
+        for group in tl.static_range(VALUE_SCALED if OFFSETS else 0):
+            near, far = scale_of(value_scales[0], VALUE_SCALED + group), scale_of(value_scales[1], VALUE_SCALED + group)
+            next_shifts += (
+                (
+                    shifts[group][0] * rescale[0] + weights[0] * near + weights[1] * far,
+                    shifts[group][1] * rescale[1] + weights[2] * near + weights[3] * far,
+                ),
+            )
+        shifts = next_shifts
+        sums = add_values(sums, values, value_scales, weights, rescale)
+        ahead = ahead[1:]
         page = next_page
         t += BLOCK_T
     top = tl.reshape(joined(tops, 2), (WAYS, 8, 8))
     total = tl.reshape(joined(totals, 2), (WAYS, 8, 8))
     every = ()
+    if OFFSETS:
+        sums = add_shifts(sums, shifts)
     for i in tl.static_range(TILES):
         every += sums[i]
-    # way | g c | tile r e: query 2 c + e, and of each g's share of elements that of 2 tile + r
-    parts = tl.reshape(joined(every, 4 * TILES), (WAYS, 8, 4, TILES, 2, 2))
-    parts = tl.reshape(tl.permute(parts, (0, 2, 5, 1, 3, 4)), (WAYS, 8, VALUE_SIZE))
+    # way | g c | run word half, two elements of two of a word's, e: query 2 c + e
+    RUNS: tl.constexpr = VALUE_WORDS // VALUE_RUN
+    parts = tl.reshape(joined(every, 4 * TILES), (WAYS, 8, 4, RUNS, VALUE_RUN, HALVES, 4, 2))
+    parts = tl.reshape(tl.permute(parts, (0, 2, 7, 5, 3, 1, 4, 6)), (WAYS, 8, VALUE_SIZE))
     return tl.max(top, 1), tl.sum(total, 1), parts
 
 

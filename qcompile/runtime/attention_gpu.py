@@ -105,13 +105,21 @@ def tile_of(
     return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
 
 
-def lanes_tile_of(pairs: int, context: int, target: str, sequences: int = 0, page: int = 0) -> AttentionTile:
+def lanes_tile_of(
+    pairs: int,
+    context: int,
+    target: str,
+    sequences: int = 0,
+    page: int = 0,
+    size: int = 128,
+    grouped: bool = False,
+) -> AttentionTile:
     """A tile with `lanes`: for few heads a program a processor, whose warps load two steps ahead; else two, one ahead.
 
     Args: see `tile_of`.
     """
-    twice = pairs >= 32
-    warps = 4 if twice and page else 8  # as registers hold: places of pages take some
+    twice = pairs >= 32 or size > 128
+    warps = 4 if twice and (page or grouped or size > 128) else 8  # as registers hold: places of pages take some
     block = 16 * warps
     if sequences:
         split = _parts_of_all(pairs, context, block, sequences, target)
@@ -227,7 +235,7 @@ def choose(
     integers, in_fp8 = has_integers(spec.scheme.format), spec.scheme.compute == "fp8"
     rows = group * queries
     if lanes_objection(spec, rows, reach.page, x_dtype, target) is None:
-        tile = lanes_tile_of(batch * heads, context, target, sequences, reach.page)
+        tile = lanes_tile_of(batch * heads, context, target, sequences, reach.page, size, spec.scheme.group > 0)
     else:
         grouped = spec.scheme.group > 0
         tile = tile_of(

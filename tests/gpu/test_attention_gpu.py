@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from qcompile.codegen.attention_spec import AttentionTile, lanes_objection
 from qcompile.codegen.spec import native_fp8
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
@@ -125,6 +127,48 @@ def test_groups_with_offsets(kv: str, queries: int, shared: int) -> None:
         symmetric=False,
     )
     given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize(("symmetric", "shared"), [(True, 0), (False, 0), (True, 32), (False, 32), (False, 64)])
+@pytest.mark.parametrize(("group", "queries"), [(1, 1), (4, 1), (8, 1), (2, 4)])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_four_bits_in_lanes(size: int, group: int, queries: int, symmetric: bool, shared: int) -> None:
+    if 2 * shared > size:
+        pytest.skip("a vector has no two such groups")
+    for dtype, batch, context in ((torch.bfloat16, 2, 777), (torch.float16, 1, 20000), (torch.bfloat16, 12, 4096)):
+        given = problem(
+            "int4",
+            "token",
+            batch=batch,
+            heads=3,
+            group=group,
+            queries=queries,
+            context=context,
+            size=size,
+            dtype=dtype,
+            mask="none",
+            length=context - 7,
+            causal=True,
+            shared=shared,
+            symmetric=symmetric,
+        )
+        target = target_of(torch.device("cuda", 0))
+        assert lanes_objection(given.spec, group * queries, 0, dtype, target) is None
+        given.check_kernel(run(given, launches=20))
+
+
+def test_every_tile_with_lanes_gives_the_same_within_the_bound() -> None:
+    target = target_of(torch.device("cuda", 0))
+    for symmetric, shared in ((True, 0), (False, 32)):
+        options = {"context": 2000, "size": 128, "dtype": torch.bfloat16, "symmetric": symmetric, "shared": shared}
+        given = problem("int4", "token", group=4, **options)
+        moved = on_gpu(given)
+        for warps, stages, split in itertools.product((1, 4, 8), (2, 3, 4), (1, 4, 32)):
+            tile = AttentionTile(context=16 * warps, split=split, warps=warps, stages=stages, ways=warps, lanes=True)
+            kernel = given.kernel(target, tile)
+            function = cache.load(kernel).kernel
+            y = attention_gpu.launch(kernel, function, moved.query, moved.cache, moved.mask, moved.length)
+            given.check_kernel(y.cpu())
 
 
 @pytest.mark.parametrize("exact", [True, False])
