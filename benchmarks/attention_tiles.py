@@ -1,7 +1,7 @@
 """Time of decode attention on a GPU by how its work is cut, for choosing `attention_gpu.tile_of`.
 
     python benchmarks/attention_tiles.py [--shapes 1x4096,8x4096] [--caches fp8_e4m3,int8,int4] [--minutes 3]
-        [--pages equal | --pages unequal] [--lanes]
+        [--pages equal | --pages unequal] [--lanes] [--size 128]
 
 Prints for each shape and cache the tiles from the fastest on, in microseconds; heads and timing are as in attention.py.
 Kernels are compiled by several processes beforehand.
@@ -35,15 +35,15 @@ from qcompile.powers import power_above
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
 
-HEADS, GROUP, SIZE = 8, 4, 128
+HEADS, GROUP = 8, 4
 DEVICE = torch.device("cuda")
 
 
-def spec_of(given: str) -> AttentionSpec:
+def spec_of(given: str, size: int) -> AttentionSpec:
     scheme = parse_kv_cache(json.loads(given) if given.startswith("{") else given)
     assert scheme is not None
-    half = KVSpec(scheme=scheme, head_dim=SIZE)
-    return AttentionSpec(key=half, value=half, scale=SIZE**-0.5)
+    half = KVSpec(scheme=scheme, head_dim=size)
+    return AttentionSpec(key=half, value=half, scale=size**-0.5)
 
 
 def tiles(batch: int, context: int, paged: bool, lanes: bool, others: bool) -> list[AttentionTile]:
@@ -54,7 +54,7 @@ def tiles(batch: int, context: int, paged: bool, lanes: bool, others: bool) -> l
     """
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     pairs, found = batch * HEADS, []
-    for warps, stages, power in itertools.product((4, 8) if lanes else (), (2, 3, 4), range(9)):
+    for warps, stages, power in itertools.product((4, 8) if lanes else (), (1, 2, 3), range(9)):
         programs = pairs << power if batch == 1 or not paged else pairs + (HEADS << power)
         enough = processors <= 2 * programs and (programs <= 8 * processors or power == 0)
         if enough and 16 * warps << power <= context * (batch if paged else 1):
@@ -87,7 +87,7 @@ def tensors_of(spec: AttentionSpec, batch: int, context: int) -> list[Tensor]:
     for half in (spec.key, spec.value):
         scale = None if half.scheme.dynamic else torch.full((), 0.02, device=DEVICE)
         parts = [
-            quantize(torch.randn(1, HEADS, context, SIZE, device=DEVICE), half.scheme, scale)
+            quantize(torch.randn(1, HEADS, context, half.head_dim, device=DEVICE), half.scheme, scale)
             for _ in range(min(batch, 2))
         ]
         codes = torch.cat([parts[i % len(parts)][0] for i in range(batch)])
@@ -98,7 +98,7 @@ def tensors_of(spec: AttentionSpec, batch: int, context: int) -> list[Tensor]:
 def launches(kernel: AttentionKernelSpec, cold: list[list[Tensor]], lengths: list[int]) -> list[Callable[[], Tensor]]:
     """One launch for each copy of a cache; in pages if the kernel reads them, of as many tokens as `lengths` say."""
     function, table, ends = cache.load(kernel).kernel, None, None
-    query = torch.randn(len(lengths), HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
+    query = torch.randn(len(lengths), HEADS * GROUP, 1, kernel.key_size, device=DEVICE, dtype=torch.bfloat16)
     if kernel.reach.page:
         table, ends = table_of(lengths), torch.tensor(lengths, device=DEVICE)
     return [
@@ -112,7 +112,7 @@ def compile_one(given: tuple[str, str]) -> str:
     encoded, name = given
 
     def launch(kernel: AttentionKernelSpec) -> None:
-        tensors = tensors_of(spec_of(name), 1, 128)
+        tensors = tensors_of(spec_of(name, kernel.key_size), 1, 128)
         launches(kernel, [[in_pages(t) for t in tensors] if kernel.reach.page else tensors], [128])[0]()
 
     return compile_by(launch, encoded)
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--keep", type=int, default=8, help="tiles that are printed")
     parser.add_argument("--pages", choices=["equal", "unequal"], default="", help="of paged caches")
+    parser.add_argument("--size", type=int, default=128, help="of a key and a value")
     parser.add_argument("--lanes", action="store_true", help="tiles with lanes alone")
     given = parser.parse_args()
     start, target = time.monotonic(), target_of(DEVICE)
@@ -134,7 +135,7 @@ def main() -> None:
         given.caches.split(";" if "{" in given.caches else ","), given.shapes.split(",")
     ):
         batch, context = map(int, shape.split("x"))
-        spec, reach = spec_of(name), Reach(length=False)
+        spec, reach = spec_of(name, given.size), Reach(length=False)
         if given.pages:
             sequences = power_above(batch) if batch > 1 else 0
             reach = Reach(length=True, sequences=sequences, page=PAGE)

@@ -53,14 +53,16 @@ def _values(spec: AttentionKernelSpec) -> str:
 
 def _keys_in_fp8(convert: str) -> str:
     """PTX from a word of each of two tokens' keys to a first operand of `attention_lanes`."""
-    return f"mov.b32 {{l, h}}, $10; {convert} a, l; {convert} c, h; mov.b32 {{l, h}}, $11; {convert} b, l; {convert} d, h; "
+    words = (("$10", "a", "c"), ("$11", "b", "d"))
+    return "".join(f"mov.b32 {{l, h}}, {word}; {convert} {a}, l; {convert} {c}, h; " for word, a, c in words)
 
 
 def _values_in_fp8(convert: str) -> str:
     """The same of four tokens' values, of whose bytes SELECTOR chooses two."""
-    return (
-        f"prmt.b32 p, $10, $11, SELECTOR; mov.b32 {{l, h}}, p; {convert} a, l; {convert} b, h; "
-        f"prmt.b32 p, $12, $13, SELECTOR; mov.b32 {{l, h}}, p; {convert} c, l; {convert} d, h; "
+    pairs = (("$10, $11", "a", "b"), ("$12, $13", "c", "d"))
+    return "".join(
+        f"prmt.b32 p, {words}, SELECTOR; mov.b32 {{l, h}}, p; {convert} {a}, l; {convert} {b}, h; "
+        for words, a, b in pairs
     )
 
 

@@ -125,7 +125,8 @@ def lanes_tile_of(
         split = _parts_of_all(pairs, context, block, sequences, target)
     else:
         split = _parts(pairs, context, block, device_of(target).processors * (16 // warps if twice else 1), 4)
-    return AttentionTile(context=block, split=split, warps=warps, stages=2 if twice else 3, ways=warps, lanes=True)
+    stages = 1 if grouped and size > 128 else 2 if twice else 3
+    return AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=warps, lanes=True)
 
 
 def _parts(pairs: int, context: int, block: int, enough: int, least: int) -> int:
