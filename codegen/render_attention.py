@@ -89,10 +89,11 @@ def _halves(fmt: IntegerFormat, half: int) -> tuple[str, str]:
 
 
 def _lanes(spec: AttentionKernelSpec) -> str:
-    """The functions of `attention_lanes`, for tiles that have them, and those that it shares with `sparse_cores`."""
+    """The functions of `attention_lanes`, for tiles that have them, and of what it stands on."""
     if not spec.tile.lanes:
         return ""
-    text, cores = functions_of("attention_lanes", "# <lanes>"), read_template("sparse_cores")
+    text, words = functions_of("attention_lanes", "# <words>"), functions_of("attention_lane_words", "# <registers>")
+    cores = read_template("sparse_cores")
     number = FORMATS[spec.number]
     if isinstance(number, IntegerFormat):
         pairs = "0x5410", "0x7632"
@@ -104,9 +105,9 @@ def _lanes(spec: AttentionKernelSpec) -> str:
     constants: dict[str, object] = {"STAGES": spec.tile.stages, "FIRST": pairs[0], "LAST": pairs[1]}
     constants |= {"LOWER_KEYS": lower[0], "HIGHER_KEYS": higher[0]}
     constants |= {"LOWER_VALUES": lower[1], "HIGHER_VALUES": higher[1]}
-    text = fill_hole(text, "lanes", print_constants(constants))
     shared = cores[cores.index("@triton.jit\ndef unjoined") : cores.index("@triton.jit\ndef block_ahead")]
-    return fill_hole(text, "registers", shared)
+    text = fill_hole(text, "words", fill_hole(words, "registers", shared))
+    return fill_hole(text, "lanes", print_constants(constants))
 
 
 def attention_holes(spec: AttentionKernelSpec) -> dict[str, str]:
