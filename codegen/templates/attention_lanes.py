@@ -203,12 +203,12 @@ def scaled_sums(sums, more, near, far):
 
 @triton.jit
 def magnitude_of(words):
-    """The binary logarithm of the greatest scale of a token's value; at least -60, so that weights stay finite."""
+    """The binary logarithm of the greatest scale of a token's value; at least -90, so that weights stay finite."""
     greatest = scale_of(words, 0)
     for group in tl.static_range(1, VALUE_SCALED):
         greatest = tl.maximum(greatest, scale_of(words, group))
     power = tl.inline_asm_elementwise(LOGARITHM, "=f,f", [greatest], dtype=tl.float32, is_pure=True, pack=1)
-    return tl.maximum(power, -60.0)
+    return tl.maximum(power, -90.0)
 
 
 @triton.jit
