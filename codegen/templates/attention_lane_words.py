@@ -111,26 +111,44 @@ def load_scale_words(scales, vector, inside, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(cache, page, head, t, g, c, begin, end):
-    """A thread's words of the 16 tokens from t: keys and all scales of rows g and g + 8, values of its four rows."""
-    key_codes, key_scale, value_codes, value_scale, _ = cache
-    base = 0
-    if PAGE:
-        base = (page.to(tl.int64) * HEADS + head) * PAGE - t // PAGE * PAGE
-    keys, values, key_scales, value_scales = (), (), (), ()
+def vectors_from(page, head, t):
+    """What, added to positions of the 16 tokens from t, gives where they lie."""
+    if PAGE == 0:
+        return 0
+    else:
+        return (page.to(tl.int64) * HEADS + head) * PAGE - t // PAGE * PAGE
+
+
+@triton.jit
+def load_keys(cache, page, head, t, g, c, begin, end):
+    """A thread's words of keys of the 16 tokens from t, of rows g and g + 8, and all of their scales."""
+    key_codes, key_scale, _, _, _ = cache
+    base = vectors_from(page, head, t)
+    keys, scales = (), ()
     for i in tl.static_range(2):
         token = t + token_of(g) + 8 * i
         inside, vector = within(token, begin, end), base + token
         keys += (load_words(key_codes, vector, inside, KEY_RUN * c, KEY_BYTES, KEY_WORDS, KEY_RUN, 4 * KEY_RUN),)
         if SCALES == "token":
-            key_scales += (load_scale_words(key_scale, vector, inside, KEY_SCALES),)
-            value_scales += (load_scale_words(value_scale, vector, inside, VALUE_SCALES),)
+            scales += (load_scale_words(key_scale, vector, inside, KEY_SCALES),)
+    return keys, scales
+
+
+@triton.jit
+def load_values(cache, page, head, t, g, c, begin, end):
+    """A thread's words of values, of its four rows, and all scales of rows g and g + 8."""
+    _, _, value_codes, value_scale, _ = cache
+    base = vectors_from(page, head, t)
+    values, scales = (), ()
+    for i in tl.static_range(2 if SCALES == "token" else 0):
+        token = t + token_of(g) + 8 * i
+        scales += (load_scale_words(value_scale, base + token, within(token, begin, end), VALUE_SCALES),)
     for i in tl.static_range(4):
         token = t + c + (i % 2 * 4 + i // 2 * 8)
         inside, place = within(token, begin, end), VALUE_RUN * g
         own = load_words(value_codes, base + token, inside, place, VALUE_BYTES, VALUE_WORDS, VALUE_RUN, 8 * VALUE_RUN)
         values += (own,)
-    return keys, values, key_scales, value_scales
+    return values, scales
 
 
 @triton.jit

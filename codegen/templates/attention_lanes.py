@@ -56,8 +56,9 @@ from qcompile.codegen.templates.attention_lane_words import (
     VALUE_RUN,
     VALUE_WORDS,
     across,
+    load_keys,
     load_queries,
-    load_tokens,
+    load_values,
     of_lane,
     offset_factors,
     page_of,
@@ -85,8 +86,8 @@ HIGHER_VALUES = tl.constexpr("")
 
 # FIRST, LAST: what puts the first and the last two bytes of two words together. Keys' and values' PTX: from a word of
 # each of two or four tokens to a first operand, of whole bytes or their lower halves, and of their higher halves.
-AHEAD = tl.constexpr(STAGES.value - 1)
-"""Steps whose keys and values are loaded before they are needed."""
+AHEAD = tl.constexpr(max(1, STAGES.value - 1))
+"""Steps whose keys and values are loaded before they are needed: of one stage as soon as registers are free."""
 TILES = tl.constexpr(VALUE_SIZE.value // 16)
 """Of 16 elements of values."""
 REGISTERS = tl.constexpr("{ .reg .b16 l, h; .reg .b32 p, s, z, a, b, c, d; ")
@@ -326,10 +327,12 @@ def attend_in_lanes(first, stop, head, begin, end, cache, query, key_factor, mas
     cache = (key_codes, key_scale, value_codes, value_scale, block_table)
     t = first * BLOCK_T + warp * 16
     page = page_of(block_table, t, end)
-    ahead = ()
+    limit = tl.minimum(end, stop * BLOCK_T)
+    keys_ahead, values_ahead = (), ()
     for step in tl.static_range(AHEAD):
         next_page = page_of(block_table, t + (step + 1) * BLOCK_T, end)
-        ahead += (load_tokens(cache, page, head, t + step * BLOCK_T, g, c, begin, end),)
+        keys_ahead += (load_keys(cache, page, head, t + step * BLOCK_T, g, c, begin, limit),)
+        values_ahead += (load_values(cache, page, head, t + step * BLOCK_T, g, c, begin, limit),)
         page = next_page
     begun()
     queries, unit, query_sums = load_queries(query, g, c)
@@ -348,12 +351,17 @@ def attend_in_lanes(first, stop, head, begin, end, cache, query, key_factor, mas
         shifts += ((zero, zero),)
     for _ in tl.range(first, stop, num_stages=1):
         next_page = page_of(block_table, t + (AHEAD + 1) * BLOCK_T, end)
-        ahead += (load_tokens(cache, page, head, t + AHEAD * BLOCK_T, g, c, begin, end),)
-        begun()
-        keys, values, key_scales, value_scales = ahead[0]
-        found = scores_of(keys, key_scales, queries, offsets)
+        if STAGES > 1:
+            keys_ahead += (load_keys(cache, page, head, t + AHEAD * BLOCK_T, g, c, begin, limit),)
+            values_ahead += (load_values(cache, page, head, t + AHEAD * BLOCK_T, g, c, begin, limit),)
+            begun()
+        found = scores_of(keys_ahead[0][0], keys_ahead[0][1], queries, offsets)
+        if STAGES == 1:
+            keys_ahead += (load_keys(cache, page, head, t + BLOCK_T, g, c, begin, limit),)
+            begun()
+        values, value_scales = values_ahead[0]
         one, two = t + token_of(g), t + token_of(g) + 8
-        one_inside, two_inside = within(one, begin, end), within(two, begin, end)
+        one_inside, two_inside = within(one, begin, limit), within(two, begin, limit)
         if SCALES == "token":
             near_power, far_power = magnitude_of(value_scales[0]), magnitude_of(value_scales[1])
         weights, rescale = (), ()
@@ -382,7 +390,10 @@ def attend_in_lanes(first, stop, head, begin, end, cache, query, key_factor, mas
             )
         shifts = next_shifts
         sums = add_values(sums, values, value_scales, weights, rescale)
-        ahead = ahead[1:]
+        if STAGES == 1:
+            values_ahead += (load_values(cache, page, head, t + BLOCK_T, g, c, begin, limit),)
+            begun()
+        keys_ahead, values_ahead = keys_ahead[1:], values_ahead[1:]
         page = next_page
         t += BLOCK_T
     top = tl.reshape(joined(tops, 2), (WAYS, 8, 8))
