@@ -201,10 +201,11 @@ def test_what_is_not_taken() -> None:
 
 
 def check_machine_code(kernels: list[AttentionKernelSpec]) -> None:
-    """No spills; an element a thread is one register of it."""
+    """No spills, or for vectors of 256 a few outside of loops; an element a thread is one register of it."""
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
-        assert found["spills"] == 0, (kernel, found)
+        assert found["looped"] == 0, (kernel, found)
+        assert found["spills"] <= (16 if kernel.key_size > 128 else 0), (kernel, found)
         assert found["scattered"] == [], (kernel, found)
         assert found["mma"].startswith("mma.sync"), (kernel, found)
         assert "v4.b32" in found["loads"], (kernel, found)
