@@ -1,7 +1,7 @@
 """Time of decode attention on a GPU by how its work is cut, for choosing `attention_gpu.tile_of`.
 
     python benchmarks/attention_tiles.py [--shapes 1x4096,8x4096] [--caches fp8_e4m3,int8,int4] [--minutes 3]
-        [--pages equal | --pages unequal] [--lanes] [--size 128]
+        [--pages equal | --pages unequal] [--near] [--size 128]
 
 Prints for each shape and cache the tiles from the fastest on, in microseconds; heads and timing are as in attention.py.
 Kernels are compiled by several processes beforehand.
@@ -46,12 +46,19 @@ def spec_of(given: str, size: int) -> AttentionSpec:
     return AttentionSpec(key=half, value=half, scale=size**-0.5)
 
 
-def tiles(batch: int, context: int, paged: bool, lanes: bool, others: bool) -> list[AttentionTile]:
-    """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for.
+def neighbours(tile: AttentionTile) -> list[AttentionTile]:
+    """A tile, and those that differ in stages, in split, or, with lanes, in how many warps a program has."""
+    found = [tile, *(replace(tile, stages=stages) for stages in (1, 2, 3))]
+    found += [replace(tile, split=split) for split in (tile.split // 2, 2 * tile.split) if split]
+    if tile.lanes:
+        warps = 12 - tile.warps  # 4 or 8
+        split = max(1, tile.split * tile.warps // warps)
+        found.append(replace(tile, context=16 * warps, split=split, warps=warps, ways=warps))
+    return list(dict.fromkeys(found))
 
-    Args:
-        lanes, others: whether tiles with lanes, and without, are wanted.
-    """
+
+def tiles(batch: int, context: int, paged: bool, lanes: bool) -> list[AttentionTile]:
+    """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for."""
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     pairs, found = batch * HEADS, []
     for warps, stages, power in itertools.product((4, 8) if lanes else (), (1, 2, 3), range(9)):
@@ -60,8 +67,6 @@ def tiles(batch: int, context: int, paged: bool, lanes: bool, others: bool) -> l
         if enough and 16 * warps << power <= context * (batch if paged else 1):
             cut = AttentionTile(context=16 * warps, split=1 << power, warps=warps, stages=stages, ways=warps)
             found.append(replace(cut, lanes=True))
-    if not others:
-        return found
     if paged and batch > 1:  # of whose sequences each takes one program more than its share
         return found + [
             AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=ways)
@@ -127,7 +132,7 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=8, help="tiles that are printed")
     parser.add_argument("--pages", choices=["equal", "unequal"], default="", help="of paged caches")
     parser.add_argument("--size", type=int, default=128, help="of a key and a value")
-    parser.add_argument("--lanes", action="store_true", help="tiles with lanes alone")
+    parser.add_argument("--near", action="store_true", help="the tile that is chosen, and its neighbours, alone")
     given = parser.parse_args()
     start, target = time.monotonic(), target_of(DEVICE)
     wanted = []
@@ -141,19 +146,19 @@ def main() -> None:
             reach = Reach(length=True, sequences=sequences, page=PAGE)
         make = partial(attention_kernel_spec, spec, HEADS, GROUP, 1, "none", reach, torch.bfloat16, target)
         lanes = lanes_objection(spec, GROUP, reach.page, torch.bfloat16, target) is None
-        cuts = tiles(batch, context, bool(given.pages), lanes, not given.lanes)
-        wanted.append((name, batch, context, spec, [make(tile) for tile in cuts]))
-    notes = in_processes(compile_one, {kernel: name for name, _, _, _, found in wanted for kernel in found})
-    for name, batch, context, spec, found in wanted:
+        lengths = unequal(batch, context) if given.pages == "unequal" else [context] * batch
+        chosen = attention_gpu.choose(
+            spec, batch, HEADS, GROUP, 1, max(lengths), "none", reach, torch.bfloat16, target
+        ).tile
+        cuts = neighbours(chosen) if given.near else tiles(batch, context, bool(given.pages), lanes)
+        wanted.append((name, batch, context, spec, lengths, chosen, [make(tile) for tile in cuts]))
+    notes = in_processes(compile_one, {kernel: name for name, *_, found in wanted for kernel in found})
+    for name, batch, context, spec, lengths, chosen, found in wanted:
         if time.monotonic() - start > 60 * given.minutes:
             print("out of time before", name, batch, context)
             break
         tensors = tensors_of(spec, batch, context)
         cold = copies(DEVICE, *([in_pages(t) for t in tensors] if given.pages else tensors))
-        lengths = unequal(batch, context) if given.pages == "unequal" else [context] * batch
-        chosen = attention_gpu.choose(
-            spec, batch, HEADS, GROUP, 1, max(lengths), "none", found[0].reach, torch.bfloat16, target
-        ).tile
         times = {}
         for kernel in found:
             if not notes[kernel]:

@@ -116,16 +116,23 @@ def lanes_tile_of(
 ) -> AttentionTile:
     """A tile with `lanes`: for few heads a program a processor, whose warps load two steps ahead; else two, one ahead.
 
+    Vectors of 256 with several scales are loaded as registers become free.
+
     Args: see `tile_of`.
     """
-    twice = pairs >= 32 or size > 128
-    warps = 4 if twice and (page or grouped or size > 128) else 8  # as registers hold: places of pages take some
+    wide, processors = size > 128, device_of(target).processors
+    twice = pairs >= 32 or wide
+    # As registers hold: places of pages take some, and scales of groups.
+    warps = 4 if twice and (page or grouped or wide) else 8
+    held = 2 if wide else 16 // warps if twice else 1
+    if grouped and not wide and pairs >= 2 * processors:
+        held *= 4  # there is room for three at a time: of small ones fewer processors wait at the end
     block = 16 * warps
     if sequences:
         split = _parts_of_all(pairs, context, block, sequences, target)
     else:
-        split = _parts(pairs, context, block, device_of(target).processors * (16 // warps if twice else 1), 4)
-    stages = 1 if grouped and size > 128 else 2 if twice else 3
+        split = _parts(pairs, context, block, processors * held, 4)
+    stages = 1 if grouped and wide else 2 if twice else 3
     return AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=warps, lanes=True)
 
 
