@@ -1,7 +1,7 @@
 """Time of decode attention on a GPU by how its work is cut, for choosing `attention_gpu.tile_of`.
 
     python benchmarks/attention_tiles.py [--shapes 1x4096,8x4096] [--caches fp8_e4m3,int8,int4] [--minutes 3]
-        [--pages equal | --pages unequal]
+        [--pages equal | --pages unequal] [--near] [--size 128]
 
 Prints for each shape and cache the tiles from the fastest on, in microseconds; heads and timing are as in attention.py.
 Kernels are compiled by several processes beforehand.
@@ -35,22 +35,33 @@ from qcompile.powers import power_above
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
 
-HEADS, GROUP, SIZE = 8, 4, 128
+HEADS, GROUP = 8, 4
 DEVICE = torch.device("cuda")
 
 
-def spec_of(given: str) -> AttentionSpec:
+def spec_of(given: str, size: int) -> AttentionSpec:
     scheme = parse_kv_cache(json.loads(given) if given.startswith("{") else given)
     assert scheme is not None
-    half = KVSpec(scheme=scheme, head_dim=SIZE)
-    return AttentionSpec(key=half, value=half, scale=SIZE**-0.5)
+    half = KVSpec(scheme=scheme, head_dim=size)
+    return AttentionSpec(key=half, value=half, scale=size**-0.5)
+
+
+def neighbours(tile: AttentionTile) -> list[AttentionTile]:
+    """A tile, and those that differ in stages, in split, or, with lanes, in how many warps a program has."""
+    found = [tile, *(replace(tile, stages=stages) for stages in (1, 2, 3))]
+    found += [replace(tile, split=split) for split in (tile.split // 2, 2 * tile.split) if split]
+    if tile.lanes:
+        warps = 12 - tile.warps  # 4 or 8
+        split = max(1, tile.split * tile.warps // warps)
+        found.append(replace(tile, context=16 * warps, split=split, warps=warps, ways=warps))
+    return list(dict.fromkeys(found))
 
 
 def tiles(batch: int, context: int, paged: bool, lanes: bool) -> list[AttentionTile]:
     """Those worth a measurement: two to sixteen programs a processor, or as many as there is work for."""
     processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     pairs, found = batch * HEADS, []
-    for warps, stages, power in itertools.product((4, 8) if lanes else (), (2, 3, 4), range(9)):
+    for warps, stages, power in itertools.product((4, 8) if lanes else (), (1, 2, 3), range(9)):
         programs = pairs << power if batch == 1 or not paged else pairs + (HEADS << power)
         enough = processors <= 2 * programs and (programs <= 8 * processors or power == 0)
         if enough and 16 * warps << power <= context * (batch if paged else 1):
@@ -81,7 +92,7 @@ def tensors_of(spec: AttentionSpec, batch: int, context: int) -> list[Tensor]:
     for half in (spec.key, spec.value):
         scale = None if half.scheme.dynamic else torch.full((), 0.02, device=DEVICE)
         parts = [
-            quantize(torch.randn(1, HEADS, context, SIZE, device=DEVICE), half.scheme, scale)
+            quantize(torch.randn(1, HEADS, context, half.head_dim, device=DEVICE), half.scheme, scale)
             for _ in range(min(batch, 2))
         ]
         codes = torch.cat([parts[i % len(parts)][0] for i in range(batch)])
@@ -92,7 +103,7 @@ def tensors_of(spec: AttentionSpec, batch: int, context: int) -> list[Tensor]:
 def launches(kernel: AttentionKernelSpec, cold: list[list[Tensor]], lengths: list[int]) -> list[Callable[[], Tensor]]:
     """One launch for each copy of a cache; in pages if the kernel reads them, of as many tokens as `lengths` say."""
     function, table, ends = cache.load(kernel).kernel, None, None
-    query = torch.randn(len(lengths), HEADS * GROUP, 1, SIZE, device=DEVICE, dtype=torch.bfloat16)
+    query = torch.randn(len(lengths), HEADS * GROUP, 1, kernel.key_size, device=DEVICE, dtype=torch.bfloat16)
     if kernel.reach.page:
         table, ends = table_of(lengths), torch.tensor(lengths, device=DEVICE)
     return [
@@ -106,7 +117,7 @@ def compile_one(given: tuple[str, str]) -> str:
     encoded, name = given
 
     def launch(kernel: AttentionKernelSpec) -> None:
-        tensors = tensors_of(spec_of(name), 1, 128)
+        tensors = tensors_of(spec_of(name, kernel.key_size), 1, 128)
         launches(kernel, [[in_pages(t) for t in tensors] if kernel.reach.page else tensors], [128])[0]()
 
     return compile_by(launch, encoded)
@@ -120,6 +131,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--keep", type=int, default=8, help="tiles that are printed")
     parser.add_argument("--pages", choices=["equal", "unequal"], default="", help="of paged caches")
+    parser.add_argument("--size", type=int, default=128, help="of a key and a value")
+    parser.add_argument("--near", action="store_true", help="the tile that is chosen, and its neighbours, alone")
     given = parser.parse_args()
     start, target = time.monotonic(), target_of(DEVICE)
     wanted = []
@@ -127,25 +140,25 @@ def main() -> None:
         given.caches.split(";" if "{" in given.caches else ","), given.shapes.split(",")
     ):
         batch, context = map(int, shape.split("x"))
-        spec, reach = spec_of(name), Reach(length=False)
+        spec, reach = spec_of(name, given.size), Reach(length=False)
         if given.pages:
             sequences = power_above(batch) if batch > 1 else 0
             reach = Reach(length=True, sequences=sequences, page=PAGE)
         make = partial(attention_kernel_spec, spec, HEADS, GROUP, 1, "none", reach, torch.bfloat16, target)
         lanes = lanes_objection(spec, GROUP, reach.page, torch.bfloat16, target) is None
-        cuts = tiles(batch, context, bool(given.pages), lanes)
-        wanted.append((name, batch, context, spec, [make(tile) for tile in cuts]))
-    notes = in_processes(compile_one, {kernel: name for name, _, _, _, found in wanted for kernel in found})
-    for name, batch, context, spec, found in wanted:
+        lengths = unequal(batch, context) if given.pages == "unequal" else [context] * batch
+        chosen = attention_gpu.choose(
+            spec, batch, HEADS, GROUP, 1, max(lengths), "none", reach, torch.bfloat16, target
+        ).tile
+        cuts = neighbours(chosen) if given.near else tiles(batch, context, bool(given.pages), lanes)
+        wanted.append((name, batch, context, spec, lengths, chosen, [make(tile) for tile in cuts]))
+    notes = in_processes(compile_one, {kernel: name for name, *_, found in wanted for kernel in found})
+    for name, batch, context, spec, lengths, chosen, found in wanted:
         if time.monotonic() - start > 60 * given.minutes:
             print("out of time before", name, batch, context)
             break
         tensors = tensors_of(spec, batch, context)
         cold = copies(DEVICE, *([in_pages(t) for t in tensors] if given.pages else tensors))
-        lengths = unequal(batch, context) if given.pages == "unequal" else [context] * batch
-        chosen = attention_gpu.choose(
-            spec, batch, HEADS, GROUP, 1, max(lengths), "none", found[0].reach, torch.bfloat16, target
-        ).tile
         times = {}
         for kernel in found:
             if not notes[kernel]:

@@ -35,9 +35,10 @@ def in_processes(
 
     Prints how long that took, and what failed.
     """
-    start = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
-        made = pool.imap(compile_one, [(kernel.encode(), given) for kernel, given in kernels.items()], 4)
+    start, processes = time.monotonic(), max(1, (os.cpu_count() or 2) - 2)
+    at_once = max(1, min(4, len(kernels) // processes))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        made = pool.imap(compile_one, [(kernel.encode(), given) for kernel, given in kernels.items()], at_once)
         notes = dict(zip(kernels, made, strict=True))
     print(f"{len(kernels)} kernels compiled in {time.monotonic() - start:.0f} s")
     for kernel, note in notes.items():

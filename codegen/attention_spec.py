@@ -105,7 +105,12 @@ class AttentionKernelSpec:
         return self.tile.rows or _power(self.group * self.queries)
 
     def pieces(self, size: int) -> int:
-        """Parts of a vector that are multiplied by themselves; of many queries, registers hold 128 elements."""
+        """Parts of a vector that are multiplied by themselves; of many queries, registers hold 128 elements.
+
+        Lanes put them together themselves.
+        """
+        if self.tile.lanes:
+            return 1
         if self.group_size:
             return size // self.group_size
         return 2 if self.bits == 4 or (self.tile.rows and size > 128 and size % 32 == 0) else 1
@@ -203,15 +208,20 @@ def lanes_objection(spec: AttentionSpec, rows: int, page: int, x_dtype: torch.dt
         rows: queries of a head of keys.
         page: tokens of a page, of a paged cache; else 0.
     """
-    fmt, sizes = spec.scheme.format, (spec.key.head_dim, spec.value.head_dim)
-    if not (isinstance(fmt, NumberFormat) and fmt.name.startswith("fp8") and native_fp8(target)):
-        return "codes are not FP8 that the target converts"
-    if spec.scheme.compute == "fp8" or x_dtype not in (torch.bfloat16, torch.float16):
+    fmt, sizes, scheme = spec.scheme.format, (spec.key.head_dim, spec.value.head_dim), spec.scheme
+    in_fp8 = isinstance(fmt, NumberFormat) and fmt.name.startswith("fp8") and native_fp8(target)
+    in_four_bits = has_integers(fmt) and fmt.name == "int4" and target.startswith("sm_")
+    if not (in_fp8 or in_four_bits):
+        return "codes are neither int4 nor FP8 that the target converts"
+    if scheme.compute == "fp8" or x_dtype not in (torch.bfloat16, torch.float16):
         return "products are not of float16"
-    if spec.scheme.scales not in ("tensor", "head"):
-        return "tokens have scales"
-    if rows > 8 or not all(size in (64, 128) for size in sizes):  # of 256, registers do not hold
-        return "there are more than 8 queries, or vectors are not of 64 or 128"
+    if in_fp8 and scheme.scales == "token":
+        return "tokens of FP8 have scales"
+    if scheme.group and scheme.group < 32:  # eight threads have words of a value
+        return "groups are of fewer than 32"
+    taken = (64, 128) if in_fp8 else (64, 128, 256)  # of 256 bytes, registers do not hold
+    if rows > 8 or not all(size in taken for size in sizes):
+        return f"there are more than 8 queries, or vectors are not of {', '.join(map(str, taken))}"
     return "a page is not of whole 16 tokens" if page % 16 else None
 
 

@@ -51,15 +51,63 @@ def _values(spec: AttentionKernelSpec) -> str:
     return decode_formula(fmt) + "\n\n" + _VALUES.format(body=f"    return decode({code}).to(COMPUTE)")
 
 
+def _keys_in_fp8(convert: str) -> str:
+    """PTX from a word of each of two tokens' keys to a first operand of `attention_lanes`."""
+    words = (("$10", "a", "c"), ("$11", "b", "d"))
+    return "".join(f"mov.b32 {{l, h}}, {word}; {convert} {a}, l; {convert} {c}, h; " for word, a, c in words)
+
+
+def _values_in_fp8(convert: str) -> str:
+    """The same of four tokens' values, of whose bytes SELECTOR chooses two."""
+    pairs = (("$10, $11", "a", "b"), ("$12, $13", "c", "d"))
+    return "".join(
+        f"prmt.b32 p, {words}, SELECTOR; mov.b32 {{l, h}}, p; {convert} {a}, l; {convert} {b}, h; "
+        for words, a, b in pairs
+    )
+
+
+def _halves(fmt: IntegerFormat, half: int) -> tuple[str, str]:
+    """PTX from codes in lower or higher halves of bytes to first operands: of two words of keys, of four of values.
+
+    A code's bits take the place of the last ones of a number whose units they count, of which that number, and what the
+    format subtracts, is then subtracted: 1024, or 64 for the higher bits.
+    """
+    mask, bits, number = ("0x000f000f", "0x64006400", 1024) if half == 0 else ("0x00f000f0", "0x54005400", 64)
+    less = f"mov.b32 z, {bits_of(-float(number + fmt.offset), 'float16') * 0x10001:#x}; "
+
+    def both(word: str, first: str, second: str) -> str:
+        """The lower and the higher bytes of a word's halves, in two registers."""
+        return (
+            f"shr.b32 s, {word}, 8; lop3.b32 {first}, {word}, {mask}, {bits}, 0xea; add.rn.f16x2 {first}, {first}, z; "
+            f"lop3.b32 {second}, s, {mask}, {bits}, 0xea; add.rn.f16x2 {second}, {second}, z; "
+        )
+
+    keys = both("$10", "a", "c") + both("$11", "b", "d")
+    values = "prmt.b32 p, $10, $11, SELECTOR; " + both("p", "a", "b")
+    values += "prmt.b32 p, $12, $13, SELECTOR; " + both("p", "c", "d")
+    return less + keys, less + values
+
+
 def _lanes(spec: AttentionKernelSpec) -> str:
-    """The functions of `attention_lanes`, for tiles that have them, and those that it shares with `sparse_cores`."""
+    """The functions of `attention_lanes`, for tiles that have them, and of what it stands on."""
     if not spec.tile.lanes:
         return ""
-    text, cores = functions_of("attention_lanes", "# <lanes>"), read_template("sparse_cores")
-    convert = {"fp8_e4m3": "cvt.rn.f16x2.e4m3x2", "fp8_e5m2": "cvt.rn.f16x2.e5m2x2"}[spec.number]
-    text = fill_hole(text, "lanes", print_constants({"STAGES": spec.tile.stages, "CONVERT": convert}))
+    text, words = functions_of("attention_lanes", "# <words>"), functions_of("attention_lane_words", "# <registers>")
+    cores = read_template("sparse_cores")
+    number = FORMATS[spec.number]
+    if isinstance(number, IntegerFormat):
+        pairs = "0x5410", "0x7632"
+        lower, higher = _halves(number, 0), _halves(number, 1)
+    else:
+        convert = {"fp8_e4m3": "cvt.rn.f16x2.e4m3x2", "fp8_e5m2": "cvt.rn.f16x2.e5m2x2"}[spec.number]
+        pairs = "0x5140", "0x7362"
+        lower, higher = (_keys_in_fp8(convert), _values_in_fp8(convert)), ("", "")
+    constants: dict[str, object] = {"STAGES": spec.tile.stages, "FIRST": pairs[0], "LAST": pairs[1]}
+    constants |= {"LOWER_KEYS": lower[0], "HIGHER_KEYS": higher[0]}
+    constants |= {"LOWER_VALUES": lower[1], "HIGHER_VALUES": higher[1]}
     shared = cores[cores.index("@triton.jit\ndef unjoined") : cores.index("@triton.jit\ndef block_ahead")]
-    return fill_hole(text, "registers", shared)
+    text = fill_hole(text, "words", fill_hole(words, "registers", shared))
+    return fill_hole(text, "lanes", print_constants(constants))
 
 
 def attention_holes(spec: AttentionKernelSpec) -> dict[str, str]:

@@ -260,6 +260,13 @@ def _to_halves(kind: str) -> Any:
     return convert
 
 
+def _logarithm(value: Any) -> Any:
+    """PTX lg2.approx.ftz, without its error."""
+    value = np.ascontiguousarray(value).view(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log2(np.where(np.abs(value) < 2.0**-126, np.float32(0), value)).astype(np.float32).view(np.uint32)
+
+
 def _pack_halves(high: Any, low: Any) -> Any:
     """PTX cvt of two numbers of float32 to float16."""
     both = np.stack([np.ascontiguousarray(x).view(np.float32) for x in (low, high)], -1)
@@ -278,26 +285,30 @@ def _turned(words: Any) -> Any:
     return np.ascontiguousarray(halves.transpose(0, 2, 1)).view(np.uint32).reshape(words.shape)
 
 
-def _product(registers: list[Any]) -> list[Any]:
-    """mma.m16n8k16 of float16 of each warp: four words of the first operand, two of the second, four sums."""
+def _product(dtype: torch.dtype, registers: list[Any]) -> list[Any]:
+    """mma.m16n8k16 of each warp: four words of two numbers of the first operand, two of the second, four sums."""
 
-    def fragment(word: Any, dtype: Any) -> Any:  # warps, g, what a row's threads have together
-        values = np.ascontiguousarray(word).view(dtype)
-        return values.reshape(word.size // 32, 8, -1).astype(np.float64)
+    def fragment(word: Any, kind: torch.dtype) -> Any:  # warps, g, what a row's threads have together
+        values = torch.from_numpy(np.ascontiguousarray(word).view(np.int32).copy()).view(kind)
+        return values.reshape(word.size // 32, 8, -1).double().numpy()
 
-    a = [fragment(word, np.float16) for word in registers[:4]]
+    a = [fragment(word, dtype) for word in registers[:4]]
     first = np.concatenate([np.concatenate(a[::2], 2), np.concatenate(a[1::2], 2)], 1)
-    second = np.concatenate([fragment(word, np.float16) for word in registers[4:6]], 2)
-    c = np.stack([fragment(word, np.float32) for word in registers[6:]], -1)  # warps, g, c, four sums
+    second = np.concatenate([fragment(word, dtype) for word in registers[4:6]], 2)
+    c = np.stack([fragment(word, torch.float32) for word in registers[6:]], -1)  # warps, g, c, four sums
     sums = np.concatenate([c[..., :2], c[..., 2:]], 1).reshape(-1, 16, 8)
     sums = (sums + first @ second.transpose(0, 2, 1)).astype(np.float32).reshape(-1, 2, 8, 4, 2)
     parts = [sums[:, r, :, :, e] for r in range(2) for e in range(2)]
     return [np.ascontiguousarray(part).view(np.uint32).reshape(registers[0].shape) for part in parts]
 
 
-_PRODUCT = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+_PRODUCTS = {
+    f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32": dtype
+    for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
+}
 _PTX |= {f"cvt.rn.f16x2.{kind}": _to_halves(kind) for kind in _KINDS} | {
     "cvt.rn.f16x2.f32": _pack_halves,
+    "lg2.approx.ftz.f32": _logarithm,
     "movmatrix.sync.aligned.m8n8.trans.b16": _turned,
     "shfl.sync.bfly.b32": lambda value, distance, *_: _of_lanes(value, np.arange(value.size) % 32 ^ int(distance)),
     "shfl.sync.idx.b32": lambda value, lane, *_: _of_lanes(value, lane.astype(np.int64)),
@@ -341,9 +352,10 @@ def install_assembly(builder: Any) -> None:
                 sums = _sparse_product(_SPARSE_PRODUCTS[name], given, int(selector, 0))
                 registers |= zip(names[:4], sums, strict=True)
                 continue
-            if name == _PRODUCT:
+            if name in _PRODUCTS:
                 names = re.findall(r"[$\w]+", rest)
-                registers |= zip(names[:4], _product([registers[n] for n in names[4:]]), strict=True)
+                sums = _product(_PRODUCTS[name], [registers[n] for n in names[4:]])
+                registers |= zip(names[:4], sums, strict=True)
                 continue
             if rest.startswith("{"):
                 target, source = rest[1:].split("}, ")

@@ -67,9 +67,9 @@ VALUE_PIECE = tl.constexpr(VALUE_SIZE.value // VALUE_PIECES.value)
 KEY_BYTES = tl.constexpr(KEY_SIZE.value * BITS.value // 8)
 VALUE_BYTES = tl.constexpr(VALUE_SIZE.value * BITS.value // 8)
 """Of a vector."""
-KEY_SCALED = tl.constexpr(KEY_PIECES.value if GROUP_SIZE.value else 1)
+KEY_SCALED = tl.constexpr(KEY_SIZE.value // GROUP_SIZE.value if GROUP_SIZE.value else 1)
 """Scales of a vector."""
-VALUE_SCALED = tl.constexpr(VALUE_PIECES.value if GROUP_SIZE.value else 1)
+VALUE_SCALED = tl.constexpr(VALUE_SIZE.value // GROUP_SIZE.value if GROUP_SIZE.value else 1)
 FP8 = tl.constexpr(COMPUTE.value == tl.float8e4nv)
 SHIFT = tl.constexpr(15.0 if COMPUTE.value == tl.float16 else 8.0 if FP8.value else 0.0)
 """Weights are multiplied by two to its power: float16 then holds those from 2^-39 of the greatest on, E4M3 those from

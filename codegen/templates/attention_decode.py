@@ -199,7 +199,7 @@ def kernel(
         top, total, sums = attend_in_lanes(
             first, stop, head, begin, end, cache, query, key_factor, mask, mask_head, mask_query
         )
-        sums, shifts = (sums,), ()
+        sums = (sums * value_factor,)
     else:
         queries, query_sums, unit = queries_of(query, row * KEY_SIZE, live)
         places = row // QUERIES * mask_head + row % QUERIES * mask_query
@@ -214,9 +214,9 @@ def kernel(
         ahead = look_up(first * BLOCK_T + token, token, first, head, begin, end, cache)
         sofar, _ = attend_to(first, stop, token, head, begin, end, cache, rows, sofar, ahead, True)
         top, total, sums, shifts, value_unit = sofar
-    if SCALES == "token":
-        value_factor = value_unit
-    sums = scaled(sums, value_factor, shifts)
+        if SCALES == "token":
+            value_factor = value_unit
+        sums = scaled(sums, value_factor, shifts)
     if WAYS > 1 or LANES:
         highest = tl.max(top, 0)
         factor = tl.exp2(top - finite(highest)[None, :])

@@ -105,19 +105,35 @@ def tile_of(
     return AttentionTile(context=block, split=split, warps=warps, stages=3, ways=ways)
 
 
-def lanes_tile_of(pairs: int, context: int, target: str, sequences: int = 0, page: int = 0) -> AttentionTile:
+def lanes_tile_of(
+    pairs: int,
+    context: int,
+    target: str,
+    sequences: int = 0,
+    page: int = 0,
+    size: int = 128,
+    grouped: bool = False,
+) -> AttentionTile:
     """A tile with `lanes`: for few heads a program a processor, whose warps load two steps ahead; else two, one ahead.
+
+    Vectors of 256 with several scales are loaded as registers become free.
 
     Args: see `tile_of`.
     """
-    twice = pairs >= 32
-    warps = 4 if twice and page else 8  # as registers hold: places of pages take some
+    wide, processors = size > 128, device_of(target).processors
+    twice = pairs >= 32 or wide
+    # As registers hold: places of pages take some, and scales of groups.
+    warps = 4 if twice and (page or grouped or wide) else 8
+    held = 2 if wide else 16 // warps if twice else 1
+    if grouped and not wide and pairs >= 2 * processors:
+        held *= 4  # there is room for three at a time: of small ones fewer processors wait at the end
     block = 16 * warps
     if sequences:
         split = _parts_of_all(pairs, context, block, sequences, target)
     else:
-        split = _parts(pairs, context, block, device_of(target).processors * (16 // warps if twice else 1), 4)
-    return AttentionTile(context=block, split=split, warps=warps, stages=2 if twice else 3, ways=warps, lanes=True)
+        split = _parts(pairs, context, block, processors * held, 4)
+    stages = 1 if grouped and wide else 2 if twice else 3
+    return AttentionTile(context=block, split=split, warps=warps, stages=stages, ways=warps, lanes=True)
 
 
 def _parts(pairs: int, context: int, block: int, enough: int, least: int) -> int:
@@ -227,7 +243,7 @@ def choose(
     integers, in_fp8 = has_integers(spec.scheme.format), spec.scheme.compute == "fp8"
     rows = group * queries
     if lanes_objection(spec, rows, reach.page, x_dtype, target) is None:
-        tile = lanes_tile_of(batch * heads, context, target, sequences, reach.page)
+        tile = lanes_tile_of(batch * heads, context, target, sequences, reach.page, size, spec.scheme.group > 0)
     else:
         grouped = spec.scheme.group > 0
         tile = tile_of(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from qcompile.codegen.attention_spec import AttentionTile, lanes_objection
 from qcompile.codegen.spec import native_fp8
 from qcompile.runtime import attention_gpu, cache
 from qcompile.runtime.gpu import target_of
@@ -125,6 +127,51 @@ def test_groups_with_offsets(kv: str, queries: int, shared: int) -> None:
         symmetric=False,
     )
     given.check_kernel(run(given))
+
+
+def in_lanes(symmetric: bool, shared: int, rows: int, length: int, **options: Any) -> Problem:
+    """A problem of int4 that goes through lanes."""
+    given = problem(
+        "int4", "token", heads=3, mask="none", length=length, symmetric=symmetric, shared=shared, causal=True, **options
+    )
+    target = target_of(torch.device("cuda", 0))
+    assert lanes_objection(given.spec, rows, 0, given.query.dtype, target) is None
+    return given
+
+
+@pytest.mark.parametrize(("symmetric", "shared"), [(True, 0), (False, 0), (True, 32), (False, 32), (False, 64)])
+@pytest.mark.parametrize(("group", "queries", "dtype"), [(4, 1, torch.bfloat16), (2, 4, torch.float16)])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_four_bits_in_lanes(
+    size: int, group: int, queries: int, dtype: torch.dtype, symmetric: bool, shared: int
+) -> None:
+    if 2 * shared > size:
+        pytest.skip("a vector has no two such groups")
+    options = {"group": group, "queries": queries, "context": 777, "size": size, "dtype": dtype}
+    given = in_lanes(symmetric, shared, group * queries, 770, **options)
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize(("symmetric", "shared"), [(True, 0), (False, 32)])
+@pytest.mark.parametrize(("batch", "context"), [(1, 1), (1, 20000), (12, 4096)])
+def test_contexts_of_four_bits(batch: int, context: int, symmetric: bool, shared: int) -> None:
+    options = {"batch": batch, "group": 4, "context": context, "size": 128, "dtype": torch.bfloat16}
+    given = in_lanes(symmetric, shared, 4, context, **options)
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize(("symmetric", "shared"), [(True, 0), (False, 32)])
+@pytest.mark.parametrize(("warps", "stages", "split"), [(1, 2, 1), (4, 1, 32), (4, 2, 4), (8, 2, 16), (8, 3, 4)])
+def test_every_tile_with_lanes_gives_the_same_within_the_bound(
+    warps: int, stages: int, split: int, symmetric: bool, shared: int
+) -> None:
+    given = in_lanes(symmetric, shared, 4, 1999, group=4, context=2000, size=128, dtype=torch.bfloat16)
+    moved, target = on_gpu(given), target_of(torch.device("cuda", 0))
+    tile = AttentionTile(context=16 * warps, split=split, warps=warps, stages=stages, ways=warps, lanes=True)
+    kernel = given.kernel(target, tile)
+    function = cache.load(kernel).kernel
+    y = attention_gpu.launch(kernel, function, moved.query, moved.cache, moved.mask, moved.length)
+    given.check_kernel(y.cpu())
 
 
 @pytest.mark.parametrize("exact", [True, False])

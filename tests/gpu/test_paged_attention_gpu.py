@@ -50,6 +50,16 @@ def test_unequal_lengths(scales: str, kv: str, page: int) -> None:
 
 
 @pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize(("symmetric", "numbers"), [(False, 0), (True, 32), (False, 32)])
+def test_four_bits_with_offsets_and_groups(symmetric: bool, numbers: int, size: int, page: int) -> None:
+    lengths = (777, 1, 0, 64, 2049, 130)
+    options = {"heads": 4, "group": 4, "size": size, "dtype": torch.bfloat16, "symmetric": symmetric}
+    given = paged("int4", "token", lengths, page=page, numbers=numbers, **options)
+    given.check_kernel(run(given))
+
+
+@pytest.mark.parametrize("page", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_numbers_as_they_are(dtype: torch.dtype, page: int) -> None:
     for queries in (1, 3, 64):

@@ -97,10 +97,12 @@ class Paged:
     def check(self, y: Tensor, compute: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> None:
         """Every element within the derived bound, zeros where nothing is attended to."""
         whole, spec = self.whole, self.whole.spec
-        key, value = (
-            oracle.kv_values(*whole.cache[i : i + 2], spec.scheme.format.name, half.head_dim)
+        name, offsets = spec.scheme.format.name, not spec.scheme.symmetric
+        parts_of = [
+            oracle.kv_parts(*whole.cache[i : i + 2], name, half.head_dim, offsets)
             for i, half in ((0, spec.key), (2, spec.value))
-        )
+        ]
+        key, value = (codes + moves for codes, moves in parts_of)
         batch = len(key)
         starts = torch.zeros(batch, dtype=torch.int64) if self.starts is None else self.starts.expand(batch)
         mask = None if whole.mask is None else whole.mask.expand(batch, -1, -1, -1)
@@ -122,6 +124,7 @@ class Paged:
             compute_dtype=compute,
             weight_dtype=weights,
             out_dtype=y.dtype,
+            magnitudes=(parts_of[0][0].abs() + parts_of[0][1].abs(), parts_of[1][0].abs() + parts_of[1][1].abs()),
         )
         tolerance.assert_within(y, expected, bound)
         assert not y[(p == 0).all(-1)].any()
@@ -135,6 +138,7 @@ def paged(
     page: int = 16,
     starts: tuple[int, ...] | None = None,
     shared: int = 0,
+    numbers: int = 0,
     in_pages: bool = True,
     **options: object,
 ) -> Paged:
@@ -142,10 +146,11 @@ def paged(
 
     Args:
         shared: pages that the first sequence gives to all others that are as long.
+        numbers: of a vector that share a scale; 0 for all.
         in_pages: or one tensor with the context of each.
     """
     batch, most = len(lengths), -(-max(*lengths, 1) // page) + 1
-    options = {"mask": "none"} | options
+    options = {"mask": "none", "shared": numbers} | options
     whole = problem(kv, scales, batch=batch, context=most * page, **options)  # type: ignore[arg-type]
     for b in range(1, batch):
         same = min(shared, lengths[0] // page, lengths[b] // page) * page
