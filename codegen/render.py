@@ -268,6 +268,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "K",
         "BITS",
         "SPARSE",
+        "BYTES",
         "COLUMNS",
         "QUADS",
         "SCALES",

@@ -337,8 +337,10 @@ def stream_objection(spec: KernelSpec) -> str | None:
     if spec.in_rows:
         return _rows_stream_objection(spec)
     fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
-    if fmt.bits not in (4, 8) or spec.activation is not None or spec.compute == "float32":
-        return "its weights are of 4 or 8 bits, its activations of 16"
+    if spec.activation is not None or spec.compute == "float32":
+        return "its activations are of 16 bits"
+    if fmt.bits not in (4, 8) and not isinstance(fmt, IntegerFormat):
+        return "its weights of other than 4 or 8 bits are integers"
     if fmt.bits == 8 and not spec.sparse and scales != "total":
         return "its dense weights of 8 bits have a scale a row"
     if fmt.bits == 8 and not spec.sparse and isinstance(fmt, IntegerFormat) and spec.compute != "bfloat16":
@@ -352,8 +354,8 @@ def stream_objection(spec: KernelSpec) -> str | None:
     floats = spec.scale_dtype in _FLOATS or (spec.quads and spec.scale_dtype.startswith("float8"))
     if scales == "weights" or not floats or (spec.quads and scales != "fragments"):
         return "its scales are of floating-point types of 16 or 32 bits, or of 8 where weights hold their products"
-    if spec.quads and spec.sparse:
-        return "its sparse weights have no scales of 16 or 32 columns"
+    if spec.quads and (spec.sparse or fmt.bits not in (4, 8)):
+        return "its sparse weights, and those of other than 4 or 8 bits, have no scales of 16 or 32 columns"
     if spec.k % 64 or (scales != "total" and not spec.quads and spec.columns != 64 and spec.columns % 128):
         return "64 columns have more than one scale"
     return None

@@ -1,4 +1,4 @@
-"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for 4 and 8-bit weights in `fragment` layout, in Gluon.
+"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for weights in `fragment` layout, in Gluon.
 
 As in `gemm_fragment`, the weight is the first operand of the product, y^T = weight x^T, and goes to the tensor cores
 from registers. What differs is how it gets there, and how long programs run:
@@ -37,6 +37,7 @@ N = tl.constexpr(256)
 K = tl.constexpr(256)
 BITS = tl.constexpr(4)
 SPARSE = tl.constexpr(False)
+BYTES = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
 QUADS = tl.constexpr(0)
 SCALES = tl.constexpr("fragments")
@@ -85,34 +86,47 @@ LINE_LENGTH = tl.constexpr(32 * QUADS.value if QUADS.value else 64)
 """Columns whose scales lie together for 64 rows, and how many there are, or words of four."""
 GROUPS = tl.constexpr(max(1, 128 // LINE_COLUMNS.value))
 """Lines of scales in a step: those of halves of it, or one."""
-LINES = tl.constexpr(BITS.value // 2)
-"""Lines of 256 words that a tile of 64 x 64 has in memory; or if it is sparse of 128 words of codes, before a line that
-says which columns are kept."""
-STORED = tl.constexpr(BITS.value // 2 + 1 if SPARSE.value else BITS.value)
+WIDTHS = tl.constexpr(
+    (BITS.value // 2, 1) if SPARSE.value else tuple(width for width in (8, 4, 2, 1) if BITS.value & width)
+)
+"""Words that a thread has in each plane of a tile of 64 x 64 weights, which has as many lines of 128 words; if it is
+sparse of codes, and of what says which columns are kept."""
+PLANES = tl.constexpr(len(WIDTHS.value))
+FIRSTS = tl.constexpr(tuple(sum(WIDTHS.value[:plane]) for plane in range(PLANES.value)))
+"""How many planes there are, and the first line of each."""
+STORED = tl.constexpr(sum(WIDTHS.value))
 """Bits that a weight takes in memory."""
 LINE_BYTES = tl.constexpr(LINE_LENGTH.value * (4 if QUADS.value else SCALE_BITS.value // 8 + (not SYMMETRIC.value)))
 """Of a line of scales and of zero points, if there are."""
-BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
+STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
 """Of a stage."""
+ROW_WORDS = tl.constexpr(2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value))
 CONSTRAINTS = tl.constexpr(
     "=h,=h,=h,=h,r"
     if BITS.value == 8
-    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * ((SCALES.value == "fragments") + (not SYMMETRIC.value))
+    else "=h," * (32 if BYTES.value else 8) + ",".join("r" * ((BITS.value if BYTES.value else 1) + ROW_WORDS.value))
 )
+"""Of WORDS: halves of words of weights from words of codes (BYTES: of all of 64 columns), with those of their rows."""
+DECODED = tl.constexpr((tl.int16,) * (32 if BYTES.value else 8))
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
 """Layouts of sums [64, BLOCK_M] and of weights [64, 64] in registers."""
-TILE = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2]],
-        [[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 0, 64]],
-        [[0, 0, 128], [0, 1, 0]],
-        [],
-        [1, 2, 256],
-    )
-)
-"""The words of a tile of 64 x 64: each of 128 threads has its four, as `layouts.FragmentLayout` has them."""
+
+
+def plane_layout(width):
+    """Of a plane of a tile, [1, 1, width, 128]: each of 128 threads has its words, `layouts.FragmentLayout` says which.
+
+    If they are sparse, neighbours have the same words, and `stream_spread` has the layouts.
+    """
+    own = width.bit_length() - 1
+    bases = [[0, 0, 0, 1 << i] if i < 7 else [0, 0, 1 << (i - 7), 0] for i in range(7 + own)]
+    return gl.DistributedLinearLayout(bases[:own], bases[own : own + 5], bases[own + 5 :], [], [1, 1, width, 128])
+
+
+FIRST_PLANE = gl.constexpr(plane_layout(WIDTHS.value[0]))
+SECOND_PLANE = gl.constexpr(plane_layout(WIDTHS.value[min(1, PLANES.value - 1)]))
+THIRD_PLANE = gl.constexpr(plane_layout(WIDTHS.value[PLANES.value - 1]))
 WHLV = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 0, 0, 1], [0, 0, 0, 2]],
@@ -122,18 +136,10 @@ WHLV = gl.constexpr(
         [4, 8, 4, 4],
     )
 )
-"""The same as [warps w, h, l, words v], and of what belongs to rows w and h."""
-WIDE_TILE = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4]],
-        [[0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 128]],
-        [[0, 1, 0], [0, 2, 0]],
-        [],
-        [1, 4, 256],
-    )
-)
-"""As TILE for 8 bits: each thread has eight words, two (s) for each v."""
-WH = gl.constexpr(gl.SliceLayout(2, gl.SliceLayout(3, WHLV.value)))
+"""The four words of each thread as [warps w, h, l, words v]."""
+WHL = gl.constexpr(gl.SliceLayout(3, WHLV.value))
+WH = gl.constexpr(gl.SliceLayout(2, WHL.value))
+"""One of each thread, and of what belongs to rows w and h."""
 SLOTS = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 0, 8]],
@@ -172,7 +178,9 @@ def words_of(halves):
     if SPARSE:
         halves = for_all_words(halves)
     else:
-        halves = gl.expand_dims(gl.expand_dims(gl.convert_layout(halves, WH, assert_trivial=True), 2), 3)
+        halves = gl.expand_dims(gl.convert_layout(halves, WH, assert_trivial=True), 2)
+        if not BYTES:
+            halves = gl.expand_dims(halves, 3)
     return (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
 
 
@@ -241,60 +249,107 @@ def product_scales(ring, stage, row, group: gl.constexpr):
 def decode(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
     """Weights [64, 64] from the words of half of a stage's tile in shared memory."""
     if SPARSE:
-        return gl.convert_layout(decode_spread(ring, stage, half, tile, rows), WEIGHTS, assert_trivial=True)
+        weight = decode_spread(ring, stage, half, tile, rows)
+    elif BYTES:
+        weight = decode_bytes(ring, stage, half, tile, rows)
     else:
-        return gl.convert_layout(decode_words(ring, stage, half, tile, rows), WEIGHTS, assert_trivial=True)
+        weight = decode_words(ring, stage, half, tile, rows)
+    return gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
 
 
 @gluon.jit
 def decode_words(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
-    """The same as they are decoded, of dense codes."""
-    codes = ring[3].index(stage).slice(LINES * half, LINES, 1).slice(tile, 1, 0)
+    """The same as they are decoded word by word, of dense codes of 4 or 8 bits."""
+    words = ring[3][0].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(FIRST_PLANE)
     if BITS == 8:
-        words = codes.load(WIDE_TILE).reshape(4, 8, 4, 4, 2)
+        words = words.reshape(4, 8, 4, 4, 2)
         a0, b0, a1, b1 = gl.inline_asm_elementwise(
             WORDS, CONSTRAINTS, [words], dtype=(gl.int16, gl.int16, gl.int16, gl.int16), is_pure=True, pack=1
         )
         low, high = gl.join(a0, a1), gl.join(b0, b1)
     else:
-        words = gl.convert_layout(codes.load(TILE).reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
+        words = gl.convert_layout(words.reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
         a0, b0, a1, b1, a2, b2, a3, b3 = gl.inline_asm_elementwise(
-            WORDS,
-            CONSTRAINTS,
-            (words,) + rows,
-            dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
-            is_pure=True,
-            pack=1,
+            WORDS, CONSTRAINTS, (words,) + rows, dtype=DECODED, is_pure=True, pack=1
         )
         low, high = gl.join(gl.join(a0, a2), gl.join(a1, a3)), gl.join(gl.join(b0, b2), gl.join(b1, b3))
+    return in_order(low, high)
+
+
+@gluon.jit
+def in_order(low, high):
+    """Weights [64, 64] from both halves of words, [w, h, l, and then v, s, r]."""
     # w h l v | s r | b, with n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b
-    fields = gl.join(low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True))
+    fields = gl.join(low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True)).reshape(4, 8, 4, 4, 2, 2, 2)
     return gl.permute(fields, (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
+
+
+@gluon.jit
+def each_of(words):
+    """Of a thread's words of a plane, [1, 1, width, 128], a tuple of [w, h, l]."""
+    WIDTH: gl.constexpr = words.shape[2]
+    found = ()
+    if WIDTH == 1:
+        found = (words.reshape(4, 8, 4),)
+    elif WIDTH == 2:
+        found = words.reshape(4, 8, 4, 2).split()
+    else:
+        even, odd = words.reshape(4, 8, 4, 2, 2).split()
+        a, c = even.split()
+        b, d = odd.split()
+        found = (a, b, c, d)
+    return found
+
+
+@gluon.jit
+def of_runs(fields, FIRST: gl.constexpr):
+    """Fields FIRST + 8 v of the runs v of 16 columns, in the last two dimensions."""
+    return gl.join(gl.join(fields[FIRST], fields[FIRST + 16]), gl.join(fields[FIRST + 8], fields[FIRST + 24]))
+
+
+@gluon.jit
+def joined(fields, B: gl.constexpr):
+    """Of fields 8 v + 4 r + 2 s + b those of one b, [w, h, l, and then v, s, r]."""
+    first = gl.join(of_runs(fields, B), of_runs(fields, B + 2))
+    return gl.join(first, gl.join(of_runs(fields, B + 4), of_runs(fields, B + 6)))
+
+
+@gluon.jit
+def decode_bytes(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
+    """As `decode_words`, of integers of less than 8 bits, all that a thread has at once."""
+    planes = ring[3]
+    words = each_of(planes[0].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(FIRST_PLANE))
+    if PLANES > 1:
+        words = words + each_of(planes[1].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(SECOND_PLANE))
+    if PLANES > 2:
+        words = words + each_of(planes[2].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(THIRD_PLANE))
+    given = ()
+    for i in gl.static_range(BITS):
+        given = given + (gl.convert_layout(words[i], WHL, assert_trivial=True),)
+    fields = gl.inline_asm_elementwise(WORDS, CONSTRAINTS, given + rows, dtype=DECODED, is_pure=True, pack=1)
+    return in_order(joined(fields, 0), joined(fields, 1))
 
 
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
-    _, codes, scale, beside = inputs
-    full, _, _, codes_ring, scale_ring, beside_ring = ring
-    mbarrier.expect(full.index(stage), BYTES, pred=there)
+    _, planes, scale, zero_point = inputs
+    full, _, _, plane_rings, scale_ring, zero_ring = ring
+    mbarrier.expect(full.index(stage), STAGE_BYTES, pred=there)
     group = step * 128 // LINE_COLUMNS
     PART: gl.constexpr = ROWS // HALVES
     for half in gl.static_range(HALVES):
         row = tile_n + half * (WIDTH_N // 64)
-        into = codes_ring.index(stage).slice(half * PART, PART, 0)
-        if SPARSE:
-            tma.async_copy_global_to_shared(codes, [row, 2 * step, 0, 0], full.index(stage), into, pred=there)
-            into = beside_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(beside, [row, 2 * step, LINES, 0], full.index(stage), into, pred=there)
-        else:
-            tma.async_copy_global_to_shared(codes, [row, step * (2 * LINES), 0], full.index(stage), into, pred=there)
+        for plane in gl.static_range(PLANES):
+            into = plane_rings[plane].index(stage).slice(half * PART, PART, 0)
+            place = [row, 2 * step, FIRSTS[plane], 0]
+            tma.async_copy_global_to_shared(planes[plane], place, full.index(stage), into, pred=there)
         if GROUPED:
             into = scale_ring.index(stage).slice(half * PART, PART, 0)
             tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
         if GROUPED and not SYMMETRIC:
-            into = beside_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(beside, [row, group, 0], full.index(stage), into, pred=there)
+            into = zero_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(zero_point, [row, group, 0], full.index(stage), into, pred=there)
 
 
 @gluon.jit
@@ -398,29 +453,43 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
 
 
 @gluon.jit(do_not_specialize=["sharers", "M"])
-def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arrived, sharers, M):
+def kernel(
+    x,
+    codes,
+    second,
+    third,
+    scale,
+    zero_point,
+    row_scale,
+    bias,
+    operand_0,
+    y,
+    partial,
+    arrived,
+    sharers,
+    M,
+):
     """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
-    x, codes, scale, beside: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words, of [N / 64, groups, 64] and
-    of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and twice [R, GROUPS, 64], with R = ROWS /
-    HALVES. If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by blocks of [R, 2, LINES,
-    128] and [R, 2, 1, 128]. With QUADS scale is of [N / 64, K / 64, 32 * QUADS] words of four, by blocks of [R, 2, 32 *
-    QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make needless is not
-    read. partial: float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile,
-    and 0 again at the end.
+    x, planes of codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 64, STORED, 128] words, of [N / 64,
+    groups, 64] and of as many zero points, by blocks of [BLOCK_M, 128], [R, 2, WIDTHS[plane], 128] and twice [R,
+    GROUPS, 64], with R = ROWS / HALVES. With QUADS scale is of [N / 64, K / 64, 32 * QUADS] words of four, by blocks
+    of [R, 2, 32 * QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make
+    needless is not read. partial: float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each
+    shared tile, and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
-    if SPARSE:
-        code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, LINES, 128], codes.layout)
-        beside_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, 1, 128], beside.layout)
-    else:
-        code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2 * LINES, 256], codes.layout)
-        beside_ring = code_ring
-    scale_ring = code_ring
+    planes = (codes, second, third)
+    plane_rings = ()
+    for plane in gl.static_range(PLANES):
+        ring_of_plane = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, WIDTHS[plane], 128], planes[plane].layout)
+        plane_rings = plane_rings + (ring_of_plane,)
+    scale_ring = xs
     if GROUPED:
         scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, LINE_LENGTH], scale.layout)
+    zero_ring = xs
     if GROUPED and not SYMMETRIC:
-        beside_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], beside.layout)
+        zero_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], zero_point.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -428,8 +497,8 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    inputs, outputs = (x, codes, scale, beside), (row_scale, bias, operand_0, y)
-    ring = (full, empty, xs, code_ring, scale_ring, beside_ring)
+    inputs, outputs = (x, planes, scale, zero_point), (row_scale, bias, operand_0, y)
+    ring = (full, empty, xs, plane_rings, scale_ring, zero_ring)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qcompile.codegen.spec import KernelSpec
 from qcompile.formats import FORMATS
+from qcompile.layouts import plane_widths
 from qcompile.packed import PackedWeight
 from qcompile.runtime import launcher
 from qcompile.runtime.counters import zeros_kept_zero
@@ -18,6 +19,10 @@ from qcompile.tensors import by_bytes
 
 WARPS = 4
 """Of a group: what Triton is told of a program's warps, to which the kernel adds those of the other group."""
+
+
+PLANES = ("codes", "second", "third")
+"""The arguments that are descriptors of planes of codes."""
 
 
 def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
@@ -29,19 +34,16 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
         return {"x": ([kernel.tile.m, 128], layout), "codes": ([rows, 128], layout)}
     rows, bits = kernel.tile.n // (128 if kernel.gated else 64), FORMATS[kernel.weight].bits
     groups, quads = max(1, 128 // kernel.columns), kernel.quads
-    codes = [rows, bits, 256], NVMMASharedLayout(0, 32, 3)
-    beside = [rows, groups, 64], NVMMASharedLayout(0, 8, 3)
     scale = [rows, groups, 64], NVMMASharedLayout(0, 8 * SCALE_DTYPES[kernel.scale_dtype].itemsize, 3)
     if quads:
         scale = [rows, 2, 32 * quads], NVMMASharedLayout(0, 32, 3)
-    if kernel.sparse:
-        layout = NVMMASharedLayout(0, 32, 4)
-        codes, beside = ([rows, 2, bits // 2, 128], layout), ([rows, 2, 1, 128], layout)
+    widths = (bits // 2, 1) if kernel.sparse else plane_widths(bits)
+    planes = [([rows, 2, width, 128], NVMMASharedLayout(0, 32, 4)) for width in widths]
     return {
         "x": ([kernel.tile.m, 128], NVMMASharedLayout(128, 16, 2)),
-        "codes": codes,
+        **dict(zip(PLANES, (planes + 2 * planes[:1])[:3], strict=True)),
         "scale": scale,
-        "beside": beside,
+        "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
     }
 
 
@@ -93,9 +95,8 @@ def launch(
         assert x_scale is not None
         scales.insert(0, x_scale.contiguous())
     else:
-        codes = codes.view(*codes.shape[:2], -1, 128) if kernel.sparse else codes.view(len(codes), -1, 256)
-    beside = codes if kernel.sparse else weight.zero_point
-    inputs = {"x": x, "codes": codes, "scale": scale, "beside": beside}
+        codes = codes.view(*codes.shape[:2], -1, 128)
+    inputs = {"x": x, "scale": scale, "zero_point": weight.zero_point} | dict.fromkeys(PLANES, codes)
     given = blocks(kernel)
     for name in given:  # descriptors that the kernel does not use are some other
         if inputs[name] is None or (name == "scale" and kernel.groups == 1):

@@ -48,6 +48,16 @@ FORMATS = {
     "int4 sparse float32": ("int4", 64, BF16),
     "fp8": ("fp8_weight_only", None, BF16),
     "fp8 float16": ("fp8_weight_only", None, torch.float16),
+    "int2 of 64": ("int2", 64, BF16),
+    "int3": ("int3", 128, BF16),
+    "uint3": ("uint3", 128, BF16),
+    "int5": ("int5", 128, BF16),
+    "uint5 float32": ("uint5", 64, BF16),
+    "int6": ("int6", 256, BF16),
+    "int6 float16": ("int6", 128, torch.float16),
+    "int6 of rows": ("int6", 0, BF16),
+    "uint7": ("uint7", 64, BF16),
+    "int7 float32": ("int7", 128, BF16),
 }
 """Format of weights, columns of a group (0: of a row; None: the format is a preset) and type of activations; names say
 which are 2:4 sparse."""
@@ -96,7 +106,10 @@ def test_identity_returns_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("m", [33, 100, 300])
 @pytest.mark.parametrize("shape", [(200, 448), (1024, 4096)], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse", "int8 sparse of rows", "mxfp4", "nvfp4", "nf4", "fp8"])
+@pytest.mark.parametrize(
+    "name",
+    ["int4", "int8", "int4 sparse", "int8 sparse of rows", "mxfp4", "nvfp4", "nf4", "fp8", "int3", "int6", "uint7"],
+)
 def test_every_tile(name: str, shape: tuple[int, int], m: int) -> None:
     """Of the last rows, columns and tokens there are fewer than a tile has; some tiles are shared by programs."""
     probe = given(name, m, *shape)
@@ -134,7 +147,19 @@ def test_formats_and_operands(name: str) -> None:
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
 @pytest.mark.parametrize(
-    "name", ["int4", "uint4 of 64", "int8 of rows", "int4 sparse", "int8 sparse of rows", "nvfp4", "nf4", "fp8", *ROWS]
+    "name",
+    [
+        "int4",
+        "uint4 of 64",
+        "int8 of rows",
+        "int4 sparse",
+        "int8 sparse of rows",
+        "nvfp4",
+        "nf4",
+        "fp8",
+        "uint3",
+        *ROWS,
+    ],
 )
 def test_gates(name: str, steps: tuple[str, ...]) -> None:
     """Halves of 320 rows are no multiple of what a program holds of them."""
