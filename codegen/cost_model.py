@@ -23,6 +23,7 @@ from qcompile.codegen.spec import (
     scales_of,
     sparse_cores,
     stream_objection,
+    stream_scales,
     warps_multiply,
 )
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat, TableFormat
@@ -211,7 +212,9 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
     instructions = _SPREAD if spec.sparse else _instructions(spec)
-    if not spec.in_rows and scales_of(spec, tile.scales) == "products":
+    if not spec.in_rows and stream_scales(spec) == "pairs":
+        instructions = 2.8 + 14 / spec.columns
+    if not spec.in_rows and stream_scales(spec) == "products":
         working *= _APART
     working = max(working, value["weights"] * instructions / (device.processors * 128 * 1.3e9))
     working *= fill
@@ -444,7 +447,7 @@ def _streams(like: KernelSpec, m: int) -> list[Tile]:
     found = []
     processors = device_of(like.target).processors
     heights = (16,) if m <= 16 else (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
-    most = 128 * 128 if scales_of(like, "fragments") == "products" else 128 * 256
+    most = 128 * 256 if like.in_rows or stream_scales(like) != "products" else 128 * 128
     for block_m, block_n in itertools.product(heights, (256,) if like.gated else (128, 256)):
         if block_m * block_n > most:
             continue

@@ -324,6 +324,29 @@ def has_gluon() -> bool:
         return False
 
 
+def stream_scales(spec: KernelSpec) -> str:
+    """Where streams of `gemm_stream` apply scales: as `scales_of` says, or "pairs" (`_in_pairs`)."""
+    found = scales_of(spec, "fragments")
+    return "pairs" if found != "total" and _in_pairs(spec, found) else found
+
+
+def _in_pairs(spec: KernelSpec, otherwise: str) -> bool:
+    """Whether weights are multiplied by pairs of bfloat16 that are their scales, and rounded once.
+
+    Of integers of less than 8 bits, where 64 columns have more than one scale or scales are products with those above.
+    """
+    fmt = FORMATS[spec.weight]
+    if not isinstance(fmt, IntegerFormat) or fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16" or spec.offset:
+        return False
+    above = spec.super_columns > 0 and not super_last(spec)
+    if spec.k % 64 or (spec.columns not in (16, 32, 64) and spec.columns % 128) or (above and not spec.quads):
+        return False
+    if spec.quads:
+        integers = spec.scale_dtype in ("int8", "uint8")
+        return integers and spec.symmetric and (not above or spec.super_columns % 128 == 0)
+    return spec.scale_dtype in _FLOATS and (spec.columns < 64 or otherwise == "weights")
+
+
 def stream_objection(spec: KernelSpec) -> str | None:
     """Why no template of `STREAM_TEMPLATES` multiplies as `spec` says, whatever the tile; None if one does."""
     if spec.target != "sm_90":
@@ -336,7 +359,7 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "it takes a gate's columns from the halves of the weight, in tiles of 64"
     if spec.in_rows:
         return _rows_stream_objection(spec)
-    fmt, scales = FORMATS[spec.weight], scales_of(spec, "fragments")
+    fmt, scales = FORMATS[spec.weight], stream_scales(spec)
     if spec.activation is not None or spec.compute == "float32":
         return "its activations are of 16 bits"
     if fmt.bits not in (4, 8) and not isinstance(fmt, IntegerFormat):
@@ -347,6 +370,8 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "its activations are bfloat16 where dense weights are integers of 8 bits"
     if spec.offset:
         return "it adds no offsets to weights"
+    if scales == "pairs":
+        return None
     if spec.super_columns and (scales == "total" or not super_last(spec)):
         return "it takes scales above scales of groups, one for all of a row"
     if scales == "total" and not spec.symmetric:

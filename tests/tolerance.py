@@ -28,6 +28,12 @@ TF32X3_UNIT = 2.0**-20
 rest of less than 2**-10 |x|, and cutting the rest in the same way loses less than 2**-10 of it. Both parts add exactly.
 """
 
+PAIR_UNIT = 2.0**-15
+"""Relative error of a weight, before it is rounded, whose scale S is the sum of two numbers of bfloat16, of 8 digits:
+S less the first is 2**-8 |S| at most, so that rounding this to the second errs by 2**-16 |S|, and rounding the code
+times the second by 2**-16 of the weight.
+"""
+
 
 def unit(dtype: torch.dtype) -> float:
     """u: half the distance from 1 to the next number."""
@@ -59,6 +65,7 @@ def gemm_bound(
     *,
     block: int | None = None,
     accumulate_unit: float = ACCUMULATE_UNIT,
+    scale_unit: float = 0.0,
 ) -> Tensor:
     """Greatest error of a kernel's `x @ weight.T` against the float64 product of the same x and weight: float64 [M, N].
 
@@ -78,11 +85,12 @@ def gemm_bound(
         compute_dtype: of the operands of the multiplication.
         block: terms that are summed before their sum is added to the rest, if the kernel does that.
         accumulate_unit: relative error of one addition. 2**-13 for Hopper's FP8 matrix unit, which keeps 14 bits.
+        scale_unit: relative error of a weight beyond dw: `PAIR_UNIT` where scales are pairs of bfloat16.
     """
     x, weight = x.to(torch.float64).cpu().flatten(0, -2), weight.to(torch.float64).cpu()
     rounded_x = x.to(compute_dtype).to(torch.float64)
     dx = (rounded_x - x).abs()
-    dw = weight.abs() * (unit(compute_dtype) + gamma(3, U32)) + eta(compute_dtype) / 2
+    dw = weight.abs() * (unit(compute_dtype) + gamma(3, U32) + scale_unit) + eta(compute_dtype) / 2
     w_magnitude = weight.abs() + dw
     inner = x.shape[1]
     depth = 3 + (inner if block is None else block + math.ceil(inner / block))

@@ -41,7 +41,9 @@ BYTES = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
 QUADS = tl.constexpr(0)
 SCALES = tl.constexpr("fragments")
+PAIRS = tl.constexpr(0)
 SCALE_BITS = tl.constexpr(16)
+SUPER_COLUMNS = tl.constexpr(0)
 SUPER_LAST = tl.constexpr(False)
 SYMMETRIC = tl.constexpr(True)
 COMPUTE = tl.constexpr(tl.bfloat16)
@@ -85,7 +87,11 @@ LINE_COLUMNS = tl.constexpr(64 if QUADS.value else COLUMNS.value)
 LINE_LENGTH = tl.constexpr(32 * QUADS.value if QUADS.value else 64)
 """Columns whose scales lie together for 64 rows, and how many there are, or words of four."""
 GROUPS = tl.constexpr(max(1, 128 // LINE_COLUMNS.value))
-"""Lines of scales in a step: those of halves of it, or one."""
+ALIKE = tl.constexpr(max(1, 2 // GROUPS.value))
+IN_HALF = tl.constexpr(max(1, GROUPS.value // 2))
+"""Lines of scales in a step, halves of it that have the same, and lines that a half has."""
+SUPERS = tl.constexpr(SUPER_COLUMNS.value > 0)
+"""Whether scales are multiplied by those above, of which there is a line for SUPER_COLUMNS."""
 WIDTHS = tl.constexpr(
     (BITS.value // 2, 1) if SPARSE.value else tuple(width for width in (8, 4, 2, 1) if BITS.value & width)
 )
@@ -99,14 +105,19 @@ STORED = tl.constexpr(sum(WIDTHS.value))
 LINE_BYTES = tl.constexpr(LINE_LENGTH.value * (4 if QUADS.value else SCALE_BITS.value // 8 + (not SYMMETRIC.value)))
 """Of a line of scales and of zero points, if there are."""
 STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
-"""Of a stage."""
-ROW_WORDS = tl.constexpr(2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value))
+"""Of a stage, but for scales above scales."""
+ROW_WORDS = tl.constexpr(
+    (4 + 2 * (not SYMMETRIC.value)) * PAIRS.value
+    if PAIRS.value
+    else 2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value)
+)
 CONSTRAINTS = tl.constexpr(
     "=h,=h,=h,=h,r"
     if BITS.value == 8
     else "=h," * (32 if BYTES.value else 8) + ",".join("r" * ((BITS.value if BYTES.value else 1) + ROW_WORDS.value))
 )
 """Of WORDS: halves of words of weights from words of codes (BYTES: of all of 64 columns), with those of their rows."""
+EIGHT_WORDS = tl.constexpr((tl.int32,) * 8)
 DECODED = tl.constexpr((tl.int16,) * (32 if BYTES.value else 8))
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
@@ -215,14 +226,77 @@ def quad_rows(quads):
 
 
 @gluon.jit
+def of_rows(word):
+    """What belongs to rows w and h, for what a thread decodes at once."""
+    return gl.expand_dims(gl.convert_layout(word, WH, assert_trivial=True), 2)
+
+
+@gluon.jit
+def pairs_of(scale):
+    """Of a scale the pair of numbers that it is, both twice in a word."""
+    KIND: gl.constexpr = "=r,=r,r" if SCALE_BITS == 32 else "=r,=r,h"
+    high, low = gl.inline_asm_elementwise(SCALE_WORDS, KIND, [scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+    return of_rows(high), of_rows(low)
+
+
+@gluon.jit
+def pairs_of_quads(quads, supers):
+    """The same of both groups and rows of words of four."""
+    words = gl.inline_asm_elementwise(
+        SCALE_WORDS,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r" + (",f,f" if SUPERS else ""),
+        (gl.convert_layout(quads, WH, assert_trivial=True),) + supers,
+        dtype=EIGHT_WORDS,
+        is_pure=True,
+        pack=1,
+    )
+    found = ()
+    for i in gl.static_range(8):
+        found = found + (of_rows(words[i]),)
+    return found
+
+
+@gluon.jit
+def load_pairs(ring, stage, row, group: gl.constexpr):
+    """With PAIRS zero points and scales of both rows, of one group of 64 columns after another."""
+    _, _, _, _, scales, zeros, above = ring
+    found = ()
+    if not SYMMETRIC:
+        for i in gl.static_range(IN_HALF):
+            first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group + i, 1, 1))
+            first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
+            found = found + (first + NEGATIVE, second + NEGATIVE)
+    if QUADS > 0:
+        supers = ()
+        if SUPERS:
+            first, second = two_rows(above.index(stage).slice(row, 1, 0))
+            first = gl.convert_layout(first.to(gl.float32), WH, assert_trivial=True)
+            second = gl.convert_layout(second.to(gl.float32), WH, assert_trivial=True)
+            supers = (first, second)
+        words = scales.index(stage).slice(row, 1, 0).slice(group, 1, 1).load(QUAD_SLOTS)
+        if QUADS == 1:
+            found = found + pairs_of_quads(words.reshape(4, 8), supers)
+        else:
+            first, second = words.reshape(4, 8, 2).split()
+            found = found + pairs_of_quads(first, supers) + pairs_of_quads(second, supers)
+    else:
+        for i in gl.static_range(IN_HALF):
+            first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group + i, 1, 1))
+            found = found + pairs_of(first) + pairs_of(second)
+    return found
+
+
+@gluon.jit
 def load_rows(ring, stage, row, group: gl.constexpr):
     """What `decode` takes of a tile's rows, if there are: zero points, and scales of groups unless PRODUCTS.
 
-    They are as `word_decoders` has PTX that takes them.
+    They are as `word_decoders` and `field_decoders` have PTX that takes them.
     """
-    _, _, _, _, scales, zeros = ring
+    scales, zeros = ring[4], ring[5]
     found = ()
-    if QUADS > 0 and not PRODUCTS:
+    if PAIRS:
+        found = load_pairs(ring, stage, row, group)
+    elif QUADS > 0 and not PRODUCTS:
         found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
     elif GROUPED:
         if not SYMMETRIC:
@@ -333,9 +407,10 @@ def decode_bytes(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
-    _, planes, scale, zero_point = inputs
-    full, _, _, plane_rings, scale_ring, zero_ring = ring
-    mbarrier.expect(full.index(stage), STAGE_BYTES, pred=there)
+    _, planes, scale, zero_point, above = inputs
+    full, _, _, plane_rings, scale_ring, zero_ring, above_ring = ring
+    ABOVE_BYTES: gl.constexpr = ROWS * 8 * above.dtype.primitive_bitwidth * SUPERS
+    mbarrier.expect(full.index(stage), STAGE_BYTES + ABOVE_BYTES, pred=there)
     group = step * 128 // LINE_COLUMNS
     PART: gl.constexpr = ROWS // HALVES
     for half in gl.static_range(HALVES):
@@ -350,6 +425,10 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
         if GROUPED and not SYMMETRIC:
             into = zero_ring.index(stage).slice(half * PART, PART, 0)
             tma.async_copy_global_to_shared(zero_point, [row, group, 0], full.index(stage), into, pred=there)
+        if SUPERS:
+            into = above_ring.index(stage).slice(half * PART, PART, 0)
+            place = [row, step * 128 // SUPER_COLUMNS, 0]
+            tma.async_copy_global_to_shared(above, place, full.index(stage), into, pred=there)
 
 
 @gluon.jit
@@ -420,7 +499,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
             for half in gl.static_range(2):
-                if half % (2 // GROUPS) == 0:
+                if half % ALIKE == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
                     scales0 = product_scales(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
@@ -460,6 +539,7 @@ def kernel(
     third,
     scale,
     zero_point,
+    above,
     row_scale,
     bias,
     operand_0,
@@ -497,8 +577,11 @@ def kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    inputs, outputs = (x, planes, scale, zero_point), (row_scale, bias, operand_0, y)
-    ring = (full, empty, xs, plane_rings, scale_ring, zero_ring)
+    above_ring = xs
+    if SUPERS:
+        above_ring = gl.allocate_shared_memory(above.dtype, [STAGES, ROWS, 1, 64], above.layout)
+    inputs, outputs = (x, planes, scale, zero_point, above), (row_scale, bias, operand_0, y)
+    ring = (full, empty, xs, plane_rings, scale_ring, zero_ring, above_ring)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),

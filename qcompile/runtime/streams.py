@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import KernelSpec, stream_scales, super_last
 from qcompile.formats import FORMATS
 from qcompile.layouts import plane_widths
 from qcompile.packed import PackedWeight
@@ -25,8 +25,12 @@ PLANES = ("codes", "second", "third")
 """The arguments that are descriptors of planes of codes."""
 
 
-def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
-    """For each input that has a descriptor, the block that is copied at once, and its layout in shared memory."""
+def blocks(kernel: KernelSpec, above_bits: int = 16) -> dict[str, tuple[list[int], Any]]:
+    """For each input that has a descriptor, the block that is copied at once, and its layout in shared memory.
+
+    Args:
+        above_bits: of the type of scales above scales of groups.
+    """
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     if kernel.in_rows:
@@ -44,6 +48,7 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
         **dict(zip(PLANES, (planes + 2 * planes[:1])[:3], strict=True)),
         "scale": scale,
         "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
+        "above": ([rows, 1, 64], NVMMASharedLayout(0, above_bits, 3)),
     }
 
 
@@ -96,8 +101,9 @@ def launch(
         scales.insert(0, x_scale.contiguous())
     else:
         codes = codes.view(*codes.shape[:2], -1, 128)
-    inputs = {"x": x, "scale": scale, "zero_point": weight.zero_point} | dict.fromkeys(PLANES, codes)
-    given = blocks(kernel)
+    above = weight.super_scale if stream_scales(kernel) == "pairs" and not super_last(kernel) else None
+    inputs = {"x": x, "scale": scale, "zero_point": weight.zero_point, "above": above} | dict.fromkeys(PLANES, codes)
+    given = blocks(kernel) if above is None else blocks(kernel, 8 * above.element_size())
     for name in given:  # descriptors that the kernel does not use are some other
         if inputs[name] is None or (name == "scale" and kernel.groups == 1):
             inputs[name], given[name] = codes, given["codes"]
