@@ -51,6 +51,7 @@ def fields_assembly(
     quads: int,
     factor: float,
     pairs: int = 0,
+    offsets: bool = False,
 ) -> str:
     """PTX that decodes the codes of a thread's 64 columns, less than 8 bits each, from as many words from $32 on.
 
@@ -66,6 +67,8 @@ def fields_assembly(
         pairs: groups of the 64 columns whose scales multiply weights as `pair_assembly` makes them, of bfloat16 from
             sm_90 on: zero points, if there are, are of group g and row r number 2 g + r, and so are pairs, in two words
             each, behind them. The product is rounded once, but for 2**-15 of it. 0 if scales are not pairs.
+        offsets: whether behind these are as many pairs of offsets, `factor` times less, which are added: products with
+            the greater numbers are rounded, and their sums with the rest.
     """
     wide = dtype == "bfloat16"
     packed, number = ("bf16x2", 0) if wide else ("f16x2", 1024)
@@ -125,19 +128,27 @@ def fields_assembly(
                 lines.append(multiply("t", "t", "d"))
             if pairs:
                 high = beside + 2 * pairs * zero_points + 2 * row
-                lines += [multiply("d", "t", f"${high + 1}"), f"fma.rn.{packed} t, t, ${high}, d"]
+                added = high + 4 * pairs
+                if offsets:
+                    lines += [f"fma.rn.{packed} {to}, t, ${high + i}, ${added + i}" for i, to in ((1, "d"), (0, "t"))]
+                    lines.append(f"add.rn.{packed} t, t, d")
+                else:
+                    lines += [multiply("d", "t", f"${high + 1}"), f"fma.rn.{packed} t, t, ${high}, d"]
             lines.append(f"mov.b32 {{${4 * slot + 2 * s}, ${4 * slot + 2 * s + 1}}}, t")
     return block(lines)
 
 
-def pair_assembly(scale_dtype: str, *, quads: bool, above: bool) -> str:
-    """PTX that makes of scales pairs of bfloat16, whose sum differs from the scale by less than 2**-17 of it.
+def pair_assembly(scale_dtype: str, *, quads: bool, above: bool, unit: float = 1.0) -> str:
+    """PTX that makes of scales pairs of bfloat16, whose sum is the scale times `unit`, but for less than 2**-16 of it.
 
     Both are twice in a word. That of a scale in $2 goes to $0 and the rest to $1. With `quads` those of byte i of word
     $8 go to $<2i> and $<2i + 1>; with `above` they are of the byte, of row i % 2, times what is above it, $<9 + i % 2>,
     which is a float32, as they are.
     """
-    lines, biased = [".reg .b32 s, c, f, g, h"], scale_dtype == "int8"
+    lines, biased = (
+        [".reg .b32 s, c, f, g, h, u", f"mov.b32 u, {bits_of(unit, 'bfloat16') << 16:#x}"],
+        scale_dtype == "int8",
+    )
     if quads:
         lines += [f"xor.b32 s, $8, {0x80808080 * biased:#x}", f"mov.b32 c, {0x4B000000 + 128 * biased:#x}"]
     for i in range(4 if quads else 1):
@@ -148,6 +159,8 @@ def pair_assembly(scale_dtype: str, *, quads: bool, above: bool) -> str:
             lines += ["mov.b32 f, {$2, $2}", "and.b32 f, f, 0xffff0000"]
         else:
             lines.append("cvt.f32.f16 f, $2" if scale_dtype == "float16" else "mov.b32 f, $2")
+        if unit != 1.0:
+            lines.append("mul.rn.f32 f, f, u")
         lines += ["cvt.rn.bf16x2.f32 h, f, f", f"mov.b32 ${2 * i}, h", "shl.b32 h, h, 16"]
         lines += ["sub.rn.f32 g, f, h", f"cvt.rn.bf16x2.f32 ${2 * i + 1}, g, g"]
     return block(lines)

@@ -264,15 +264,17 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
             fmt,
             spec.compute,
             spec.target,
-            zero_points=not spec.symmetric,
+            zero_points=not (spec.symmetric or spec.offset),
             scales="",
             quads=0,
             factor=factor,
             pairs=pairs,
+            offsets=spec.offset,
         )
         negative = bits_of(-float(MAGIC[spec.compute][1] + fmt.offset), spec.compute) * 0x10001 - (1 << 32)
         constants |= {"SCALES": scales, "BYTES": True, "WORDS": words, "FACTOR": factor, "NEGATIVE": negative}
-        constants["SCALE_WORDS"] = pair_assembly(spec.scale_dtype, quads=spec.quads > 0, above=above)
+        for name, unit in (("SCALE_WORDS", 1.0), ("OFFSET_WORDS", 1 / factor)):
+            constants[name] = pair_assembly(spec.scale_dtype, quads=spec.quads > 0, above=above, unit=unit)
     elif spec.sparse:
         assert isinstance(fmt, IntegerFormat)
         scaled = constants["SCALES"] == "fragments"
@@ -282,7 +284,8 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
     elif fmt.bits == 8:
         constants["WORDS"] = byte_assembly(fmt, spec.compute, float(str(constants["FACTOR"])))
     constants["SUPER_COLUMNS"] = 0 if super_last(spec) else spec.super_columns
-    constants["PAIRS"] = pairs
+    constants |= {"PAIRS": pairs, "SYMMETRIC": spec.symmetric or spec.offset}
+    constants.setdefault("OFFSET_WORDS", "")
     constants["SCALE_BITS"] = 8 * SCALE_DTYPES[spec.scale_dtype].itemsize
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [
@@ -295,6 +298,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "QUADS",
         "SCALES",
         "PAIRS",
+        "OFFSET",
         "SCALE_BITS",
         "SUPER_COLUMNS",
         "SUPER_LAST",
@@ -305,6 +309,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "STAGES",
         "WORDS",
         "SCALE_WORDS",
+        "OFFSET_WORDS",
         "NEGATIVE",
         "FACTOR",
         "SHARED",
@@ -312,6 +317,8 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "OPERANDS",
     ]
     holes = {"constants": print_constants({name: constants[name] for name in names}), "spread": spread}
+    rows = read_template("stream_rows")
+    holes["rows"] = rows[rows.index("GROUPED = ") :].rstrip() + "\n\n"
     return holes | _stream_tiles(spec)
 
 

@@ -335,16 +335,17 @@ def _in_pairs(spec: KernelSpec, otherwise: str) -> bool:
 
     Of integers of less than 8 bits, where 64 columns have more than one scale or scales are products with those above.
     """
-    fmt = FORMATS[spec.weight]
-    if not isinstance(fmt, IntegerFormat) or fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16" or spec.offset:
+    fmt, whole = FORMATS[spec.weight], spec.symmetric or spec.offset
+    if not isinstance(fmt, IntegerFormat) or fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16":
         return False
     above = spec.super_columns > 0 and not super_last(spec)
-    if spec.k % 64 or (spec.columns not in (16, 32, 64) and spec.columns % 128) or (above and not spec.quads):
+    if spec.k % 64 or spec.groups == 1 or (spec.columns not in (16, 32, 64) and spec.columns % 128):
         return False
     if spec.quads:
         integers = spec.scale_dtype in ("int8", "uint8")
-        return integers and spec.symmetric and (not above or spec.super_columns % 128 == 0)
-    return spec.scale_dtype in _FLOATS and (spec.columns < 64 or otherwise == "weights")
+        return integers and whole and (not above or spec.super_columns % 128 == 0)
+    narrow = spec.columns < 64 or spec.offset or otherwise == "weights"
+    return spec.scale_dtype in _FLOATS and narrow and not above
 
 
 def stream_objection(spec: KernelSpec) -> str | None:
@@ -368,10 +369,10 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "its dense weights of 8 bits have a scale a row"
     if fmt.bits == 8 and not spec.sparse and isinstance(fmt, IntegerFormat) and spec.compute != "bfloat16":
         return "its activations are bfloat16 where dense weights are integers of 8 bits"
-    if spec.offset:
-        return "it adds no offsets to weights"
     if scales == "pairs":
         return None
+    if spec.offset:
+        return "it adds offsets to integers of less than 8 bits only, with bfloat16 activations"
     if spec.super_columns and (scales == "total" or not super_last(spec)):
         return "it takes scales above scales of groups, one for all of a row"
     if scales == "total" and not spec.symmetric:

@@ -101,7 +101,9 @@ def gemm_bound(
     return total + unit(out_dtype) * (y + total) + eta(out_dtype) / 2
 
 
-def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor, rounded: torch.dtype = torch.float32) -> Tensor:
+def offset_bound(
+    x: Tensor, scaled: Tensor, offset: Tensor, rounded: torch.dtype = torch.float32, *, pairs: bool = False
+) -> Tensor:
     """What a product errs by beyond `gemm_bound` if weights are `scaled` + `offset`: float64 [M, N].
 
     The two may cancel, so their roundings in float32 (two of each: a scale of scales, and the product with the code;
@@ -112,9 +114,14 @@ def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor, rounded: torch.dtype
     Args:
         x, scaled, offset: [M, K], [N, K], [N, K].
         rounded: the type to which `scaled` is rounded.
+        pairs: whether scales and offsets are sums of two numbers of bfloat16, so that each part errs by `PAIR_UNIT`,
+            and their sum is rounded twice: with the greater numbers, and when the rest is added.
     """
+    twice = unit(torch.bfloat16) * (x.abs().to(torch.float64) @ (scaled + offset).abs().to(torch.float64).T)
     x, scaled, offset = (part.to(torch.float64).abs() for part in (x, scaled, offset))
     bound = gamma(3, U32) * (x @ (scaled + offset).T)
+    if pairs:
+        bound += twice + PAIR_UNIT * (x @ (scaled + offset).T)
     if rounded != torch.float32:
         bound += unit(rounded) * (x @ scaled.T) + gamma(x.shape[1] + 3) * (x @ (scaled + offset).T)
     return bound

@@ -42,6 +42,7 @@ COLUMNS = tl.constexpr(128)
 QUADS = tl.constexpr(0)
 SCALES = tl.constexpr("fragments")
 PAIRS = tl.constexpr(0)
+OFFSET = tl.constexpr(False)
 SCALE_BITS = tl.constexpr(16)
 SUPER_COLUMNS = tl.constexpr(0)
 SUPER_LAST = tl.constexpr(False)
@@ -52,6 +53,7 @@ BLOCK_N = tl.constexpr(256)
 STAGES = tl.constexpr(4)
 WORDS = tl.constexpr("")
 SCALE_WORDS = tl.constexpr("")
+OFFSET_WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
 SHARED = tl.constexpr(True)
@@ -59,8 +61,26 @@ GATED = tl.constexpr(False)
 OPERANDS = tl.constexpr(False)
 # </constants>
 
+# <rows>
+from qcompile.codegen.templates.stream_rows import (
+    ALIKE,
+    GROUPED,
+    GROUPS,
+    LINE_COLUMNS,
+    LINE_LENGTH,
+    PRODUCTS,
+    ROW_BYTES,
+    SUMS,
+    SUPERS,
+    WHL,
+    WHLV,
+    load_rows,
+    product_scales,
+)
+
+# </rows>
 # <spread>
-from qcompile.codegen.templates.stream_spread import decode_spread, for_all_words
+from qcompile.codegen.templates.stream_spread import decode_spread
 
 # </spread>
 # <tiles>
@@ -79,19 +99,6 @@ from qcompile.codegen.templates.stream_tiles import (
 
 # </tiles>
 
-GROUPED = tl.constexpr(SCALES.value != "total")
-"""Whether rows have scales of groups of columns; else one, which multiplies the sum."""
-PRODUCTS = tl.constexpr(SCALES.value == "products")
-"""Whether these multiply products of 64 columns, before they are added; else weights."""
-LINE_COLUMNS = tl.constexpr(64 if QUADS.value else COLUMNS.value)
-LINE_LENGTH = tl.constexpr(32 * QUADS.value if QUADS.value else 64)
-"""Columns whose scales lie together for 64 rows, and how many there are, or words of four."""
-GROUPS = tl.constexpr(max(1, 128 // LINE_COLUMNS.value))
-ALIKE = tl.constexpr(max(1, 2 // GROUPS.value))
-IN_HALF = tl.constexpr(max(1, GROUPS.value // 2))
-"""Lines of scales in a step, halves of it that have the same, and lines that a half has."""
-SUPERS = tl.constexpr(SUPER_COLUMNS.value > 0)
-"""Whether scales are multiplied by those above, of which there is a line for SUPER_COLUMNS."""
 WIDTHS = tl.constexpr(
     (BITS.value // 2, 1) if SPARSE.value else tuple(width for width in (8, 4, 2, 1) if BITS.value & width)
 )
@@ -102,12 +109,10 @@ FIRSTS = tl.constexpr(tuple(sum(WIDTHS.value[:plane]) for plane in range(PLANES.
 """How many planes there are, and the first line of each."""
 STORED = tl.constexpr(sum(WIDTHS.value))
 """Bits that a weight takes in memory."""
-LINE_BYTES = tl.constexpr(LINE_LENGTH.value * (4 if QUADS.value else SCALE_BITS.value // 8 + (not SYMMETRIC.value)))
-"""Of a line of scales and of zero points, if there are."""
-STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
+STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + ROW_BYTES)
 """Of a stage, but for scales above scales."""
 ROW_WORDS = tl.constexpr(
-    (4 + 2 * (not SYMMETRIC.value)) * PAIRS.value
+    (4 + 4 * OFFSET.value + 2 * (not SYMMETRIC.value)) * PAIRS.value
     if PAIRS.value
     else 2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value)
 )
@@ -117,12 +122,10 @@ CONSTRAINTS = tl.constexpr(
     else "=h," * (32 if BYTES.value else 8) + ",".join("r" * ((BITS.value if BYTES.value else 1) + ROW_WORDS.value))
 )
 """Of WORDS: halves of words of weights from words of codes (BYTES: of all of 64 columns), with those of their rows."""
-EIGHT_WORDS = tl.constexpr((tl.int32,) * 8)
 DECODED = tl.constexpr((tl.int16,) * (32 if BYTES.value else 8))
 
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
-"""Layouts of sums [64, BLOCK_M] and of weights [64, 64] in registers."""
+"""Of weights [64, 64] in registers."""
 
 
 def plane_layout(width):
@@ -138,40 +141,6 @@ def plane_layout(width):
 FIRST_PLANE = gl.constexpr(plane_layout(WIDTHS.value[0]))
 SECOND_PLANE = gl.constexpr(plane_layout(WIDTHS.value[min(1, PLANES.value - 1)]))
 THIRD_PLANE = gl.constexpr(plane_layout(WIDTHS.value[PLANES.value - 1]))
-WHLV = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 0, 2]],
-        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
-        [[1, 0, 0, 0], [2, 0, 0, 0]],
-        [],
-        [4, 8, 4, 4],
-    )
-)
-"""The four words of each thread as [warps w, h, l, words v]."""
-WHL = gl.constexpr(gl.SliceLayout(3, WHLV.value))
-WH = gl.constexpr(gl.SliceLayout(2, WHL.value))
-"""One of each thread, and of what belongs to rows w and h."""
-SLOTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 8]],
-        [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
-        [[0, 0, 16], [0, 0, 32]],
-        [],
-        [1, 1, 64],
-    )
-)
-"""What belongs to 64 rows: a thread has its two, r = 0 and 1."""
-SUM_ROWS = gl.constexpr(gl.SliceLayout(1, SUMS.value))
-QUAD_SLOTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1]] if QUADS.value == 2 else [],
-        [[0, 0, 0], [0, 0, 0], [0, 0, QUADS.value], [0, 0, 2 * QUADS.value], [0, 0, 4 * QUADS.value]],
-        [[0, 0, 8 * QUADS.value], [0, 0, 16 * QUADS.value]],
-        [],
-        [1, 1, LINE_LENGTH.value],
-    )
-)
-"""Words of four scales of 64 rows: a thread has those of its two."""
 
 
 # <epilogue>
@@ -181,142 +150,6 @@ def epilogue(value, second, bias, operand_0, n, offsets, mask):
 
 
 # </epilogue>
-
-
-@gluon.jit
-def words_of(halves):
-    """16-bit numbers of rows w and h in both halves of words, for all that a thread decodes of these rows."""
-    if SPARSE:
-        halves = for_all_words(halves)
-    else:
-        halves = gl.expand_dims(gl.convert_layout(halves, WH, assert_trivial=True), 2)
-        if not BYTES:
-            halves = gl.expand_dims(halves, 3)
-    return (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
-
-
-@gluon.jit
-def two_rows(values):
-    """Of what belongs to 64 rows, that of rows r = 0 and r = 1 of threads."""
-    return gl.permute(values.load(SLOTS).reshape(4, 2, 8), (0, 2, 1)).split()
-
-
-@gluon.jit
-def runs_of(first, second):
-    """Of both groups of words of four scales a number, as one for each run of 16 columns that a thread decodes."""
-    each = gl.join(first, second).reshape(4, 8, 1, 2 * QUADS)
-    if QUADS == 1:
-        each = gl.join(each, each).reshape(4, 8, 1, 4)
-    return gl.convert_layout(each, WHLV, assert_trivial=True)
-
-
-@gluon.jit
-def quad_rows(quads):
-    """Scales of both rows of threads from words of four."""
-    words = quads.load(QUAD_SLOTS).reshape(4, 8, QUADS)
-    a0, a1, b0, b1 = gl.inline_asm_elementwise(
-        SCALE_WORDS,
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    return runs_of(a0, b0), runs_of(a1, b1)
-
-
-@gluon.jit
-def of_rows(word):
-    """What belongs to rows w and h, for what a thread decodes at once."""
-    return gl.expand_dims(gl.convert_layout(word, WH, assert_trivial=True), 2)
-
-
-@gluon.jit
-def pairs_of(scale):
-    """Of a scale the pair of numbers that it is, both twice in a word."""
-    KIND: gl.constexpr = "=r,=r,r" if SCALE_BITS == 32 else "=r,=r,h"
-    high, low = gl.inline_asm_elementwise(SCALE_WORDS, KIND, [scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-    return of_rows(high), of_rows(low)
-
-
-@gluon.jit
-def pairs_of_quads(quads, supers):
-    """The same of both groups and rows of words of four."""
-    words = gl.inline_asm_elementwise(
-        SCALE_WORDS,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r" + (",f,f" if SUPERS else ""),
-        (gl.convert_layout(quads, WH, assert_trivial=True),) + supers,
-        dtype=EIGHT_WORDS,
-        is_pure=True,
-        pack=1,
-    )
-    found = ()
-    for i in gl.static_range(8):
-        found = found + (of_rows(words[i]),)
-    return found
-
-
-@gluon.jit
-def load_pairs(ring, stage, row, group: gl.constexpr):
-    """With PAIRS zero points and scales of both rows, of one group of 64 columns after another."""
-    _, _, _, _, scales, zeros, above = ring
-    found = ()
-    if not SYMMETRIC:
-        for i in gl.static_range(IN_HALF):
-            first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group + i, 1, 1))
-            first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
-            found = found + (first + NEGATIVE, second + NEGATIVE)
-    if QUADS > 0:
-        supers = ()
-        if SUPERS:
-            first, second = two_rows(above.index(stage).slice(row, 1, 0))
-            first = gl.convert_layout(first.to(gl.float32), WH, assert_trivial=True)
-            second = gl.convert_layout(second.to(gl.float32), WH, assert_trivial=True)
-            supers = (first, second)
-        words = scales.index(stage).slice(row, 1, 0).slice(group, 1, 1).load(QUAD_SLOTS)
-        if QUADS == 1:
-            found = found + pairs_of_quads(words.reshape(4, 8), supers)
-        else:
-            first, second = words.reshape(4, 8, 2).split()
-            found = found + pairs_of_quads(first, supers) + pairs_of_quads(second, supers)
-    else:
-        for i in gl.static_range(IN_HALF):
-            first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group + i, 1, 1))
-            found = found + pairs_of(first) + pairs_of(second)
-    return found
-
-
-@gluon.jit
-def load_rows(ring, stage, row, group: gl.constexpr):
-    """What `decode` takes of a tile's rows, if there are: zero points, and scales of groups unless PRODUCTS.
-
-    They are as `word_decoders` and `field_decoders` have PTX that takes them.
-    """
-    scales, zeros = ring[4], ring[5]
-    found = ()
-    if PAIRS:
-        found = load_pairs(ring, stage, row, group)
-    elif QUADS > 0 and not PRODUCTS:
-        found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-    elif GROUPED:
-        if not SYMMETRIC:
-            first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-            first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
-            found = (first + NEGATIVE, second + NEGATIVE)
-        if not PRODUCTS:
-            first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-            found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
-    return found
-
-
-@gluon.jit
-def product_scales(ring, stage, row, group: gl.constexpr):
-    """With PRODUCTS the scales of a group of a tile's rows, [64, 1]."""
-    if PRODUCTS:
-        values = ring[4].index(stage).slice(row, 1, 0).slice(group, 1, 1).load(SLOTS).reshape(64)
-        return gl.expand_dims(gl.convert_layout(values, SUM_ROWS, assert_trivial=True).to(gl.float32), 1)
-    else:
-        return gl.zeros((64, 1), gl.float32, SUMS)
 
 
 @gluon.jit
@@ -407,9 +240,9 @@ def decode_bytes(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
-    _, planes, scale, zero_point, above = inputs
-    full, _, _, plane_rings, scale_ring, zero_ring, above_ring = ring
-    ABOVE_BYTES: gl.constexpr = ROWS * 8 * above.dtype.primitive_bitwidth * SUPERS
+    _, planes, scale, zero_point, above, offset, above_offset = inputs
+    full, _, _, plane_rings, scale_ring, zero_ring, above_ring, offset_ring, above_offset_ring = ring
+    ABOVE_BYTES: gl.constexpr = ROWS * 8 * above.dtype.primitive_bitwidth * SUPERS * (1 + OFFSET)
     mbarrier.expect(full.index(stage), STAGE_BYTES + ABOVE_BYTES, pred=there)
     group = step * 128 // LINE_COLUMNS
     PART: gl.constexpr = ROWS // HALVES
@@ -429,6 +262,12 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
             into = above_ring.index(stage).slice(half * PART, PART, 0)
             place = [row, step * 128 // SUPER_COLUMNS, 0]
             tma.async_copy_global_to_shared(above, place, full.index(stage), into, pred=there)
+            if OFFSET:
+                into = above_offset_ring.index(stage).slice(half * PART, PART, 0)
+                tma.async_copy_global_to_shared(above_offset, place, full.index(stage), into, pred=there)
+        if OFFSET:
+            into = offset_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(offset, [row, group, 0], full.index(stage), into, pred=there)
 
 
 @gluon.jit
@@ -540,6 +379,8 @@ def kernel(
     scale,
     zero_point,
     above,
+    offset,
+    above_offset,
     row_scale,
     bias,
     operand_0,
@@ -570,6 +411,13 @@ def kernel(
     zero_ring = xs
     if GROUPED and not SYMMETRIC:
         zero_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], zero_point.layout)
+    above_ring, offset_ring, above_offset_ring = xs, xs, xs
+    if SUPERS:
+        above_ring = gl.allocate_shared_memory(above.dtype, [STAGES, ROWS, 1, 64], above.layout)
+    if OFFSET:
+        offset_ring = gl.allocate_shared_memory(offset.dtype, [STAGES, ROWS, GROUPS, LINE_LENGTH], offset.layout)
+    if SUPERS and OFFSET:
+        above_offset_ring = gl.allocate_shared_memory(above.dtype, [STAGES, ROWS, 1, 64], above_offset.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -577,11 +425,8 @@ def kernel(
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    above_ring = xs
-    if SUPERS:
-        above_ring = gl.allocate_shared_memory(above.dtype, [STAGES, ROWS, 1, 64], above.layout)
-    inputs, outputs = (x, planes, scale, zero_point, above), (row_scale, bias, operand_0, y)
-    ring = (full, empty, xs, plane_rings, scale_ring, zero_ring, above_ring)
+    inputs, outputs = (x, planes, scale, zero_point, above, offset, above_offset), (row_scale, bias, operand_0, y)
+    ring = (full, empty, xs, plane_rings, scale_ring, zero_ring, above_ring, offset_ring, above_offset_ring)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),

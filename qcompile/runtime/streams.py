@@ -38,6 +38,7 @@ def blocks(kernel: KernelSpec, above_bits: int = 16) -> dict[str, tuple[list[int
         return {"x": ([kernel.tile.m, 128], layout), "codes": ([rows, 128], layout)}
     rows, bits = kernel.tile.n // (128 if kernel.gated else 64), FORMATS[kernel.weight].bits
     groups, quads = max(1, 128 // kernel.columns), kernel.quads
+    above = [rows, 1, 64], NVMMASharedLayout(0, above_bits, 3)
     scale = [rows, groups, 64], NVMMASharedLayout(0, 8 * SCALE_DTYPES[kernel.scale_dtype].itemsize, 3)
     if quads:
         scale = [rows, 2, 32 * quads], NVMMASharedLayout(0, 32, 3)
@@ -48,7 +49,9 @@ def blocks(kernel: KernelSpec, above_bits: int = 16) -> dict[str, tuple[list[int
         **dict(zip(PLANES, (planes + 2 * planes[:1])[:3], strict=True)),
         "scale": scale,
         "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
-        "above": ([rows, 1, 64], NVMMASharedLayout(0, above_bits, 3)),
+        "above": above,
+        "offset": scale,
+        "above_offset": above,
     }
 
 
@@ -102,7 +105,11 @@ def launch(
     else:
         codes = codes.view(*codes.shape[:2], -1, 128)
     above = weight.super_scale if stream_scales(kernel) == "pairs" and not super_last(kernel) else None
-    inputs = {"x": x, "scale": scale, "zero_point": weight.zero_point, "above": above} | dict.fromkeys(PLANES, codes)
+    offset = weight.offset
+    if offset is not None and kernel.quads:
+        offset = by_bytes(offset).view(torch.int32)
+    inputs = {"x": x, "scale": scale, "zero_point": weight.zero_point, "above": above, "offset": offset}
+    inputs |= {"above_offset": weight.super_offset} | dict.fromkeys(PLANES, codes)
     given = blocks(kernel) if above is None else blocks(kernel, 8 * above.element_size())
     for name in given:  # descriptors that the kernel does not use are some other
         if inputs[name] is None or (name == "scale" and kernel.groups == 1):

@@ -24,7 +24,7 @@ from qcompile.runtime import measure as timing
 from qcompile.runtime.streams import division
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 from qcompile.tensors import by_bytes
-from tests import oracle
+from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.problems import random_weight
 from tests.triton_interpreter import install_assembly
@@ -216,7 +216,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
         for bits in range(2, 8)
     },
     "uint3 float32": ("int3", {"format": get_format("uint3"), "symmetric": False, "scale_dtype": "float32"}, BF16),
-    **{name: (name, {}, BF16) for name in ("q4_0", "q5_0", "q3_k", "q6_k")},
+    **{name: (name, {}, BF16) for name in ("q4_0", "q5_0", "q3_k", "q6_k", "q4_1", "q2_k", "q4_k", "q5_k")},
     "int2 of 16": ("int2", {"granularity": Granularity.group(16), "scale_dtype": "float32"}, BF16),
     "uint4 of 32": ("int4_asym", {"granularity": Granularity.group(32)}, BF16),
     "int5 of rows": ("int5", {"granularity": Granularity.channel(), "scale_dtype": "float32"}, BF16),
@@ -249,27 +249,37 @@ def test_words_become_weights(kind: str) -> None:
     expected = oracle.decode_values(scheme.format.name)[logical.unpack_codes().long()]
     if kind == "nf4":
         expected = expected.to(dtype).double()
-    columns, scales, zeros, above = min(kernel.columns, 256), None, None, None
-    if not scheme.symmetric:
+    columns, zeros = min(kernel.columns, 256), None
+    if "zero_point" in scheme.fields:
         assert packed.zero_point is not None
         expected = expected - logical.zero_point.double().repeat_interleave(columns, 1)
         zeros = packed.zero_point.view(2, 2, -1, 64).numpy().astype(np.uint32)
     if module.SCALES.value in ("fragments", "pairs"):
         exact = oracle.dequantize(logical) if module.PAIRS.value else expected * spread(logical.scale, columns)
         expected = exact.to(dtype).double()
-        kind_of = torch.int32 if kernel.quads or logical.scale.element_size() == 4 else torch.int16
-        bits = by_bytes(packed.scale).view(kind_of).view(2, 2, module.GROUPS, -1).numpy()
-        scales = bits.view(np.dtype(f"uint{8 * bits.itemsize}"))
-    if module.SUPERS.value:
-        assert packed.super_scale is not None
-        above = np.repeat(packed.super_scale.float().numpy().view(np.uint32)[:, :, None], 2, 1)
+
+    def lines(values: torch.Tensor | None) -> np.ndarray[Any, Any] | None:
+        """Of scales or offsets, of tiles of rows and steps."""
+        if values is None or module.SCALES.value not in ("fragments", "pairs"):
+            return None
+        kind_of = torch.int32 if kernel.quads or values.element_size() == 4 else torch.int16
+        bits = by_bytes(values).view(kind_of).view(2, 2, module.GROUPS, -1).numpy()
+        return bits.view(np.dtype(f"uint{8 * bits.itemsize}"))
+
+    def supers(values: torch.Tensor | None) -> np.ndarray[Any, Any] | None:
+        if values is None or not module.SUPERS.value:
+            return None
+        return np.repeat(values.float().numpy().view(np.uint32)[:, :, None], 2, 1)
+
+    ring_rows = [lines(packed.scale), zeros, supers(packed.super_scale)]
+    ring_rows += [lines(packed.offset), supers(packed.super_offset)]
     language = types.SimpleNamespace(**LANGUAGE, inline_asm_elementwise=plain_assembly)
     names: dict[str, Any] = {"gl": language, "SPARSE": False}
     names |= {
         name: getattr(module, name).value
         for name in (
             *("GROUPED", "BITS", "BYTES", "PLANES", "QUADS", "PRODUCTS", "SYMMETRIC", "NEGATIVE"),
-            *("PAIRS", "IN_HALF", "SUPERS", "SCALE_BITS", "EIGHT_WORDS"),
+            *("PAIRS", "IN_HALF", "SUPERS", "OFFSET", "SCALE_BITS", "OFFSET_WORDS", "EIGHT_WORDS"),
             *("WORDS", "SCALE_WORDS", "CONSTRAINTS", "DECODED"),
         )
     }
@@ -278,23 +288,27 @@ def test_words_become_weights(kind: str) -> None:
     for function in (
         *("words_of", "two_rows", "runs_of", "quad_rows", "load_rows", "decode_words", "in_order"),
         *("each_of", "of_runs", "joined", "decode_bytes"),
-        *("of_rows", "pairs_of", "pairs_of_quads", "load_pairs"),
+        *("of_rows", "pairs_of", "pairs_of_quad", "pairs_of_group", "load_zeros", "load_pairs"),
     ):
         names[function] = types.FunctionType(getattr(module, function).fn.__code__, names)
     decode = names["decode_bytes" if module.BYTES.value else "decode_words"]
     for tile, step, half in np.ndindex(2, 2, 2):
         ring_planes = tuple(Values(plane[None, :, step]) for plane in planes)
-        lines = [None if values is None else Values(values[None, :, step]) for values in (scales, zeros, above)]
-        ring = (None, None, None, ring_planes, *lines)
+        others = (None if values is None else Values(values[None, :, step]) for values in ring_rows)
+        ring = (None, None, None, ring_planes, *others)
         rows = names["load_rows"](ring, 0, tile, half * module.GROUPS // 2)
         weight = decode(ring, 0, half, tile, rows).data
         found = torch.from_numpy(weight.astype(np.int16)).view(dtype).double() * module.FACTOR.value
         place = (slice(64 * tile, 64 * tile + 64), slice(64 * (2 * step + half), 64 * (2 * step + half) + 64))
-        if module.SUPERS.value or (
-            module.PAIRS.value and module.SCALE_BITS.value == 32
-        ):  # the product with a pair is rounded once, but for 2**-15 of it
-            assert ((found - exact[place]).abs() <= (2**-8 + 2**-15) * exact[place].abs()).all()
-            assert (found != expected[place]).double().mean() < 0.02
+        inexact = module.SUPERS.value or module.OFFSET.value or module.SCALE_BITS.value == 32
+        if module.PAIRS.value and inexact:
+            parts = exact.abs()
+            if module.OFFSET.value:  # which may cancel most of what it is added to
+                assert logical.offset is not None
+                scaled = oracle.dequantize(replace(logical, offset=torch.zeros_like(logical.offset)))
+                parts = scaled.abs() + (exact - scaled).abs()
+            bound = (1 + module.OFFSET.value) * 2**-8 * exact.abs() + tolerance.PAIR_UNIT * parts
+            assert ((found - exact[place]).abs() <= bound[place]).all()
         else:
             assert torch.equal(found, expected[place])
 
@@ -334,7 +348,7 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(like("mxfp4"), x_dtype="float16"),
         replace(like("nvfp4"), super_columns=256),
         replace(like("int4_24"), columns=32),
-        like("q4_k"),
+        replace(like("q4_k"), x_dtype="float16"),
         like("q8_0"),
         like("iq4_nl"),
         like("fp8"),

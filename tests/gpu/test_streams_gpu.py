@@ -65,6 +65,10 @@ FORMATS = {
     "q5_0": ("q5_0", None, BF16),
     "q3_k": ("q3_k", None, BF16),
     "q6_k": ("q6_k", None, BF16),
+    "q4_1": ("q4_1", None, BF16),
+    "q2_k": ("q2_k", None, BF16),
+    "q4_k": ("q4_k", None, BF16),
+    "q5_k": ("q5_k", None, BF16),
 }
 """Format of weights, columns of a group (0: of a row; None: the format is a preset) and type of activations; names say
 which are 2:4 sparse."""
@@ -129,6 +133,7 @@ def test_identity_returns_the_weights(name: str) -> None:
         "uint7",
         "q4_0",
         "q6_k",
+        "q4_k",
         "uint4 of 32",
     ],
 )

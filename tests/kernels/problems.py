@@ -84,7 +84,7 @@ class Problem:
             scaled = oracle.dequantize(replace(logical, offset=offset))
             fragments = kernel is not None and scales_of(kernel, kernel.tile.scales) == "fragments"
             rounded = compute if fragments else torch.float32
-            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled, rounded)
+            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled, rounded, pairs=pairs)
         bound = tolerance.epilogue_bound(product, bound, self.bias, steps, self.operands, self.out_dtype)
         tolerance.assert_within(y, oracle.epilogue(product, self.bias, steps, self.operands), bound)
 
