@@ -211,10 +211,10 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
-    instructions = _SPREAD if spec.sparse else _instructions(spec)
-    if not spec.in_rows and stream_scales(spec) == "pairs":
-        instructions = 2.8 + 14 / spec.columns
-    if not spec.in_rows and stream_scales(spec) == "products":
+    instructions, scales = _SPREAD if spec.sparse else _instructions(spec), "" if spec.in_rows else stream_scales(spec)
+    if scales == "pairs":  # 64 columns' scales take 64 instructions a group for both rows of a thread, or more
+        instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + 0.4 * (spec.quads > 0) + spec.offset)
+    if scales == "products":
         working *= _APART
     working = max(working, value["weights"] * instructions / (device.processors * 128 * 1.3e9))
     working *= fill

@@ -319,7 +319,7 @@ def test_words_become_weights(kind: str) -> None:
     [
         *("int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"),
         *("nf4", "mxfp4", "nvfp4", "fp8_weight_only"),
-        *("int3", "int6", "int7", "q5_0", "q6_k"),
+        *("int3", "int7", "q5_0", "q6_k", "q4_k"),
     ],
 )
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
