@@ -23,6 +23,7 @@ from qcompile.codegen.spec import (
     scales_of,
     sparse_cores,
     stream_objection,
+    stream_scales,
     warps_multiply,
 )
 from qcompile.formats import FORMATS, FloatFormat, IntegerFormat, TableFormat
@@ -212,8 +213,10 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     slow = _NARROW[tile.n] * max(1.0, 48 / tile.m) if tile.m <= 64 else 1.0
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
-    instructions = _SPREAD if spec.sparse else _instructions(spec)
-    if not spec.in_rows and scales_of(spec, tile.scales) == "products":
+    instructions, scales = _SPREAD if spec.sparse else _instructions(spec), "" if spec.in_rows else stream_scales(spec)
+    if scales == "pairs":  # 64 columns' scales take 64 instructions a group for both rows of a thread, or more
+        instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + 0.4 * (spec.quads > 0) + spec.offset)
+    if scales == "products":
         working *= _APART
     working = max(working, value["weights"] * instructions / (device.processors * 128 * 1.3e9))
     working *= fill
@@ -449,7 +452,7 @@ def _streams(like: KernelSpec, m: int) -> list[Tile]:
     found = []
     processors = device_of(like.target).processors
     heights = (16,) if m <= 16 else (32,) if m <= 32 else (64, 128) if m > 64 else (64,)
-    most = 128 * 128 if scales_of(like, "fragments") == "products" else 128 * 256
+    most = 128 * 256 if like.in_rows or stream_scales(like) != "products" else 128 * 128
     for block_m, block_n in itertools.product(heights, (256,) if like.gated else (128, 256)):
         if block_m * block_n > most:
             continue

@@ -42,7 +42,16 @@ def integer_quads(scale_dtype: str, dtype: str, word: str, names: list[str]) -> 
 
 
 def fields_assembly(
-    fmt: IntegerFormat, dtype: str, target: str, *, zero_points: bool, scales: str, quads: int, factor: float
+    fmt: IntegerFormat,
+    dtype: str,
+    target: str,
+    *,
+    zero_points: bool,
+    scales: str,
+    quads: int,
+    factor: float,
+    pairs: int = 0,
+    offsets: bool = False,
 ) -> str:
     """PTX that decodes the codes of a thread's 64 columns, less than 8 bits each, from as many words from $32 on.
 
@@ -55,6 +64,11 @@ def fields_assembly(
 
     Args:
         scales: the type of scales that multiply weights, "int8" or "uint8" in quads; "" if none do.
+        pairs: groups of the 64 columns whose scales multiply weights as `pair_assembly` makes them, of bfloat16 from
+            sm_90 on: zero points, if there are, are of group g and row r number 2 g + r, and so are pairs, in two words
+            each, behind them. The product is rounded once, but for 2**-15 of it. 0 if scales are not pairs.
+        offsets: whether behind these are as many pairs of offsets, `factor` times less, which are added: products with
+            the greater numbers are rounded, and their sums with the rest.
     """
     wide = dtype == "bfloat16"
     packed, number = ("bf16x2", 0) if wide else ("f16x2", 1024)
@@ -78,6 +92,7 @@ def fields_assembly(
     for slot, (number_of_byte, low) in enumerate(slots(fmt.bits)):
         v, r = divmod(slot, 2)
         scale, half, lower, upper = f"${beside + 2 * zero_points + r}", "", slot, slot
+        row = 2 * (v * pairs // 4) + r
         if quads:  # a word of which has the scales of runs v and v + apart
             apart = 2 // quads
             q, group = divmod(v // apart, 2) if quads == 2 else (0, v // apart)
@@ -97,7 +112,7 @@ def fields_assembly(
             lines += [f"mov.b32 m, {word(units[slot])}", f"mov.b32 d, {scale}", *alone("d")]
         if zero_points:  # which are given less a number
             lines += [f"mov.b32 c, {word(1 / factor)}", f"mov.b32 z, {word(MAGIC[dtype][1] / factor + less)}"]
-            lines.append(f"fma.rn.{packed} z, ${beside + r}, c, z")
+            lines.append(f"fma.rn.{packed} z, ${beside + row}, c, z")
         for s in range(2):
             field, mask = names[number_of_byte], ((1 << fmt.bits) - 1 << low) * 0x10001
             if s:
@@ -111,7 +126,43 @@ def fields_assembly(
             lines.append(multiply("t", "t", "m") if exact else f"fma.rn.{packed} t, t, m, z")
             if scales and not at_once:
                 lines.append(multiply("t", "t", "d"))
+            if pairs:
+                high = beside + 2 * pairs * zero_points + 2 * row
+                added = high + 4 * pairs
+                if offsets:
+                    lines += [f"fma.rn.{packed} {to}, t, ${high + i}, ${added + i}" for i, to in ((1, "d"), (0, "t"))]
+                    lines.append(f"add.rn.{packed} t, t, d")
+                else:
+                    lines += [multiply("d", "t", f"${high + 1}"), f"fma.rn.{packed} t, t, ${high}, d"]
             lines.append(f"mov.b32 {{${4 * slot + 2 * s}, ${4 * slot + 2 * s + 1}}}, t")
+    return block(lines)
+
+
+def pair_assembly(scale_dtype: str, *, quads: bool, above: bool, unit: float = 1.0) -> str:
+    """PTX that makes of scales pairs of bfloat16, whose sum is the scale times `unit`, but for less than 2**-16 of it.
+
+    Both are twice in a word. That of a scale in $2 goes to $0 and the rest to $1. With `quads` those of byte i of word
+    $8 go to $<2i> and $<2i + 1>; with `above` they are of the byte, of row i % 2, times what is above it, $<9 + i % 2>,
+    which is a float32, as they are.
+    """
+    lines, biased = (
+        [".reg .b32 s, c, f, g, h, u", f"mov.b32 u, {bits_of(unit, 'bfloat16') << 16:#x}"],
+        scale_dtype == "int8",
+    )
+    if quads:
+        lines += [f"xor.b32 s, $8, {0x80808080 * biased:#x}", f"mov.b32 c, {0x4B000000 + 128 * biased:#x}"]
+    for i in range(4 if quads else 1):
+        if quads:  # the lowest bits of 2**23 and more, which count units
+            lines += [f"prmt.b32 f, s, 0x4b000000, {0x7440 + i:#x}", "sub.rn.f32 f, f, c"]
+            lines += [f"mul.rn.f32 f, f, ${9 + i % 2}"] * above
+        elif scale_dtype == "bfloat16":
+            lines += ["mov.b32 f, {$2, $2}", "and.b32 f, f, 0xffff0000"]
+        else:
+            lines.append("cvt.f32.f16 f, $2" if scale_dtype == "float16" else "mov.b32 f, $2")
+        if unit != 1.0:
+            lines.append("mul.rn.f32 f, f, u")
+        lines += ["cvt.rn.bf16x2.f32 h, f, f", f"mov.b32 ${2 * i}, h", "shl.b32 h, h, 16"]
+        lines += ["sub.rn.f32 g, f, h", f"cvt.rn.bf16x2.f32 ${2 * i + 1}, g, g"]
     return block(lines)
 
 

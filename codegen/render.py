@@ -21,6 +21,7 @@ from qcompile.codegen.decoders import (
 from qcompile.codegen.field_decoders import (
     codes_decoder,
     fields_assembly,
+    pair_assembly,
     quad_assembly,
     quad_decoder,
     quad_unit,
@@ -37,6 +38,7 @@ from qcompile.codegen.spec import (
     KernelSpec,
     launches_early,
     scales_of,
+    stream_scales,
     super_last,
     warp_columns,
     warps_multiply,
@@ -251,8 +253,29 @@ def _sparse_cores(spec: KernelSpec) -> str:
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
     fmt, constants = FORMATS[spec.weight], _fragment_constants(spec, spec.compute)
-    spread = ""
-    if spec.sparse:
+    spread, pairs = "", 0
+    constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target) if spec.quads else ""
+    if (scales := stream_scales(spec)) == "pairs":
+        assert isinstance(fmt, IntegerFormat)
+        above = spec.super_columns > 0 and not super_last(spec)
+        pairs = max(1, 64 // spec.columns)
+        factor = word_factor(fmt, spec.compute, spec.target, scaled=False, at_once=True)
+        words = fields_assembly(
+            fmt,
+            spec.compute,
+            spec.target,
+            zero_points=not (spec.symmetric or spec.offset),
+            scales="",
+            quads=0,
+            factor=factor,
+            pairs=pairs,
+            offsets=spec.offset,
+        )
+        negative = bits_of(-float(MAGIC[spec.compute][1] + fmt.offset), spec.compute) * 0x10001 - (1 << 32)
+        constants |= {"SCALES": scales, "BYTES": True, "WORDS": words, "FACTOR": factor, "NEGATIVE": negative}
+        for name, unit in (("SCALE_WORDS", 1.0), ("OFFSET_WORDS", 1 / factor)):
+            constants[name] = pair_assembly(spec.scale_dtype, quads=spec.quads > 0, above=above, unit=unit)
+    elif spec.sparse:
         assert isinstance(fmt, IntegerFormat)
         scaled = constants["SCALES"] == "fragments"
         constants["FACTOR"] = factor = word_factor(fmt, spec.compute, spec.target, scaled=scaled)
@@ -260,7 +283,9 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         spread = _spread()
     elif fmt.bits == 8:
         constants["WORDS"] = byte_assembly(fmt, spec.compute, float(str(constants["FACTOR"])))
-    constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target) if spec.quads else ""
+    constants["SUPER_COLUMNS"] = 0 if super_last(spec) else spec.super_columns
+    constants |= {"PAIRS": pairs, "SYMMETRIC": spec.symmetric or spec.offset}
+    constants.setdefault("OFFSET_WORDS", "")
     constants["SCALE_BITS"] = 8 * SCALE_DTYPES[spec.scale_dtype].itemsize
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [
@@ -268,10 +293,14 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "K",
         "BITS",
         "SPARSE",
+        "BYTES",
         "COLUMNS",
         "QUADS",
         "SCALES",
+        "PAIRS",
+        "OFFSET",
         "SCALE_BITS",
+        "SUPER_COLUMNS",
         "SUPER_LAST",
         "SYMMETRIC",
         "COMPUTE",
@@ -280,6 +309,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "STAGES",
         "WORDS",
         "SCALE_WORDS",
+        "OFFSET_WORDS",
         "NEGATIVE",
         "FACTOR",
         "SHARED",
@@ -287,6 +317,8 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         "OPERANDS",
     ]
     holes = {"constants": print_constants({name: constants[name] for name in names}), "spread": spread}
+    rows = read_template("stream_rows")
+    holes["rows"] = rows[rows.index("GROUPED = ") :].rstrip() + "\n\n"
     return holes | _stream_tiles(spec)
 
 

@@ -69,7 +69,9 @@ def signature(spec: KernelSpec, names: list[str]) -> dict[str, str]:
         "codes": codes,
         "scale": scale,
         "zero_point": codes if spec.symmetric or spec.offset else "*u8",
-        "beside": codes if spec.symmetric else "*u8",
+        **dict.fromkeys(("second", "third"), codes),
+        "above": above if spec.super_columns else codes,
+        "above_offset": above if spec.super_columns else codes,
         "offset": scale if spec.offset else codes,
         "row_scale": above if spec.super_columns else scale,
         "super_scale": above if spec.super_columns else codes,
@@ -98,9 +100,17 @@ def _descriptors(spec: KernelSpec, types: dict[str, str]) -> dict[str, str]:
     given = blocks(spec)
     if spec.in_rows:
         return {name: _descriptor(types[name], *block) for name, block in given.items()}
-    unused = ["beside"] * (spec.symmetric and not spec.sparse) + ["scale"] * (spec.groups == 1)
+    plain = spec.super_columns in (0, spec.k)
+    absent = {
+        "zero_point": spec.symmetric or spec.offset,
+        "above": plain,
+        "offset": not spec.offset,
+        "above_offset": plain or not spec.offset,
+        "scale": spec.groups == 1,
+    }
+    unused = [name for name, missing in absent.items() if missing]
     kinds = {name: types[name] for name in given} | dict.fromkeys(unused, types["codes"])
-    kinds |= {"scale": "*i32"} if spec.quads else {}
+    kinds |= dict.fromkeys({"scale", "offset"} - set(unused), "*i32") if spec.quads else {}
     given |= dict.fromkeys(unused, given["codes"])
     return {name: _descriptor(kinds[name], *block) for name, block in given.items()}
 
@@ -235,7 +245,7 @@ def _scattered(ttgir: str) -> list[str]:
 
 def _order(ptx: str) -> str:
     """What Hopper's code does: d decodes words, m multiplies, a digit waits for all but so many products."""
-    found = re.finditer(r"(?:lop3|and|prmt)\.b32 t\d|wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned (\d)", ptx)
+    found = re.finditer(r"(?:lop3|and|prmt)\.b32 t\d?\b|wgmma\.mma_async|wgmma\.wait_group\.sync\.aligned (\d)", ptx)
     letters = [match[1] or ("d" if match[0].startswith(("lop3", "and", "prmt")) else "m") for match in found]
     return "".join(letter for letter, before in zip(letters, ["", *letters], strict=False) if letter != before)
 

@@ -28,6 +28,12 @@ TF32X3_UNIT = 2.0**-20
 rest of less than 2**-10 |x|, and cutting the rest in the same way loses less than 2**-10 of it. Both parts add exactly.
 """
 
+PAIR_UNIT = 2.0**-15
+"""Relative error of a weight, before it is rounded, whose scale S is the sum of two numbers of bfloat16, of 8 digits:
+S less the first is 2**-8 |S| at most, so that rounding this to the second errs by 2**-16 |S|, and rounding the code
+times the second by 2**-16 of the weight.
+"""
+
 
 def unit(dtype: torch.dtype) -> float:
     """u: half the distance from 1 to the next number."""
@@ -59,6 +65,7 @@ def gemm_bound(
     *,
     block: int | None = None,
     accumulate_unit: float = ACCUMULATE_UNIT,
+    scale_unit: float = 0.0,
 ) -> Tensor:
     """Greatest error of a kernel's `x @ weight.T` against the float64 product of the same x and weight: float64 [M, N].
 
@@ -78,11 +85,12 @@ def gemm_bound(
         compute_dtype: of the operands of the multiplication.
         block: terms that are summed before their sum is added to the rest, if the kernel does that.
         accumulate_unit: relative error of one addition. 2**-13 for Hopper's FP8 matrix unit, which keeps 14 bits.
+        scale_unit: relative error of a weight beyond dw: `PAIR_UNIT` where scales are pairs of bfloat16.
     """
     x, weight = x.to(torch.float64).cpu().flatten(0, -2), weight.to(torch.float64).cpu()
     rounded_x = x.to(compute_dtype).to(torch.float64)
     dx = (rounded_x - x).abs()
-    dw = weight.abs() * (unit(compute_dtype) + gamma(3, U32)) + eta(compute_dtype) / 2
+    dw = weight.abs() * (unit(compute_dtype) + gamma(3, U32) + scale_unit) + eta(compute_dtype) / 2
     w_magnitude = weight.abs() + dw
     inner = x.shape[1]
     depth = 3 + (inner if block is None else block + math.ceil(inner / block))
@@ -93,7 +101,9 @@ def gemm_bound(
     return total + unit(out_dtype) * (y + total) + eta(out_dtype) / 2
 
 
-def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor, rounded: torch.dtype = torch.float32) -> Tensor:
+def offset_bound(
+    x: Tensor, scaled: Tensor, offset: Tensor, rounded: torch.dtype = torch.float32, *, pairs: bool = False
+) -> Tensor:
     """What a product errs by beyond `gemm_bound` if weights are `scaled` + `offset`: float64 [M, N].
 
     The two may cancel, so their roundings in float32 (two of each: a scale of scales, and the product with the code;
@@ -104,9 +114,14 @@ def offset_bound(x: Tensor, scaled: Tensor, offset: Tensor, rounded: torch.dtype
     Args:
         x, scaled, offset: [M, K], [N, K], [N, K].
         rounded: the type to which `scaled` is rounded.
+        pairs: whether scales and offsets are sums of two numbers of bfloat16, so that each part errs by `PAIR_UNIT`,
+            and their sum is rounded twice: with the greater numbers, and when the rest is added.
     """
+    twice = unit(torch.bfloat16) * (x.abs().to(torch.float64) @ (scaled + offset).abs().to(torch.float64).T)
     x, scaled, offset = (part.to(torch.float64).abs() for part in (x, scaled, offset))
     bound = gamma(3, U32) * (x @ (scaled + offset).T)
+    if pairs:
+        bound += twice + PAIR_UNIT * (x @ (scaled + offset).T)
     if rounded != torch.float32:
         bound += unit(rounded) * (x @ scaled.T) + gamma(x.shape[1] + 3) * (x @ (scaled + offset).T)
     return bound

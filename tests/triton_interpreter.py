@@ -184,7 +184,14 @@ def _bfloat16(word: Any) -> Any:
     return _floats(word.view(np.int32), torch.float32, torch.bfloat16).view(np.uint16).astype(np.uint32)
 
 
+def _float32(function: Any) -> Any:
+    """Arithmetic of float32."""
+    return lambda *words: function(*(np.ascontiguousarray(word).view(np.float32) for word in words)).view(np.uint32)
+
+
 _PTX: dict[str, Any] = {
+    "sub.rn.f32": _float32(np.subtract),
+    "mul.rn.f32": _float32(np.multiply),
     "mov.b32": lambda value: value,
     "mov.u32": lambda value: value,
     "setp.eq.u32": np.equal,

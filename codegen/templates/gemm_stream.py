@@ -1,4 +1,4 @@
-"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for 4 and 8-bit weights in `fragment` layout, in Gluon.
+"""y [M, N] = epilogue(x [M, K] @ weight [N, K]^T) on Hopper, for weights in `fragment` layout, in Gluon.
 
 As in `gemm_fragment`, the weight is the first operand of the product, y^T = weight x^T, and goes to the tensor cores
 from registers. What differs is how it gets there, and how long programs run:
@@ -12,7 +12,8 @@ BLOCK_N rows of the weight.
 
 Scales go where `gemm_fragment` has them ("total", "fragments" or "products"). With "products" a group waits for each
 product of 64 columns when it has decoded the next one's weights, adds it to the sum, times its rows' scales, and begins
-the next; the other group's products are under way meanwhile.
+the next; the other group's products are under way meanwhile. With "pairs" weights are multiplied by scales that are
+sums of two numbers of COMPUTE, offsets that are such sums too are added, and no product waits: `stream_rows`.
 
 Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`. With GATED a group's two
 tiles are of the same rows in both halves of the weight, and the epilogue gets both.
@@ -37,10 +38,14 @@ N = tl.constexpr(256)
 K = tl.constexpr(256)
 BITS = tl.constexpr(4)
 SPARSE = tl.constexpr(False)
+BYTES = tl.constexpr(False)
 COLUMNS = tl.constexpr(128)
 QUADS = tl.constexpr(0)
 SCALES = tl.constexpr("fragments")
+PAIRS = tl.constexpr(0)
+OFFSET = tl.constexpr(False)
 SCALE_BITS = tl.constexpr(16)
+SUPER_COLUMNS = tl.constexpr(0)
 SUPER_LAST = tl.constexpr(False)
 SYMMETRIC = tl.constexpr(True)
 COMPUTE = tl.constexpr(tl.bfloat16)
@@ -49,6 +54,7 @@ BLOCK_N = tl.constexpr(256)
 STAGES = tl.constexpr(4)
 WORDS = tl.constexpr("")
 SCALE_WORDS = tl.constexpr("")
+OFFSET_WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
 FACTOR = tl.constexpr(1.0)
 SHARED = tl.constexpr(True)
@@ -56,8 +62,26 @@ GATED = tl.constexpr(False)
 OPERANDS = tl.constexpr(False)
 # </constants>
 
+# <rows>
+from qcompile.codegen.templates.stream_rows import (
+    ALIKE,
+    GROUPED,
+    GROUPS,
+    LINE_COLUMNS,
+    LINE_LENGTH,
+    PRODUCTS,
+    ROW_BYTES,
+    SUMS,
+    SUPERS,
+    WHL,
+    WHLV,
+    load_rows,
+    product_scales,
+)
+
+# </rows>
 # <spread>
-from qcompile.codegen.templates.stream_spread import decode_spread, for_all_words
+from qcompile.codegen.templates.stream_spread import decode_spread
 
 # </spread>
 # <tiles>
@@ -76,85 +100,48 @@ from qcompile.codegen.templates.stream_tiles import (
 
 # </tiles>
 
-GROUPED = tl.constexpr(SCALES.value != "total")
-"""Whether rows have scales of groups of columns; else one, which multiplies the sum."""
-PRODUCTS = tl.constexpr(SCALES.value == "products")
-"""Whether these multiply products of 64 columns, before they are added; else weights."""
-LINE_COLUMNS = tl.constexpr(64 if QUADS.value else COLUMNS.value)
-LINE_LENGTH = tl.constexpr(32 * QUADS.value if QUADS.value else 64)
-"""Columns whose scales lie together for 64 rows, and how many there are, or words of four."""
-GROUPS = tl.constexpr(max(1, 128 // LINE_COLUMNS.value))
-"""Lines of scales in a step: those of halves of it, or one."""
-LINES = tl.constexpr(BITS.value // 2)
-"""Lines of 256 words that a tile of 64 x 64 has in memory; or if it is sparse of 128 words of codes, before a line that
-says which columns are kept."""
-STORED = tl.constexpr(BITS.value // 2 + 1 if SPARSE.value else BITS.value)
+WIDTHS = tl.constexpr(
+    (BITS.value // 2, 1) if SPARSE.value else tuple(width for width in (8, 4, 2, 1) if BITS.value & width)
+)
+"""Words that a thread has in each plane of a tile of 64 x 64 weights, which has as many lines of 128 words; if it is
+sparse of codes, and of what says which columns are kept."""
+PLANES = tl.constexpr(len(WIDTHS.value))
+FIRSTS = tl.constexpr(tuple(sum(WIDTHS.value[:plane]) for plane in range(PLANES.value)))
+"""How many planes there are, and the first line of each."""
+STORED = tl.constexpr(sum(WIDTHS.value))
 """Bits that a weight takes in memory."""
-LINE_BYTES = tl.constexpr(LINE_LENGTH.value * (4 if QUADS.value else SCALE_BITS.value // 8 + (not SYMMETRIC.value)))
-"""Of a line of scales and of zero points, if there are."""
-BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + (GROUPS * LINE_BYTES if GROUPED else 0))
-"""Of a stage."""
+STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + ROW_BYTES)
+"""Of a stage, but for scales above scales."""
+ROW_WORDS = tl.constexpr(
+    (4 + 4 * OFFSET.value + 2 * (not SYMMETRIC.value)) * PAIRS.value
+    if PAIRS.value
+    else 2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value)
+)
 CONSTRAINTS = tl.constexpr(
     "=h,=h,=h,=h,r"
     if BITS.value == 8
-    else "=h,=h,=h,=h,=h,=h,=h,=h,r" + ",r,r" * ((SCALES.value == "fragments") + (not SYMMETRIC.value))
+    else "=h," * (32 if BYTES.value else 8) + ",".join("r" * ((BITS.value if BYTES.value else 1) + ROW_WORDS.value))
 )
+"""Of WORDS: halves of words of weights from words of codes (BYTES: of all of 64 columns), with those of their rows."""
+DECODED = tl.constexpr((tl.int16,) * (32 if BYTES.value else 8))
 
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
 WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 2))
-"""Layouts of sums [64, BLOCK_M] and of weights [64, 64] in registers."""
-TILE = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2]],
-        [[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 0, 64]],
-        [[0, 0, 128], [0, 1, 0]],
-        [],
-        [1, 2, 256],
-    )
-)
-"""The words of a tile of 64 x 64: each of 128 threads has its four, as `layouts.FragmentLayout` has them."""
-WHLV = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 0, 2]],
-        [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
-        [[1, 0, 0, 0], [2, 0, 0, 0]],
-        [],
-        [4, 8, 4, 4],
-    )
-)
-"""The same as [warps w, h, l, words v], and of what belongs to rows w and h."""
-WIDE_TILE = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4]],
-        [[0, 0, 8], [0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 128]],
-        [[0, 1, 0], [0, 2, 0]],
-        [],
-        [1, 4, 256],
-    )
-)
-"""As TILE for 8 bits: each thread has eight words, two (s) for each v."""
-WH = gl.constexpr(gl.SliceLayout(2, gl.SliceLayout(3, WHLV.value)))
-SLOTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 8]],
-        [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
-        [[0, 0, 16], [0, 0, 32]],
-        [],
-        [1, 1, 64],
-    )
-)
-"""What belongs to 64 rows: a thread has its two, r = 0 and 1."""
-SUM_ROWS = gl.constexpr(gl.SliceLayout(1, SUMS.value))
-QUAD_SLOTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1]] if QUADS.value == 2 else [],
-        [[0, 0, 0], [0, 0, 0], [0, 0, QUADS.value], [0, 0, 2 * QUADS.value], [0, 0, 4 * QUADS.value]],
-        [[0, 0, 8 * QUADS.value], [0, 0, 16 * QUADS.value]],
-        [],
-        [1, 1, LINE_LENGTH.value],
-    )
-)
-"""Words of four scales of 64 rows: a thread has those of its two."""
+"""Of weights [64, 64] in registers."""
+
+
+def plane_layout(width):
+    """Of a plane of a tile, [1, 1, width, 128]: each of 128 threads has its words, `layouts.FragmentLayout` says which.
+
+    If they are sparse, neighbours have the same words, and `stream_spread` has the layouts.
+    """
+    own = width.bit_length() - 1
+    bases = [[0, 0, 0, 1 << i] if i < 7 else [0, 0, 1 << (i - 7), 0] for i in range(7 + own)]
+    return gl.DistributedLinearLayout(bases[:own], bases[own : own + 5], bases[own + 5 :], [], [1, 1, width, 128])
+
+
+FIRST_PLANE = gl.constexpr(plane_layout(WIDTHS.value[0]))
+SECOND_PLANE = gl.constexpr(plane_layout(WIDTHS.value[min(1, PLANES.value - 1)]))
+THIRD_PLANE = gl.constexpr(plane_layout(WIDTHS.value[PLANES.value - 1]))
 
 
 # <epilogue>
@@ -167,134 +154,121 @@ def epilogue(value, second, bias, operand_0, n, offsets, mask):
 
 
 @gluon.jit
-def words_of(halves):
-    """16-bit numbers of rows w and h in both halves of words, for all that a thread decodes of these rows."""
-    if SPARSE:
-        halves = for_all_words(halves)
-    else:
-        halves = gl.expand_dims(gl.expand_dims(gl.convert_layout(halves, WH, assert_trivial=True), 2), 3)
-    return (halves.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) * 0x10001
-
-
-@gluon.jit
-def two_rows(values):
-    """Of what belongs to 64 rows, that of rows r = 0 and r = 1 of threads."""
-    return gl.permute(values.load(SLOTS).reshape(4, 2, 8), (0, 2, 1)).split()
-
-
-@gluon.jit
-def runs_of(first, second):
-    """Of both groups of words of four scales a number, as one for each run of 16 columns that a thread decodes."""
-    each = gl.join(first, second).reshape(4, 8, 1, 2 * QUADS)
-    if QUADS == 1:
-        each = gl.join(each, each).reshape(4, 8, 1, 4)
-    return gl.convert_layout(each, WHLV, assert_trivial=True)
-
-
-@gluon.jit
-def quad_rows(quads):
-    """Scales of both rows of threads from words of four."""
-    words = quads.load(QUAD_SLOTS).reshape(4, 8, QUADS)
-    a0, a1, b0, b1 = gl.inline_asm_elementwise(
-        SCALE_WORDS,
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    return runs_of(a0, b0), runs_of(a1, b1)
-
-
-@gluon.jit
-def load_rows(ring, stage, row, group: gl.constexpr):
-    """What `decode` takes of a tile's rows, if there are: zero points, and scales of groups unless PRODUCTS.
-
-    They are as `word_decoders` has PTX that takes them.
-    """
-    _, _, _, _, scales, zeros = ring
-    found = ()
-    if QUADS > 0 and not PRODUCTS:
-        found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-    elif GROUPED:
-        if not SYMMETRIC:
-            first, second = two_rows(zeros.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-            first, second = words_of(first.to(gl.int16)), words_of(second.to(gl.int16))
-            found = (first + NEGATIVE, second + NEGATIVE)
-        if not PRODUCTS:
-            first, second = two_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
-            found = found + (words_of(first.to(COMPUTE)), words_of(second.to(COMPUTE)))
-    return found
-
-
-@gluon.jit
-def product_scales(ring, stage, row, group: gl.constexpr):
-    """With PRODUCTS the scales of a group of a tile's rows, [64, 1]."""
-    if PRODUCTS:
-        values = ring[4].index(stage).slice(row, 1, 0).slice(group, 1, 1).load(SLOTS).reshape(64)
-        return gl.expand_dims(gl.convert_layout(values, SUM_ROWS, assert_trivial=True).to(gl.float32), 1)
-    else:
-        return gl.zeros((64, 1), gl.float32, SUMS)
-
-
-@gluon.jit
 def decode(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
     """Weights [64, 64] from the words of half of a stage's tile in shared memory."""
     if SPARSE:
-        return gl.convert_layout(decode_spread(ring, stage, half, tile, rows), WEIGHTS, assert_trivial=True)
+        weight = decode_spread(ring, stage, half, tile, rows)
+    elif BYTES:
+        weight = decode_bytes(ring, stage, half, tile, rows)
     else:
-        return gl.convert_layout(decode_words(ring, stage, half, tile, rows), WEIGHTS, assert_trivial=True)
+        weight = decode_words(ring, stage, half, tile, rows)
+    return gl.convert_layout(weight, WEIGHTS, assert_trivial=True)
 
 
 @gluon.jit
 def decode_words(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
-    """The same as they are decoded, of dense codes."""
-    codes = ring[3].index(stage).slice(LINES * half, LINES, 1).slice(tile, 1, 0)
+    """The same as they are decoded word by word, of dense codes of 4 or 8 bits."""
+    words = ring[3][0].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(FIRST_PLANE)
     if BITS == 8:
-        words = codes.load(WIDE_TILE).reshape(4, 8, 4, 4, 2)
+        words = words.reshape(4, 8, 4, 4, 2)
         a0, b0, a1, b1 = gl.inline_asm_elementwise(
             WORDS, CONSTRAINTS, [words], dtype=(gl.int16, gl.int16, gl.int16, gl.int16), is_pure=True, pack=1
         )
         low, high = gl.join(a0, a1), gl.join(b0, b1)
     else:
-        words = gl.convert_layout(codes.load(TILE).reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
+        words = gl.convert_layout(words.reshape(4, 8, 4, 4), WHLV, assert_trivial=True)
         a0, b0, a1, b1, a2, b2, a3, b3 = gl.inline_asm_elementwise(
-            WORDS,
-            CONSTRAINTS,
-            (words,) + rows,
-            dtype=(gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16, gl.int16),
-            is_pure=True,
-            pack=1,
+            WORDS, CONSTRAINTS, (words,) + rows, dtype=DECODED, is_pure=True, pack=1
         )
         low, high = gl.join(gl.join(a0, a2), gl.join(a1, a3)), gl.join(gl.join(b0, b2), gl.join(b1, b3))
+    return in_order(low, high)
+
+
+@gluon.jit
+def in_order(low, high):
+    """Weights [64, 64] from both halves of words, [w, h, l, and then v, s, r]."""
     # w h l v | s r | b, with n = 16 w + 8 r + h and k = 16 v + 8 s + 2 l + b
-    fields = gl.join(low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True))
+    fields = gl.join(low.to(COMPUTE, bitcast=True), high.to(COMPUTE, bitcast=True)).reshape(4, 8, 4, 4, 2, 2, 2)
     return gl.permute(fields, (0, 5, 1, 3, 4, 2, 6)).reshape(64, 64)
+
+
+@gluon.jit
+def each_of(words):
+    """Of a thread's words of a plane, [1, 1, width, 128], a tuple of [w, h, l]."""
+    WIDTH: gl.constexpr = words.shape[2]
+    found = ()
+    if WIDTH == 1:
+        found = (words.reshape(4, 8, 4),)
+    elif WIDTH == 2:
+        found = words.reshape(4, 8, 4, 2).split()
+    else:
+        even, odd = words.reshape(4, 8, 4, 2, 2).split()
+        a, c = even.split()
+        b, d = odd.split()
+        found = (a, b, c, d)
+    return found
+
+
+@gluon.jit
+def of_runs(fields, FIRST: gl.constexpr):
+    """Fields FIRST + 8 v of the runs v of 16 columns, in the last two dimensions."""
+    return gl.join(gl.join(fields[FIRST], fields[FIRST + 16]), gl.join(fields[FIRST + 8], fields[FIRST + 24]))
+
+
+@gluon.jit
+def joined(fields, B: gl.constexpr):
+    """Of fields 8 v + 4 r + 2 s + b those of one b, [w, h, l, and then v, s, r]."""
+    first = gl.join(of_runs(fields, B), of_runs(fields, B + 2))
+    return gl.join(first, gl.join(of_runs(fields, B + 4), of_runs(fields, B + 6)))
+
+
+@gluon.jit
+def decode_bytes(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
+    """As `decode_words`, of integers of less than 8 bits, all that a thread has at once."""
+    planes = ring[3]
+    words = each_of(planes[0].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(FIRST_PLANE))
+    if PLANES > 1:
+        words = words + each_of(planes[1].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(SECOND_PLANE))
+    if PLANES > 2:
+        words = words + each_of(planes[2].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(THIRD_PLANE))
+    given = ()
+    for i in gl.static_range(BITS):
+        given = given + (gl.convert_layout(words[i], WHL, assert_trivial=True),)
+    fields = gl.inline_asm_elementwise(WORDS, CONSTRAINTS, given + rows, dtype=DECODED, is_pure=True, pack=1)
+    return in_order(joined(fields, 0), joined(fields, 1))
 
 
 @gluon.jit
 def send_weights(inputs, ring, tile_n, step, stage, there):
     """Begin to copy a step's codes, scales and zero points to a stage, if it is `there`."""
-    _, codes, scale, beside = inputs
-    full, _, _, codes_ring, scale_ring, beside_ring = ring
-    mbarrier.expect(full.index(stage), BYTES, pred=there)
+    _, planes, scale, zero_point, above, offset, above_offset = inputs
+    full, _, _, plane_rings, scale_ring, zero_ring, above_ring, offset_ring, above_offset_ring = ring
+    ABOVE_BYTES: gl.constexpr = ROWS * 8 * above.dtype.primitive_bitwidth * SUPERS * (1 + OFFSET)
+    mbarrier.expect(full.index(stage), STAGE_BYTES + ABOVE_BYTES, pred=there)
     group = step * 128 // LINE_COLUMNS
     PART: gl.constexpr = ROWS // HALVES
     for half in gl.static_range(HALVES):
         row = tile_n + half * (WIDTH_N // 64)
-        into = codes_ring.index(stage).slice(half * PART, PART, 0)
-        if SPARSE:
-            tma.async_copy_global_to_shared(codes, [row, 2 * step, 0, 0], full.index(stage), into, pred=there)
-            into = beside_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(beside, [row, 2 * step, LINES, 0], full.index(stage), into, pred=there)
-        else:
-            tma.async_copy_global_to_shared(codes, [row, step * (2 * LINES), 0], full.index(stage), into, pred=there)
+        for plane in gl.static_range(PLANES):
+            into = plane_rings[plane].index(stage).slice(half * PART, PART, 0)
+            place = [row, 2 * step, FIRSTS[plane], 0]
+            tma.async_copy_global_to_shared(planes[plane], place, full.index(stage), into, pred=there)
         if GROUPED:
             into = scale_ring.index(stage).slice(half * PART, PART, 0)
             tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
         if GROUPED and not SYMMETRIC:
-            into = beside_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(beside, [row, group, 0], full.index(stage), into, pred=there)
+            into = zero_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(zero_point, [row, group, 0], full.index(stage), into, pred=there)
+        if SUPERS:
+            into = above_ring.index(stage).slice(half * PART, PART, 0)
+            place = [row, step * 128 // SUPER_COLUMNS, 0]
+            tma.async_copy_global_to_shared(above, place, full.index(stage), into, pred=there)
+            if OFFSET:
+                into = above_offset_ring.index(stage).slice(half * PART, PART, 0)
+                tma.async_copy_global_to_shared(above_offset, place, full.index(stage), into, pred=there)
+        if OFFSET:
+            into = offset_ring.index(stage).slice(half * PART, PART, 0)
+            tma.async_copy_global_to_shared(offset, [row, group, 0], full.index(stage), into, pred=there)
 
 
 @gluon.jit
@@ -365,7 +339,7 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
             for half in gl.static_range(2):
-                if half % (2 // GROUPS) == 0:
+                if half % ALIKE == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
                     scales0 = product_scales(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
@@ -398,29 +372,53 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
 
 
 @gluon.jit(do_not_specialize=["sharers", "M"])
-def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arrived, sharers, M):
+def kernel(
+    x,
+    codes,
+    second,
+    third,
+    scale,
+    zero_point,
+    above,
+    offset,
+    above_offset,
+    row_scale,
+    bias,
+    operand_0,
+    y,
+    partial,
+    arrived,
+    sharers,
+    M,
+):
     """Grid: any number of programs, at least `sharers`, of which each has a step at least if tiles are left to share.
 
-    x, codes, scale, beside: descriptors of [M, K], of [N / 64, K / 64 * LINES, 256] words, of [N / 64, groups, 64] and
-    of as many zero points, by blocks of [BLOCK_M, 128], [R, 2 * LINES, 256] and twice [R, GROUPS, 64], with R = ROWS /
-    HALVES. If SPARSE, codes and beside are both of [N / 64, K / 64, LINES + 1, 128] words, by blocks of [R, 2, LINES,
-    128] and [R, 2, 1, 128]. With QUADS scale is of [N / 64, K / 64, 32 * QUADS] words of four, by blocks of [R, 2, 32 *
-    QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make needless is not
-    read. partial: float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each shared tile,
-    and 0 again at the end.
+    x, planes of codes, scale, zero_point: descriptors of [M, K], of [N / 64, K / 64, STORED, 128] words, of [N / 64,
+    groups, 64] and of as many zero points, by blocks of [BLOCK_M, 128], [R, 2, WIDTHS[plane], 128] and twice [R,
+    GROUPS, 64], with R = ROWS / HALVES. With QUADS scale is of [N / 64, K / 64, 32 * QUADS] words of four, by blocks
+    of [R, 2, 32 * QUADS]. row_scale: [N], the only scales or with SUPER_LAST those above. What the constants make
+    needless is not read. partial: float32, two of BLOCK_M * BLOCK_N a sharer; arrived: int32, 0 for both groups of each
+    shared tile, and 0 again at the end.
     """
     xs = gl.allocate_shared_memory(COMPUTE, [STAGES, BLOCK_M, 128], x.layout)
-    if SPARSE:
-        code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, LINES, 128], codes.layout)
-        beside_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, 1, 128], beside.layout)
-    else:
-        code_ring = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2 * LINES, 256], codes.layout)
-        beside_ring = code_ring
-    scale_ring = code_ring
+    planes = (codes, second, third)
+    plane_rings = ()
+    for plane in gl.static_range(PLANES):
+        ring_of_plane = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 2, WIDTHS[plane], 128], planes[plane].layout)
+        plane_rings = plane_rings + (ring_of_plane,)
+    scale_ring = xs
     if GROUPED:
         scale_ring = gl.allocate_shared_memory(scale.dtype, [STAGES, ROWS, GROUPS, LINE_LENGTH], scale.layout)
+    zero_ring = xs
     if GROUPED and not SYMMETRIC:
-        beside_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], beside.layout)
+        zero_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, ROWS, GROUPS, 64], zero_point.layout)
+    above_ring, offset_ring, above_offset_ring = xs, xs, xs
+    if SUPERS:
+        above_ring = gl.allocate_shared_memory(above.dtype, [STAGES, ROWS, 1, 64], above.layout)
+    if OFFSET:
+        offset_ring = gl.allocate_shared_memory(offset.dtype, [STAGES, ROWS, GROUPS, LINE_LENGTH], offset.layout)
+    if SUPERS and OFFSET:
+        above_offset_ring = gl.allocate_shared_memory(above.dtype, [STAGES, ROWS, 1, 64], above_offset.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -428,8 +426,8 @@ def kernel(x, codes, scale, beside, row_scale, bias, operand_0, y, partial, arri
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     tiles_m = gl.cdiv(M, BLOCK_M)
-    inputs, outputs = (x, codes, scale, beside), (row_scale, bias, operand_0, y)
-    ring = (full, empty, xs, code_ring, scale_ring, beside_ring)
+    inputs, outputs = (x, planes, scale, zero_point, above, offset, above_offset), (row_scale, bias, operand_0, y)
+    ring = (full, empty, xs, plane_rings, scale_ring, zero_ring, above_ring, offset_ring, above_offset_ring)
     gl.warp_specialize(
         [
             (work, (inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, 0)),

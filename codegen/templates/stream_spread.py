@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 
 BITS = tl.constexpr(4)
 COMPUTE = tl.constexpr(tl.bfloat16)
-LINES = tl.constexpr(2)
 SCALES = tl.constexpr("fragments")
 WORDS = tl.constexpr("")
 
@@ -78,8 +77,8 @@ def for_all_words(rows):
 @gluon.jit
 def decode_spread(ring, stage, half: gl.constexpr, tile: gl.constexpr, rows):
     """Weights [64, 64] from the words of half of a stage's tile in shared memory."""
-    codes = ring[3].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(CODES)
-    places = ring[5].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(PLACES)
+    codes = ring[3][0].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(CODES)
+    places = ring[3][1].index(stage).slice(tile, 1, 0).slice(half, 1, 1).load(PLACES)
     first, second = gl.permute(codes.reshape(4, 8, 2, 1, 2, PIECES), (0, 1, 2, 3, 5, 4)).split()
     first = gl.convert_layout(first, SPREAD, assert_trivial=True)
     second = gl.convert_layout(second, SPREAD, assert_trivial=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.spec import KernelSpec, stream_scales, super_last
 from qcompile.formats import FORMATS
+from qcompile.layouts import plane_widths
 from qcompile.packed import PackedWeight
 from qcompile.runtime import launcher
 from qcompile.runtime.counters import zeros_kept_zero
@@ -20,8 +21,16 @@ WARPS = 4
 """Of a group: what Triton is told of a program's warps, to which the kernel adds those of the other group."""
 
 
-def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
-    """For each input that has a descriptor, the block that is copied at once, and its layout in shared memory."""
+PLANES = ("codes", "second", "third")
+"""The arguments that are descriptors of planes of codes."""
+
+
+def blocks(kernel: KernelSpec, above_bits: int = 16) -> dict[str, tuple[list[int], Any]]:
+    """For each input that has a descriptor, the block that is copied at once, and its layout in shared memory.
+
+    Args:
+        above_bits: of the type of scales above scales of groups.
+    """
     from triton.experimental.gluon.language import NVMMASharedLayout
 
     if kernel.in_rows:
@@ -29,19 +38,20 @@ def blocks(kernel: KernelSpec) -> dict[str, tuple[list[int], Any]]:
         return {"x": ([kernel.tile.m, 128], layout), "codes": ([rows, 128], layout)}
     rows, bits = kernel.tile.n // (128 if kernel.gated else 64), FORMATS[kernel.weight].bits
     groups, quads = max(1, 128 // kernel.columns), kernel.quads
-    codes = [rows, bits, 256], NVMMASharedLayout(0, 32, 3)
-    beside = [rows, groups, 64], NVMMASharedLayout(0, 8, 3)
+    above = [rows, 1, 64], NVMMASharedLayout(0, above_bits, 3)
     scale = [rows, groups, 64], NVMMASharedLayout(0, 8 * SCALE_DTYPES[kernel.scale_dtype].itemsize, 3)
     if quads:
         scale = [rows, 2, 32 * quads], NVMMASharedLayout(0, 32, 3)
-    if kernel.sparse:
-        layout = NVMMASharedLayout(0, 32, 4)
-        codes, beside = ([rows, 2, bits // 2, 128], layout), ([rows, 2, 1, 128], layout)
+    widths = (bits // 2, 1) if kernel.sparse else plane_widths(bits)
+    planes = [([rows, 2, width, 128], NVMMASharedLayout(0, 32, 4)) for width in widths]
     return {
         "x": ([kernel.tile.m, 128], NVMMASharedLayout(128, 16, 2)),
-        "codes": codes,
+        **dict(zip(PLANES, (planes + 2 * planes[:1])[:3], strict=True)),
         "scale": scale,
-        "beside": beside,
+        "zero_point": ([rows, groups, 64], NVMMASharedLayout(0, 8, 3)),
+        "above": above,
+        "offset": scale,
+        "above_offset": above,
     }
 
 
@@ -93,10 +103,14 @@ def launch(
         assert x_scale is not None
         scales.insert(0, x_scale.contiguous())
     else:
-        codes = codes.view(*codes.shape[:2], -1, 128) if kernel.sparse else codes.view(len(codes), -1, 256)
-    beside = codes if kernel.sparse else weight.zero_point
-    inputs = {"x": x, "codes": codes, "scale": scale, "beside": beside}
-    given = blocks(kernel)
+        codes = codes.view(*codes.shape[:2], -1, 128)
+    above = weight.super_scale if stream_scales(kernel) == "pairs" and not super_last(kernel) else None
+    offset = weight.offset
+    if offset is not None and kernel.quads:
+        offset = by_bytes(offset).view(torch.int32)
+    inputs = {"x": x, "scale": scale, "zero_point": weight.zero_point, "above": above, "offset": offset}
+    inputs |= {"above_offset": weight.super_offset} | dict.fromkeys(PLANES, codes)
+    given = blocks(kernel) if above is None else blocks(kernel, 8 * above.element_size())
     for name in given:  # descriptors that the kernel does not use are some other
         if inputs[name] is None or (name == "scale" and kernel.groups == 1):
             inputs[name], given[name] = codes, given["codes"]

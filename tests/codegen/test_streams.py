@@ -22,9 +22,9 @@ from qcompile.presets import preset
 from qcompile.runtime import cache
 from qcompile.runtime import measure as timing
 from qcompile.runtime.streams import division
-from qcompile.scheme import Granularity
+from qcompile.scheme import Granularity, Scheme, WeightScheme
 from qcompile.tensors import by_bytes
-from tests import oracle
+from tests import oracle, tolerance
 from tests.cross_compile import measure
 from tests.kernels.problems import random_weight
 from tests.triton_interpreter import install_assembly
@@ -101,10 +101,14 @@ def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split:
 
 
 class Values:
-    """A tensor of Gluon's, or memory that is loaded from, with the operations that `decode_spread` uses."""
+    """A tensor of Gluon's, or memory that is loaded from, with the operations that decoding uses; floats are bits."""
 
     def __init__(self, data: np.ndarray[Any, Any]) -> None:
         self.data = data
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
 
     def index(self, stage: int) -> Values:
         return Values(self.data[stage])
@@ -121,9 +125,14 @@ class Values:
     def split(self) -> tuple[Values, Values]:
         return Values(self.data[..., 0]), Values(self.data[..., 1])
 
-    def to(self, dtype: object, bitcast: bool) -> Values:
-        assert bitcast
+    def to(self, dtype: object, bitcast: bool = False) -> Values:
         return self
+
+    def __and__(self, other: int) -> Values:
+        return Values(self.data & np.uint32(other))
+
+    def __mul__(self, other: int) -> Values:
+        return Values(self.data * np.uint32(other))
 
     def __mod__(self, other: int) -> Values:
         return Values(self.data % other)
@@ -132,7 +141,7 @@ class Values:
         return Values(self.data == other)
 
     def __add__(self, other: int) -> Values:
-        return Values(self.data + np.uint32(other))
+        return Values(self.data + np.uint32(other % 2**32))
 
     def __rmul__(self, other: int) -> Values:
         return Values(np.uint32(other) * self.data)
@@ -142,12 +151,15 @@ LANGUAGE = {
     "arange": lambda start, end, layout: Values(np.arange(start, end, dtype=np.uint32)),
     "permute": lambda values, order: Values(values.data.transpose(order)),
     "join": lambda a, b: Values(np.stack([a.data, b.data], -1)),
+    "expand_dims": lambda values, axis: Values(np.expand_dims(values.data, axis)),
+    "static_range": range,
     "where": lambda condition, yes, no: Values(np.where(condition.data, np.uint32(yes), np.uint32(no))),
     "convert_layout": lambda values, layout, assert_trivial: values,
     "int16": tl.int16,
     "int32": tl.int32,
+    "float32": tl.float32,
 }
-"""What `decode_spread` and `decode_words` use of Gluon, on `Values`."""
+"""What decoding uses of Gluon, on `Values`."""
 
 
 def plain_assembly(text: str, constraints: str, operands: Any, dtype: Any, is_pure: bool, pack: int) -> list[Values]:
@@ -179,7 +191,8 @@ def test_sparse_words_become_dense_weights(bits: int, dtype: torch.dtype, column
     decode = types.FunctionType(module.decode_spread.fn.__code__, {"gl": language, **constants, **layouts})
     codes, scale = logical.unpack_codes().double() - 2 ** (bits - 1), logical.scale
     for tile, step, half in np.ndindex(2, 2, 2):
-        ring = (None, None, None, Values(words[None, :, step, :, :-1]), None, Values(words[None, :, step, :, -1:]))
+        planes = (Values(words[None, :, step, :, :-1]), Values(words[None, :, step, :, -1:]))
+        ring = (None, None, None, planes)
         expected, rows = codes[64 * tile :, 64 * (2 * step + half) :][:64, :64], ()
         if columns:
             each = scale[64 * tile :][:64, step]
@@ -191,53 +204,113 @@ def test_sparse_words_become_dense_weights(bits: int, dtype: torch.dtype, column
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        ("mxfp4", torch.bfloat16),
-        ("nvfp4", torch.bfloat16),
-        ("nvfp4", torch.float16),
-        ("fp8_weight_only", torch.bfloat16),
-        ("fp8_weight_only", torch.float16),
-        ("fp8_e5m2", torch.bfloat16),
-        ("nf4", torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_words_become_weights(name: str, dtype: torch.dtype) -> None:
-    """`decode_words` on arrays, with scales of four to a word, against the weights but what multiplies their sums."""
-    scheme = preset("fp8_weight_only" if name == "fp8_e5m2" else name).weight
-    if name == "fp8_e5m2":
-        scheme = replace(scheme, format=get_format(name))
-    kind = str(dtype).removeprefix("torch.")
-    kernel = replace(like(name if name != "fp8_e5m2" else "fp8_weight_only"), x_dtype=kind, weight=scheme.format.name)
+F16 = torch.float16
+KINDS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
+    **{name: (name, {}, BF16) for name in ("mxfp4", "nvfp4", "fp8_weight_only", "nf4")},
+    **{f"{name} float16": (name, {}, F16) for name in ("nvfp4", "fp8_weight_only")},
+    "fp8_e5m2": ("fp8_weight_only", {"format": get_format("fp8_e5m2")}, BF16),
+    **{f"int{bits}": (f"int{bits}", {}, BF16) for bits in range(2, 8)},
+    **{f"int{bits} float16": (f"int{bits}", {"scale_dtype": "float16"}, F16) for bits in range(2, 8)},
+    **{
+        f"uint{bits}": (f"int{bits}", {"format": get_format(f"uint{bits}"), "symmetric": False}, BF16)
+        for bits in range(2, 8)
+    },
+    "uint3 float32": ("int3", {"format": get_format("uint3"), "symmetric": False, "scale_dtype": "float32"}, BF16),
+    **{name: (name, {}, BF16) for name in ("q4_0", "q5_0", "q3_k", "q6_k", "q4_1", "q2_k", "q4_k", "q5_k")},
+    "int2 of 16": ("int2", {"granularity": Granularity.group(16), "scale_dtype": "float32"}, BF16),
+    "uint4 of 32": ("int4_asym", {"granularity": Granularity.group(32)}, BF16),
+    "int5 of rows": ("int5", {"granularity": Granularity.channel(), "scale_dtype": "float32"}, BF16),
+}
+"""Weights by the changes to a preset, and the type of activations."""
+
+
+def spread(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    return scale.double().repeat_interleave(columns, 1)
+
+
+def given_weight(kind: str) -> tuple[WeightScheme, KernelSpec, torch.dtype]:
+    name, changes, dtype = KINDS[kind]
+    scheme = replace(preset(name).weight, **changes)
+    job = timing.job(kind, Scheme(weight=scheme), (4096, 4096), 256, dtype)
+    return scheme, job.like("sm_90"), dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_become_weights(kind: str) -> None:
+    """`decode_words` and `decode_bytes` on arrays, with what `load_rows` loads, against the weights but what multiplies
+    their products or sums."""
+    scheme, kernel, dtype = given_weight(kind)
     module = cache.load(streams(kernel, 256)[0])
     torch.manual_seed(0)
     logical = random_weight(scheme, 128, 256)
     packed = LAYOUTS["fragment"].pack(logical)
-    words = packed.codes.view(2, 2, -1, 256).numpy().view(np.uint32)  # tiles of rows, steps, lines
+    words = packed.codes.view(2, 2, 2, -1, 128).numpy().view(np.uint32)  # tiles of rows, steps, halves, lines
+    planes = np.split(words, module.FIRSTS.value[1:], 3)
     expected = oracle.decode_values(scheme.format.name)[logical.unpack_codes().long()]
-    scales = None
-    if name == "nf4":
+    if kind == "nf4":
         expected = expected.to(dtype).double()
-    if kernel.quads:
-        scales = by_bytes(packed.scale).view(torch.int32).view(2, 2, 2, -1).numpy().view(np.uint32)
-        expected = expected * logical.scale.double().repeat_interleave(kernel.columns, 1)
+    columns, zeros = min(kernel.columns, 256), None
+    if "zero_point" in scheme.fields:
+        assert packed.zero_point is not None
+        expected = expected - logical.zero_point.double().repeat_interleave(columns, 1)
+        zeros = packed.zero_point.view(2, 2, -1, 64).numpy().astype(np.uint32)
+    if module.SCALES.value in ("fragments", "pairs"):
+        exact = oracle.dequantize(logical) if module.PAIRS.value else expected * spread(logical.scale, columns)
+        expected = exact.to(dtype).double()
+
+    def lines(values: torch.Tensor | None) -> np.ndarray[Any, Any] | None:
+        """Of scales or offsets, of tiles of rows and steps."""
+        if values is None or module.SCALES.value not in ("fragments", "pairs"):
+            return None
+        kind_of = torch.int32 if kernel.quads or values.element_size() == 4 else torch.int16
+        bits = by_bytes(values).view(kind_of).view(2, 2, module.GROUPS, -1).numpy()
+        return bits.view(np.dtype(f"uint{8 * bits.itemsize}"))
+
+    def supers(values: torch.Tensor | None) -> np.ndarray[Any, Any] | None:
+        if values is None or not module.SUPERS.value:
+            return None
+        return np.repeat(values.float().numpy().view(np.uint32)[:, :, None], 2, 1)
+
+    ring_rows = [lines(packed.scale), zeros, supers(packed.super_scale)]
+    ring_rows += [lines(packed.offset), supers(packed.super_offset)]
     language = types.SimpleNamespace(**LANGUAGE, inline_asm_elementwise=plain_assembly)
-    names: dict[str, Any] = {"gl": language, "GROUPED": module.GROUPED.value, "SPARSE": False}
+    names: dict[str, Any] = {"gl": language, "SPARSE": False}
     names |= {
         name: getattr(module, name).value
-        for name in ("BITS", "LINES", "QUADS", "PRODUCTS", "SYMMETRIC", "WORDS", "SCALE_WORDS", "CONSTRAINTS")
+        for name in (
+            *("GROUPED", "BITS", "BYTES", "PLANES", "QUADS", "PRODUCTS", "SYMMETRIC", "NEGATIVE"),
+            *("PAIRS", "IN_HALF", "SUPERS", "OFFSET", "SCALE_BITS", "OFFSET_WORDS", "EIGHT_WORDS"),
+            *("WORDS", "SCALE_WORDS", "CONSTRAINTS", "DECODED"),
+        )
     }
-    names |= dict.fromkeys(("QUAD_SLOTS", "TILE", "WIDE_TILE", "WHLV", "COMPUTE"))
-    for function in ("runs_of", "quad_rows", "load_rows", "decode_words"):
+    names |= dict.fromkeys(("QUAD_SLOTS", "SLOTS", "FIRST_PLANE", "SECOND_PLANE", "THIRD_PLANE"))
+    names |= dict.fromkeys(("WHLV", "WHL", "WH", "COMPUTE"))
+    for function in (
+        *("words_of", "two_rows", "runs_of", "quad_rows", "load_rows", "decode_words", "in_order"),
+        *("each_of", "of_runs", "joined", "decode_bytes"),
+        *("of_rows", "pairs_of", "pairs_of_quad", "pairs_of_group", "load_zeros", "load_pairs"),
+    ):
         names[function] = types.FunctionType(getattr(module, function).fn.__code__, names)
+    decode = names["decode_bytes" if module.BYTES.value else "decode_words"]
     for tile, step, half in np.ndindex(2, 2, 2):
-        lines = None if scales is None else Values(scales[None, :, step])
-        ring = (None, None, None, Values(words[None, :, step]), lines, None)
-        weight = names["decode_words"](ring, 0, half, tile, names["load_rows"](ring, 0, tile, half)).data
+        ring_planes = tuple(Values(plane[None, :, step]) for plane in planes)
+        others = (None if values is None else Values(values[None, :, step]) for values in ring_rows)
+        ring = (None, None, None, ring_planes, *others)
+        rows = names["load_rows"](ring, 0, tile, half * module.GROUPS // 2)
+        weight = decode(ring, 0, half, tile, rows).data
         found = torch.from_numpy(weight.astype(np.int16)).view(dtype).double() * module.FACTOR.value
-        assert torch.equal(found, expected[64 * tile :, 64 * (2 * step + half) :][:64, :64])
+        place = (slice(64 * tile, 64 * tile + 64), slice(64 * (2 * step + half), 64 * (2 * step + half) + 64))
+        inexact = module.SUPERS.value or module.OFFSET.value or module.SCALE_BITS.value == 32
+        if module.PAIRS.value and inexact:
+            parts = exact.abs()
+            if module.OFFSET.value:  # which may cancel most of what it is added to
+                assert logical.offset is not None
+                scaled = oracle.dequantize(replace(logical, offset=torch.zeros_like(logical.offset)))
+                parts = scaled.abs() + (exact - scaled).abs()
+            bound = (1 + module.OFFSET.value) * 2**-8 * exact.abs() + tolerance.PAIR_UNIT * parts
+            assert ((found - exact[place]).abs() <= bound[place]).all()
+        else:
+            assert torch.equal(found, expected[place])
 
 
 @pytest.mark.parametrize("steps", [(), ("silu(a)*b",), ("bias", "silu", "mul", "add")], ids=str)
@@ -246,6 +319,7 @@ def test_words_become_weights(name: str, dtype: torch.dtype) -> None:
     [
         *("int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"),
         *("nf4", "mxfp4", "nvfp4", "fp8_weight_only"),
+        *("int3", "int7", "q5_0", "q6_k", "q4_k"),
     ],
 )
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
@@ -266,7 +340,7 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream_objection(like()) is None
     for other in (
         replace(like(), target="sm_100"),
-        replace(like(), columns=32),
+        replace(like(), columns=32, x_dtype="float16"),
         replace(like(), epilogue=("pairs a*b",)),
         replace(like("fp8_weight_only"), scale_dtype="float8_e8m0fnu"),
         replace(like("int8_weight_only"), x_dtype="float16"),
@@ -274,6 +348,9 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(like("mxfp4"), x_dtype="float16"),
         replace(like("nvfp4"), super_columns=256),
         replace(like("int4_24"), columns=32),
+        replace(like("q4_k"), x_dtype="float16"),
+        like("q8_0"),
+        like("iq4_nl"),
         like("fp8"),
         like("fp8_block"),
         like("mxfp8"),

@@ -48,6 +48,27 @@ FORMATS = {
     "int4 sparse float32": ("int4", 64, BF16),
     "fp8": ("fp8_weight_only", None, BF16),
     "fp8 float16": ("fp8_weight_only", None, torch.float16),
+    "int2 of 64": ("int2", 64, BF16),
+    "int3": ("int3", 128, BF16),
+    "uint3": ("uint3", 128, BF16),
+    "int5": ("int5", 128, BF16),
+    "uint5 float32": ("uint5", 64, BF16),
+    "int6": ("int6", 256, BF16),
+    "int6 float16": ("int6", 128, torch.float16),
+    "int6 of rows": ("int6", 0, BF16),
+    "uint7": ("uint7", 64, BF16),
+    "int7 float32": ("int7", 128, BF16),
+    "int2 of 16 float32": ("int2", 16, BF16),
+    "uint4 of 32": ("uint4", 32, BF16),
+    "uint6 of 32 float32": ("uint6", 32, BF16),
+    "q4_0": ("q4_0", None, BF16),
+    "q5_0": ("q5_0", None, BF16),
+    "q3_k": ("q3_k", None, BF16),
+    "q6_k": ("q6_k", None, BF16),
+    "q4_1": ("q4_1", None, BF16),
+    "q2_k": ("q2_k", None, BF16),
+    "q4_k": ("q4_k", None, BF16),
+    "q5_k": ("q5_k", None, BF16),
 }
 """Format of weights, columns of a group (0: of a row; None: the format is a preset) and type of activations; names say
 which are 2:4 sparse."""
@@ -96,12 +117,31 @@ def test_identity_returns_the_weights(name: str) -> None:
 
 @pytest.mark.parametrize("m", [33, 100, 300])
 @pytest.mark.parametrize("shape", [(200, 448), (1024, 4096)], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse", "int8 sparse of rows", "mxfp4", "nvfp4", "nf4", "fp8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4",
+        "int8",
+        "int4 sparse",
+        "int8 sparse of rows",
+        "mxfp4",
+        "nvfp4",
+        "nf4",
+        "fp8",
+        "int3",
+        "int6",
+        "uint7",
+        "q4_0",
+        "q6_k",
+        "q4_k",
+        "uint4 of 32",
+    ],
+)
 def test_every_tile(name: str, shape: tuple[int, int], m: int) -> None:
     """Of the last rows, columns and tokens there are fewer than a tile has; some tiles are shared by programs."""
     probe = given(name, m, *shape)
     for kernel in streams(probe, 512):
-        probe.check(run(probe, kernel), BF16)
+        probe.check(run(probe, kernel), BF16, kernel=kernel)
 
 
 @pytest.mark.parametrize("name", ["int4 sparse", "int8 sparse of rows"])
@@ -111,7 +151,7 @@ def test_few_rows(name: str) -> None:
         probe = given(name, m, 640, 1024, *steps)
         for kernel in streams(probe, min(m, 32)):
             assert kernel.tile.m == min(m, 32)
-            probe.check(run(probe, kernel), BF16)
+            probe.check(run(probe, kernel), BF16, kernel=kernel)
 
 
 @pytest.mark.parametrize("steps", [(), ("bias", "silu", "mul", "add"), ("silu(a)*b",)], ids=str)
@@ -129,25 +169,37 @@ def test_formats_and_operands(name: str) -> None:
     for m, steps in ((64, ()), (200, ("bias", "silu", "mul", "add"))):
         probe = given(name, m, 640, 1024, *steps)
         for kernel in streams(probe, 256)[::4]:
-            probe.check(run(probe, kernel), probe.out_dtype)
+            probe.check(run(probe, kernel), probe.out_dtype, kernel=kernel)
 
 
 @pytest.mark.parametrize("steps", [("silu(a)*b",), ("bias", "gelu_tanh(a)*b", "add")], ids=str)
 @pytest.mark.parametrize(
-    "name", ["int4", "uint4 of 64", "int8 of rows", "int4 sparse", "int8 sparse of rows", "nvfp4", "nf4", "fp8", *ROWS]
+    "name",
+    [
+        "int4",
+        "uint4 of 64",
+        "int8 of rows",
+        "int4 sparse",
+        "int8 sparse of rows",
+        "nvfp4",
+        "nf4",
+        "fp8",
+        "uint3",
+        *ROWS,
+    ],
 )
 def test_gates(name: str, steps: tuple[str, ...]) -> None:
     """Halves of 320 rows are no multiple of what a program holds of them."""
     for m in (64, 200):
         probe = given(name, m, 640, 1024, *steps)
         for kernel in streams(probe, 256):
-            probe.check(run(probe, kernel), BF16)
+            probe.check(run(probe, kernel), BF16, kernel=kernel)
 
 
 def test_stored_codes() -> None:
     probe = given("int8", 200, 640, 1024, "silu(a)*b", "to_fp8_e4m3")
     for kernel in streams(probe, 256):
-        probe.check(run(probe, kernel), BF16)
+        probe.check(run(probe, kernel), BF16, kernel=kernel)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "int4 sparse"])
@@ -156,7 +208,7 @@ def test_more_tiles_than_processors(name: str) -> None:
     for m, n in ((700, 4096 + 128), (2200, 1024)):
         probe = given(name, m, n, 512)
         for kernel in streams(probe, 4096):
-            probe.check(run(probe, kernel), BF16)
+            probe.check(run(probe, kernel), BF16, kernel=kernel)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])

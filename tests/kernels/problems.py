@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec, scales_of
+from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec, scales_of, stream_scales
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight
@@ -66,18 +66,25 @@ class Problem:
         """Every element within the derived bound of the float64 result.
 
         Args:
-            kernel: what computed it, where that may round weights before their offsets are added.
+            kernel: what computed it, where that may round weights before their offsets are added, or scales.
         """
         steps = self.spec.epilogue
         product = oracle.linear(self.inputs, self.weight)
-        bound = tolerance.gemm_bound(self.inputs, self.weight, compute, accumulate_unit=accumulate_unit)
+        pairs = kernel is not None and kernel.streams and stream_scales(kernel) == "pairs"
+        bound = tolerance.gemm_bound(
+            self.inputs,
+            self.weight,
+            compute,
+            accumulate_unit=accumulate_unit,
+            scale_unit=tolerance.PAIR_UNIT if pairs else 0.0,
+        )
         logical = LAYOUTS[self.packed.layout].unpack(self.packed)
         if logical.offset is not None:
             offset = torch.zeros(logical.offset.shape).to(logical.offset.dtype)
             scaled = oracle.dequantize(replace(logical, offset=offset))
             fragments = kernel is not None and scales_of(kernel, kernel.tile.scales) == "fragments"
             rounded = compute if fragments else torch.float32
-            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled, rounded)
+            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled, rounded, pairs=pairs)
         bound = tolerance.epilogue_bound(product, bound, self.bias, steps, self.operands, self.out_dtype)
         tolerance.assert_within(y, oracle.epilogue(product, self.bias, steps, self.operands), bound)
 
