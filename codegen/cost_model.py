@@ -266,7 +266,7 @@ def shared_bytes(spec: KernelSpec) -> int:
     blocks = tile.n * -(-tile.k // spec.columns) if spec.groups > 1 else 0
     stages = tile.stages * (x + weight + blocks * block) + (8 * blocks if spec.offset else 0)
     if tile.form == "stream":  # in which sums of two groups go through 16 KB each to their operands
-        stages += 33 * 1024
+        stages += 33 * 1024 + tile.stages * tile.n * 8 * (0 < spec.super_columns < spec.k)
     elif spec.sparse and tile.form == "loop":  # in which words and positions go through it to their weights
         stages += 256 * tile.n
     elif tile.overlap and FORMATS[spec.weight].bits not in (4, 8):  # as do words of other widths

@@ -137,6 +137,11 @@ def _scale_type(spec: KernelSpec) -> str:
     return DTYPES[spec.compute if exact else "float32"]
 
 
+def _negative(fmt: IntegerFormat, decoded: str) -> int:
+    """What is added to zero points that decoders take."""
+    return bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
+
+
 def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     """Those of `gemm_fragment`; `decoded` is the type that codes become."""
     aligned = spec.aligned or spec.tile.k
@@ -173,7 +178,7 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     elif fmt.bits == 4 and nvidia:
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
     if words and isinstance(fmt, IntegerFormat):
-        negative = bits_of(-float(MAGIC[decoded][1] + fmt.offset), decoded) * 0x10001 - (1 << 32)
+        negative = _negative(fmt, decoded)
     unit = quad_unit(spec.scale_dtype, spec.compute, spec.target) if scaled and spec.quads else 1.0
     return {
         "N": spec.n,
@@ -256,23 +261,26 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
     spread, pairs = "", 0
     constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target) if spec.quads else ""
     if (scales := stream_scales(spec)) == "pairs":
-        assert isinstance(fmt, IntegerFormat)
         above = spec.super_columns > 0 and not super_last(spec)
-        pairs = max(1, 64 // spec.columns)
+        pairs, zero_points = max(1, 64 // spec.columns), not (spec.symmetric or spec.offset)
         factor = word_factor(fmt, spec.compute, spec.target, scaled=False, at_once=True)
-        words = fields_assembly(
-            fmt,
-            spec.compute,
-            spec.target,
-            zero_points=not (spec.symmetric or spec.offset),
-            scales="",
-            quads=0,
-            factor=factor,
-            pairs=pairs,
-            offsets=spec.offset,
-        )
-        negative = bits_of(-float(MAGIC[spec.compute][1] + fmt.offset), spec.compute) * 0x10001 - (1 << 32)
-        constants |= {"SCALES": scales, "BYTES": True, "WORDS": words, "FACTOR": factor, "NEGATIVE": negative}
+        if isinstance(fmt, IntegerFormat):
+            words = fields_assembly(
+                fmt,
+                spec.compute,
+                spec.target,
+                zero_points=zero_points,
+                scales="",
+                quads=0,
+                factor=factor,
+                pairs=pairs,
+                offsets=spec.offset,
+            )
+            constants["NEGATIVE"] = _negative(fmt, spec.compute)
+        else:
+            words = word_assembly(fmt, spec.compute, spec.target, zero_points=False, scaled=False, pairs=True)
+        at_once = isinstance(fmt, IntegerFormat)
+        constants |= {"SCALES": scales, "BYTES": at_once, "WORDS": words, "FACTOR": factor}
         for name, unit in (("SCALE_WORDS", 1.0), ("OFFSET_WORDS", 1 / factor)):
             constants[name] = pair_assembly(spec.scale_dtype, quads=spec.quads > 0, above=above, unit=unit)
     elif spec.sparse:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from qcompile.formats import FORMATS, Format, IntegerFormat
+from qcompile.formats import FORMATS, Format, IntegerFormat, TableFormat
 from qcompile.gates import PAIRS
 from qcompile.linear_spec import OPERAND_STEPS, STORES, LinearSpec, gate_of, stored_by
 from qcompile.places import quads_of
@@ -342,10 +342,14 @@ def stream_scales(spec: KernelSpec) -> str:
 def _in_pairs(spec: KernelSpec, otherwise: str) -> bool:
     """Whether weights are multiplied by pairs of bfloat16 that are their scales, and rounded once.
 
-    Of integers of less than 8 bits, where 64 columns have more than one scale or scales are products with those above.
+    Of weights of less than 8 bits that bfloat16 holds, where 64 columns have more than one scale or scales are products
+    with those above.
     """
     fmt, whole = FORMATS[spec.weight], spec.symmetric or spec.offset
-    if not isinstance(fmt, IntegerFormat) or fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16":
+    held = not isinstance(fmt, TableFormat) or all(float(torch.tensor(v).bfloat16()) == v for v in fmt.values)
+    if fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16" or not held:
+        return False
+    if not isinstance(fmt, IntegerFormat) and (fmt.bits != 4 or spec.offset or not spec.symmetric):
         return False
     above = spec.super_columns > 0 and not super_last(spec)
     if spec.k % 64 or spec.groups == 1 or (spec.columns not in (16, 32, 64) and spec.columns % 128):

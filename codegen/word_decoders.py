@@ -161,12 +161,22 @@ def _multiply_in_place(fmt: IntegerFormat, factor: float, *, zero_points: bool, 
     return lines
 
 
-def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, scaled: bool, factor: float = 1.0) -> str:
+def word_assembly(
+    fmt: Format,
+    dtype: str,
+    target: str,
+    *,
+    zero_points: bool,
+    scaled: bool,
+    factor: float = 1.0,
+    pairs: bool = False,
+) -> str:
     """PTX that decodes word $8 of eight 4-bit codes: field j of the low half to $<2j>, of the high half to $<2j+1>.
 
     Fields 0 and 2 are of one row of weights, 1 and 3 of another. $9 and $10 are minus both rows' zero points, less the
     number of `MAGIC`, twice in a word each; the next two operands both rows' scales. Results are `factor` times less:
-    `word_factor`, or 1.
+    `word_factor`, or 1. With `pairs` $9 and $10 are the pair of `field_decoders.pair_assembly` that is the first row's
+    scale, and the next two the other's; only integers have zero points.
     """
     packed = "bf16x2" if dtype == "bfloat16" else "f16x2"
     fused = packed == "bf16x2" and int(target[3:]) < 90  # has no addition and multiplication of its own
@@ -214,6 +224,13 @@ def word_assembly(fmt: Format, dtype: str, target: str, *, zero_points: bool, sc
     if scaled:
         first = 11 if zero_points else 9
         lines += [calculate("mul", f"t{j}", f"${first + j % 2}") for j in range(4)]
+    if pairs:
+        assert not scaled
+        assert not fused
+        lines.append(".reg .b32 d")
+        for j in range(4):
+            high = 9 + 2 * (j % 2)
+            lines += [f"mul.rn.{packed} d, t{j}, ${high + 1}", f"fma.rn.{packed} t{j}, t{j}, ${high}, d"]
     lines += [f"mov.b32 {{$%d, $%d}}, t{j}" % (2 * j, 2 * j + 1) for j in range(4)]
     return block(lines)
 

@@ -113,7 +113,7 @@ STORED = tl.constexpr(sum(WIDTHS.value))
 STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + ROW_BYTES)
 """Of a stage, but for scales above scales."""
 ROW_WORDS = tl.constexpr(
-    (4 + 4 * OFFSET.value + 2 * (not SYMMETRIC.value)) * PAIRS.value
+    (4 + 4 * OFFSET.value + 2 * (not SYMMETRIC.value)) * (PAIRS.value if BYTES.value else 1)
     if PAIRS.value
     else 2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value)
 )

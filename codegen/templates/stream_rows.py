@@ -43,6 +43,8 @@ SUPERS = tl.constexpr(SUPER_COLUMNS.value > 0)
 SCALE_BYTES = tl.constexpr(LINE_LENGTH.value * (4 if QUADS.value else SCALE_BITS.value // 8) * (1 + OFFSET.value))
 ROW_BYTES = tl.constexpr(GROUPS.value * (SCALE_BYTES.value + 64 * (not SYMMETRIC.value)) if GROUPED.value else 0)
 """Of scales, offsets and zero points of 64 rows and 128 columns, of what there is of these."""
+RUNS = tl.constexpr(PAIRS.value if PAIRS.value else 2 * QUADS.value)
+"""Groups of 64 columns whose scales are spread over the runs of 16 that have them."""
 EIGHT_WORDS = tl.constexpr((tl.int32,) * 8)
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
 """Layout of sums [64, BLOCK_M]."""
@@ -103,8 +105,8 @@ def two_rows(values):
 @gluon.jit
 def runs_of(first, second):
     """Of both groups of words of four scales a number, as one for each run of 16 columns that a thread decodes."""
-    each = gl.join(first, second).reshape(4, 8, 1, 2 * QUADS)
-    if QUADS == 1:
+    each = gl.join(first, second).reshape(4, 8, 1, RUNS)
+    if RUNS == 2:
         each = gl.join(each, each).reshape(4, 8, 1, 4)
     return gl.convert_layout(each, WHLV, assert_trivial=True)
 
@@ -140,14 +142,14 @@ def pairs_of(lines, ASSEMBLY: gl.constexpr):
         high, low = gl.inline_asm_elementwise(
             ASSEMBLY, KIND, [values[r]], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
         )
-        found = found + (of_rows(high), of_rows(low))
+        found = found + (high, low)
     return found
 
 
 @gluon.jit
 def pairs_of_quad(quads, supers, ASSEMBLY: gl.constexpr):
     """The same of both groups and rows of words of four."""
-    words = gl.inline_asm_elementwise(
+    return gl.inline_asm_elementwise(
         ASSEMBLY,
         "=r,=r,=r,=r,=r,=r,=r,=r,r" + (",f,f" if SUPERS else ""),
         (gl.convert_layout(quads, WH, assert_trivial=True),) + supers,
@@ -155,10 +157,6 @@ def pairs_of_quad(quads, supers, ASSEMBLY: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    found = ()
-    for i in gl.static_range(8):
-        found = found + (of_rows(words[i]),)
-    return found
 
 
 @gluon.jit
@@ -200,9 +198,21 @@ def load_pairs(ring, stage, row, group: gl.constexpr):
     if not SYMMETRIC:
         for i in gl.static_range(IN_HALF):
             found = found + load_zeros(zeros, stage, row, group + i)
-    found = found + pairs_of_group(scales, above, stage, row, group, SCALE_WORDS)
+    pairs = pairs_of_group(scales, above, stage, row, group, SCALE_WORDS)
     if OFFSET:
-        found = found + pairs_of_group(offsets, above_offsets, stage, row, group, OFFSET_WORDS)
+        pairs = pairs + pairs_of_group(offsets, above_offsets, stage, row, group, OFFSET_WORDS)
+    if BYTES:
+        for i in gl.static_range(len(pairs)):
+            found = found + (of_rows(pairs[i]),)
+    else:
+        for i in gl.static_range(4):
+            if PAIRS == 1:
+                found = found + (gl.expand_dims(of_rows(pairs[i]), 3),)
+            elif PAIRS == 2:
+                found = found + (runs_of(pairs[i], pairs[4 + i]),)
+            else:
+                each = gl.join(gl.join(pairs[i], pairs[8 + i]), gl.join(pairs[4 + i], pairs[12 + i]))
+                found = found + (gl.convert_layout(each.reshape(4, 8, 1, 4), WHLV, assert_trivial=True),)
     return found
 
 

@@ -217,6 +217,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
     },
     "uint3 float32": ("int3", {"format": get_format("uint3"), "symmetric": False, "scale_dtype": "float32"}, BF16),
     **{name: (name, {}, BF16) for name in ("q4_0", "q5_0", "q3_k", "q6_k", "q4_1", "q2_k", "q4_k", "q5_k")},
+    **{name: (name, {}, BF16) for name in ("iq4_nl", "iq4_xs")},
     "int2 of 16": ("int2", {"granularity": Granularity.group(16), "scale_dtype": "float32"}, BF16),
     "uint4 of 32": ("int4_asym", {"granularity": Granularity.group(32)}, BF16),
     "int5 of rows": ("int5", {"granularity": Granularity.channel(), "scale_dtype": "float32"}, BF16),
@@ -279,7 +280,7 @@ def test_words_become_weights(kind: str) -> None:
         name: getattr(module, name).value
         for name in (
             *("GROUPED", "BITS", "BYTES", "PLANES", "QUADS", "PRODUCTS", "SYMMETRIC", "NEGATIVE"),
-            *("PAIRS", "IN_HALF", "SUPERS", "OFFSET", "SCALE_BITS", "OFFSET_WORDS", "EIGHT_WORDS"),
+            *("PAIRS", "RUNS", "IN_HALF", "SUPERS", "OFFSET", "SCALE_BITS", "OFFSET_WORDS", "EIGHT_WORDS"),
             *("WORDS", "SCALE_WORDS", "CONSTRAINTS", "DECODED"),
         )
     }
@@ -350,7 +351,7 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         replace(like("int4_24"), columns=32),
         replace(like("q4_k"), x_dtype="float16"),
         like("q8_0"),
-        like("iq4_nl"),
+        replace(like("iq4_nl"), weight="nf4"),
         like("fp8"),
         like("fp8_block"),
         like("mxfp8"),

@@ -66,6 +66,8 @@ FORMATS = {
     "q3_k": ("q3_k", None, BF16),
     "q6_k": ("q6_k", None, BF16),
     "q4_1": ("q4_1", None, BF16),
+    "iq4_nl": ("iq4_nl", None, BF16),
+    "iq4_xs": ("iq4_xs", None, BF16),
     "q2_k": ("q2_k", None, BF16),
     "q4_k": ("q4_k", None, BF16),
     "q5_k": ("q5_k", None, BF16),
