@@ -106,20 +106,27 @@ def flex(batch: int, context: int, rate: float, size: int = SIZE) -> Iterator[di
         yield decode_row(batch, context, size, rate, impl, "bfloat16", us, wrong, 2 * key.nbytes)
 
 
-def measure(batch: int, context: int, rate: float, size: int = SIZE) -> Iterator[dict[str, object]]:
-    """The other rows of one batch and context."""
+def plain(batch: int, context: int, rate: float, size: int = SIZE) -> Iterator[dict[str, object]]:
+    """The other rows of bfloat16 caches of one batch and context."""
     query, key, value = inputs(batch, context, size)
     row = partial(decode_row, batch, context, size, rate)
-    plain = [partial(F.scaled_dot_product_attention, query, *t, enable_gqa=True) for t in copies(DEVICE, key, value)]
-    wrong = error(plain[0](), query, key[:1], value[:1])
-    yield row("SDPA", "bfloat16", microseconds(plain, DEVICE), wrong, 2 * key.nbytes)
-    del plain
+    theirs = [partial(F.scaled_dot_product_attention, query, *t, enable_gqa=True) for t in copies(DEVICE, key, value)]
+    wrong = error(theirs[0](), query, key[:1], value[:1])
+    yield row("SDPA", "bfloat16", microseconds(theirs, DEVICE), wrong, 2 * key.nbytes)
+    del theirs
     shared = torch.ops.qcompile.attention_plain
     ours = [partial(shared, query, *t, None, None, size**-0.5) for t in copies(DEVICE, key, value)]
     wrong = error(ours[0](), query, key[:1], value[:1])
     yield row("qcompile", "bfloat16", microseconds(ours, DEVICE), wrong, 2 * key.nbytes)
-    del ours
-    for name, scheme in CACHES.items():
+
+
+def quantized(
+    batch: int, context: int, rate: float, size: int = SIZE, caches: dict[str, Any] = CACHES
+) -> Iterator[dict[str, object]]:
+    """The rows of quantized caches."""
+    query, key, value = inputs(batch, context, size)
+    row = partial(decode_row, batch, context, size, rate)
+    for name, scheme in caches.items():
         cache = filled(scheme, key, value)
         spec = AttentionSpec(key=cache.key_spec, value=cache.value_spec, scale=size**-0.5).encode()
         tensors = [cache.key_codes, cache.key_scale, cache.value_codes, cache.value_scale]
@@ -274,7 +281,7 @@ def main() -> None:
     rows = []
     if given.only != "prefill":
         for size, contexts in ({SIZE: CONTEXTS} | OTHERS).items():
-            for part in (flex,) if given.only == "flex" else (measure, flex):
+            for part in (flex,) if given.only == "flex" else (plain, quantized, flex):
                 rows += [row for batch, context in contexts for row in part(batch, context, rates["memory"], size)]
     if given.only in (None, "prefill"):
         rows += [row for shape in PROMPTS for row in prefill(*shape, rates["16-bit"])]
