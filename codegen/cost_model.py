@@ -216,9 +216,11 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     instructions, scales = _SPREAD if spec.sparse else _instructions(spec), "" if spec.in_rows else stream_scales(spec)
     if scales == "pairs":  # 64 columns' scales take 64 instructions a group for both rows of a thread, or more
         instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + 0.4 * (spec.quads > 0) + spec.offset)
+        instructions += 2.2 * isinstance(FORMATS[spec.weight], TableFormat)
     if scales == "products":
         working *= _APART
-    working = max(working, value["weights"] * instructions / (device.processors * 128 * 1.3e9))
+    # A group decodes while the other multiplies, for half of the time that products take.
+    working += max(0.0, value["weights"] * instructions / (device.processors * 128 * 1.3e9) - working / 2)
     working *= fill
     reading = value["memory"] / (device.memory * 0.95) / min(1.0, programs / (0.8 * device.processors))
     parts = 0.0
