@@ -50,15 +50,18 @@ KINDS: dict[str, tuple[str, int, tuple[int, int], Callable[[Tile], bool]]] = {
     "streams": ("int4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
     "streams of 8 bits": ("int8", 70, (256, 512), lambda t: t.form == "stream"),
     "eight rows": ("int4", 1, (200, 512), lambda t: t.m == 8 and t.form == "loop"),
+    "sums of groups": ("q4_k", 1, (200, 512), lambda t: t.scales == "sums"),
     "streams that share tiles": ("int4_asym", 130, (200, 640), lambda t: t.form == "stream" and t.split == 0),
     "streams of int8 rows": ("int8", 70, (200, 448), lambda t: t.form == "stream" and t.split > 0),
     "streams of int8 rows that share tiles": ("int8", 130, (200, 640), lambda t: t.form == "stream" and t.split == 0),
     "streams of sparse weights": ("int4_24", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
     "streams of scales in fours": ("nvfp4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
+    "streams of three bits": ("int3", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
+    "streams of pairs": ("q4_k", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
     "streams of scaled products": ("nf4", 70, (256, 512), lambda t: t.form == "stream" and t.split > 0),
     "sparse tensor cores": ("int4_24", 5, (256, 512), lambda t: t.form == "cores"),
     "offsets of products": ("q4_k", 5, (200, 512), lambda t: True),
-    "scaled weights": ("q4_k", 70, (200, 512), lambda t: t.m > 32),
+    "scaled weights": ("q4_k", 70, (200, 512), lambda t: t.m > 32 and t.form == "loop"),
     "8-bit activations": ("int4_fp8", 33, (200, 512), lambda t: True),
     "rows of int8": ("int8", 33, (200, 448), lambda t: t.split == 1),
     "rows of int8, parts of K": ("int8", 5, (200, 1024), lambda t: t.split > 1),
@@ -115,7 +118,8 @@ def test_experts(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv", "scales", "size"), [("fp8_e4m3", "token", 80), ("int4", "token", 80), ("fp8_e4m3", "head", 64)]
+    ("kv", "scales", "size"),
+    [("fp8_e4m3", "token", 80), ("int4", "token", 80), ("int4", "token", 64), ("fp8_e4m3", "head", 64)],
 )
 def test_attention_to_a_cache(kv: str, scales: str, size: int) -> None:
     given = test_attention.problem(kv, scales, heads=3, group=3, context=333, size=size, dtype=BF16, length=300)
