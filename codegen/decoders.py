@@ -9,7 +9,7 @@ import torch
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.spec import KernelSpec, launches_early, native_fp8
 from qcompile.expr import Expr, var
-from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat
+from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
 
 DTYPES = {"bfloat16": "tl.bfloat16", "float16": "tl.float16", "float32": "tl.float32"}
 
@@ -188,6 +188,15 @@ def bits_of(value: float, dtype: str) -> int:
         return int.from_bytes(struct.pack("<e", value), "little")
     bits = int.from_bytes(struct.pack("<f", value), "little")
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def holds(dtype: str, fmt: Format) -> bool:
+    """Whether a floating-point type holds a format's values exactly."""
+    if dtype not in FIELDS or not isinstance(fmt, TableFormat):
+        return True
+    if dtype == "bfloat16":
+        return all(struct.unpack("<f", struct.pack("<HH", 0, bits_of(v, dtype)))[0] == v for v in fmt.values)
+    return all(struct.unpack("<e", struct.pack("<e", value))[0] == value for value in fmt.values)
 
 
 def scale_decoder(scale_dtype: str, target: str) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import sympy
 
-from qcompile.codegen.cost_model import Device, bytes_out, device_of, seconds, stacked_rows
+from qcompile.codegen.cost_model import bytes_out, seconds, stacked_rows
+from qcompile.codegen.devices import Device, device_of
 from qcompile.codegen.spec import KernelSpec, scales_of
 from qcompile.scheme import SCALE_DTYPES
 

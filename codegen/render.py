@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 from qcompile.codegen.attention_spec import AttentionKernelSpec
 from qcompile.codegen.columns_spec import ColumnsSpec
 from qcompile.codegen.decoders import (
@@ -14,6 +12,7 @@ from qcompile.codegen.decoders import (
     conversion,
     formula_of,
     helpers_of,
+    holds,
     pair_decoder,
     scale_decoder,
     scale_word_decoder,
@@ -38,11 +37,11 @@ from qcompile.codegen.spec import (
     KernelSpec,
     launches_early,
     scales_of,
-    stream_scales,
     super_last,
     warp_columns,
     warps_multiply,
 )
+from qcompile.codegen.stream_spec import stream_scales
 from qcompile.codegen.word_decoders import (
     byte_assembly,
     kept_assembly,
@@ -54,7 +53,7 @@ from qcompile.codegen.word_decoders import (
     word_factor,
 )
 from qcompile.expr import var
-from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat, TableFormat
+from qcompile.formats import FORMATS, FloatFormat, Format, IntegerFormat
 from qcompile.gates import ACTIVATIONS, gate
 from qcompile.linear_spec import OPERAND_STEPS, STORES
 from qcompile.powers import power_above
@@ -108,15 +107,6 @@ def _store(fmt: Format, scale: str) -> list[str]:
         # The sum's last place is 1, so it is rounded to an integer, half to even.
         lines.append("value = (value + 12582912.0) - 12582912.0")
     return lines
-
-
-def _holds(dtype: str, fmt: Format) -> bool:
-    """Whether a floating-point type holds a format's values exactly."""
-    if dtype not in FIELDS or not isinstance(fmt, TableFormat):
-        return True
-    if dtype == "bfloat16":
-        return all(struct.unpack("<f", struct.pack("<HH", 0, bits_of(v, dtype)))[0] == v for v in fmt.values)
-    return all(struct.unpack("<e", struct.pack("<e", value))[0] == value for value in fmt.values)
 
 
 def _significant_bits(fmt: Format) -> int:
@@ -240,7 +230,7 @@ def _fragment_holes(spec: KernelSpec, decoded: str, **changed: object) -> dict[s
 
 def _fragment(spec: KernelSpec) -> dict[str, str]:
     # Values that are scaled before their products are summed are not rounded before.
-    exactly = scales_of(spec, spec.tile.scales) == "weights" and not _holds(spec.compute, FORMATS[spec.weight])
+    exactly = scales_of(spec, spec.tile.scales) == "weights" and not holds(spec.compute, FORMATS[spec.weight])
     holes = _fragment_holes(spec, "float32" if exactly else spec.compute) | _end(spec)
     return holes | {"sparse": _sparse_cores(spec) if spec.tile.form == "cores" else ""}
 
@@ -416,7 +406,7 @@ def _decode(spec: KernelSpec) -> dict[str, str]:
     # As `reference.dequantize` has it: all in float32, and the scale above applied to the scale.
     return _fragment_holes(
         spec,
-        spec.compute if _holds(spec.compute, FORMATS[spec.weight]) else "float32",
+        spec.compute if holds(spec.compute, FORMATS[spec.weight]) else "float32",
         CHUNK=spec.tile.k,
         RUN=min(spec.aligned or spec.tile.k, spec.tile.k),
         SCALE_TYPE="tl.float32",

@@ -21,7 +21,7 @@ import torch
 
 from qcompile.calibrate.assign import label
 from qcompile.checkpoint.saving.save import FORMATS, formats_for
-from qcompile.codegen.cost_model import CARDS, Card, Device
+from qcompile.codegen.devices import CARDS, Card, Device
 from qcompile.codegen.predict import predict, predict_plain
 from qcompile.config import AUTO, Auto, parse_config
 from qcompile.errors import ConfigError, DeviceError, LayerError, suggestion
@@ -98,7 +98,7 @@ def _ceilings(kind: str) -> dict[str, float]:
 def _this_gpu() -> Target:
     if not torch.cuda.is_available():
         raise DeviceError(f"--device cuda: torch sees no GPU here; name one: {', '.join(CARDS)}")
-    from qcompile.codegen.cost_model import device_of
+    from qcompile.codegen.devices import device_of
     from qcompile.runtime import gpu
 
     device = torch.device("cuda")

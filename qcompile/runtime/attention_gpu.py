@@ -24,7 +24,7 @@ from qcompile.codegen.attention_spec import (
     lanes_objection,
     reads,
 )
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.codegen.spec import launches_early, native_fp8
 from qcompile.errors import DeviceError
 from qcompile.kv_cache import (

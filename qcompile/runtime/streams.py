@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec, stream_scales, super_last
+from qcompile.codegen.spec import KernelSpec, super_last
+from qcompile.codegen.stream_spec import stream_scales
 from qcompile.formats import FORMATS
 from qcompile.layouts import plane_widths
 from qcompile.packed import PackedWeight

@@ -16,7 +16,7 @@ from qcompile.calibrate import columns as module
 from qcompile.calibrate.columns import Columns, columns_spec
 from qcompile.calibrate.gptq import gptq, inverse_factor
 from qcompile.codegen.columns_spec import MOST_COLUMNS, ColumnsSpec
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.codegen.nearest import has_nearest
 from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.flags import override

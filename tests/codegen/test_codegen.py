@@ -19,8 +19,9 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.codegen.cost_model import candidates, device_of, rank, seconds, shared_bytes
+from qcompile.codegen.cost_model import candidates, rank, seconds, shared_bytes
 from qcompile.codegen.decoders import decode_formula, pair_decoder, scale_decoder, scale_word_decoder
+from qcompile.codegen.devices import device_of
 from qcompile.codegen.field_decoders import quad_decoder, quad_unit
 from qcompile.codegen.printers import HELPERS, operations, to_triton
 from qcompile.codegen.render import render

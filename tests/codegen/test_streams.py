@@ -13,9 +13,11 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.codegen import spec as specs
-from qcompile.codegen.cost_model import candidates, device_of, shared_bytes
-from qcompile.codegen.spec import KernelSpec, has_gluon, stream_objection
+from qcompile.codegen import stream_spec
+from qcompile.codegen.cost_model import candidates, shared_bytes
+from qcompile.codegen.devices import device_of
+from qcompile.codegen.spec import KernelSpec
+from qcompile.codegen.stream_spec import has_gluon, stream_objection
 from qcompile.formats import get_format
 from qcompile.layouts import LAYOUTS
 from qcompile.presets import preset
@@ -361,5 +363,5 @@ def test_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stream_objection(other) is not None, other
         assert not streams(other, 256)
     assert not streams(like(), 32)
-    monkeypatch.setattr(specs, "has_gluon", lambda: False)
+    monkeypatch.setattr(stream_spec, "has_gluon", lambda: False)
     assert "Gluon" in str(stream_objection(like()))

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import qcompile
 from qcompile.cli import app
-from qcompile.codegen.cost_model import CARDS
+from qcompile.codegen.devices import CARDS
 from qcompile.config import parse_config
 from qcompile.errors import CheckpointError, ConfigError, DeviceError
 from qcompile.evaluate import model_shape

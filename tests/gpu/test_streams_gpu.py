@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from qcompile.codegen.cost_model import candidates
-from qcompile.codegen.spec import KernelSpec, Tile, has_gluon
+from qcompile.codegen.spec import KernelSpec, Tile
+from qcompile.codegen.stream_spec import has_gluon
 from qcompile.presets import preset
 from qcompile.scheme import Granularity, Scheme
 from tests.gpu.test_gemm_gpu import BF16, TARGET, run

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec, scales_of, stream_scales
+from qcompile.codegen.spec import KernelSpec, Tile, kernel_spec, scales_of
+from qcompile.codegen.stream_spec import stream_scales
 from qcompile.layouts import LAYOUTS
 from qcompile.linear_spec import LinearSpec
 from qcompile.packed import PackedWeight

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcompile.attention import reference
 from qcompile.codegen.attention_spec import AttentionTile
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.codegen.render import render
 from qcompile.codegen.spec import decode_kernel_spec
 from qcompile.errors import GradientError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompile.attention import check_compute, reference
 from qcompile.codegen.attention_spec import AttentionTile
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.errors import ConfigError, DeviceError
 from qcompile.flags import override
 from qcompile.kv_cache import SCALES, decode_attention_spec, parse_kv_cache

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.codegen.attention_spec import AttentionTile, Reach
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.flags import override
 from qcompile.runtime import attention_gpu, cache
 from tests.cross_compile import measure

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import qcompile.grouped  # noqa: F401  (registers the operator)
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.codegen.spec import GroupedSpec, KernelSpec, Tile, grouped_spec, kernel_spec, scales_of
 from qcompile.errors import LayerError
 from qcompile.flags import override

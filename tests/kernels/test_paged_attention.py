@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompile.attention import reference
 from qcompile.codegen.attention_spec import AttentionKernelSpec, AttentionTile, attention_kernel_spec
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.flags import override
 from qcompile.kv_cache import SCALES
 from qcompile.runtime import attention_gpu, cache

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qcompile.codegen.cost_model import device_of
+from qcompile.codegen.devices import device_of
 from qcompile.codegen.predict import EXPRESSIONS, limit, predict, weight_bytes
 from qcompile.codegen.spec import KernelSpec, Tile, decoding_spec, finishing_spec
 from qcompile.flags import override
