@@ -108,7 +108,7 @@ def test_decoding_is_shown_by_batch_and_mode(tmp_path: Path) -> None:
 
 def test_a_decoding_benchmark_knows_its_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as where the worker is run from
-    decode, worker = script("decode"), script("decode_worker")
+    decode, worker, steps = (script(name) for name in ("decode", "decode_worker", "decode_steps"))
     assert [(job.impl, job.scheme) for job in map(decode.Job, ("bf16", "int4", "torchao-fp8"))] == [
         ("inductor", "bfloat16"),
         ("qcompile", "int4"),
@@ -125,9 +125,9 @@ def test_a_decoding_benchmark_knows_its_implementations(monkeypatch: pytest.Monk
         "void tinygemm_m16n8k16",
         "triton_red_fused_add_mm_7",
     ):
-        assert worker.LINEAR.search(name)
+        assert steps.LINEAR.search(name)
     for name in ("triton_poi_fused_mul_silu_view_7", "qcompile_attention_decode", "cudnn_generated_sdpa_flash"):
-        assert not worker.LINEAR.search(name)
+        assert not steps.LINEAR.search(name)
 
 
 def test_rows_of_other_lengths_stay_beside_the_usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
