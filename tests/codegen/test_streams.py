@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.codegen import stream_spec
@@ -59,6 +59,7 @@ def scalar_functions(steps: int, tiles: int, programs: int, program: int) -> Any
     return types.SimpleNamespace(**names)
 
 
+@settings(max_examples=40)
 @given(
     tiles_n=st.integers(1, 80),
     tiles_m=st.integers(1, 8),
@@ -316,14 +317,18 @@ def test_words_become_weights(kind: str) -> None:
             assert torch.equal(found, expected[place])
 
 
-@pytest.mark.parametrize("steps", [(), ("silu(a)*b",), ("bias", "silu", "mul", "add")], ids=str)
+STREAMS = [
+    *("int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"),
+    *("nf4", "mxfp4", "nvfp4", "fp8_weight_only"),
+    *("int3", "int7", "q5_0", "q6_k", "q4_k"),
+]
+WITH_STEPS = {("silu(a)*b",): ["int4", "int3", "mxfp4"], ("bias", "silu", "mul", "add"): ["int4", "int8", "q4_k"]}
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"),
-        *("nf4", "mxfp4", "nvfp4", "fp8_weight_only"),
-        *("int3", "int7", "q5_0", "q6_k", "q4_k"),
-    ],
+    ("name", "steps"),
+    [(name, ()) for name in STREAMS] + [(name, steps) for steps, names in WITH_STEPS.items() for name in names],
+    ids=str,
 )
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
     """Weights are decoded while the product before is under way; nothing in the loop spills."""
