@@ -77,7 +77,7 @@ def test_weights_without_values() -> None:
 
 def test_a_model_that_is_quantized_already() -> None:
     done = qcompile.quantize_(model(), "int4")
-    with pytest.raises(ConfigError, match="none, since there are none or all are quantized"):
+    with pytest.raises(ConfigError, match="there are none, or all are quantized"):
         qcompile.quantize_(done, "int8")
 
 

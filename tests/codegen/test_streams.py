@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.codegen import stream_spec
@@ -59,13 +59,12 @@ def scalar_functions(steps: int, tiles: int, programs: int, program: int) -> Any
     return types.SimpleNamespace(**names)
 
 
-@settings(max_examples=40)
 @given(
-    tiles_n=st.integers(1, 80),
-    tiles_m=st.integers(1, 8),
-    steps=st.integers(1, 40),
+    tiles_n=st.integers(1, 24),
+    tiles_m=st.integers(1, 5),
+    steps=st.integers(1, 14),
     split=st.sampled_from([0, 1, 2, 4, 8]),
-    processors=st.integers(1, 140),
+    processors=st.integers(1, 40),
 )
 def test_programs_share_all_steps(tiles_n: int, tiles_m: int, steps: int, split: int, processors: int) -> None:
     tiles = tiles_n * tiles_m
