@@ -70,7 +70,7 @@ class Target:
 
 
 def target_of(name: str) -> Target:
-    """A card of `cost_model.CARDS`, or this machine's `cpu` or `cuda`, whose memory and rates are looked up.
+    """A card of `devices.CARDS`, or this machine's `cpu` or `cuda`, whose memory and rates are looked up.
 
     Raises:
         DeviceError: unknown, naming the nearest; or `cuda` without a GPU.
