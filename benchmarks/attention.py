@@ -1,6 +1,6 @@
 """Time of attention over a KV cache on a GPU: quantized caches against torch's own over bfloat16.
 
-    python benchmarks/attention.py [--out FOLDER] [--only decode|prefill|flex]
+    python benchmarks/attention.py [--out FOLDER] [--only decode|prefill|flex] [--caches "int4;int4, offsets"]
 
 Writes `benchmarks/results/<machine>.attention.json`; a part alone is written only to a folder that is named. Heads are
 those of Llama-3-8B: 32 of queries, 8 of keys, of size 128, and for some contexts of 64 and 256 (`shape`: heads of
@@ -272,20 +272,26 @@ def first_prompt(cache: KVCache, positions: Tensor, query: Tensor, key: Tensor, 
 def main() -> None:
     """Measure, write the results and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help=f"folder of the results file, {RESULTS} unless there is --only")
+    parser.add_argument("--out", type=Path, help=f"folder of the results file, {RESULTS} unless a part is asked for")
     parser.add_argument("--only", choices=["decode", "prefill", "flex"], help="a part; flex is one of decode")
+    parser.add_argument("--caches", help="decoding from these quantized caches alone, separated by semicolons")
     given = parser.parse_args()
     torch.manual_seed(0)
     compat.allow_recompilations(256)  # a first prompt for each shape and cache
     rates = ceilings(DEVICE)
     rows = []
+    parts: tuple[Callable[..., Iterator[dict[str, object]]], ...] = (plain, quantized, flex)
+    if given.caches:
+        parts = (partial(quantized, caches={name: CACHES[name] for name in given.caches.split(";")}),)
+    elif given.only == "flex":
+        parts = (flex,)
     if given.only != "prefill":
         for size, contexts in ({SIZE: CONTEXTS} | OTHERS).items():
-            for part in (flex,) if given.only == "flex" else (plain, quantized, flex):
+            for part in parts:
                 rows += [row for batch, context in contexts for row in part(batch, context, rates["memory"], size)]
-    if given.only in (None, "prefill"):
+    if given.only in (None, "prefill") and not given.caches:
         rows += [row for shape in PROMPTS for row in prefill(*shape, rates["16-bit"])]
-    if given.only is None or given.out:
+    if given.out or not (given.only or given.caches):
         write_results(given.out or RESULTS, "attention", DEVICE, rows, rates)
     for row in rows:
         share = float(str(row["floor_us"])) / float(str(row["us"]))
