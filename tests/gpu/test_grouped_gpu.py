@@ -34,9 +34,8 @@ def check(given: Problem, dtype: torch.dtype) -> None:
     x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
     weight = given.packed.to("cuda")
     offsets, bias = given.offsets.cuda(), None if given.bias is None else given.bias.cuda()
-    like = kernel_spec(given.spec, x.dtype, dtype, gpu.target_of(x.device), SMALL)
-    experts = len(given.weights)
-    kernels = {grouped_spec(each, experts) for m in (16, 64, 256) for each in sample(like, m)}
+    like = grouped_spec(kernel_spec(given.spec, x.dtype, dtype, gpu.target_of(x.device), SMALL), len(given.weights))
+    kernels = {each for m in (16, 64, 256) for each in sample(like, m)}
     for kernel in kernels:
         function = cache.load(kernel).kernel
         first = gpu_grouped.launch(kernel, function, x, x_scale, offsets, weight, bias, dtype)
