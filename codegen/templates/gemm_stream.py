@@ -71,11 +71,14 @@ from qcompile.codegen.templates.stream_rows import (
     LINE_LENGTH,
     PRODUCTS,
     ROW_BYTES,
+    SUM_ROWS,
     SUMS,
     SUPERS,
     WHL,
     WHLV,
     load_rows,
+    load_supers,
+    load_unit,
     product_scales,
 )
 
@@ -115,6 +118,8 @@ STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + ROW_BYTES)
 ROW_WORDS = tl.constexpr(
     (4 + 4 * OFFSET.value + 2 * (not SYMMETRIC.value)) * (PAIRS.value if BYTES.value else 1)
     if PAIRS.value
+    else QUADS.value * (1 + 4 * OFFSET.value) + SUPERS.value
+    if BYTES.value and QUADS.value
     else 2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value)
 )
 CONSTRAINTS = tl.constexpr(
@@ -297,6 +302,27 @@ def nothing():
 
 
 @gluon.jit
+def in_units(sum0, sum1, ratio0, ratio1, held):
+    """With SUPERS sums, when their products are done, in other units."""
+    if SUPERS:
+        sum0, sum1, _ = warpgroup_mma_wait(0, deps=[sum0, sum1, held])
+        sum0 = warpgroup_mma_init(sum0 * gl.expand_dims(ratio0, 1))
+        if PER == 2:
+            sum1 = warpgroup_mma_init(sum1 * gl.expand_dims(ratio1, 1))
+        else:
+            sum1 = warpgroup_mma_init(sum1)
+    return sum0, sum1
+
+
+@gluon.jit
+def unit_of(ring, stage, row):
+    if SUPERS:
+        return load_unit(ring, stage, row)
+    else:
+        return gl.full((64,), 1.0, gl.float32, SUM_ROWS)
+
+
+@gluon.jit
 def add_last(sum, product, scales, held):
     """With PRODUCTS the sum with the last product, when it is done, times its scales; and that product."""
     if PRODUCTS:
@@ -335,15 +361,21 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
         product = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         scales = gl.zeros((64, 1), gl.float32, SUMS)
+        unit0 = gl.full((64,), 1.0, gl.float32, SUM_ROWS)
+        unit1 = unit0
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
+            supers0, next0 = load_supers(ring, stage, FIRST), unit_of(ring, stage, FIRST)
+            next1 = next0
+            if PER == 2:
+                supers1, next1 = load_supers(ring, stage, SECOND), unit_of(ring, stage, SECOND)
             for half in gl.static_range(2):
                 if half % ALIKE == 0:
-                    rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
+                    rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2, supers0)
                     scales0 = product_scales(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
-                        rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2)
+                        rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2, supers1)
                         scales1 = product_scales(ring, stage, SECOND, half * GROUPS // 2)
                 columns = xs.index(stage).slice(64 * half, 64, 1).permute((1, 0))
                 weight = decode(ring, stage, half, FIRST, rows0)
@@ -351,6 +383,9 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                     sum1, product = add_last(sum1, product, scales, held)
                 else:
                     sum0, product = add_last(sum0, product, scales, held)
+                if half == 0:
+                    sum0, sum1 = in_units(sum0, sum1, unit0 / next0, unit1 / next1, held)
+                    unit0, unit1 = next0, next1
                 sum0, product = multiply(weight, columns, sum0, product, held)
                 held, scales = weight, scales0
                 if half == 0:  # products of the step before are done
@@ -367,6 +402,8 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         else:
             sum0, product = add_last(sum0, product, scales, held)
         done0, done1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
+        if SUPERS:
+            done0, done1 = done0 * gl.expand_dims(unit0, 1), done1 * gl.expand_dims(unit1, 1)
         finish(done0, done1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
         i += length
 
