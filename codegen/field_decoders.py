@@ -35,7 +35,9 @@ def integer_quads(scale_dtype: str, dtype: str, word: str, names: list[str], mas
     wide, above = dtype == "bfloat16", 128 if scale_dtype == "int8" else 0
     times, less = (2.0**127, above / 64) if wide else (1.0, above + 1024.0)
     number = f"{above * 0x1010101:#x}"
-    lines = [f"lop3.b32 s, {word}, {mask}, {number}, 0x6a" if mask else f"xor.b32 s, {word}, {number}"]  # & mask ^ number
+    lines = [
+        f"lop3.b32 s, {word}, {mask}, {number}, 0x6a" if mask else f"xor.b32 s, {word}, {number}"
+    ]  # & mask ^ number
     lines += [f"mov.b32 {name}, {bits_of(v, dtype) * 0x10001:#x}" for name, v in (("c", times), ("d", -less))]
     for r, name in enumerate(names):
         lines.append(f"prmt.b32 {name}, s, {0 if wide else 0x64646464:#x}, {(0x4240, 0x4341)[r]:#x}")
@@ -175,13 +177,17 @@ def offset_assembly(scale_dtype: str) -> str:
     are float32.
     """
     biased = scale_dtype == "int8"
-    lines = [".reg .b32 s, c, f0, f1, h, l", f"xor.b32 s, $4, {0x80808080 * biased:#x}"]
-    lines.append(f"mov.b32 c, {0x4B000000 + 128 * biased:#x}")
+    lines = [".reg .b32 s, c, d, f0, f1, h, l", f"xor.b32 s, $4, {0x80808080 * biased:#x}"]
+    lines.append(f"mov.b32 c, {0x4B000000 + 128 * biased if biased else 0xCB000000:#x}")
     for r in range(2):
+        lines += [f"mul.rn.f32 d, ${5 + r}, c"] * (not biased)
         for group in range(2):  # the lowest bits of 2**23 and more, which count units
             name = f"f{group}"
             lines.append(f"prmt.b32 {name}, s, 0x4b000000, {0x7440 + 2 * group + r:#x}")
-            lines += [f"sub.rn.f32 {name}, {name}, c", f"mul.rn.f32 {name}, {name}, ${5 + r}"]
+            if biased:
+                lines += [f"sub.rn.f32 {name}, {name}, c", f"mul.rn.f32 {name}, {name}, ${5 + r}"]
+            else:
+                lines.append(f"fma.rn.f32 {name}, {name}, ${5 + r}, d")  # exact but for one rounding: -2**23 times it
         lines += ["cvt.rn.bf16x2.f32 h, f1, f0", f"mov.b32 ${2 * r}, h"]
         lines += ["shl.b32 l, h, 16", "sub.rn.f32 f0, f0, l", "and.b32 h, h, 0xffff0000", "sub.rn.f32 f1, f1, h"]
         lines.append(f"cvt.rn.bf16x2.f32 ${2 * r + 1}, f1, f0")
@@ -244,7 +250,10 @@ def quad_assembly(scale_dtype: str, compute: str, target: str, *, masked: bool =
     """
     lines: list[str] = []
     if scale_dtype in ("int8", "uint8") and compute in FIELDS and target.startswith("sm_"):
-        lines += [".reg .b32 s, c, d, q0, q1", *integer_quads(scale_dtype, compute, "$4", ["q0", "q1"], "$5" if masked else "")]
+        lines += [
+            ".reg .b32 s, c, d, q0, q1",
+            *integer_quads(scale_dtype, compute, "$4", ["q0", "q1"], "$5" if masked else ""),
+        ]
         lines += [f"prmt.b32 ${i}, q{i % 2}, 0, {(0x1010, 0x3232)[i // 2]:#x}" for i in range(4)]
         return block(lines)
     if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):

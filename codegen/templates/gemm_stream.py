@@ -79,6 +79,7 @@ from qcompile.codegen.templates.stream_rows import (
     load_rows,
     load_supers,
     load_unit,
+    no_supers,
     product_scales,
 )
 
@@ -315,14 +316,6 @@ def in_units(sum0, sum1, ratio0, ratio1, held):
 
 
 @gluon.jit
-def unit_of(ring, stage, row):
-    if SUPERS:
-        return load_unit(ring, stage, row)
-    else:
-        return gl.full((64,), 1.0, gl.float32, SUM_ROWS)
-
-
-@gluon.jit
 def add_last(sum, product, scales, held):
     """With PRODUCTS the sum with the last product, when it is done, times its scales; and that product."""
     if PRODUCTS:
@@ -361,15 +354,18 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
         product = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         scales = gl.zeros((64, 1), gl.float32, SUMS)
-        unit0 = gl.full((64,), 1.0, gl.float32, SUM_ROWS)
-        unit1 = unit0
+        unit0, unit1 = gl.full((64,), 1.0, gl.float32, SUM_ROWS), gl.full((64,), 1.0, gl.float32, SUM_ROWS)
+        supers0, supers1 = no_supers(), no_supers()
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
-            supers0, next0 = load_supers(ring, stage, FIRST), unit_of(ring, stage, FIRST)
-            next1 = next0
-            if PER == 2:
-                supers1, next1 = load_supers(ring, stage, SECOND), unit_of(ring, stage, SECOND)
+            if SUPERS:
+                if (now == i) | ((step + now - i) % (SUPER_COLUMNS // 128) == 0):
+                    supers0, before0, before1 = load_supers(ring, stage, FIRST), unit0, unit1
+                    unit0 = load_unit(ring, stage, FIRST)
+                    if PER == 2:
+                        supers1, unit1 = load_supers(ring, stage, SECOND), load_unit(ring, stage, SECOND)
+                    sum0, sum1 = in_units(sum0, sum1, before0 / unit0, before1 / unit1, held)
             for half in gl.static_range(2):
                 if half % ALIKE == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2, supers0)
@@ -383,9 +379,6 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                     sum1, product = add_last(sum1, product, scales, held)
                 else:
                     sum0, product = add_last(sum0, product, scales, held)
-                if half == 0:
-                    sum0, sum1 = in_units(sum0, sum1, unit0 / next0, unit1 / next1, held)
-                    unit0, unit1 = next0, next1
                 sum0, product = multiply(weight, columns, sum0, product, held)
                 held, scales = weight, scales0
                 if half == 0:  # products of the step before are done

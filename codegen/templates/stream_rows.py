@@ -117,7 +117,7 @@ def quad_rows(quads, supers):
     """Scales of both rows of threads from words of four."""
     words = (quads.load(QUAD_SLOTS).reshape(4, 8, QUADS),)
     if SUPERS:
-        words = words + (gl.expand_dims(supers[0], 2),)
+        words = words + (gl.convert_layout(gl.expand_dims(supers[0], 2), words[0].type.layout, assert_trivial=True),)
     a0, a1, b0, b1 = gl.inline_asm_elementwise(
         SCALE_WORDS,
         "=r,=r,=r,=r,r" + (",r" if SUPERS else ""),
@@ -166,7 +166,10 @@ def each_quad(quads):
         found = (gl.convert_layout(words.reshape(4, 8), WH, assert_trivial=True),)
     else:
         first, second = words.reshape(4, 8, 2).split()
-        first, second = gl.convert_layout(first, WH, assert_trivial=True), gl.convert_layout(second, WH, assert_trivial=True)
+        first, second = (
+            gl.convert_layout(first, WH, assert_trivial=True),
+            gl.convert_layout(second, WH, assert_trivial=True),
+        )
         found = (first, second)
     return found
 
@@ -181,21 +184,29 @@ def super_rows(above, stage, row):
 
 @gluon.jit
 def load_supers(ring, stage, row):
-    """With SUPERS what `load_rows` takes of those of a step: a mask of scales whose own is not 0, and offsets' units.
+    """What `load_rows` takes of those of a step: a mask of scales whose own is not 0, and offsets' units.
 
     Sums are in units of the scale above, or of 1 where it is 0 (`load_unit`).
     """
     _, _, above, _, above_offsets = ring[4:]
+    first, second = super_rows(above, stage, row)
+    found = (gl.where(first == 0.0, 0, 0x00FF00FF) | gl.where(second == 0.0, 0, -0x00FF0100),)
+    if OFFSET:
+        a, b = super_rows(above_offsets, stage, row)
+        a = a * (1.0 / FACTOR) / gl.where(first == 0.0, 1.0, first)
+        b = b * (1.0 / FACTOR) / gl.where(second == 0.0, 1.0, second)
+        found = found + (a, b)
+    return found
+
+
+@gluon.jit
+def no_supers():
+    """What takes the place of `load_supers` before the first."""
     found = ()
     if SUPERS:
-        first, second = super_rows(above, stage, row)
-        mask = gl.where(first == 0.0, 0, 0x00FF00FF) | gl.where(second == 0.0, 0, -0x00FF0100)
-        found = (mask,)
+        found = (gl.zeros((4, 8), gl.int32, WH),)
         if OFFSET:
-            a, b = super_rows(above_offsets, stage, row)
-            a = a * (1.0 / FACTOR) / gl.where(first == 0.0, 1.0, first)
-            b = b * (1.0 / FACTOR) / gl.where(second == 0.0, 1.0, second)
-            found = found + (a, b)
+            found = found + (gl.zeros((4, 8), gl.float32, WH), gl.zeros((4, 8), gl.float32, WH))
     return found
 
 
