@@ -34,10 +34,10 @@ def integer_quads(scale_dtype: str, dtype: str, word: str, names: list[str], mas
     """
     wide, above = dtype == "bfloat16", 128 if scale_dtype == "int8" else 0
     times, less = (2.0**127, above / 64) if wide else (1.0, above + 1024.0)
-    number = f"{above * 0x1010101:#x}"
-    lines = [
-        f"lop3.b32 s, {word}, {mask}, {number}, 0x6a" if mask else f"xor.b32 s, {word}, {number}"
-    ]  # & mask ^ number
+    numbers = f"{above * 0x1010101:#x}"
+    lines = [f"xor.b32 s, {word}, {numbers}"]
+    if mask:
+        lines = [f"lop3.b32 s, {word}, {mask}, {numbers}, 0x6a"]  # (word & mask) ^ numbers
     lines += [f"mov.b32 {name}, {bits_of(v, dtype) * 0x10001:#x}" for name, v in (("c", times), ("d", -less))]
     for r, name in enumerate(names):
         lines.append(f"prmt.b32 {name}, s, {0 if wide else 0x64646464:#x}, {(0x4240, 0x4341)[r]:#x}")

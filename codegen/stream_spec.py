@@ -30,7 +30,7 @@ def stream_scales(spec: KernelSpec) -> str:
 
 
 def _narrow(spec: KernelSpec) -> bool:
-    """Whether weights are of less than 8 bits that bfloat16 holds, and have scales of groups, no zero points if tables."""
+    """Whether weights are of less than 8 bits that bfloat16 holds, and scales of groups; tables have no more."""
     fmt = FORMATS[spec.weight]
     if fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16" or not holds(spec.compute, fmt):
         return False

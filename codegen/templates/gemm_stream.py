@@ -308,10 +308,7 @@ def in_units(sum0, sum1, ratio0, ratio1, held):
     if SUPERS:
         sum0, sum1, _ = warpgroup_mma_wait(0, deps=[sum0, sum1, held])
         sum0 = warpgroup_mma_init(sum0 * gl.expand_dims(ratio0, 1))
-        if PER == 2:
-            sum1 = warpgroup_mma_init(sum1 * gl.expand_dims(ratio1, 1))
-        else:
-            sum1 = warpgroup_mma_init(sum1)
+        sum1 = warpgroup_mma_init(sum1 * gl.expand_dims(ratio1, 1) if PER == 2 else sum1)
     return sum0, sum1
 
 
@@ -359,13 +356,12 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
-            if SUPERS:
-                if (now == i) | ((step + now - i) % (SUPER_COLUMNS // 128) == 0):
-                    supers0, before0, before1 = load_supers(ring, stage, FIRST), unit0, unit1
-                    unit0 = load_unit(ring, stage, FIRST)
-                    if PER == 2:
-                        supers1, unit1 = load_supers(ring, stage, SECOND), load_unit(ring, stage, SECOND)
-                    sum0, sum1 = in_units(sum0, sum1, before0 / unit0, before1 / unit1, held)
+            if SUPERS and (now == i) | ((step + now - i) % (SUPER_COLUMNS // 128) == 0):
+                supers0, before0, before1 = load_supers(ring, stage, FIRST), unit0, unit1
+                unit0 = load_unit(ring, stage, FIRST)
+                if PER == 2:
+                    supers1, unit1 = load_supers(ring, stage, SECOND), load_unit(ring, stage, SECOND)
+                sum0, sum1 = in_units(sum0, sum1, before0 / unit0, before1 / unit1, held)
             for half in gl.static_range(2):
                 if half % ALIKE == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2, supers0)
