@@ -147,9 +147,11 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
     instructions, scales = _SPREAD if spec.sparse else _instructions(spec), "" if spec.in_rows else stream_scales(spec)
+    table = isinstance(FORMATS[spec.weight], TableFormat)
     if scales == "pairs":  # 64 columns' scales take 64 instructions a group for both rows of a thread, or more
-        instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + 0.4 * (spec.quads > 0) + spec.offset)
-        instructions += 2.2 * isinstance(FORMATS[spec.weight], TableFormat)
+        instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + spec.offset) + 2.2 * table
+    elif scales == "fragments" and 0 < spec.super_columns < spec.k:  # sums are multiplied too
+        instructions = 3.7 + 0.3 * spec.quads + 1.3 * spec.offset + 1.7 * table
     if scales == "products":
         working *= _APART
     # A group decodes while the other multiplies, for half of the time that products take.

@@ -78,7 +78,6 @@ from qcompile.codegen.templates.stream_rows import (
     WHLV,
     load_rows,
     load_supers,
-    load_unit,
     no_supers,
     product_scales,
 )
@@ -114,6 +113,8 @@ FIRSTS = tl.constexpr(tuple(sum(WIDTHS.value[:plane]) for plane in range(PLANES.
 """How many planes there are, and the first line of each."""
 STORED = tl.constexpr(sum(WIDTHS.value))
 """Bits that a weight takes in memory."""
+SUPER_STEPS = tl.constexpr(max(1, SUPER_COLUMNS.value // 128))
+"""Steps whose columns have the same scale above their scales."""
 STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + ROW_BYTES)
 """Of a stage, but for scales above scales."""
 ROW_WORDS = tl.constexpr(
@@ -303,9 +304,9 @@ def nothing():
 
 
 @gluon.jit
-def in_units(sum0, sum1, ratio0, ratio1, held):
-    """With SUPERS sums, when their products are done, in other units."""
-    if SUPERS:
+def in_units(sum0, sum1, ratio0, ratio1, held, changed):
+    """With SUPERS sums in other units if these have changed, when their products are done."""
+    if SUPERS and changed:
         sum0, sum1, _ = warpgroup_mma_wait(0, deps=[sum0, sum1, held])
         sum0 = warpgroup_mma_init(sum0 * gl.expand_dims(ratio0, 1))
         sum1 = warpgroup_mma_init(sum1 * gl.expand_dims(ratio1, 1) if PER == 2 else sum1)
@@ -352,16 +353,16 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         product = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         scales = gl.zeros((64, 1), gl.float32, SUMS)
         unit0, unit1 = gl.full((64,), 1.0, gl.float32, SUM_ROWS), gl.full((64,), 1.0, gl.float32, SUM_ROWS)
+        ratio0, ratio1 = unit0, unit1
         supers0, supers1 = no_supers(), no_supers()
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
-            if SUPERS and (now == i) | ((step + now - i) % (SUPER_COLUMNS // 128) == 0):
-                supers0, before0, before1 = load_supers(ring, stage, FIRST), unit0, unit1
-                unit0 = load_unit(ring, stage, FIRST)
+            changed = (now == i) | ((step + now - i) % SUPER_STEPS == 0)
+            if SUPERS and changed:
+                supers0, ratio0, unit0 = load_supers(ring, stage, FIRST, unit0)
                 if PER == 2:
-                    supers1, unit1 = load_supers(ring, stage, SECOND), load_unit(ring, stage, SECOND)
-                sum0, sum1 = in_units(sum0, sum1, before0 / unit0, before1 / unit1, held)
+                    supers1, ratio1, unit1 = load_supers(ring, stage, SECOND, unit1)
             for half in gl.static_range(2):
                 if half % ALIKE == 0:
                     rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2, supers0)
@@ -375,6 +376,8 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                     sum1, product = add_last(sum1, product, scales, held)
                 else:
                     sum0, product = add_last(sum0, product, scales, held)
+                if half == 0:
+                    sum0, sum1 = in_units(sum0, sum1, ratio0, ratio1, held, changed)
                 sum0, product = multiply(weight, columns, sum0, product, held)
                 held, scales = weight, scales0
                 if half == 0:  # products of the step before are done

@@ -183,10 +183,11 @@ def super_rows(above, stage, row):
 
 
 @gluon.jit
-def load_supers(ring, stage, row):
-    """What `load_rows` takes of those of a step: a mask of scales whose own is not 0, and offsets' units.
+def load_supers(ring, stage, row, unit):
+    """What `load_rows` takes of a step's scales above, the unit before in units of the step's, and this.
 
-    Sums are in units of the scale above, or of 1 where it is 0 (`load_unit`).
+    A tile's sums are in units of rows' scales above, or of 1 where these are 0. `load_rows` takes a mask of the scales
+    that are multiplied by others than 0, and what is above offsets in these units.
     """
     _, _, above, _, above_offsets = ring[4:]
     first, second = super_rows(above, stage, row)
@@ -196,7 +197,10 @@ def load_supers(ring, stage, row):
         a = a * (1.0 / FACTOR) / gl.where(first == 0.0, 1.0, first)
         b = b * (1.0 / FACTOR) / gl.where(second == 0.0, 1.0, second)
         found = found + (a, b)
-    return found
+    values = above.index(stage).slice(row, 1, 0).load(SLOTS).reshape(64)
+    values = gl.convert_layout(values, SUM_ROWS, assert_trivial=True).to(gl.float32)
+    own = gl.where(values == 0.0, 1.0, values)
+    return found, unit / own, own
 
 
 @gluon.jit
@@ -208,14 +212,6 @@ def no_supers():
         if OFFSET:
             found = found + (gl.zeros((4, 8), gl.float32, WH), gl.zeros((4, 8), gl.float32, WH))
     return found
-
-
-@gluon.jit
-def load_unit(ring, stage, row):
-    """With SUPERS the unit of a tile's sums in a step, [64]."""
-    values = ring[6].index(stage).slice(row, 1, 0).load(SLOTS).reshape(64)
-    values = gl.convert_layout(values, SUM_ROWS, assert_trivial=True).to(gl.float32)
-    return gl.where(values == 0.0, 1.0, values)
 
 
 @gluon.jit

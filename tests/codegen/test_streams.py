@@ -320,7 +320,7 @@ def test_words_become_weights(kind: str) -> None:
         *("words_of", "two_rows", "runs_of", "quad_rows", "load_rows", "decode_words", "in_order"),
         *("each_of", "of_runs", "joined", "decode_bytes"),
         *("of_rows", "pairs_of", "pairs_of_group", "load_zeros", "load_pairs"),
-        *("each_quad", "super_rows", "load_supers", "load_unit", "load_quads"),
+        *("each_quad", "super_rows", "load_supers", "load_quads"),
     ):
         names[function] = types.FunctionType(getattr(module, function).fn.__code__, names)
     decode = names["decode_bytes" if module.BYTES.value else "decode_words"]
@@ -328,13 +328,14 @@ def test_words_become_weights(kind: str) -> None:
         ring_planes = tuple(Values(plane[None, :, step]) for plane in planes)
         others = (None if values is None else Values(values[None, :, step]) for values in ring_rows)
         ring = (None, None, None, ring_planes, *others)
-        supers = names["load_supers"](ring, 0, tile) if module.SUPERS.value else ()
+        supers, unit = (), Values(np.ones(64, np.float32))
+        if module.SUPERS.value:
+            supers, ratio, unit = names["load_supers"](ring, 0, tile, unit)
+            assert np.array_equal(ratio.data, 1 / unit.data)
         rows = names["load_rows"](ring, 0, tile, half * module.GROUPS // 2, supers)
         weight = decode(ring, 0, half, tile, rows).data
         found = torch.from_numpy(weight.astype(np.int16)).view(dtype).double() * module.FACTOR.value
-        if module.SUPERS.value:
-            unit = names["load_unit"](ring, 0, tile).data
-            found *= torch.from_numpy(unit.astype(np.float64))[:, None]
+        found *= torch.from_numpy(unit.data.astype(np.float64))[:, None]
         place = (slice(64 * tile, 64 * tile + 64), slice(64 * (2 * step + half), 64 * (2 * step + half) + 64))
         inexact = module.OFFSET.value or (module.PAIRS.value and module.SCALE_BITS.value == 32)
         if inexact:
