@@ -55,6 +55,8 @@ _NARROW = {128: 1.55, 256: 1.3}
 """How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
 _SPREAD = 3.0
 """As `_instructions`, of a sparse weight that `gemm_stream` makes dense."""
+_SENDING = 1.3
+"""As `_instructions`, of sending for a step's operands where it has half as many weights, for scales above scales."""
 _APART = 1.75
 """How much longer `gemm_stream` multiplies where it waits for each product, to scale it."""
 _HIDDEN = 0.4
@@ -151,7 +153,7 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     if scales == "pairs":  # 64 columns' scales take 64 instructions a group for both rows of a thread, or more
         instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + spec.offset) + 2.2 * table
     elif scales == "fragments" and 0 < spec.super_columns < spec.k:  # sums are multiplied too
-        instructions = 3.7 + 0.3 * spec.quads + 1.3 * spec.offset + 1.7 * table
+        instructions = 3.7 + 0.3 * spec.quads + 1.3 * spec.offset + 1.7 * table + _SENDING * (tile.n == 128)
     if scales == "products":
         working *= _APART
     # A group decodes while the other multiplies, for half of the time that products take.

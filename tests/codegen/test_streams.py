@@ -375,8 +375,8 @@ def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
         tiles = kernel.tile.n // 128
         a_group = f"m{tiles}0" if name == "int8" else ("d0m" if name == "nf4" else "dm1") * (2 * tiles) + "0"
         order, expected = found["order"], 2 * a_group
-        if 0 < kernel.super_columns < kernel.k:  # where units change, in some place, groups wait for all products too
-            order, expected = order.replace("0", ""), expected.replace("0", "")
+        if 0 < kernel.super_columns < kernel.k:  # where units change, in a branch, groups wait for all products too
+            order, expected = "".join(sorted(order.replace("0", ""))), "".join(sorted(expected.replace("0", "")))
         assert order == expected, (kernel.tile, found)
 
 
