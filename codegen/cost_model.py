@@ -153,7 +153,7 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     if scales == "pairs":  # 64 columns' scales take 64 instructions a group for both rows of a thread, or more
         instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + spec.offset) + 2.2 * table
     elif scales == "fragments" and 0 < spec.super_columns < spec.k:  # sums are multiplied too
-        instructions = 3.7 + 0.3 * spec.quads + 1.3 * spec.offset + 1.7 * table + _SENDING * (tile.n == 128)
+        instructions = 3.7 + 0.3 * spec.quads + 1.3 * spec.offset + 1.7 * table + _SENDING * (tile.m == tile.n == 128)
     if scales == "products":
         working *= _APART
     # A group decodes while the other multiplies, for half of the time that products take.

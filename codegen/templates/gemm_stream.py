@@ -13,7 +13,9 @@ BLOCK_N rows of the weight.
 Scales go where `gemm_fragment` has them ("total", "fragments" or "products"). With "products" a group waits for each
 product of 64 columns when it has decoded the next one's weights, adds it to the sum, times its rows' scales, and begins
 the next; the other group's products are under way meanwhile. With "pairs" weights are multiplied by scales that are
-sums of two numbers of COMPUTE, offsets that are such sums too are added, and no product waits: `stream_rows`.
+sums of two numbers of COMPUTE, offsets that are such sums too are added, and no product waits: `stream_rows`. With
+SUPERS a tile's sums are in units of the scales above those of fragments, and are multiplied where these change, every
+SUPER_COLUMNS.
 
 Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`. With GATED a group's two
 tiles are of the same rows in both halves of the weight, and the epilogue gets both.
