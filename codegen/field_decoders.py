@@ -95,8 +95,8 @@ def fields_assembly(
     lines = [".reg .b32 s, t, c, d, m, z, none", ".reg .b16 l, h", f"mov.b32 none, {word(-0.0)}", *gathering]
     for q in range(quads):
         lines.append(f".reg .b32 q{q}0, q{q}1")
-        mask = f"${beside + quads}" if masked else ""
-        lines += integer_quads(scales, dtype, f"${beside + q}", [f"q{q}0", f"q{q}1"], mask)
+        kept = f"${beside + quads}" if masked else ""
+        lines += integer_quads(scales, dtype, f"${beside + q}", [f"q{q}0", f"q{q}1"], kept)
     for slot, (number_of_byte, low) in enumerate(slots(fmt.bits)):
         v, r = divmod(slot, 2)
         scale, half, lower, upper = f"${beside + 2 * zero_points + r}", "", slot, slot
