@@ -55,6 +55,8 @@ _NARROW = {128: 1.55, 256: 1.3}
 """How much longer `gemm_stream` multiplies 64 rows of x than half of 128, by its tiles' rows of the weight."""
 _SPREAD = 3.0
 """As `_instructions`, of a sparse weight that `gemm_stream` makes dense."""
+_SENDING = 1.3
+"""As `_instructions`, of sending for a step's operands where it has half as many weights, for scales above scales."""
 _APART = 1.75
 """How much longer `gemm_stream` multiplies where it waits for each product, to scale it."""
 _HIDDEN = 0.4
@@ -147,9 +149,11 @@ def _stream_seconds(spec: KernelSpec, m: int, device: Device) -> float:
     rate = device.operations * 0.83 * (2 if spec.compute == "int8" else 1)
     working = value["operations"] / rate * slow
     instructions, scales = _SPREAD if spec.sparse else _instructions(spec), "" if spec.in_rows else stream_scales(spec)
+    table = isinstance(FORMATS[spec.weight], TableFormat)
     if scales == "pairs":  # 64 columns' scales take 64 instructions a group for both rows of a thread, or more
-        instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + 0.4 * (spec.quads > 0) + spec.offset)
-        instructions += 2.2 * isinstance(FORMATS[spec.weight], TableFormat)
+        instructions = 3 + 0.5 * spec.offset + 32 / min(64, spec.columns) * (1 + spec.offset) + 2.2 * table
+    elif scales == "fragments" and 0 < spec.super_columns < spec.k:  # sums are multiplied too
+        instructions = 3.7 + 0.3 * spec.quads + 1.3 * spec.offset + 1.7 * table + _SENDING * (tile.m == tile.n == 128)
     if scales == "products":
         working *= _APART
     # A group decodes while the other multiplies, for half of the time that products take.

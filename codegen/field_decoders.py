@@ -26,14 +26,18 @@ def _bytes(bits: int) -> tuple[list[str], list[str]]:
     return lines, names
 
 
-def integer_quads(scale_dtype: str, dtype: str, word: str, names: list[str]) -> list[str]:
+def integer_quads(scale_dtype: str, dtype: str, word: str, names: list[str], mask: str = "") -> list[str]:
     """PTX that makes of a word of four scales those of two rows, each of two groups, `quad_unit` times less.
 
-    Integers are numbers where they lie in bfloat16, as codes are, or the last bits of 1024 and more in float16.
+    Integers are numbers where they lie in bfloat16, as codes are, or the last bits of 1024 and more in float16. Those
+    that the mask leaves out are 0.
     """
     wide, above = dtype == "bfloat16", 128 if scale_dtype == "int8" else 0
     times, less = (2.0**127, above / 64) if wide else (1.0, above + 1024.0)
-    lines = [f"xor.b32 s, {word}, {above * 0x1010101:#x}"]
+    numbers = f"{above * 0x1010101:#x}"
+    lines = [f"xor.b32 s, {word}, {numbers}"]
+    if mask:
+        lines = [f"lop3.b32 s, {word}, {mask}, {numbers}, 0x6a"]  # (word & mask) ^ numbers
     lines += [f"mov.b32 {name}, {bits_of(v, dtype) * 0x10001:#x}" for name, v in (("c", times), ("d", -less))]
     for r, name in enumerate(names):
         lines.append(f"prmt.b32 {name}, s, {0 if wide else 0x64646464:#x}, {(0x4240, 0x4341)[r]:#x}")
@@ -51,6 +55,7 @@ def fields_assembly(
     quads: int,
     factor: float,
     pairs: int = 0,
+    masked: bool = False,
     offsets: bool = False,
 ) -> str:
     """PTX that decodes the codes of a thread's 64 columns, less than 8 bits each, from as many words from $32 on.
@@ -67,8 +72,10 @@ def fields_assembly(
         pairs: groups of the 64 columns whose scales multiply weights as `pair_assembly` makes them, of bfloat16 from
             sm_90 on: zero points, if there are, are of group g and row r number 2 g + r, and so are pairs, in two words
             each, behind them. The product is rounded once, but for 2**-15 of it. 0 if scales are not pairs.
+        masked: whether behind quads is a mask of their words: scales that it leaves out are 0.
         offsets: whether behind these are as many pairs of offsets, `factor` times less, which are added: products with
-            the greater numbers are rounded, and their sums with the rest.
+            the greater numbers are rounded, and their sums with the rest. With `quads` two groups' are in one word, as
+            `offset_assembly` makes them, and also `quad_unit` times less.
     """
     wide = dtype == "bfloat16"
     packed, number = ("bf16x2", 0) if wide else ("f16x2", 1024)
@@ -88,7 +95,8 @@ def fields_assembly(
     lines = [".reg .b32 s, t, c, d, m, z, none", ".reg .b16 l, h", f"mov.b32 none, {word(-0.0)}", *gathering]
     for q in range(quads):
         lines.append(f".reg .b32 q{q}0, q{q}1")
-        lines += integer_quads(scales, dtype, f"${beside + q}", [f"q{q}0", f"q{q}1"])
+        kept = f"${beside + quads}" if masked else ""
+        lines += integer_quads(scales, dtype, f"${beside + q}", [f"q{q}0", f"q{q}1"], kept)
     for slot, (number_of_byte, low) in enumerate(slots(fmt.bits)):
         v, r = divmod(slot, 2)
         scale, half, lower, upper = f"${beside + 2 * zero_points + r}", "", slot, slot
@@ -122,6 +130,13 @@ def fields_assembly(
                 lines.append(f"and.b32 t, {field}, {mask:#x}")
             else:
                 lines.append(f"lop3.b32 t, {field}, {mask:#x}, {MAGIC[dtype][0]:#x}, 0xea")  # (field & mask) | magic
+            if quads and offsets:
+                for name, place in (("c", 0), ("d", 1)):
+                    word_of_both = beside + quads + masked + 4 * q + 2 * r + place
+                    lines += [f"mov.b32 {{l, h}}, ${word_of_both}", f"mov.b32 {name}, {{{half}, {half}}}"]
+                lines += [f"fma.rn.{packed} t, t, m, c", f"add.rn.{packed} t, t, d"]
+                lines.append(f"mov.b32 {{${4 * slot + 2 * s}, ${4 * slot + 2 * s + 1}}}, t")
+                continue
             exact = wide and not fmt.offset and not zero_points
             lines.append(multiply("t", "t", "m") if exact else f"fma.rn.{packed} t, t, m, z")
             if scales and not at_once:
@@ -138,31 +153,44 @@ def fields_assembly(
     return block(lines)
 
 
-def pair_assembly(scale_dtype: str, *, quads: bool, above: bool, unit: float = 1.0) -> str:
-    """PTX that makes of scales pairs of bfloat16, whose sum is the scale times `unit`, but for less than 2**-16 of it.
+def pair_assembly(scale_dtype: str, unit: float = 1.0) -> str:
+    """PTX that makes of a scale a pair of bfloat16, whose sum is the scale times `unit`, but for 2**-16 of it at most.
 
-    Both are twice in a word. That of a scale in $2 goes to $0 and the rest to $1. With `quads` those of byte i of word
-    $8 go to $<2i> and $<2i + 1>; with `above` they are of the byte, of row i % 2, times what is above it, $<9 + i % 2>,
-    which is a float32, as they are.
+    Both are twice in a word. That of the scale in $2 goes to $0 and the rest to $1.
     """
-    lines, biased = (
-        [".reg .b32 s, c, f, g, h, u", f"mov.b32 u, {bits_of(unit, 'bfloat16') << 16:#x}"],
-        scale_dtype == "int8",
-    )
-    if quads:
-        lines += [f"xor.b32 s, $8, {0x80808080 * biased:#x}", f"mov.b32 c, {0x4B000000 + 128 * biased:#x}"]
-    for i in range(4 if quads else 1):
-        if quads:  # the lowest bits of 2**23 and more, which count units
-            lines += [f"prmt.b32 f, s, 0x4b000000, {0x7440 + i:#x}", "sub.rn.f32 f, f, c"]
-            lines += [f"mul.rn.f32 f, f, ${9 + i % 2}"] * above
-        elif scale_dtype == "bfloat16":
-            lines += ["mov.b32 f, {$2, $2}", "and.b32 f, f, 0xffff0000"]
-        else:
-            lines.append("cvt.f32.f16 f, $2" if scale_dtype == "float16" else "mov.b32 f, $2")
-        if unit != 1.0:
-            lines.append("mul.rn.f32 f, f, u")
-        lines += ["cvt.rn.bf16x2.f32 h, f, f", f"mov.b32 ${2 * i}, h", "shl.b32 h, h, 16"]
-        lines += ["sub.rn.f32 g, f, h", f"cvt.rn.bf16x2.f32 ${2 * i + 1}, g, g"]
+    lines = [".reg .b32 f, g, h, u", f"mov.b32 u, {bits_of(unit, 'bfloat16') << 16:#x}"]
+    if scale_dtype == "bfloat16":
+        lines += ["mov.b32 f, {$2, $2}", "and.b32 f, f, 0xffff0000"]
+    else:
+        lines.append("cvt.f32.f16 f, $2" if scale_dtype == "float16" else "mov.b32 f, $2")
+    if unit != 1.0:
+        lines.append("mul.rn.f32 f, f, u")
+    lines += ["cvt.rn.bf16x2.f32 h, f, f", "mov.b32 $0, h", "shl.b32 h, h, 16"]
+    lines += ["sub.rn.f32 g, f, h", "cvt.rn.bf16x2.f32 $1, g, g"]
+    return block(lines)
+
+
+def offset_assembly(scale_dtype: str) -> str:
+    """PTX that makes pairs as `pair_assembly` does of a word $4 of four integers: both groups' of row r in one word.
+
+    The greater numbers go to $<2r> and the rests to $<2r + 1>. Integers are multiplied by their row's $<5 + r>, which
+    are float32.
+    """
+    biased = scale_dtype == "int8"
+    lines = [".reg .b32 s, c, d, f0, f1, h, l", f"xor.b32 s, $4, {0x80808080 * biased:#x}"]
+    lines.append(f"mov.b32 c, {0x4B000000 + 128 * biased if biased else 0xCB000000:#x}")
+    for r in range(2):
+        lines += [f"mul.rn.f32 d, ${5 + r}, c"] * (not biased)
+        for group in range(2):  # the lowest bits of 2**23 and more, which count units
+            name = f"f{group}"
+            lines.append(f"prmt.b32 {name}, s, 0x4b000000, {0x7440 + 2 * group + r:#x}")
+            if biased:
+                lines += [f"sub.rn.f32 {name}, {name}, c", f"mul.rn.f32 {name}, {name}, ${5 + r}"]
+            else:
+                lines.append(f"fma.rn.f32 {name}, {name}, ${5 + r}, d")  # exact but for one rounding: -2**23 times it
+        lines += ["cvt.rn.bf16x2.f32 h, f1, f0", f"mov.b32 ${2 * r}, h"]
+        lines += ["shl.b32 l, h, 16", "sub.rn.f32 f0, f0, l", "and.b32 h, h, 0xffff0000", "sub.rn.f32 f1, f1, h"]
+        lines.append(f"cvt.rn.bf16x2.f32 ${2 * r + 1}, f1, f0")
     return block(lines)
 
 
@@ -215,11 +243,17 @@ def quad_unit(scale_dtype: str, compute: str, target: str) -> float:
     return 64.0 if scale_dtype in ("int8", "uint8") and compute == "bfloat16" and target.startswith("sm_") else 1.0
 
 
-def quad_assembly(scale_dtype: str, compute: str, target: str) -> str:
-    """PTX that makes $<i> what `scale_words` makes of byte i of word $4, `quad_unit` times less, or ""."""
+def quad_assembly(scale_dtype: str, compute: str, target: str, *, masked: bool = False) -> str:
+    """PTX that makes $<i> what `scale_words` makes of byte i of word $4, `quad_unit` times less, or "".
+
+    masked: whether $5 is a mask of the word, of integers: those that it leaves out are 0.
+    """
     lines: list[str] = []
     if scale_dtype in ("int8", "uint8") and compute in FIELDS and target.startswith("sm_"):
-        lines += [".reg .b32 s, c, d, q0, q1", *integer_quads(scale_dtype, compute, "$4", ["q0", "q1"])]
+        lines += [
+            ".reg .b32 s, c, d, q0, q1",
+            *integer_quads(scale_dtype, compute, "$4", ["q0", "q1"], "$5" if masked else ""),
+        ]
         lines += [f"prmt.b32 ${i}, q{i % 2}, 0, {(0x1010, 0x3232)[i // 2]:#x}" for i in range(4)]
         return block(lines)
     if scale_dtype == "float8_e8m0fnu" and compute == "bfloat16" and target.startswith("sm_"):

@@ -20,6 +20,7 @@ from qcompile.codegen.decoders import (
 from qcompile.codegen.field_decoders import (
     codes_decoder,
     fields_assembly,
+    offset_assembly,
     pair_assembly,
     quad_assembly,
     quad_decoder,
@@ -135,7 +136,7 @@ def _negative(fmt: IntegerFormat, decoded: str) -> int:
 def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
     """Those of `gemm_fragment`; `decoded` is the type that codes become."""
     aligned = spec.aligned or spec.tile.k
-    scales = scales_of(spec, spec.tile.scales)
+    scales = stream_scales(spec) if spec.streams else scales_of(spec, spec.tile.scales)
     # With overlap a turn of the loop has two chunks at least.
     widest = min(spec.tile.k // (2 if spec.tile.overlap else 1), 64 if spec.compute == "float32" else 128)
     chunk = widest if scales in ("total", "sums") or (scales == "weights" and aligned < 64) else min(widest, aligned)
@@ -163,7 +164,15 @@ def _fragment_constants(spec: KernelSpec, decoded: str) -> dict[str, object]:
         of = spec.scale_dtype if scaled else ""
         quads = spec.quads if scaled else 0
         words = fields_assembly(
-            fmt, decoded, spec.target, zero_points=zero_points, scales=of, quads=quads, factor=factor
+            fmt,
+            decoded,
+            spec.target,
+            zero_points=zero_points,
+            scales=of,
+            quads=quads,
+            factor=factor,
+            masked=spec.streams and quads > 0 and not super_last(spec),
+            offsets=spec.streams and spec.offset,
         )
     elif fmt.bits == 4 and nvidia:
         words = word_assembly(fmt, decoded, spec.target, zero_points=zero_points, scaled=scaled, factor=factor)
@@ -248,10 +257,12 @@ def _sparse_cores(spec: KernelSpec) -> str:
 
 def _stream(spec: KernelSpec) -> dict[str, str]:
     fmt, constants = FORMATS[spec.weight], _fragment_constants(spec, spec.compute)
-    spread, pairs = "", 0
-    constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target) if spec.quads else ""
+    spread, pairs, above = "", 0, spec.super_columns > 0 and not super_last(spec)
+    constants["SCALE_WORDS"] = constants["OFFSET_WORDS"] = ""
+    if spec.quads:
+        constants["SCALE_WORDS"] = quad_assembly(spec.scale_dtype, spec.compute, spec.target, masked=above)
+        constants["OFFSET_WORDS"] = offset_assembly(spec.scale_dtype) if spec.offset else ""
     if (scales := stream_scales(spec)) == "pairs":
-        above = spec.super_columns > 0 and not super_last(spec)
         pairs, zero_points = max(1, 64 // spec.columns), not (spec.symmetric or spec.offset)
         factor = word_factor(fmt, spec.compute, spec.target, scaled=False, at_once=True)
         if isinstance(fmt, IntegerFormat):
@@ -272,7 +283,7 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         at_once = isinstance(fmt, IntegerFormat)
         constants |= {"SCALES": scales, "BYTES": at_once, "WORDS": words, "FACTOR": factor}
         for name, unit in (("SCALE_WORDS", 1.0), ("OFFSET_WORDS", 1 / factor)):
-            constants[name] = pair_assembly(spec.scale_dtype, quads=spec.quads > 0, above=above, unit=unit)
+            constants[name] = pair_assembly(spec.scale_dtype, unit)
     elif spec.sparse:
         assert isinstance(fmt, IntegerFormat)
         scaled = constants["SCALES"] == "fragments"
@@ -281,9 +292,8 @@ def _stream(spec: KernelSpec) -> dict[str, str]:
         spread = _spread()
     elif fmt.bits == 8:
         constants["WORDS"] = byte_assembly(fmt, spec.compute, float(str(constants["FACTOR"])))
-    constants["SUPER_COLUMNS"] = 0 if super_last(spec) else spec.super_columns
+    constants["SUPER_COLUMNS"] = spec.super_columns if above else 0
     constants |= {"PAIRS": pairs, "SYMMETRIC": spec.symmetric or spec.offset}
-    constants.setdefault("OFFSET_WORDS", "")
     constants["SCALE_BITS"] = 8 * SCALE_DTYPES[spec.scale_dtype].itemsize
     constants |= {"STAGES": spec.tile.stages, "SHARED": spec.tile.split != 1, "OPERANDS": spec.operand_count > 0}
     names = [

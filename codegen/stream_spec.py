@@ -22,30 +22,38 @@ def has_gluon() -> bool:
 
 
 def stream_scales(spec: KernelSpec) -> str:
-    """Where streams of `gemm_stream` apply scales: as `scales_of` says, or "pairs" (`_in_pairs`)."""
+    """Where streams of `gemm_stream` apply scales: as `scales_of` says, but for `_in_fragments` and `_in_pairs`."""
     found = scales_of(spec, "fragments")
-    return "pairs" if found != "total" and _in_pairs(spec, found) else found
+    if found == "total" or not _narrow(spec):
+        return found
+    return "fragments" if _in_fragments(spec) else "pairs" if _in_pairs(spec, found) else found
+
+
+def _narrow(spec: KernelSpec) -> bool:
+    """Whether weights are of less than 8 bits that bfloat16 holds, and scales of groups; tables have no more."""
+    fmt = FORMATS[spec.weight]
+    if fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16" or not holds(spec.compute, fmt):
+        return False
+    if not isinstance(fmt, IntegerFormat) and (fmt.bits != 4 or spec.offset or not spec.symmetric):
+        return False
+    return spec.k % 64 == 0 and spec.groups > 1 and (spec.columns in (16, 32, 64) or spec.columns % 128 == 0)
+
+
+def _in_fragments(spec: KernelSpec) -> bool:
+    """Whether weights are multiplied by their scales, integers of 8 bits, and sums by those above when these change."""
+    fmt, above = FORMATS[spec.weight], spec.super_columns
+    plain = spec.symmetric or (spec.offset and isinstance(fmt, IntegerFormat) and not fmt.offset)
+    whole = above % 128 == 0 or above >= spec.k
+    return spec.quads > 0 and spec.scale_dtype in ("int8", "uint8") and plain and above > 0 and whole
 
 
 def _in_pairs(spec: KernelSpec, otherwise: str) -> bool:
     """Whether weights are multiplied by pairs of bfloat16 that are their scales, and rounded once.
 
-    Of weights of less than 8 bits that bfloat16 holds, where 64 columns have more than one scale or scales are products
-    with those above.
+    Where 64 columns have more than one scale, or there are offsets.
     """
-    fmt, whole = FORMATS[spec.weight], spec.symmetric or spec.offset
-    if fmt.bits == 8 or spec.sparse or spec.compute != "bfloat16" or not holds(spec.compute, fmt):
-        return False
-    if not isinstance(fmt, IntegerFormat) and (fmt.bits != 4 or spec.offset or not spec.symmetric):
-        return False
-    above = spec.super_columns > 0 and not super_last(spec)
-    if spec.k % 64 or spec.groups == 1 or (spec.columns not in (16, 32, 64) and spec.columns % 128):
-        return False
-    if spec.quads:
-        integers = spec.scale_dtype in ("int8", "uint8")
-        return integers and whole and (not above or spec.super_columns % 128 == 0)
     narrow = spec.columns < 64 or spec.offset or otherwise == "weights"
-    return spec.scale_dtype in _FLOATS and narrow and not above
+    return spec.scale_dtype in _FLOATS and narrow and (spec.super_columns == 0 or super_last(spec))
 
 
 def stream_objection(spec: KernelSpec) -> str | None:
@@ -69,7 +77,7 @@ def stream_objection(spec: KernelSpec) -> str | None:
         return "its dense weights of 8 bits have a scale a row"
     if fmt.bits == 8 and not spec.sparse and isinstance(fmt, IntegerFormat) and spec.compute != "bfloat16":
         return "its activations are bfloat16 where dense weights are integers of 8 bits"
-    if scales == "pairs":
+    if scales == "pairs" or (scales == "fragments" and _narrow(spec) and _in_fragments(spec)):
         return None
     if spec.offset:
         return "it adds offsets to integers of less than 8 bits only, with bfloat16 activations"

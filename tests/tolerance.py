@@ -66,6 +66,7 @@ def gemm_bound(
     block: int | None = None,
     accumulate_unit: float = ACCUMULATE_UNIT,
     scale_unit: float = 0.0,
+    units: int = 0,
 ) -> Tensor:
     """Greatest error of a kernel's `x @ weight.T` against the float64 product of the same x and weight: float64 [M, N].
 
@@ -86,6 +87,8 @@ def gemm_bound(
         block: terms that are summed before their sum is added to the rest, if the kernel does that.
         accumulate_unit: relative error of one addition. 2**-13 for Hopper's FP8 matrix unit, which keeps 14 bits.
         scale_unit: relative error of a weight beyond dw: `PAIR_UNIT` where scales are pairs of bfloat16.
+        units: how often sums are multiplied by a quotient, if they are in units that change: a division within 2 units
+            in the last place, and a product, which are less than 3 additions more in d.
     """
     x, weight = x.to(torch.float64).cpu().flatten(0, -2), weight.to(torch.float64).cpu()
     rounded_x = x.to(compute_dtype).to(torch.float64)
@@ -93,7 +96,7 @@ def gemm_bound(
     dw = weight.abs() * (unit(compute_dtype) + gamma(3, U32) + scale_unit) + eta(compute_dtype) / 2
     w_magnitude = weight.abs() + dw
     inner = x.shape[1]
-    depth = 3 + (inner if block is None else block + math.ceil(inner / block))
+    depth = 3 + 3 * units + (inner if block is None else block + math.ceil(inner / block))
     total = dx @ w_magnitude.T + x.abs() @ dw.T
     total += gamma(depth, accumulate_unit) * (rounded_x.abs() @ w_magnitude.T)
     y = (x @ weight.T).abs()

@@ -191,6 +191,7 @@ def _float32(function: Any) -> Any:
 
 _PTX: dict[str, Any] = {
     "sub.rn.f32": _float32(np.subtract),
+    "fma.rn.f32": _float32(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
     "mul.rn.f32": _float32(np.multiply),
     "mov.b32": lambda value: value,
     "mov.u32": lambda value: value,

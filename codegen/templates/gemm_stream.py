@@ -13,7 +13,9 @@ BLOCK_N rows of the weight.
 Scales go where `gemm_fragment` has them ("total", "fragments" or "products"). With "products" a group waits for each
 product of 64 columns when it has decoded the next one's weights, adds it to the sum, times its rows' scales, and begins
 the next; the other group's products are under way meanwhile. With "pairs" weights are multiplied by scales that are
-sums of two numbers of COMPUTE, offsets that are such sums too are added, and no product waits: `stream_rows`.
+sums of two numbers of COMPUTE, offsets that are such sums too are added, and no product waits: `stream_rows`. With
+SUPERS a tile's sums are in units of the scales above those of fragments, and are multiplied where these change, every
+SUPER_COLUMNS.
 
 Which tiles a program has, when it sends for what, and how a product ends: `stream_tiles`. With GATED a group's two
 tiles are of the same rows in both halves of the weight, and the epilogue gets both.
@@ -71,11 +73,14 @@ from qcompile.codegen.templates.stream_rows import (
     LINE_LENGTH,
     PRODUCTS,
     ROW_BYTES,
+    SUM_ROWS,
     SUMS,
     SUPERS,
     WHL,
     WHLV,
     load_rows,
+    load_supers,
+    no_supers,
     product_scales,
 )
 
@@ -110,11 +115,15 @@ FIRSTS = tl.constexpr(tuple(sum(WIDTHS.value[:plane]) for plane in range(PLANES.
 """How many planes there are, and the first line of each."""
 STORED = tl.constexpr(sum(WIDTHS.value))
 """Bits that a weight takes in memory."""
+SUPER_STEPS = tl.constexpr(max(1, SUPER_COLUMNS.value // 128))
+"""Steps whose columns have the same scale above their scales."""
 STAGE_BYTES = BLOCK_M * 256 + ROWS * (STORED * 1024 + ROW_BYTES)
 """Of a stage, but for scales above scales."""
 ROW_WORDS = tl.constexpr(
     (4 + 4 * OFFSET.value + 2 * (not SYMMETRIC.value)) * (PAIRS.value if BYTES.value else 1)
     if PAIRS.value
+    else QUADS.value * (1 + 4 * OFFSET.value) + SUPERS.value
+    if BYTES.value and QUADS.value
     else 2 * (SCALES.value == "fragments") + 2 * (not SYMMETRIC.value)
 )
 CONSTRAINTS = tl.constexpr(
@@ -297,6 +306,16 @@ def nothing():
 
 
 @gluon.jit
+def in_units(sum0, sum1, ratio0, ratio1, held, changed):
+    """With SUPERS sums in other units if these have changed, when their products are done."""
+    if SUPERS and changed:
+        sum0, sum1, _ = warpgroup_mma_wait(0, deps=[sum0, sum1, held])
+        sum0 = warpgroup_mma_init(sum0 * gl.expand_dims(ratio0, 1))
+        sum1 = warpgroup_mma_init(sum1 * gl.expand_dims(ratio1, 1) if PER == 2 else sum1)
+    return sum0, sum1
+
+
+@gluon.jit
 def add_last(sum, product, scales, held):
     """With PRODUCTS the sum with the last product, when it is done, times its scales; and that product."""
     if PRODUCTS:
@@ -335,15 +354,23 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         held = gl.zeros((64, 64), COMPUTE, WEIGHTS)  # by the product that is under way
         product = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, SUMS))
         scales = gl.zeros((64, 1), gl.float32, SUMS)
+        unit0, unit1 = gl.full((64,), 1.0, gl.float32, SUM_ROWS), gl.full((64,), 1.0, gl.float32, SUM_ROWS)
+        ratio0, ratio1 = unit0, unit1
+        supers0, supers1 = no_supers(), no_supers()
         for now in range(i, i + length):
             stage = now % STAGES
             mbarrier.wait(full.index(stage), (now // STAGES) & 1)
+            changed = (now == i) | ((step + now - i) % SUPER_STEPS == 0)
+            if SUPERS and changed:
+                supers0, ratio0, unit0 = load_supers(ring, stage, FIRST, unit0)
+                if PER == 2:
+                    supers1, ratio1, unit1 = load_supers(ring, stage, SECOND, unit1)
             for half in gl.static_range(2):
                 if half % ALIKE == 0:
-                    rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2)
+                    rows0 = load_rows(ring, stage, FIRST, half * GROUPS // 2, supers0)
                     scales0 = product_scales(ring, stage, FIRST, half * GROUPS // 2)
                     if PER == 2:
-                        rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2)
+                        rows1 = load_rows(ring, stage, SECOND, half * GROUPS // 2, supers1)
                         scales1 = product_scales(ring, stage, SECOND, half * GROUPS // 2)
                 columns = xs.index(stage).slice(64 * half, 64, 1).permute((1, 0))
                 weight = decode(ring, stage, half, FIRST, rows0)
@@ -351,6 +378,8 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
                     sum1, product = add_last(sum1, product, scales, held)
                 else:
                     sum0, product = add_last(sum0, product, scales, held)
+                if half == 0:
+                    sum0, sum1 = in_units(sum0, sum1, ratio0, ratio1, held, changed)
                 sum0, product = multiply(weight, columns, sum0, product, held)
                 held, scales = weight, scales0
                 if half == 0:  # products of the step before are done
@@ -367,6 +396,8 @@ def work(inputs, ring, outputs, partial, arrived, tiles_m, sharers, M, GROUP: gl
         else:
             sum0, product = add_last(sum0, product, scales, held)
         done0, done1 = warpgroup_mma_wait(0, deps=[sum0, sum1])
+        if SUPERS:
+            done0, done1 = done0 * gl.expand_dims(unit0, 1), done1 * gl.expand_dims(unit1, 1)
         finish(done0, done1, outputs, partial, arrived, tile, length, later, tiles_m, sharers, M, GROUP)
         i += length
 

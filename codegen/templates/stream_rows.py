@@ -26,6 +26,7 @@ BLOCK_M = tl.constexpr(64)
 SCALE_WORDS = tl.constexpr("")
 OFFSET_WORDS = tl.constexpr("")
 NEGATIVE = tl.constexpr(0)
+FACTOR = tl.constexpr(1.0)
 
 GROUPED = tl.constexpr(SCALES.value != "total")
 """Whether rows have scales of groups of columns; else one, which multiplies the sum."""
@@ -45,7 +46,7 @@ ROW_BYTES = tl.constexpr(GROUPS.value * (SCALE_BYTES.value + 64 * (not SYMMETRIC
 """Of scales, offsets and zero points of 64 rows and 128 columns, of what there is of these."""
 RUNS = tl.constexpr(PAIRS.value if PAIRS.value else 2 * QUADS.value)
 """Groups of 64 columns whose scales are spread over the runs of 16 that have them."""
-EIGHT_WORDS = tl.constexpr((tl.int32,) * 8)
+FOUR_WORDS = tl.constexpr((tl.int32,) * 4)
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M.value, 16]))
 """Layout of sums [64, BLOCK_M]."""
 WHLV = gl.constexpr(
@@ -112,14 +113,16 @@ def runs_of(first, second):
 
 
 @gluon.jit
-def quad_rows(quads):
+def quad_rows(quads, supers):
     """Scales of both rows of threads from words of four."""
-    words = quads.load(QUAD_SLOTS).reshape(4, 8, QUADS)
+    words = (quads.load(QUAD_SLOTS).reshape(4, 8, QUADS),)
+    if SUPERS:
+        words = words + (gl.convert_layout(gl.expand_dims(supers[0], 2), words[0].type.layout, assert_trivial=True),)
     a0, a1, b0, b1 = gl.inline_asm_elementwise(
         SCALE_WORDS,
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        "=r,=r,=r,=r,r" + (",r" if SUPERS else ""),
+        words,
+        dtype=FOUR_WORDS,
         is_pure=True,
         pack=1,
     )
@@ -147,39 +150,91 @@ def pairs_of(lines, ASSEMBLY: gl.constexpr):
 
 
 @gluon.jit
-def pairs_of_quad(quads, supers, ASSEMBLY: gl.constexpr):
-    """The same of both groups and rows of words of four."""
-    return gl.inline_asm_elementwise(
-        ASSEMBLY,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r" + (",f,f" if SUPERS else ""),
-        (gl.convert_layout(quads, WH, assert_trivial=True),) + supers,
-        dtype=EIGHT_WORDS,
-        is_pure=True,
-        pack=1,
-    )
+def pairs_of_group(lines, stage, row, group: gl.constexpr, ASSEMBLY: gl.constexpr):
+    """Pairs of 64 columns' scales (or offsets), of one group after another, of both rows."""
+    found = ()
+    for i in gl.static_range(IN_HALF):
+        found = found + pairs_of(lines.index(stage).slice(row, 1, 0).slice(group + i, 1, 1), ASSEMBLY)
+    return found
 
 
 @gluon.jit
-def pairs_of_group(lines, above, stage, row, group: gl.constexpr, ASSEMBLY: gl.constexpr):
-    """Pairs of 64 columns' scales (or offsets), of one group after another, of both rows."""
-    found = ()
-    if QUADS > 0:
-        supers = ()
-        if SUPERS:
-            first, second = two_rows(above.index(stage).slice(row, 1, 0))
-            first = gl.convert_layout(first.to(gl.float32), WH, assert_trivial=True)
-            second = gl.convert_layout(second.to(gl.float32), WH, assert_trivial=True)
-            supers = (first, second)
-        words = lines.index(stage).slice(row, 1, 0).slice(group, 1, 1).load(QUAD_SLOTS)
-        if QUADS == 1:
-            found = pairs_of_quad(words.reshape(4, 8), supers, ASSEMBLY)
-        else:
-            first, second = words.reshape(4, 8, 2).split()
-            found = pairs_of_quad(first, supers, ASSEMBLY) + pairs_of_quad(second, supers, ASSEMBLY)
+def each_quad(quads):
+    """Words of four of threads' rows, one after another."""
+    words, found = quads.load(QUAD_SLOTS), ()
+    if QUADS == 1:
+        found = (gl.convert_layout(words.reshape(4, 8), WH, assert_trivial=True),)
     else:
-        for i in gl.static_range(IN_HALF):
-            found = found + pairs_of(lines.index(stage).slice(row, 1, 0).slice(group + i, 1, 1), ASSEMBLY)
+        first, second = words.reshape(4, 8, 2).split()
+        first, second = (
+            gl.convert_layout(first, WH, assert_trivial=True),
+            gl.convert_layout(second, WH, assert_trivial=True),
+        )
+        found = (first, second)
     return found
+
+
+@gluon.jit
+def super_rows(above, stage, row):
+    """float32 scales above scales (or offsets) of rows r = 0 and r = 1 of threads."""
+    first, second = two_rows(above.index(stage).slice(row, 1, 0))
+    first = gl.convert_layout(first.to(gl.float32), WH, assert_trivial=True)
+    return first, gl.convert_layout(second.to(gl.float32), WH, assert_trivial=True)
+
+
+@gluon.jit
+def load_supers(ring, stage, row, unit):
+    """What `load_rows` takes of a step's scales above, the unit before in units of the step's, and this.
+
+    A tile's sums are in units of rows' scales above, or of 1 where these are 0. `load_rows` takes a mask of the scales
+    that are multiplied by others than 0, and what is above offsets in these units.
+    """
+    _, _, above, _, above_offsets = ring[4:]
+    first, second = super_rows(above, stage, row)
+    found = (gl.where(first == 0.0, 0, 0x00FF00FF) | gl.where(second == 0.0, 0, -0x00FF0100),)
+    if OFFSET:
+        a, b = super_rows(above_offsets, stage, row)
+        a = a * (1.0 / FACTOR) / gl.where(first == 0.0, 1.0, first)
+        b = b * (1.0 / FACTOR) / gl.where(second == 0.0, 1.0, second)
+        found = found + (a, b)
+    values = above.index(stage).slice(row, 1, 0).load(SLOTS).reshape(64)
+    values = gl.convert_layout(values, SUM_ROWS, assert_trivial=True).to(gl.float32)
+    own = gl.where(values == 0.0, 1.0, values)
+    return found, unit / own, own
+
+
+@gluon.jit
+def no_supers():
+    """What takes the place of `load_supers` before the first."""
+    found = ()
+    if SUPERS:
+        found = (gl.zeros((4, 8), gl.int32, WH),)
+        if OFFSET:
+            found = found + (gl.zeros((4, 8), gl.float32, WH), gl.zeros((4, 8), gl.float32, WH))
+    return found
+
+
+@gluon.jit
+def load_quads(ring, stage, row, group: gl.constexpr, supers):
+    """Words of four scales, the mask of `supers`, and pairs of offsets, as `field_decoders` has PTX that takes them."""
+    found = each_quad(ring[4].index(stage).slice(row, 1, 0).slice(group, 1, 1))
+    if SUPERS:
+        found = found + (supers[0],)
+    if OFFSET:
+        quads = each_quad(ring[7].index(stage).slice(row, 1, 0).slice(group, 1, 1))
+        for i in gl.static_range(QUADS):
+            found = found + gl.inline_asm_elementwise(
+                OFFSET_WORDS,
+                "=r,=r,=r,=r,r,r,r",
+                (quads[i], supers[1], supers[2]),
+                dtype=FOUR_WORDS,
+                is_pure=True,
+                pack=1,
+            )
+    words = ()
+    for i in gl.static_range(len(found)):
+        words = words + (gl.expand_dims(found[i], 2),)
+    return words
 
 
 @gluon.jit
@@ -193,14 +248,14 @@ def load_zeros(zeros, stage, row, group: gl.constexpr):
 @gluon.jit
 def load_pairs(ring, stage, row, group: gl.constexpr):
     """With PAIRS what `field_decoders` has PTX for: zero points, then pairs of scales, then of offsets."""
-    scales, zeros, above, offsets, above_offsets = ring[4:]
+    scales, zeros, offsets = ring[4], ring[5], ring[7]
     found = ()
     if not SYMMETRIC:
         for i in gl.static_range(IN_HALF):
             found = found + load_zeros(zeros, stage, row, group + i)
-    pairs = pairs_of_group(scales, above, stage, row, group, SCALE_WORDS)
+    pairs = pairs_of_group(scales, stage, row, group, SCALE_WORDS)
     if OFFSET:
-        pairs = pairs + pairs_of_group(offsets, above_offsets, stage, row, group, OFFSET_WORDS)
+        pairs = pairs + pairs_of_group(offsets, stage, row, group, OFFSET_WORDS)
     if BYTES:
         for i in gl.static_range(len(pairs)):
             found = found + (of_rows(pairs[i]),)
@@ -217,17 +272,19 @@ def load_pairs(ring, stage, row, group: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(ring, stage, row, group: gl.constexpr):
+def load_rows(ring, stage, row, group: gl.constexpr, supers):
     """What `decode` takes of a tile's rows, if there are: zero points, and scales of groups unless PRODUCTS.
 
-    They are as `word_decoders` and `field_decoders` have PTX that takes them.
+    They are as `word_decoders` and `field_decoders` have PTX that takes them. supers: of `load_supers`.
     """
     scales, zeros = ring[4], ring[5]
     found = ()
     if PAIRS:
         found = load_pairs(ring, stage, row, group)
+    elif QUADS > 0 and BYTES:
+        found = load_quads(ring, stage, row, group, supers)
     elif QUADS > 0 and not PRODUCTS:
-        found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1))
+        found = quad_rows(scales.index(stage).slice(row, 1, 0).slice(group, 1, 1), supers)
     elif GROUPED:
         if not SYMMETRIC:
             found = load_zeros(zeros, stage, row, group)

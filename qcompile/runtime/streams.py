@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qcompile.codegen.spec import KernelSpec, super_last
-from qcompile.codegen.stream_spec import stream_scales
 from qcompile.formats import FORMATS
 from qcompile.layouts import plane_widths
 from qcompile.packed import PackedWeight
@@ -105,7 +104,7 @@ def launch(
         scales.insert(0, x_scale.contiguous())
     else:
         codes = codes.view(*codes.shape[:2], -1, 128)
-    above = weight.super_scale if stream_scales(kernel) == "pairs" and not super_last(kernel) else None
+    above = None if super_last(kernel) else weight.super_scale
     offset = weight.offset
     if offset is not None and kernel.quads:
         offset = by_bytes(offset).view(torch.int32)

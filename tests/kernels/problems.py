@@ -71,13 +71,15 @@ class Problem:
         """
         steps = self.spec.epilogue
         product = oracle.linear(self.inputs, self.weight)
-        pairs = kernel is not None and kernel.streams and stream_scales(kernel) == "pairs"
+        streams = kernel is not None and kernel.streams and not kernel.in_rows
+        pairs = kernel is not None and streams and stream_scales(kernel) == "pairs"
         bound = tolerance.gemm_bound(
             self.inputs,
             self.weight,
             compute,
             accumulate_unit=accumulate_unit,
             scale_unit=tolerance.PAIR_UNIT if pairs else 0.0,
+            units=kernel.k // kernel.super_columns if kernel is not None and streams and kernel.super_columns else 0,
         )
         logical = LAYOUTS[self.packed.layout].unpack(self.packed)
         if logical.offset is not None:
@@ -85,7 +87,7 @@ class Problem:
             scaled = oracle.dequantize(replace(logical, offset=offset))
             fragments = kernel is not None and scales_of(kernel, kernel.tile.scales) == "fragments"
             rounded = compute if fragments else torch.float32
-            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled, rounded, pairs=pairs)
+            bound += tolerance.offset_bound(self.inputs, scaled, self.weight - scaled, rounded, pairs=streams)
         bound = tolerance.epilogue_bound(product, bound, self.bias, steps, self.operands, self.out_dtype)
         tolerance.assert_within(y, oracle.epilogue(product, self.bias, steps, self.operands), bound)
 
@@ -129,6 +131,9 @@ def random_weight(scheme: WeightScheme, n: int, k: int, *, plain: bool = False) 
         above = (n, scheme.super_scale.count(k))
         above_dtype = SCALE_DTYPES[scheme.super_scale.dtype]
         given["super_scale"] = (torch.ones(above) if plain else (torch.rand(above) + 0.5) / 32).to(above_dtype)
+        if not plain and above[1] > 1:
+            given["super_scale"][::3, ::2] = 0
+            given["super_scale"][1::3] *= -1
         given["super_offset"] = (torch.ones(above) if plain else torch.randn(above) / 32).to(above_dtype)
     fields = {name: values for name, values in given.items() if name in scheme.fields}
     zero = torch.randint(0, 2**scheme.format.bits, blocks).to(torch.uint8) if "zero_point" in scheme.fields else None
