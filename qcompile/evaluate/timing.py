@@ -125,7 +125,8 @@ def results(device: torch.device, rows: list[Row], rates: dict[str, float]) -> d
 
 
 def write_results(folder: Path, bench: str, device: torch.device, rows: list[Row], rates: dict[str, float]) -> Path:
-    """Write `<folder>/<machine>.<bench>.json`."""
+    """Write `<folder>/<machine>.<bench>.json`, into a folder that is made if there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{machine_name(device)}.{bench}.json"
     path.write_text(json.dumps(results(device, rows, rates), indent=1) + "\n")
     return path
