@@ -1,0 +1,213 @@
+"""What each process keeps: its parts against parts of the whole weight, bit for bit, without processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import qcompile
+from qcompile.errors import ConfigError, LayerError
+from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedWeight
+from qcompile.parallel import STYLES, Linear, Place, Sharding
+from qcompile.parts import GatheredQuantizedLinear, RowwiseQuantizedLinear
+from qcompile.presets import PRESETS
+from qcompile.reference import quantize_weight
+from qcompile.scheme import Granularity, Scheme
+from tests import oracle
+
+CPU = torch.device("cpu")
+
+
+def quantized(scheme: Scheme, shape: tuple[int, int]) -> Linear:
+    """A random layer with everything that a layer can have."""
+    fitted = scheme.fit("fc", shape)
+    weight = torch.randn(shape)
+    if scheme.weight.sparsity:
+        weight.view(-1, 4)[:, :2] = 0
+    static = fitted.activation is not None and not fitted.activation.dynamic
+    input_scale = torch.tensor(0.5) if static else None
+    packed = quantize_weight(weight, fitted.weight, "fc")
+    return Linear(packed, fitted, torch.randn(shape[0]), input_scale, torch.float32, torch.rand(shape[1]) + 0.5)
+
+
+def ordered(linear: Linear) -> Linear:
+    """The same codes, in another order of columns."""
+    perm = torch.randperm(linear.weight.shape[1]).to(torch.int32)
+    scheme = replace(linear.weight.scheme, act_order=True)
+    return replace(linear, weight=replace(linear.weight, scheme=scheme, perm=perm))
+
+
+def parts(linear: Linear, style: str, size: int) -> list[QuantizedLinear]:
+    """What each of `size` processes keeps; the same error in all, if there is one."""
+    n, k = linear.weight.shape
+    found, errors = [], set()
+    for rank in range(size):
+        model = nn.ModuleDict({"fc": nn.Linear(k, n, device="meta")})
+        try:
+            sharding = Sharding(model, Place(rank, size, "0"), {"fc": style})
+            found.append(sharding.linear("fc", linear, CPU))
+        except LayerError as error:
+            errors.add(str(error))
+    assert len(errors) <= 1
+    assert not (errors and found)
+    if errors:
+        raise LayerError(errors.pop())
+    return found
+
+
+def decoded(packed: PackedWeight) -> torch.Tensor:
+    return oracle.dequantize(packed)
+
+
+SCHEMES = PRESETS | {
+    "block": Scheme(weight=replace(PRESETS["fp8_block"].weight, granularity=Granularity.block(4, 8))),
+    "uint4 tensor": Scheme(weight=replace(PRESETS["int4_asym"].weight, granularity=Granularity.tensor())),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("style", ["colwise", "rowwise"])
+def test_each_scheme_is_divided_exactly(name, style):
+    whole = quantized(SCHEMES[name], (256, 1024))
+    weight = decoded(whole.weight)
+    for rank, part in enumerate(parts(whole, style, 2)):
+        dim = 0 if style == "colwise" else 1
+        assert torch.equal(decoded(part.logical()), weight.chunk(2, dim)[rank])
+        part.logical().check()
+        assert part.scheme == whole.scheme
+        assert part.input_scale is None if whole.input_scale is None else part.input_scale.equal(whole.input_scale)
+        assert part.bias.equal(whole.bias.chunk(2)[rank] if dim == 0 else whole.bias)
+        assert part.pre_quant_scale.equal(whole.pre_quant_scale if dim == 0 else whole.pre_quant_scale.chunk(2)[rank])
+        stored = sum(t.untyped_storage().nbytes() for t in part.packed().tensors)
+        assert stored <= 0.51 * whole.weight.nbytes + 4096
+
+
+@pytest.mark.filterwarnings("ignore:every process keeps the whole")
+@given(
+    name=st.sampled_from(sorted(SCHEMES)),
+    style=st.sampled_from(["colwise", "rowwise", "packed_colwise", "colwise_gather_output"]),
+    n=st.integers(1, 40),
+    k=st.integers(1, 20).map(lambda count: 16 * count),
+    size=st.integers(1, 4),
+    act_order=st.booleans(),
+)
+def test_shapes_are_divided_exactly_or_refused(name, style, n, k, size, act_order):
+    try:
+        SCHEMES[name].fit("fc", (n, k))
+    except LayerError:
+        return
+    whole = quantized(SCHEMES[name], (n, k))
+    if act_order and whole.weight.scheme.sparsity is None:
+        whole = ordered(whole)
+    weight = decoded(whole.weight)
+    try:
+        found = parts(whole, style, size)
+    except LayerError as error:
+        assert str(error).startswith("fc: ")  # noqa: PT017
+        rows = whole.weight.scheme.granularity.rows
+        units = max(whole.weight.scheme.column_units.values()) if style == "rowwise" else max(rows, 1)
+        extent = k if style == "rowwise" else n // 2 if style == "packed_colwise" else n
+        assert style != "colwise_gather_output"
+        assert extent % size or (extent // size) % units or n % 2
+        return
+    if size == 1 or (style == "colwise_gather_output" and not isinstance(found[0], GatheredQuantizedLinear)):
+        assert all(torch.equal(decoded(part.logical()), weight) for part in found)
+        return
+    x = torch.rand(k)
+    for rank, part in enumerate(found):
+        if style == "rowwise":
+            assert isinstance(part, RowwiseQuantizedLinear)
+            first, last = Place(rank, size, "0").part(k)
+            features = torch.arange(first, last) if part.features is None else part.features
+            assert torch.equal(decoded(part.logical()), weight[:, features])
+            assert torch.equal(x[features] * part.pre_quant_scale, (x * whole.pre_quant_scale)[features])
+            continue
+        halves = 2 if style == "packed_colwise" else 1
+        expected = torch.cat([half.chunk(size)[rank] for half in weight.chunk(halves)])
+        assert torch.equal(decoded(part.logical()), expected)
+        assert part.bias.equal(torch.cat([half.chunk(size)[rank] for half in whole.bias.chunk(halves)]))
+    if style == "rowwise":
+        columns = [torch.arange(k).chunk(size)[r] if p.features is None else p.features for r, p in enumerate(found)]
+        assert torch.equal(torch.cat(columns).sort().values, torch.arange(k))
+
+
+class Attention(nn.Module):
+    head_dim = 8
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = nn.Linear(32, heads * 8), nn.Linear(heads * 8, 32)
+
+
+def sharded(model: nn.Module, plan: dict[str, str] | None, size: int = 2) -> Sharding:
+    return Sharding(model, Place(0, size, "0"), plan)
+
+
+PLAN = {"*.q_proj": "colwise", "*.o_proj": "rowwise"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "size", "message"),
+    [
+        (None, 2, "Sequential brings no plan"),
+        ({"*.q_proj": "columns"}, 2, r"'\*.q_proj' has style 'columns'; there are colwise"),
+        ({"*.q_prj": "colwise"}, 2, r"'\*.q_prj' matches no layer that an earlier entry leaves; there are 0.q_proj"),
+        ({"*": "replicate"}, 2, "nothing is divided"),
+        ({"*": "replicate", "0.q_proj": "colwise"}, 2, "'0.q_proj' matches no layer that an earlier entry leaves"),
+        ({"0": "colwise"}, 2, "0: style colwise is for linears, .* and this is a Attention"),
+        (PLAN, 3, "0.q_proj: 3 processes cannot share its 4 times 8 output features equally; take a number"),
+        ("colwise", 2, "plan is a mapping"),
+    ],
+)
+def test_mistakes_in_plans(plan, size, message):
+    with pytest.raises((ConfigError, LayerError), match=message):
+        sharded(nn.Sequential(Attention()), plan, size)
+
+
+def test_heads_are_not_divided():
+    with pytest.raises(LayerError, match="0.q_proj: 2 processes cannot share its 3 times 8 output features"):
+        sharded(nn.Sequential(Attention(3)), PLAN)
+
+
+def test_what_is_whole_outside_may_stay_whole():
+    model = nn.Sequential(Attention(), nn.Linear(32, 5), nn.Embedding(7, 32))
+    plan = PLAN | {"1": "colwise_gather_output", "2": "embedding_rowwise"}
+    with pytest.warns(UserWarning, match="every process keeps the whole of [12]: "):
+        assert sharded(model, plan).styles == {"0.q_proj": "colwise", "0.o_proj": "rowwise"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("int4", (16, 128), "fc: 2 parts of 128 columns divide its groups of 128 columns; take fewer"),
+        ("q4_k", (16, 256), "fc: 2 parts of 256 columns divide its super-blocks of 256"),
+        ("int8_24", (16, 12), "fc: 2 parts of 12 columns divide its 2:4 sparse fours of 4"),
+        ("int4_int4", (16, 6), "fc: 2 parts of 6 columns divide its bytes of codes of 2"),
+    ],
+)
+def test_parts_that_divide_what_belongs_together(name, shape, message):
+    with pytest.raises(LayerError, match=message):
+        parts(quantized(PRESETS[name], shape), "rowwise", 2)
+
+
+def test_blocks_of_rows_are_not_divided():
+    with pytest.raises(LayerError, match="fc: 2 parts of 192 rows divide its blocks of 128 rows"):
+        parts(quantized(PRESETS["fp8_block"], (192, 256)), "colwise", 2)
+
+
+def test_a_mesh_is_a_mesh():
+    with pytest.raises(ConfigError, match=r"mesh is a DeviceMesh of one dimension.*, not 2"):
+        qcompile.parallelize(nn.Sequential(Attention()), 2, PLAN)
+
+
+def test_styles_are_those_of_transformers():
+    pytest.importorskip("transformers")
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    assert set(STYLES) <= set(ALL_PARALLEL_STYLES.keys())
