@@ -171,7 +171,7 @@ def test_mistakes_in_plans(plan, size, message):
 
 
 def test_heads_are_not_divided():
-    with pytest.raises(LayerError, match="0.q_proj: 2 processes cannot share its 3 times 8 output features"):
+    with pytest.raises(LayerError, match=r"0\.q_proj: 2 processes cannot share its 3 times 8 output features"):
         sharded(nn.Sequential(Attention(3)), PLAN)
 
 

@@ -1,0 +1,97 @@
+"""Two GPUs against one: layers bit for bit, whole models eagerly and compiled, and the memory that loading takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import qcompile
+from qcompile.presets import PRESETS
+from tests.parallel import work
+from tests.parallel.ranks import Ranks
+from tests.parallel.test_parts import ordered, quantized
+from tests.tolerance import rewrite_sqnr_floor, sqnr
+
+pytest.importorskip("transformers")
+from tests.checkpoint import tiny_models
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+GPU = torch.device("cuda", 0)
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+}
+FLOOR = rewrite_sqnr_floor(2 * 24 + 4, 2048, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    found = Ranks(2, tmp_path_factory.mktemp("ranks"), "cuda")
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("style", ["rowwise", "rowwise_split_input", "colwise_gather_output"])
+@pytest.mark.parametrize("rows", [1, 48])
+def test_layers(ranks: Ranks, style: str, rows: int) -> None:
+    """Two terms have one sum, which is rounded once, whoever adds them."""
+    linears = {name: quantized(scheme, (512, 1024)) for name, scheme in PRESETS.items()}
+    linears["act_order"] = ordered(quantized(PRESETS["int4_asym"], (512, 1024)))
+    x = torch.randn(rows, 1024).to(torch.bfloat16)
+    first, second = ranks.call(work.layers, linears, x, style)
+    wrong = []
+    for name, linear in linears.items():
+        y = work.Parts(linear, style, 2, GPU)(x.to(GPU)).cpu()
+        wrong += [name] * (not torch.equal(first[name], y) or not torch.equal(second[name], y))
+    assert not wrong
+
+
+def checkpoint(name: str, folder: Path) -> Path:
+    model = tiny_models.quantized(name, kind="qwen2", dtype=torch.bfloat16, **SIZES)
+    if name == "q4_k":
+        qcompile.save(model, folder, "gguf")
+        return folder / "model.gguf"
+    qcompile.save(model, folder / "model", tiny_models.CT)
+    return folder / "model"
+
+
+@pytest.mark.parametrize("name", ["int4", "int8_weight_only", "mxfp4", "q4_k"])
+@pytest.mark.parametrize("options", [{"kv": "fp8"}, {"compiled": True}, {"compiled": True, "mode": "reduce-overhead"}])
+def test_checkpoints(ranks: Ranks, name: str, options: dict[str, object], tmp_path: Path) -> None:
+    path = checkpoint(name, tmp_path)
+    whole = work.outputs(qcompile.load(path, device=GPU, dtype=torch.bfloat16, progress=False))
+    first, second = ranks.call(work.loaded, path, torch.bfloat16, options)
+    assert torch.equal(first["logits"], second["logits"])
+    assert torch.equal(first["tokens"], second["tokens"])
+    assert sqnr(whole["logits"], first["logits"]) >= FLOOR
+    assert first["bytes"] < 0.52 * whole["bytes"]
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4_fp8"])
+def test_inputs_have_scales_of_their_part(ranks: Ranks, name: str, tmp_path: Path) -> None:
+    """Attention to half of the heads and half of a plain head round as whole ones, or else codes may differ."""
+    path = checkpoint(name, tmp_path)
+    model = qcompile.load(path, device=GPU, dtype=torch.bfloat16, progress=False)
+    expected = work.outputs(work.in_parts(model, 2))
+    first, second = ranks.call(work.loaded, path, torch.bfloat16, {})
+    assert torch.equal(first["logits"], second["logits"])
+    print(name, "SQNR to the same parts on one GPU:", sqnr(expected["logits"], first["logits"]))
+    compiled = ranks.call(work.loaded, path, torch.bfloat16, {"compiled": True})
+    assert torch.equal(compiled[0]["logits"], compiled[1]["logits"])
+
+
+def test_loading_takes_half_and_a_layer(ranks: Ranks, tmp_path: Path) -> None:
+    path = checkpoint("int4", tmp_path)
+    whole = work.stored_bytes(qcompile.load(path, device=GPU, dtype=torch.bfloat16, progress=False))
+    vocabulary = SIZES["vocab_size"] * SIZES["hidden_size"] * 2
+    for found in ranks.call(work.loaded, path, torch.bfloat16, {}):
+        assert found["peak"] < 0.52 * whole + vocabulary

@@ -1,0 +1,120 @@
+"""Two processes on the CPU against one: layers bit for bit, whole models, and what each process keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import qcompile
+from qcompile.presets import PRESETS
+from tests.parallel import work
+from tests.parallel.ranks import Ranks
+from tests.parallel.test_parts import CPU, ordered, quantized
+from tests.tolerance import rewrite_sqnr_floor, sqnr
+
+pytest.importorskip("transformers")
+from tests.checkpoint import integer_files, tiny_models
+
+if not torch.distributed.is_available():
+    pytest.skip("torch has no distributed package", allow_module_level=True)
+
+OPERATORS = 2 * 24 + 4
+"""Of a tiny model's two layers, embedding, last norm and head, one after the other, at most."""
+FLOOR = rewrite_sqnr_floor(OPERATORS, 256)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    found = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("style", ["rowwise", "rowwise_split_input", "colwise_gather_output"])
+def test_layers(ranks, style):
+    """The sum, or the rows, of two parts that one process computes; for one scheme of each kind of activations."""
+    linears = {name: quantized(PRESETS[name], (256, 512)) for name in ("int8", "fp8_static", "mxfp8", "q4_k")}
+    linears["act_order"] = ordered(quantized(PRESETS["int8"], (256, 512)))
+    x = torch.randn(3, 512)
+    first, second = ranks.call(work.layers, linears, x, style)
+    for name, linear in linears.items():
+        y = work.Parts(linear, style, 2, CPU)(x)
+        assert torch.equal(first[name], y), name
+        assert torch.equal(second[name], y), name
+
+
+SCHEMES = {
+    "int4": {"weight": {"format": "int4", "group_size": 32}},
+    "uint4": {"weight": {"format": "uint4", "symmetric": False, "group_size": 32}},
+    "mxfp4": "mxfp4",
+    "int8": "int8",
+    "fp8": "fp8",
+}
+WIDE = {"hidden_size": 512, "intermediate_size": 512}
+
+
+def gptq(folder):
+    """Columns of codes in an order of their own in each layer."""
+
+    def pack(name, shape):
+        p = integer_files.problem(
+            4, *shape, 32, symmetric=False, groups=(torch.arange(shape[1]) // 32)[torch.randperm(shape[1])]
+        )
+        return integer_files.gptq_tensors(p, 4), p.weight
+
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": True}
+    integer_files.write_llama(folder, config, pack, num_key_value_heads=2, vocab_size=320)
+
+
+def checkpoint(kind, folder):
+    """The path of a checkpoint of a tiny model: of a family, and a scheme or a format."""
+    family, name = kind.split()
+    if name == "gptq":
+        gptq(folder)
+    elif name == "q4_k":
+        qcompile.save(tiny_models.quantized("q4_k", kind=family, **WIDE), folder, "gguf")
+        return folder / "model.gguf"
+    else:
+        qcompile.save(tiny_models.quantized(SCHEMES[name], kind=family), folder / "model", tiny_models.CT)
+        return folder / "model"
+    return folder
+
+
+def load(path):
+    return qcompile.load(path, dtype=torch.float32, progress=False)
+
+
+KINDS = ["llama int4", "qwen2 uint4", "llama gptq", "llama q4_k"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints(ranks, kind, tmp_path):
+    path = checkpoint(kind, tmp_path)
+    whole = work.outputs(load(path), kv="fp8")
+    first, second = ranks.call(work.loaded, path, torch.float32, {"kv": "fp8"})
+    assert whole["heads"] == 2
+    for found in (first, second):
+        assert sqnr(whole["logits"], found["logits"]) >= FLOOR
+        assert torch.equal(found["tokens"], whole["tokens"])
+        assert found["heads"] == 1
+        assert found["bytes"] < 0.52 * whole["bytes"]
+    assert torch.equal(first["logits"], second["logits"])
+
+
+@pytest.mark.parametrize("kind", ["llama int8", "qwen2 fp8"])
+def test_inputs_have_scales_of_their_part(ranks, kind, tmp_path):
+    path = checkpoint(kind, tmp_path)
+    expected = work.outputs(work.in_parts(load(path), 2))
+    for found in ranks.call(work.loaded, path, torch.float32, {}):
+        assert torch.equal(found["logits"], expected["logits"])
+        assert torch.equal(found["tokens"], expected["tokens"])
+
+
+def test_compiled(ranks, tmp_path):
+    path = checkpoint("qwen2 uint4", tmp_path)
+    whole = work.outputs(load(path))
+    first, second = ranks.call(work.loaded, path, torch.float32, {"compiled": True})
+    assert sqnr(whole["logits"], first["logits"]) >= FLOOR
+    assert torch.equal(first["logits"], second["logits"])
