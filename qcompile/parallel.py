@@ -9,8 +9,6 @@ any other to kernels and passes; what two processes tell each other is an operat
 
 from __future__ import annotations
 
-import fnmatch
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qcompile.errors import ConfigError, LayerError, nearest, shown, suggestion
+from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.experts import GroupedLinear, QuantizedExperts
 from qcompile.linears import is_conv1d
 from qcompile.modules import PackedModule, QuantizedLinear
@@ -35,6 +33,7 @@ from qcompile.parts import (
     RowwiseQuantizedLinear,
     VocabularyEmbedding,
 )
+from qcompile.plans import COLWISE, EMBEDDING, EXPERTS, GATHERED, PACKED, REPLICATE, ROWWISE, SPLIT, planned
 from qcompile.scheme import WHOLE, Scheme
 from qcompile.torchao_tensors import is_torchao
 
@@ -44,21 +43,6 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 Module = TypeVar("Module", bound=QuantizedLinear)
 
-COLWISE, PACKED, GATHERED = "colwise", "packed_colwise", "colwise_gather_output"
-ROWWISE, SPLIT = "rowwise", "rowwise_split_input"
-EMBEDDING, EXPERTS, REPLICATE = "embedding_rowwise", "moe_tp_experts", "replicate"
-STYLES = (COLWISE, ROWWISE, GATHERED, SPLIT, PACKED, EMBEDDING, EXPERTS, REPLICATE)
-"""Styles of a plan, by the names of transformers; `docs/tensor_parallel.md` says what each is."""
-
-_OTHER_NAMES = {
-    "colwise_rep": GATHERED,
-    "rowwise_rep": SPLIT,
-    # What concerns gradients alone, and what is left whole here.
-    "replicated_with_grad_allreduce": REPLICATE,
-    "mla_kv_a_proj": REPLICATE,
-    "local_params": REPLICATE,
-    "embedding_colwise": REPLICATE,
-}
 _WHOLE_OUTSIDE = (GATHERED, SPLIT, EMBEDDING)
 """Styles of layers whose inputs and outputs all processes have: these may as well stay whole."""
 
@@ -93,21 +77,7 @@ def parallelize(model: Model, mesh: DeviceMesh, plan: Mapping[str, str] | None =
         LayerError: a layer that cannot be divided; those before it are then.
     """
     check_whole(model, "parallelize takes")
-    sharding = Sharding(model, place_in(mesh), plan)
-    for name in list(sharding.styles):
-        module = model.get_submodule(name)
-        if isinstance(module, QuantizedLinear):
-            part = sharding.linear(name, Linear.of(module), module.codes.device)
-            model.set_submodule(name, part.train(module.training))
-        elif isinstance(module, QuantizedExperts):
-            model.set_submodule(name, sharding.experts(name, module).train(module.training))
-        elif sharding.styles[name] != EXPERTS:
-            for attribute, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, attribute, sharding.parameter(f"{name}.{attribute}", parameter))
-    for name in sharding.vectors:
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, sharding.parameter(name, model.get_parameter(name)))
-    sharding.finish(model)
+    Sharding(model, place_in(mesh), plan).divide(model)
     return model
 
 
@@ -155,8 +125,8 @@ class Sharding:
         modules = dict(model.named_modules())
         self._transposed = {name for name, module in modules.items() if is_conv1d(module)}
         self._parts: Any = WeakTensorKeyDictionary()
-        planned = _planned(model, plan)
-        for name, style in planned.items() if place.size > 1 else ():
+        styles = planned(model, plan)
+        for name, style in styles.items() if place.size > 1 else ():
             if name not in modules:
                 self._share(name, model.get_parameter(name).shape[0], "elements", 1)
                 self.vectors.add(name)
@@ -238,6 +208,27 @@ class Sharding:
                 f"{name}: {self.place.size} processes cannot share its {units}{what} equally; take a number "
                 f'of processes that divides them, or leave it and what it reads whole: plan={{glob: "{REPLICATE}"}}'
             )
+
+    def divide(self, model: nn.Module) -> None:
+        """Keep this process's part of a model that is in memory, in place.
+
+        Raises:
+            LayerError: see `parallelize`.
+        """
+        for name, style in list(self.styles.items()):
+            module = model.get_submodule(name)
+            if isinstance(module, QuantizedLinear):
+                part = self.linear(name, Linear.of(module), module.codes.device)
+                model.set_submodule(name, part.train(module.training))
+            elif isinstance(module, QuantizedExperts):
+                model.set_submodule(name, self.experts(name, module).train(module.training))
+            elif style != EXPERTS:
+                for attribute, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, attribute, self.parameter(f"{name}.{attribute}", parameter))
+        for name in self.vectors:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, self.parameter(name, model.get_parameter(name)))
+        self.finish(model)
 
     def linear(self, name: str, whole: Linear, device: torch.device) -> QuantizedLinear:
         """This process's part of a quantized linear on a device, or the whole where the plan does not divide it.
@@ -474,48 +465,3 @@ def _grouped(
 ) -> GroupedLinear:
     scheme = replace(whole.scheme, weight=weights[0].scheme)
     return GroupedLinear(weights, scheme, bias, whole.input_scale, whole.dtype, pre, name)
-
-
-def _planned(model: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
-    """The style of each module, and of each vector that is a parameter of its own, that a plan names.
-
-    Raises:
-        ConfigError: see `parallelize`.
-    """
-    if plan is not None and not isinstance(plan, Mapping):
-        raise ConfigError(f'plan is a mapping such as {{"*.q_proj": "{COLWISE}"}}, not {shown(plan)}')
-    given = dict(plan or {})
-    for glob, style in given.items():
-        if not isinstance(glob, str) or _OTHER_NAMES.get(style, style) not in STYLES:
-            raise ConfigError(f"plan: {shown(glob)} has style {shown(style)}; {suggestion(style, STYLES)}")
-    own = getattr(model, "tp_plan", None)
-    own = own if isinstance(own, dict) else {}
-    if not given and not own:
-        raise ConfigError(
-            f"{type(model).__name__} brings no plan of which layers are divided how; pass one, such as "
-            f'plan={{"*.q_proj": "{COLWISE}", ..., "*.o_proj": "{ROWWISE}", ...}}'
-        )
-    entries = [(re.compile(fnmatch.translate(glob)), style) for glob, style in given.items()]
-    # Between the dots of transformers' names an asterisk is a layer's number.
-    entries += [(re.compile(re.escape(glob).replace(r"\*", r"\d+") + r"\Z"), style) for glob, style in own.items()]
-    names = [n for n, m in model.named_modules() if n and not isinstance(m, GroupedLinear)]
-    names += [n for n, p in model.named_parameters() if p.dim() == 1 and not n.endswith((".weight", ".bias"))]
-    found, used = {}, set()
-    for name in names:
-        pattern, style = next((entry for entry in entries if entry[0].match(name)), (None, ""))
-        used.add(pattern)
-        found[name] = _OTHER_NAMES.get(style, style)
-    for (pattern, _), glob in zip(entries, given, strict=False):
-        if pattern not in used:
-            near = ", ".join(nearest(glob.replace("*", ""), names)) or ", ".join(names[:3])
-            raise ConfigError(f"plan: {shown(glob)} matches no layer that an earlier entry leaves; there are {near}")
-    divided = {name: style for name, style in found.items() if style not in ("", REPLICATE)}
-    for name, style in divided.items():
-        if style not in STYLES:
-            raise ConfigError(
-                f"{name}: transformers' plan says {style}, which qcompile does not do; say what becomes of it: "
-                f'plan={{"{name}": "{REPLICATE}"}} leaves it whole'
-            )
-    if not divided:
-        raise ConfigError(f"the plan leaves all of {type(model).__name__} whole; nothing is divided")
-    return divided

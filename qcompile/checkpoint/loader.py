@@ -72,6 +72,8 @@ def load(
         LayerError: a layer that the processes of the mesh cannot divide.
         DeviceError: an unknown device, or a GPU where there is none.
     """
+    if plan is not None and mesh is None:
+        raise ConfigError("a plan divides layers among processes: pass their mesh=init_device_mesh(...) too")
     device = _device(device or ("cpu" if mesh is None else device_of(mesh)))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is what torch computes in, such as torch.bfloat16, not {shown(dtype)}")
@@ -86,8 +88,6 @@ def load(
         dtype = dtype or getattr(source.config, "dtype", None) or torch.bfloat16
         model = skeleton(source.config, dtype)
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
-    if plan is not None and mesh is None:
-        raise ConfigError("a plan divides layers among processes: pass their mesh=init_device_mesh(...) too")
     sharding = None if mesh is None else Sharding(model, place_in(mesh), plan)
     fill(model, source, device, dtype, sharding=sharding, progress=progress)
     if activation is not None:

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qcompile
+from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.errors import ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
-from qcompile.parallel import STYLES, Linear, Place, Sharding
-from qcompile.parts import GatheredQuantizedLinear, RowwiseQuantizedLinear
+from qcompile.parallel import Linear, Sharding
+from qcompile.parts import GatheredQuantizedLinear, Place, RowwiseQuantizedLinear
+from qcompile.plans import OTHER_NAMES, STYLES
 from qcompile.presets import PRESETS
 from qcompile.reference import quantize_weight
 from qcompile.scheme import Granularity, Scheme
@@ -210,4 +212,77 @@ def test_styles_are_those_of_transformers():
     pytest.importorskip("transformers")
     from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
-    assert set(STYLES) <= set(ALL_PARALLEL_STYLES.keys())
+    assert {*STYLES, *OTHER_NAMES} <= set(ALL_PARALLEL_STYLES.keys())
+
+
+def tiny(**changes):
+    pytest.importorskip("transformers")
+    from tests.checkpoint import tiny_models
+
+    return tiny_models.llama(**changes)
+
+
+def divided(model: nn.Module, rank: int = 1, size: int = 2) -> nn.Module:
+    """One process's part, which only the others lack to run."""
+    Sharding(model, Place(rank, size, "0")).divide(model)
+    return model
+
+
+def test_tied_ends_stay_tied():
+    model = tiny(tie_word_embeddings=True)
+    weight = model.lm_head.weight.clone()
+    divided(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, weight[160:])
+
+
+@pytest.mark.parametrize("end", ["lm_head", "model.embed_tokens"])
+def test_tied_ends_are_divided_together(end):
+    model = tiny(tie_word_embeddings=True)
+    sharding = Sharding(model, Place(0, 2, "0"), {end: "replicate"})
+    assert not {"lm_head", "model.embed_tokens"} & sharding.styles.keys()
+    assert len(sharding.styles) == 14
+
+
+def test_an_entry_of_the_user_comes_before_that_of_transformers():
+    styles = Sharding(tiny(), Place(0, 2, "0"), {"*.mlp.*": "replicate"}).styles
+    assert not [name for name in styles if "mlp" in name]
+    assert styles["model.layers.1.self_attn.o_proj"] == "rowwise"
+
+
+def test_one_process_keeps_all():
+    assert Sharding(tiny(), Place(0, 1, "0")).styles == {}
+
+
+def test_scales_of_caches_are_those_of_the_own_heads():
+    model = tiny()
+    per_head, per_layer = KVScales(torch.tensor([1.0, 2.0]), torch.ones(())), KVScales(torch.ones(()), torch.ones(()))
+    first, second = (layer.self_attn for layer in model.model.layers)
+    first.kv_scales, second.kv_scales = per_head, per_layer
+    divided(model)
+    assert first.kv_scales.k_scale.tolist() == [2.0]
+    assert first.kv_scales.v_scale.dim() == second.kv_scales.k_scale.dim() == 0
+
+
+def test_a_part_is_not_a_whole_model(tmp_path):
+    model = divided(qcompile.quantize_(tiny(), "int8_weight_only", progress=False))
+    with pytest.raises(ConfigError, match="a file holds a whole model, and this is a process's part of one"):
+        qcompile.save(model, tmp_path / "saved")
+    with pytest.raises(ConfigError, match="quantize_ takes a whole model"):
+        qcompile.quantize_(model, "int4", progress=False)
+    with pytest.raises(ConfigError, match="parallelize takes a whole model"):
+        qcompile.parallelize(model, None)
+
+
+def test_a_plan_goes_with_a_mesh():
+    with pytest.raises(ConfigError, match="a plan divides layers among processes: pass their mesh"):
+        qcompile.load("nowhere", plan=PLAN)
+
+
+def test_experts_with_blocks_or_orders_that_parts_divide():
+    pytest.importorskip("transformers")
+    scheme = {"weight": {"format": "int4", "group_size": 128}}
+    model = tiny(kind="mixtral", num_local_experts=2, num_experts_per_tok=1, intermediate_size=128)
+    model = qcompile.quantize_(model, {"rules": [{"layers": "*.experts", "scheme": scheme}]}, progress=False)
+    with pytest.raises(LayerError, match=r"mlp\.experts\.down_proj: 2 parts of 128 columns divide its groups of 128"):
+        divided(model)

@@ -118,3 +118,38 @@ def test_compiled(ranks, tmp_path):
     first, second = ranks.call(work.loaded, path, torch.float32, {"compiled": True})
     assert sqnr(whole["logits"], first["logits"]) >= FLOOR
     assert torch.equal(first["logits"], second["logits"])
+
+
+MODELS = {
+    "llama": {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 128, "n_head": 4, "n_inner": 256},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+    "phi3": {"pad_token_id": 0},
+}
+PLANS = {
+    "gpt2": {"*.mlp.c_fc": "colwise", "*.mlp.c_proj": "rowwise"},
+    "gpt_oss": {
+        "*.[qkv]_proj": "colwise", "*.o_proj": "rowwise", "*.sinks": "colwise", "*.experts": "moe_tp_experts",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", [None, "int4"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_models(ranks, kind, scheme):
+    """Those in memory, quantized or not."""
+    torch.manual_seed(0)
+    model = tiny_models.llama(kind, **MODELS[kind])
+    if scheme is not None:
+        rules = [{"layers": "lm_head", "scheme": None}, {"layers": "*", "scheme": SCHEMES["int4"]}]
+        qcompile.quantize_(model, {"rules": rules}, progress=False)
+    whole = work.outputs(model)
+    first, second = ranks.call(work.parallelized, model, PLANS.get(kind), {})
+    print(first["text"])
+    for found in (first, second):
+        assert sqnr(whole["logits"], found["logits"]) >= FLOOR
+        assert torch.equal(found["tokens"], whole["tokens"])
+    assert torch.equal(first["logits"], second["logits"])
+    print(first["bytes"] / whole["bytes"])

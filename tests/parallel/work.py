@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import qcompile
 from qcompile.ops import OP
-from qcompile.parallel import Linear, Place, Sharding, device_of, place_in
-from qcompile.parts import RowwiseQuantizedLinear
+from qcompile.parallel import Linear, Sharding, device_of, place_in
+from qcompile.parts import Place, RowwiseQuantizedLinear
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
