@@ -42,10 +42,10 @@ class Ranks:
         for rank, end in enumerate(self._ends):
             if not end.poll(seconds):
                 raise TimeoutError(f"rank {rank} does not answer")
-            result = end.recv()
+            results.append(end.recv())
+        for result in results:
             if isinstance(result, Exception):
                 raise result
-            results.append(result)
         return results
 
     def close(self) -> None:
@@ -72,6 +72,6 @@ def _serve(rank: int, size: int, store: str, device_type: str, end: Connection) 
         try:
             end.send(function(mesh, *args))
         except Exception as error:
-            error.add_note(f"in rank {rank}:\n{traceback.format_exc()}") if hasattr(error, "add_note") else None
+            traceback.print_exc()  # which does not travel
             end.send(error)
     dist.destroy_process_group()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 import qcompile
+from qcompile.errors import LayerError
+from qcompile.modules import QuantizedLinear
 from qcompile.presets import PRESETS
 from tests.parallel import work
 from tests.parallel.ranks import Ranks
@@ -45,14 +48,44 @@ def test_layers(ranks, style):
         assert torch.equal(second[name], y), name
 
 
+@pytest.mark.parametrize("arranged", ["turned", "ordered"])
+def test_inputs_that_are_arranged(ranks, arranged):
+    """Against the whole layer, which turns all inputs, or orders them."""
+    linear = quantized(PRESETS["int8_weight_only"], (256, 512))
+    if arranged == "ordered":
+        linear = ordered(linear)
+    else:
+        scheme = replace(linear.weight.scheme, rotated=True)
+        linear = replace(linear, weight=replace(linear.weight, scheme=scheme), pre_quant_scale=None)
+    x = torch.randn(3, 512)
+    y = linear.build(QuantizedLinear, CPU)(x)
+    for found in ranks.call(work.layers, {"fc": linear}, x, "rowwise"):
+        assert sqnr(y, found["fc"]) >= rewrite_sqnr_floor(2, 512)
+
+
 SCHEMES = {
     "int4": {"weight": {"format": "int4", "group_size": 32}},
     "uint4": {"weight": {"format": "uint4", "symmetric": False, "group_size": 32}},
-    "mxfp4": "mxfp4",
     "int8": "int8",
     "fp8": "fp8",
 }
 WIDE = {"hidden_size": 512, "intermediate_size": 512}
+
+
+MODELS = {
+    "llama": {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 128, "n_head": 4, "n_inner": 256},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
+    "phi3": {"pad_token_id": 0},
+}
+PLANS = {
+    "gpt2": {"*.mlp.c_fc": "colwise", "*.mlp.c_proj": "rowwise"},
+    "gpt_oss": {
+        "*.[qkv]_proj": "colwise", "*.o_proj": "rowwise", "*.sinks": "colwise", "*.experts": "moe_tp_experts",
+    },
+}  # fmt: skip
 
 
 def gptq(folder):
@@ -77,7 +110,8 @@ def checkpoint(kind, folder):
         qcompile.save(tiny_models.quantized("q4_k", kind=family, **WIDE), folder, "gguf")
         return folder / "model.gguf"
     else:
-        qcompile.save(tiny_models.quantized(SCHEMES[name], kind=family), folder / "model", tiny_models.CT)
+        model = tiny_models.quantized(SCHEMES[name], kind=family, **MODELS.get(family, {}))
+        qcompile.save(model, folder / "model", tiny_models.CT)
         return folder / "model"
     return folder
 
@@ -86,7 +120,7 @@ def load(path):
     return qcompile.load(path, dtype=torch.float32, progress=False)
 
 
-KINDS = ["llama int4", "qwen2 uint4", "llama gptq", "llama q4_k"]
+KINDS = ["llama int4", "qwen2 uint4", "llama gptq", "llama q4_k", "mixtral int4"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,6 +135,17 @@ def test_checkpoints(ranks, kind, tmp_path):
         assert found["heads"] == 1
         assert found["bytes"] < 0.52 * whole["bytes"]
     assert torch.equal(first["logits"], second["logits"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_checkpoints_that_are_not_quantized(ranks, kind, tmp_path):
+    """Of a mixture experts stay whole then."""
+    model = tiny_models.llama(kind, **MODELS[kind])
+    model.save_pretrained(tmp_path)
+    whole = work.outputs(model)
+    for found in ranks.call(work.loaded, tmp_path, torch.float32, {}):
+        assert sqnr(whole["logits"], found["logits"]) >= FLOOR
+        assert torch.equal(found["tokens"], whole["tokens"])
 
 
 @pytest.mark.parametrize("kind", ["llama int8", "qwen2 fp8"])
@@ -120,22 +165,6 @@ def test_compiled(ranks, tmp_path):
     assert torch.equal(first["logits"], second["logits"])
 
 
-MODELS = {
-    "llama": {"tie_word_embeddings": True},
-    "gpt2": {"n_embd": 128, "n_head": 4, "n_inner": 256},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32},
-    "phi3": {"pad_token_id": 0},
-}
-PLANS = {
-    "gpt2": {"*.mlp.c_fc": "colwise", "*.mlp.c_proj": "rowwise"},
-    "gpt_oss": {
-        "*.[qkv]_proj": "colwise", "*.o_proj": "rowwise", "*.sinks": "colwise", "*.experts": "moe_tp_experts",
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("scheme", [None, "int4"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_models(ranks, kind, scheme):
@@ -147,9 +176,20 @@ def test_models(ranks, kind, scheme):
         qcompile.quantize_(model, {"rules": rules}, progress=False)
     whole = work.outputs(model)
     first, second = ranks.call(work.parallelized, model, PLANS.get(kind), {})
-    print(first["text"])
     for found in (first, second):
         assert sqnr(whole["logits"], found["logits"]) >= FLOOR
         assert torch.equal(found["tokens"], whole["tokens"])
     assert torch.equal(first["logits"], second["logits"])
-    print(first["bytes"] / whole["bytes"])
+    assert (scheme is None) == ("Quantized" not in first["text"])
+
+
+def test_mistakes_are_those_of_all(ranks, tmp_path):
+    """None waits for another."""
+    model = tiny_models.quantized("int4")  # groups of 128, of 128 and 256 columns
+    qcompile.save(model, tmp_path / "model", tiny_models.CT)
+    for function, args in (
+        (work.loaded, (tmp_path / "model", torch.float32, {})),
+        (work.parallelized, (model, None, {})),
+    ):
+        with pytest.raises(LayerError, match=r"o_proj: 2 parts of 128 columns divide its groups of 128 columns"):
+            ranks.call(function, *args)
