@@ -73,10 +73,13 @@ def parallelize(model: Model, mesh: DeviceMesh, plan: Mapping[str, str] | None =
         the model itself.
 
     Raises:
-        ConfigError: a mesh of more dimensions, a style that is unknown, a glob that matches no layer, or no plan.
+        ConfigError: a mesh of more dimensions or another device, a style that is unknown, a glob that matches no layer,
+            or no plan.
         LayerError: a layer that cannot be divided; those before it are then.
     """
     check_whole(model, "parallelize takes")
+    for parameter in model.parameters():
+        check_device(parameter.device, mesh)
     Sharding(model, place_in(mesh), plan).divide(model)
     return model
 
@@ -338,8 +341,7 @@ class Sharding:
         count = layer.out_features // halves
         starts = range(0, layer.out_features, count)
         weights = [
-            _own(_joined([self._rows(name, layer.expert(index), first, count) for first in starts]))
-            for index in range(layer.experts)
+            _own(_joined([self._rows(name, expert, first, count) for first in starts])) for expert in layer.unstack()
         ]
         bias = None if layer.bias is None else self._pieces(layer.bias, 1, halves)
         return _grouped(name, layer, weights, bias, layer.pre_quant_scale)
@@ -352,7 +354,7 @@ class Sharding:
                 f'plan={{"*.experts": "{REPLICATE}"}}'
             )
         first, last = self._columns(name, layer.scheme.weight, layer.in_features)
-        weights = [_own(layer.expert(index).columns(first, last)) for index in range(layer.experts)]
+        weights = [_own(expert.columns(first, last)) for expert in layer.unstack()]
         bias, pre = layer.bias, layer.pre_quant_scale
         if bias is not None and self.place.rank:
             bias = torch.zeros_like(bias)  # the first process brings it to the sum
@@ -443,6 +445,16 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     """A process's own device of a mesh."""
     kind = _checked(mesh).device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def check_device(device: torch.device, mesh: DeviceMesh) -> None:
+    """
+    Raises:
+        ConfigError: the processes of the mesh tell each other nothing that is on such a device.
+    """
+    kind = _checked(mesh).device_type
+    if device.type != kind:
+        raise ConfigError(f"the model is on {device}, and its mesh is of {kind}; move it there, or take another mesh")
 
 
 def _unit(parent: nn.Module, extent: int) -> int:

@@ -127,13 +127,13 @@ class RowwiseQuantizedLinear(QuantizedLinear):
         return replace(super()._spec(), epilogue=())
 
     def forward(self, x: Tensor) -> Tensor:
+        beside = self._buffers
         if self.gathers:
             x = compat.all_gather(x, self.place.size, self.place.group)
         if self.turns:
             x = transform(x)
-        if self.features is not None:
-            x = x.index_select(-1, self.features)
-        beside = self._buffers
+        if (features := beside["features"]) is not None:
+            x = x.index_select(-1, features)
         y = OP(x, self._tensors(), None, beside["input_scale"], beside["pre_quant_scale"], [], self.spec)
         y = compat.all_reduce(y, self.place.group)
         return y if self.bias is None else y + self.bias

@@ -38,7 +38,7 @@ def planned(model: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
         raise ConfigError(f'plan is a mapping such as {{"*.q_proj": "{COLWISE}"}}, not {shown(plan)}')
     given = dict(plan or {})
     for glob, style in given.items():
-        if not isinstance(glob, str) or OTHER_NAMES.get(style, style) not in STYLES:
+        if not isinstance(glob, str) or not isinstance(style, str) or OTHER_NAMES.get(style, style) not in STYLES:
             raise ConfigError(f"plan: {shown(glob)} has style {shown(style)}; {suggestion(style, STYLES)}")
     own = getattr(model, "tp_plan", None)
     own = own if isinstance(own, dict) else {}

@@ -21,7 +21,7 @@ from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerErro
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.linears import linear_modules, quantize_inputs
 from qcompile.modules import PackedModule, QuantizedLinear
-from qcompile.parallel import Linear, Sharding, device_of, place_in
+from qcompile.parallel import Linear, Sharding, check_device, device_of, place_in
 from qcompile.progress import track
 from qcompile.reference import dequantize
 
@@ -75,6 +75,8 @@ def load(
     if plan is not None and mesh is None:
         raise ConfigError("a plan divides layers among processes: pass their mesh=init_device_mesh(...) too")
     device = _device(device or ("cpu" if mesh is None else device_of(mesh)))
+    if mesh is not None:
+        check_device(device, mesh)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is what torch computes in, such as torch.bfloat16, not {shown(dtype)}")
     if device.type == "cuda" and not torch.cuda.is_available():

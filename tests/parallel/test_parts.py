@@ -165,6 +165,7 @@ PLAN = {"*.q_proj": "colwise", "*.o_proj": "rowwise"}
         ({"0": "colwise"}, 2, "0: style colwise is for linears, .* and this is a Attention"),
         (PLAN, 3, "0.q_proj: 3 processes cannot share its 4 times 8 output features equally; take a number"),
         ("colwise", 2, "plan is a mapping"),
+        ({"*.q_proj": ["colwise"]}, 2, r"has style \['colwise'\]; there are"),
     ],
 )
 def test_mistakes_in_plans(plan, size, message):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qcompile
-from qcompile.errors import LayerError
+from qcompile.errors import ConfigError, LayerError
 from qcompile.modules import QuantizedLinear
 from qcompile.presets import PRESETS
 from tests.parallel import work
@@ -38,7 +38,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.mark.parametrize("style", ["rowwise", "rowwise_split_input", "colwise_gather_output"])
 def test_layers(ranks, style):
     """The sum, or the rows, of two parts that one process computes; for one scheme of each kind of activations."""
-    linears = {name: quantized(PRESETS[name], (256, 512)) for name in ("int8", "fp8_static", "mxfp8", "q4_k")}
+    linears = {name: quantized(PRESETS[name], (256, 512)) for name in ("int8", "fp8_static", "q4_k")}
     linears["act_order"] = ordered(quantized(PRESETS["int8"], (256, 512)))
     x = torch.randn(3, 512)
     first, second = ranks.call(work.layers, linears, x, style)
@@ -187,9 +187,9 @@ def test_mistakes_are_those_of_all(ranks, tmp_path):
     """None waits for another."""
     model = tiny_models.quantized("int4")  # groups of 128, of 128 and 256 columns
     qcompile.save(model, tmp_path / "model", tiny_models.CT)
-    for function, args in (
-        (work.loaded, (tmp_path / "model", torch.float32, {})),
-        (work.parallelized, (model, None, {})),
-    ):
+    calls = ((work.loaded, (tmp_path / "model", torch.float32, {})), (work.parallelized, (model, None, {})))
+    for function, args in calls:
         with pytest.raises(LayerError, match=r"o_proj: 2 parts of 128 columns divide its groups of 128 columns"):
             ranks.call(function, *args)
+    with pytest.raises(ConfigError, match="the model is on meta, and its mesh is of cpu"):
+        ranks.call(work.loaded_to, tmp_path / "model", "meta")

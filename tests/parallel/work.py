@@ -60,6 +60,10 @@ def loaded(mesh: DeviceMesh, path: Path, dtype: torch.dtype, options: dict[str, 
     return outputs(model, **options) | {"peak": peak}
 
 
+def loaded_to(mesh: DeviceMesh, path: Path, device: str) -> None:
+    qcompile.load(path, mesh=mesh, device=device, progress=False)
+
+
 def parallelized(
     mesh: DeviceMesh, model: nn.Module, plan: dict[str, str] | None, options: dict[str, Any]
 ) -> dict[str, Any]:
