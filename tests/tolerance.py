@@ -421,16 +421,24 @@ def sqnr_floor(format_name: str, block: int) -> float:
     return uniform_sqnr_floor(bits, block)
 
 
-def rewrite_sqnr_floor(depth: int, inner: int, dtype: torch.dtype = torch.float32) -> float:
-    """Least SQNR in dB between two evaluations of a program of `depth` operators with float32 sums of `inner` terms.
+def rewrite_sqnr_floor(depth: int, inner: int) -> float:
+    """Least SQNR in dB between two float32 evaluations of a program of `depth` operators with sums of `inner` terms.
 
     An operator errs relative to its result by at most gamma32(inner) in norm, on each side, so by 2 gamma32(inner)
-    between the two, and by twice the roundoff of a narrower `dtype` of its result; to first order the relative errors
-    of `depth` operators in a row add up. Cancellation of whole values (a - a) would break this and does not arise from
-    random weights.
+    between the two; to first order the relative errors of `depth` operators in a row add up. Cancellation of whole
+    values (a - a) would break this and does not arise from random weights.
     """
-    narrow = 0.0 if dtype == torch.float32 else unit(dtype)
-    return -20 * math.log10(depth * 2 * (gamma(inner, U32) + narrow))
+    return -20 * math.log10(depth * 2 * gamma(inner, U32))
+
+
+def rounded_sqnr_floor(depth: int, dtype: torch.dtype) -> float:
+    """Least SQNR in dB between two evaluations of a program whose `depth` operators in a row round to `dtype`.
+
+    Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides, so
+    that their powers add. A product of two tensors passes on both's, which doubles them at most. A quarter more in norm
+    is for chance.
+    """
+    return -10 * math.log10(depth * 2 * 2 * unit(dtype) ** 2 / 3) - 20 * math.log10(1.25)
 
 
 def half_sqnr_floor(depth: int) -> float:
