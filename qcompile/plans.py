@@ -41,7 +41,10 @@ def planned(model: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
         if not isinstance(glob, str) or not isinstance(style, str) or OTHER_NAMES.get(style, style) not in STYLES:
             raise ConfigError(f"plan: {shown(glob)} has style {shown(style)}; {suggestion(style, STYLES)}")
     own = getattr(model, "tp_plan", None)
-    own = own if isinstance(own, dict) else {}
+    own = dict(own) if isinstance(own, dict) else {}
+    if own and isinstance(getattr(getattr(model, "base_model", None), "embed_tokens", None), nn.Embedding):
+        # As later releases of transformers have it themselves.
+        own.setdefault(f"{model.base_model_prefix}.embed_tokens", EMBEDDING)
     if not given and not own:
         raise ConfigError(
             f"{type(model).__name__} brings no plan of which layers are divided how; pass one, such as "

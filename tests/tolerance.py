@@ -441,6 +441,14 @@ def rounded_sqnr_floor(depth: int, dtype: torch.dtype) -> float:
     return -10 * math.log10(depth * 2 * 2 * unit(dtype) ** 2 / 3) - 20 * math.log10(1.25)
 
 
+def chain_sqnr_floor(floor: float, depth: int) -> float:
+    """Least SQNR in dB of a program whose `depth` layers in a row each have `floor`.
+
+    Their errors are independent, so that powers add; products of two tensors double them at most.
+    """
+    return floor - 10 * math.log10(2 * depth)
+
+
 def half_sqnr_floor(depth: int) -> float:
     """Least SQNR in dB where one side looks `depth` functions in a row up in float16, the other computes them.
 

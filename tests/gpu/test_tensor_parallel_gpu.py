@@ -102,9 +102,13 @@ def test_inputs_have_scales_of_their_part(ranks: Ranks, name: str, tmp_path: Pat
         assert sqnr(expected["logits"], first["logits"]) >= floor
 
 
-def test_loading_takes_half_and_a_layer(ranks: Ranks, tmp_path: Path) -> None:
+def test_loading_takes_half(ranks: Ranks, tmp_path: Path) -> None:
+    """Beside what loading a layer takes for a moment."""
     path = checkpoint("int4", tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     whole = work.stored_bytes(qcompile.load(path, device=GPU, dtype=torch.bfloat16, progress=False))
-    vocabulary = SIZES["vocab_size"] * SIZES["hidden_size"] * 2
+    peak = torch.cuda.max_memory_allocated() - before
     for found in ranks.call(work.loaded, path, torch.bfloat16, {}):
-        assert found["peak"] < 0.52 * whole + vocabulary
+        assert found["peak"] <= peak - 0.48 * whole

@@ -251,6 +251,12 @@ def test_an_entry_of_the_user_comes_before_that_of_transformers():
     assert styles["model.layers.1.self_attn.o_proj"] == "rowwise"
 
 
+def test_the_embedding_is_divided_in_all_releases_of_transformers():
+    model = tiny(tie_word_embeddings=True)
+    model._tp_plan.pop("model.embed_tokens", None)
+    assert Sharding(model, Place(0, 2, "0")).styles.keys() >= {"model.embed_tokens", "lm_head"}
+
+
 def test_one_process_keeps_all():
     assert Sharding(tiny(), Place(0, 1, "0")).styles == {}
 

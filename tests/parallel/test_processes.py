@@ -15,7 +15,7 @@ from qcompile.presets import PRESETS
 from tests.parallel import work
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_parts import CPU, ordered, quantized
-from tests.tolerance import rewrite_sqnr_floor, sqnr
+from tests.tolerance import chain_sqnr_floor, rewrite_sqnr_floor, sqnr, sqnr_floor
 
 pytest.importorskip("transformers")
 from tests.checkpoint import integer_files, tiny_models
@@ -181,6 +181,16 @@ def test_models(ranks, kind, scheme):
         assert torch.equal(found["tokens"], whole["tokens"])
     assert torch.equal(first["logits"], second["logits"])
     assert (scheme is None) == ("Quantized" not in first["text"])
+
+
+def test_what_is_divided_may_be_quantized_by_the_compiler(ranks):
+    """With scales of each part's own."""
+    model = tiny_models.llama()
+    whole = work.outputs(model)
+    config = {"rules": [{"layers": "*.layers.*", "scheme": "int8_weight_only"}]}
+    first, second = ranks.call(work.parallelized, model, None, {"compiled": True, "config": config})
+    assert torch.equal(first["logits"], second["logits"])
+    assert chain_sqnr_floor(sqnr_floor("int8", 256), 8) <= sqnr(whole["logits"], first["logits"]) < FLOOR
 
 
 def test_mistakes_are_those_of_all(ranks, tmp_path):

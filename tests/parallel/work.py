@@ -18,10 +18,18 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
 
 @torch.no_grad()
-def outputs(model: Any, *, compiled: bool = False, mode: str | None = None, kv: str | None = None) -> dict[str, Any]:
+def outputs(
+    model: Any,
+    *,
+    compiled: bool = False,
+    config: Any = None,
+    mode: str | None = None,
+    kv: str | None = None,
+) -> dict[str, Any]:
     """Logits [2, 8, V] and the tokens that greedy decoding goes on with, on the CPU; and what the model is.
 
     Args:
+        config: by which the compiler quantizes.
         kv: a format for the cache of decoding.
     """
     ids = IDS.to(next(model.parameters()).device)
@@ -32,7 +40,8 @@ def outputs(model: Any, *, compiled: bool = False, mode: str | None = None, kv: 
     run = model
     if compiled:
         torch.compiler.reset()
-        run = torch.compile(model, backend="qcompile", fullgraph=True, mode=mode)
+        given = {} if config is None else {"config": config}
+        run = torch.compile(model, backend="qcompile", fullgraph=True, mode=mode, options=given or None)
         for _ in range(2 if mode else 0):  # until CUDA graphs are recorded
             run(ids, use_cache=False)
     logits = run(ids, use_cache=False).logits.cpu()
@@ -55,8 +64,9 @@ def loaded(mesh: DeviceMesh, path: Path, dtype: torch.dtype, options: dict[str, 
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     model = qcompile.load(path, mesh=mesh, dtype=dtype, progress=False)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    peak = torch.cuda.max_memory_allocated() - before if on_gpu else 0
     return outputs(model, **options) | {"peak": peak}
 
 
