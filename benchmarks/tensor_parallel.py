@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py [--only int4,fp8,bf16] [--batch 1,16] [--layers 32]
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --toy     two small layers on CPUs, to see that it works
 
-With `--nproc-per-node 1` nothing is divided, so that both are of one machine. Modes, `step_us`, `error` and `same` are
+With `--nproc-per-node 1` nothing is divided, so that both are of one machine. `--nccl` leaves all sums to NCCL. Modes, `step_us`, `error` and `same` are
 those of `decode.py`; what is measured is the first process, which waits for the others at each sum. `kernels` sums up
 what a GPU ran in a step. Rows go into `<out>/<machine>.parallel.json`.
 """
@@ -11,9 +11,11 @@ what a GPU ran in a step. Rows go into `<out>/<machine>.parallel.json`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qcompile
 from qcompile.evaluate import timing
+from qcompile.parts import PARTS
 
 
 def measure(model: Any, job: Job, batch: int, mode: str, options: argparse.Namespace, device: str) -> Row:
@@ -53,7 +56,7 @@ def measure(model: Any, job: Job, batch: int, mode: str, options: argparse.Names
         step_us = captured.time(options.tokens)
         prompted.rewind()
         kernels = kernels_of(captured.replay, device)
-        sums = [kernel for kernel in kernels if "AllReduce" in kernel["name"] or "AllGather" in kernel["name"]]
+        sums = [kernel for kernel in kernels if re.search("AllReduce|AllGather|all_reduce", kernel["name"])]
         row["collective_us"] = round(sum(kernel["us"] for kernel in sums), 1)
         row["collectives"] = sum(kernel["count"] for kernel in sums)
     else:
@@ -62,7 +65,8 @@ def measure(model: Any, job: Job, batch: int, mode: str, options: argparse.Names
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(arguments)
+    nccl = "--nccl" in arguments
+    options = parse([argument for argument in arguments if argument != "--nccl"])
     device = "cpu" if options.toy else "cuda"
     rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cuda":
@@ -77,6 +81,10 @@ def main(arguments: list[str]) -> None:
             model = build(job, shape, options.head, device)
         if mesh is not None:
             qcompile.parallelize(model, mesh)
+        if nccl:
+            for module in model.modules():
+                if isinstance(module, PARTS):
+                    module.place = dataclasses.replace(module.place, direct=False)
         if device == "cuda":
             torch.cuda.empty_cache()
         storages = {
@@ -86,7 +94,14 @@ def main(arguments: list[str]) -> None:
         for batch in options.batch:
             for mode in options.modes:
                 synchronize(device)
-                row = {"scheme": job.scheme, "gpus": size, "batch": batch, "mode": mode, "weight_gb": held}
+                row = {
+                    "scheme": job.scheme,
+                    "gpus": size,
+                    "batch": batch,
+                    "mode": mode,
+                    "weight_gb": held,
+                    "nccl": nccl,
+                }
                 row |= {"layers": options.layers} | measure(model, job, batch, mode, options, device)
                 rows.append(row)
                 if rank == 0:
@@ -100,7 +115,7 @@ def main(arguments: list[str]) -> None:
 
 def store(out: Path, rows: list[Row], device: torch.device) -> None:
     """Add rows to the file of results, in the place of those about the same."""
-    keys = ("scheme", "gpus", "batch", "mode", "layers")
+    keys = ("scheme", "gpus", "batch", "mode", "layers", "nccl")
     path = out / f"{timing.machine_name(device)}.parallel.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     fresh = {tuple(row[key] for key in keys): row for row in [*old, *rows]}

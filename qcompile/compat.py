@@ -198,6 +198,19 @@ def all_gather(x: Tensor, size: int, group: str) -> Tensor:
     return functional.wait_tensor.default(parts).movedim(0, -2).flatten(-2)
 
 
+def shared_memory(size: int, group: str, device: torch.device) -> Tensor:
+    """Bytes of each GPU that all of a group read, which all of them call.
+
+    Raises:
+        RuntimeError: they cannot.
+    """
+    from torch.distributed import _symmetric_memory
+
+    memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    _symmetric_memory.rendezvous(memory, group)  # type: ignore[arg-type]
+    return memory
+
+
 def reset_compiler() -> None:
     """Forget everything that torch.compile compiled in this process."""
     import torch._dynamo

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qcompile.errors import ConfigError, LayerError, shown
+from qcompile.exchange import share
 from qcompile.experts import GroupedLinear, QuantizedExperts
 from qcompile.linears import is_conv1d
 from qcompile.modules import PackedModule, QuantizedLinear
@@ -438,7 +439,9 @@ def place_in(mesh: DeviceMesh) -> Place:
         ConfigError: no mesh of one dimension.
     """
     checked = _checked(mesh)
-    return Place(checked.get_local_rank(), checked.size(), str(checked.get_group().group_name))
+    group = str(checked.get_group().group_name)
+    direct = checked.device_type == "cuda" and checked.size() > 1 and share(group, device_of(mesh))
+    return Place(checked.get_local_rank(), checked.size(), group, direct)
 
 
 def device_of(mesh: DeviceMesh) -> torch.device:

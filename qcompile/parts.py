@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import qcompile.exchange  # noqa: F401  (registers the operator)
 from qcompile import compat
 from qcompile.experts import QuantizedExperts
 from qcompile.hadamard import transform
@@ -24,11 +26,19 @@ class Place:
         rank: its number, from 0.
         size: of the group.
         group: the group's name, by which graphs know it.
+        direct: whether its GPUs read each other's memory.
     """
 
     rank: int
     size: int
     group: str
+    direct: bool = False
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of a contiguous tensor over the processes."""
+        if self.direct:
+            return torch.ops.qcompile.add_up.default(x, self.group)
+        return compat.all_reduce(x, self.group)
 
     def part(self, extent: int) -> tuple[int, int]:
         """The first, and one after the last, of so many rows or columns that this process has."""
@@ -64,7 +74,7 @@ class RowwiseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.splits:
             x = x.narrow(-1, self.place.rank * self.in_features, self.in_features)
-        y = compat.all_reduce(F.linear(x, self.weight), self.place.group)
+        y = self.place.add_up(F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -80,7 +90,7 @@ class VocabularyEmbedding(nn.Embedding):
         own = input - self.place.rank * self.num_embeddings
         others = (own < 0) | (own >= self.num_embeddings)
         found = F.embedding(own.masked_fill(others, 0), self.weight)
-        return compat.all_reduce(found.masked_fill(others.unsqueeze(-1), 0), self.place.group)
+        return self.place.add_up(found.masked_fill(others.unsqueeze(-1), 0))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.place}"
@@ -135,7 +145,7 @@ class RowwiseQuantizedLinear(QuantizedLinear):
         if (features := beside["features"]) is not None:
             x = x.index_select(-1, features)
         y = OP(x, self._tensors(), None, beside["input_scale"], beside["pre_quant_scale"], [], self.spec)
-        y = compat.all_reduce(y, self.place.group)
+        y = self.place.add_up(y)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -148,7 +158,7 @@ class PartOfExperts(QuantizedExperts):
     place: Place
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return compat.all_reduce(super().forward(hidden_states, top_k_index, top_k_weights), self.place.group)
+        return self.place.add_up(super().forward(hidden_states, top_k_index, top_k_weights))
 
     def extra_repr(self) -> str:
         return str(self.place)

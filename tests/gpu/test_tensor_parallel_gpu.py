@@ -102,6 +102,14 @@ def test_inputs_have_scales_of_their_part(ranks: Ranks, name: str, tmp_path: Pat
         assert sqnr(expected["logits"], first["logits"]) >= floor
 
 
+@pytest.mark.parametrize("count", [8, 100, 4096, 1 << 17, (1 << 17) + 8])
+def test_sums(ranks: Ranks, count: int) -> None:
+    """Within the memory that GPUs share and beyond it, of different sizes one after the other."""
+    x = torch.randn(2, count).to(torch.bfloat16)
+    for found in ranks.call(work.sums, x):
+        assert torch.equal(found, (x[0] + x[1]).expand(20, -1))
+
+
 def test_loading_takes_half(ranks: Ranks, tmp_path: Path) -> None:
     """Beside what loading a layer takes for a moment."""
     path = checkpoint("int4", tmp_path)
