@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py [--only int4,fp8,bf16] [--batch 1,16] [--layers 32]
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --toy     two small layers on CPUs, to see that it works
 
-With `--nproc-per-node 1` nothing is divided, so that both are of one machine. `--nccl` leaves all sums to NCCL. Modes, `step_us`, `error` and `same` are
-those of `decode.py`; what is measured is the first process, which waits for the others at each sum. `kernels` sums up
-what a GPU ran in a step. Rows go into `<out>/<machine>.parallel.json`.
+With `--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all sums to NCCL. Modes,
+`step_us`, `error` and `same` are those of `decode.py`; what is measured is the first process, which waits for the others
+at each sum. `collective_us` is what sums and joins take of a step, waiting included. Rows go into
+`<out>/<machine>.parallel.json`.
 """
 
 from __future__ import annotations
@@ -87,10 +88,8 @@ def main(arguments: list[str]) -> None:
                     module.place = dataclasses.replace(module.place, direct=False)
         if device == "cuda":
             torch.cuda.empty_cache()
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage() for t in [*model.parameters(), *model.buffers()]
-        }
-        held = round(sum(storage.nbytes() for storage in storages.values()) / 1e9, 3)
+        memory = [t.untyped_storage() for t in [*model.parameters(), *model.buffers()]]
+        held = round(sum({m.data_ptr(): m.nbytes() for m in memory}.values()) / 1e9, 3)
         for batch in options.batch:
             for mode in options.modes:
                 synchronize(device)

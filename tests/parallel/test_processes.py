@@ -35,6 +35,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     found.close()
 
 
+def test_sums(ranks):
+    x = torch.randn(2, 100)
+    for found in ranks.call(work.sums, x):
+        assert torch.equal(found, (x[0] + x[1]).expand(20, -1))
+
+
 @pytest.mark.parametrize("style", ["rowwise", "rowwise_split_input", "colwise_gather_output"])
 def test_layers(ranks, style):
     """The sum, or the rows, of two parts that one process computes; for one scheme of each kind of activations."""
