@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --toy     two small layers on CPUs, to see that it works
 
 With `--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all sums to NCCL. Modes,
-`step_us`, `error` and `same` are those of `decode.py`; what is measured is the first process, which waits for the others
-at each sum. `collective_us` is what sums and joins take of a step, waiting included. Rows go into
+`step_us`, `error` and `same` are those of `decode.py`; what is measured is the first process, which waits for others at
+each sum. `collective_us` is what sums and joins take of a step, waiting included. Rows go into
 `<out>/<machine>.parallel.json`.
 """
 

@@ -40,16 +40,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     found.close()
 
 
-FEW = ("int4", "q4_k", "fp8")
+FAMILIES = ("int4_asym", "int8", "fp8_static", "fp8_block", "nvfp4", "q4_k", "int4_24")
+OTHERS = tuple(name for name in PRESETS if name not in FAMILIES)
 
 
 @pytest.mark.parametrize(
     ("style", "rows", "names"),
     [
-        ("rowwise", 1, tuple(PRESETS)),
-        ("rowwise", 48, tuple(PRESETS)),
-        ("rowwise_split_input", 1, FEW),
-        ("colwise_gather_output", 48, FEW),
+        pytest.param("rowwise", 1, FAMILIES, id="families"),
+        pytest.param("rowwise", 1, OTHERS, id="others"),
+        pytest.param("rowwise", 48, tuple(PRESETS), id="many rows"),
+        pytest.param("rowwise_split_input", 1, FAMILIES, id="split"),
+        pytest.param("colwise_gather_output", 48, FAMILIES, id="gathered"),
     ],
 )
 def test_layers(ranks: Ranks, style: str, rows: int, names: tuple[str, ...]) -> None:
@@ -75,7 +77,14 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["int4", "int8_weight_only", "mxfp4", "q4_k"])
-@pytest.mark.parametrize("options", [{"kv": "fp8"}, {"compiled": True}, {"compiled": True, "mode": "reduce-overhead"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"kv": "fp8"}, id="eager"),
+        pytest.param({"compiled": True}, id="compiled"),
+        pytest.param({"compiled": True, "mode": "reduce-overhead"}, id="graphs"),
+    ],
+)
 def test_checkpoints(ranks: Ranks, name: str, options: dict[str, object], tmp_path: Path) -> None:
     path = checkpoint(name, tmp_path)
     whole = work.outputs(qcompile.load(path, device=GPU, dtype=torch.bfloat16, progress=False))
