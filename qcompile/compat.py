@@ -203,9 +203,11 @@ def shared_memory(size: int, group: str, device: torch.device) -> Tensor:
 
     Raises:
         RuntimeError: they cannot.
+        AttributeError: torch has not the kernel that adds so.
     """
     from torch.distributed import _symmetric_memory
 
+    assert torch.ops.symm_mem.one_shot_all_reduce_copy is not None
     memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
     _symmetric_memory.rendezvous(memory, group)  # type: ignore[arg-type]
     return memory

@@ -24,16 +24,17 @@ def share(group: str, device: torch.device) -> bool:
     if group not in _SHARED:
         try:
             _SHARED[group] = compat.shared_memory(LARGEST, group, device)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             warnings.warn(f"the GPUs do not read each other's memory, and add by NCCL: {error}", stacklevel=2)
             return False
     return True
 
 
 def _add_up(x: Tensor, group: str) -> Tensor:
+    x = x.contiguous()
     size = x.numel() * x.element_size()
-    if size > LARGEST or size % 16 or not x.is_contiguous():
-        return compat.all_reduce(x.contiguous(), group)
+    if size > LARGEST or size % 16 or x.dtype not in (torch.bfloat16, torch.float32):  # that the kernel takes
+        return compat.all_reduce(x, group)
     buffer = _SHARED[group][:size].view(x.dtype)
     return torch.ops.symm_mem.one_shot_all_reduce_copy.default(buffer, x.view(-1), "sum", group).view(x.shape)
 
