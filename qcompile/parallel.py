@@ -439,9 +439,9 @@ def place_in(mesh: DeviceMesh) -> Place:
         ConfigError: no mesh of one dimension.
     """
     checked = _checked(mesh)
-    group = str(checked.get_group().group_name)
+    group = checked.get_group()
     direct = checked.device_type == "cuda" and checked.size() > 1 and share(group, device_of(mesh))
-    return Place(checked.get_local_rank(), checked.size(), group, direct)
+    return Place(checked.get_local_rank(), checked.size(), str(group.group_name), direct)
 
 
 def device_of(mesh: DeviceMesh) -> torch.device:
