@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import qcompile
 from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.errors import ConfigError, LayerError
+from qcompile.linear_spec import decode_spec
 from qcompile.modules import QuantizedLinear
 from qcompile.packed import PackedWeight
 from qcompile.parallel import Linear, Sharding
@@ -214,6 +216,21 @@ def test_styles_are_those_of_transformers():
     from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 
     assert {*STYLES, *OTHER_NAMES} <= set(ALL_PARALLEL_STYLES.keys())
+
+
+def test_a_part_is_a_module():
+    """It deep-copies, moves, keeps its bias out of the product when its inputs are quantized, and says what it is."""
+    whole = ordered(quantized(PRESETS["int8_weight_only"], (32, 64)))
+    part = copy.deepcopy(parts(whole, "rowwise", 2)[1])
+    part.change_activation(PRESETS["int8"].activation)
+    assert decode_spec(part.spec).epilogue == ()
+    assert str(part).endswith("int8 channel, activations int8 dynamic per token, bias=True, part 2 of 2)")
+    state = part.state_dict()
+    assert torch.equal(state["features"], part.features)
+    moved = part.to(torch.bfloat16).to("meta")
+    assert moved.bias.dtype == torch.bfloat16
+    assert moved.features.dtype == torch.int64
+    assert moved.features.is_meta
 
 
 def tiny(**changes):
