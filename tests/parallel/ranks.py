@@ -74,4 +74,5 @@ def _serve(rank: int, size: int, store: str, device_type: str, end: Connection) 
         except Exception as error:
             traceback.print_exc()  # which does not travel
             end.send(error)
+    torch.compiler.reset()  # communicators end after the CUDA graphs that hold them
     dist.destroy_process_group()
