@@ -7,8 +7,8 @@
 Sums of bfloat16 are timed in a CUDA graph of 64, one after the other: by NCCL, and "direct", by one kernel that reads
 other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same` are those of `decode.py`;
 what is measured is the first process, which waits for others at each sum. `collective_us` is what sums and joins take,
-waiting included. With `--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all sums
-to NCCL. Rows go into `<out>/<machine>-x<processes>.parallel.json`.
+waiting included. With `--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all
+sums to NCCL. Rows go into `<out>/<machine>-x<processes>.parallel.json`.
 """
 
 from __future__ import annotations
