@@ -11,6 +11,7 @@ from qcompile.checkpoint.saving import save
 from qcompile.config import QuantConfig
 from qcompile.decorator import quantized
 from qcompile.errors import suggestion
+from qcompile.parallel import parallelize
 from qcompile.quantize import quantize_
 from qcompile.report import explain
 
@@ -29,6 +30,7 @@ __all__ = [
     "choose_schemes",
     "explain",
     "load",
+    "parallelize",
     "quantize_",
     "quantized",
     "save",

@@ -182,6 +182,37 @@ def schema_writes(target: Any) -> bool | None:
     return None
 
 
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum of a contiguous tensor over a group's processes. Compilers trace it.
+
+    The operators of `torch.distributed._functional_collectives`, which names groups as a graph can hold them.
+    """
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor.default(functional.all_reduce.default(x, "sum", group))
+
+
+def all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """The last dimensions [..., D] of a group's `size` processes side by side, [..., size * D]; see `all_reduce`."""
+    functional = torch.ops._c10d_functional
+    parts = functional.all_gather_into_tensor.default(x.contiguous().unsqueeze(0), size, group)
+    return functional.wait_tensor.default(parts).movedim(0, -2).flatten(-2)
+
+
+def shared_memory(size: int, group: str, device: torch.device) -> Tensor:
+    """Bytes of each GPU that all of a group read, which all of them call.
+
+    Raises:
+        RuntimeError: they cannot.
+        AttributeError: torch has not the kernel that adds so.
+    """
+    from torch.distributed import _symmetric_memory
+
+    assert torch.ops.symm_mem.one_shot_all_reduce_copy is not None
+    memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    _symmetric_memory.rendezvous(memory, group)  # type: ignore[arg-type]
+    return memory
+
+
 def reset_compiler() -> None:
     """Forget everything that torch.compile compiled in this process."""
     import torch._dynamo

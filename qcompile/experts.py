@@ -79,7 +79,15 @@ class GroupedLinear(PackedModule):
 
     def expert(self, index: int) -> PackedWeight:
         """One expert's weight [N, K], in the logical layout."""
-        own = expert(self.logical(), index, self.out_features)
+        return self._expert(self.logical(), index)
+
+    def unstack(self) -> list[PackedWeight]:
+        """Each expert's weight [N, K], in the logical layout."""
+        logical = self.logical()
+        return [self._expert(logical, index) for index in range(self.experts)]
+
+    def _expert(self, logical: PackedWeight, index: int) -> PackedWeight:
+        own = expert(logical, index, self.out_features)
         if self.perm is None:
             return own
         return replace(own, scheme=replace(own.scheme, act_order=True), perm=self.perm[index])

@@ -98,6 +98,24 @@ class PackedWeight:
 
         return replace(self.map(part), shape=(min(last, self.shape[0]) - first, self.shape[1]))
 
+    def columns(self, first: int, last: int) -> PackedWeight:
+        """Some columns of codes of the logical layout, from and to a multiple of each of `column_units`.
+
+        With `act_order`, the part has none: its column j belongs to the input feature perm[first + j] of the whole.
+        """
+        bits, scheme = self.scheme.format.bits, self.scheme
+        units = scheme.column_units
+        assert all(first % unit == last % unit == 0 for unit in units.values())
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            if name == "codes":
+                return tensor[:, first * bits // 8 : last * bits // 8]
+            size = units.get("super-blocks" if name.startswith("super") else "groups")
+            return tensor if size is None else tensor[:, first // size : last // size]
+
+        own = replace(self, scheme=replace(scheme, act_order=False), perm=None)
+        return replace(own.map(part), shape=(self.shape[0], last - first))
+
     @classmethod
     def from_codes(
         cls,

@@ -25,6 +25,7 @@ from qcompile.linears import is_conv1d, linear_modules, matrix_of, quantized_lin
 from qcompile.methods import parse_method
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedWeight
+from qcompile.parallel import check_whole
 from qcompile.progress import track
 from qcompile.scheme import Scheme
 from qcompile.torchao_tensors import is_torchao
@@ -105,6 +106,7 @@ def quantize_waiting(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"quantize_ takes a model, an nn.Module, and then its configuration, not {shown(model)}")
+    check_whole(model, "quantize_ takes")
     if isinstance(calibration, (Tensor, Mapping, str)):
         raise CalibrationError(
             f"calibration is a list of batches, not {type(calibration).__name__}; put a single batch into a list"

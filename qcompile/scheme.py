@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -167,6 +168,15 @@ class WeightScheme:
     def arranges_inputs(self) -> bool:
         """Whether inputs are turned or put in another order before all else."""
         return self.act_order or self.rotated
+
+    @property
+    def column_units(self) -> dict[str, int]:
+        """What a cut between two columns must not divide, by what it is called, and how many columns that is."""
+        above = WHOLE if self.super_scale is None else self.super_scale.columns
+        found = {"super-blocks": above, "groups": self.granularity.columns}
+        found = {name: columns for name, columns in found.items() if columns != WHOLE}
+        whole_bytes = {"bytes of codes": 8 // math.gcd(8, self.format.bits)}
+        return found | ({"2:4 sparse fours": 4} if self.sparsity else {}) | whole_bytes
 
     @property
     def stored_bits(self) -> int:

@@ -434,6 +434,24 @@ def rewrite_sqnr_floor(depth: int, inner: int) -> float:
     return -20 * math.log10(depth * 2 * gamma(inner, U32))
 
 
+def rounded_sqnr_floor(depth: int, dtype: torch.dtype) -> float:
+    """Least SQNR in dB between two evaluations of a program whose `depth` operators in a row round to `dtype`.
+
+    Roundings are taken as independent, of mean zero and variance u^2 / 3 relative to what is rounded, on both sides, so
+    that their powers add. A product of two tensors passes on both's, which doubles them at most. A quarter more in norm
+    is for chance.
+    """
+    return -10 * math.log10(depth * 2 * 2 * unit(dtype) ** 2 / 3) - 20 * math.log10(1.25)
+
+
+def chain_sqnr_floor(floor: float, depth: int) -> float:
+    """Least SQNR in dB of a program whose `depth` layers in a row each have `floor`.
+
+    Their errors are independent, so that powers add; products of two tensors double them at most.
+    """
+    return floor - 10 * math.log10(2 * depth)
+
+
 def half_sqnr_floor(depth: int) -> float:
     """Least SQNR in dB where one side looks `depth` functions in a row up in float16, the other computes them.
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,12 @@ from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerErro
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.linears import linear_modules, quantize_inputs
 from qcompile.modules import PackedModule, QuantizedLinear
+from qcompile.parallel import Linear, Sharding, check_device, device_of, place_in
 from qcompile.progress import track
 from qcompile.reference import dequantize
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _NEEDLESS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 """Endings of tensors that old checkpoints hold and models compute."""
@@ -32,9 +36,11 @@ def load(
     path: str | Path,
     *,
     model: nn.Module | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     activation: Mapping[str, Any] | None = None,
+    mesh: DeviceMesh | None = None,
+    plan: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """A model from a checkpoint, quantized or not, for inference.
@@ -47,11 +53,14 @@ def load(
         path: a folder with config.json and safetensors files, a .gguf file, or (with `model`) a .safetensors file.
         model: modules to fill, with parameters of any content, also on the meta device; by default made by
             transformers from the checkpoint's config.json (or a GGUF file's metadata).
-        device: where the tensors go.
+        device: where the tensors go; by default to the CPU, or to this process's device of `mesh`.
         dtype: of what is not quantized; by default what the configuration says, or else bfloat16.
         activation: how inputs of linears whose weights alone are quantized, to integers, are quantized too (by default
             not at all): `{"format": "int8"}` for a scale a token, with `"granularity": "group"` for one a group of the
             weight, as llama.cpp multiplies GGUF types.
+        mesh: the processes that share the model, each of which calls this and keeps its part of each layer, as
+            `qcompile.parallelize` divides them.
+        plan: how, where transformers does not say so; see `qcompile.parallelize`.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -59,10 +68,15 @@ def load(
 
     Raises:
         CheckpointError: a file that is missing, damaged, hostile or of an unknown kind; names the file and tensor.
-        ConfigError: a dtype that is none, or that the method cannot compute in.
+        ConfigError: a dtype that is none, or that the method cannot compute in; a mesh or plan that cannot be.
+        LayerError: a layer that the processes of the mesh cannot divide.
         DeviceError: an unknown device, or a GPU where there is none.
     """
-    device = _device(device)
+    if plan is not None and mesh is None:
+        raise ConfigError("a plan divides layers among processes: pass their mesh=init_device_mesh(...) too")
+    device = _device(device or ("cpu" if mesh is None else device_of(mesh)))
+    if mesh is not None:
+        check_device(device, mesh)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is what torch computes in, such as torch.bfloat16, not {shown(dtype)}")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -76,7 +90,8 @@ def load(
         dtype = dtype or getattr(source.config, "dtype", None) or torch.bfloat16
         model = skeleton(source.config, dtype)
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
-    fill(model, source, device, dtype, progress=progress)
+    sharding = None if mesh is None else Sharding(model, place_in(mesh), plan)
+    fill(model, source, device, dtype, sharding=sharding, progress=progress)
     if activation is not None:
         quantize_inputs(model, activation)
     if hasattr(model, "name_or_path"):
@@ -140,17 +155,30 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def fill(model: nn.Module, source: Source, device: torch.device, dtype: torch.dtype, *, progress: bool = True) -> None:
+def fill(
+    model: nn.Module,
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sharding: Sharding | None = None,
+    progress: bool = True,
+) -> None:
     """Give every parameter and buffer of a model what the checkpoint holds for it, and quantized linears their codes.
 
+    Args:
+        sharding: what of them this process keeps; None for all.
+
     Raises:
-        CheckpointError: see `load`.
+        CheckpointError, LayerError: see `load`.
     """
     if source.method is not None:
         _check_supported(source.method, device, dtype)
     used: set[str] = set()
-    _fill(model, source, device, dtype, used, lambda _: True, progress=progress)
+    _fill(model, source, device, dtype, used, lambda _: True, sharding, progress=progress)
     _finish(model, source.store, used)
+    if sharding is not None:
+        sharding.finish(model)
 
 
 class Pending:
@@ -222,6 +250,7 @@ def _fill(
     dtype: torch.dtype,
     used: set[str],
     within: Callable[[str], bool],
+    sharding: Sharding | None = None,
     *,
     progress: bool,
 ) -> None:
@@ -236,11 +265,12 @@ def _fill(
         except LayerError as error:
             raise CheckpointError(f"{store.path}: {error}") from None
         if isinstance(found, Tensor):
-            weight = found.to(device, dtype)
-            module.weight = nn.Parameter(weight if type(module) is nn.Linear else weight.t(), requires_grad=False)
+            weight = found if type(module) is nn.Linear else found.t()
+            weight = _part(weight, f"{name}.weight", sharding).to(device, dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
             used |= tensors.taken
         elif found is not None:
-            model.set_submodule(name, _quantized(found, module, tensors, device, dtype))
+            model.set_submodule(name, _quantized(found, module, tensors, device, dtype, sharding))
             used |= tensors.taken
             _check_rest(tensors)
     experts = {name: module for name, module in expert_modules(model).items() if within(name)}
@@ -249,7 +279,7 @@ def _fill(
         reader = Experts(name, experts[name], store, tensors_of[name], method)
         loaded = reader.load(device, dtype)
         if isinstance(loaded, QuantizedExperts):
-            model.set_submodule(name, loaded)
+            model.set_submodule(name, loaded if sharding is None else sharding.experts(name, loaded))
         else:
             for attribute, value in loaded.items():
                 setattr(experts[name], attribute, nn.Parameter(value, requires_grad=False))
@@ -259,8 +289,8 @@ def _fill(
             _check_rest(tensors)
     memory.give_back()
     if method is not None:
-        _load_embeddings(model, method, store, used, device, dtype)
-    _load_plain(model, store, used, device, dtype, within)
+        _load_embeddings(model, method, store, used, device, dtype, sharding)
+    _load_plain(model, store, used, device, dtype, within, sharding)
     memory.give_back()
 
 
@@ -305,25 +335,30 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _quantized(
-    found: LoadedLinear, module: nn.Module, tensors: LayerTensors, device: torch.device, dtype: torch.dtype
+    found: LoadedLinear,
+    module: nn.Module,
+    tensors: LayerTensors,
+    device: torch.device,
+    dtype: torch.dtype,
+    sharding: Sharding | None,
 ) -> QuantizedLinear:
     found.weight.check(tensors.name)
     bias = None
     if module.bias is not None or "bias" in tensors:
         floats = (torch.float32, torch.bfloat16, torch.float16)
-        bias = tensors.take("bias", *floats, shape=(found.weight.shape[0],)).to(device, dtype)
-    return QuantizedLinear(
-        found.weight.to(device),
-        found.scheme,
-        bias,
-        None if found.input_scale is None else found.input_scale.to(device),
-        dtype,
-        None if found.pre_quant_scale is None else found.pre_quant_scale.to(device),
-    )
+        bias = tensors.take("bias", *floats, shape=(found.weight.shape[0],)).to(dtype)
+    whole = Linear(found.weight, found.scheme, bias, found.input_scale, dtype, found.pre_quant_scale)
+    return whole.build(QuantizedLinear, device) if sharding is None else sharding.linear(tensors.name, whole, device)
 
 
 def _load_embeddings(
-    model: nn.Module, method: Method, store: TensorStore, used: set[str], device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    method: Method,
+    store: TensorStore,
+    used: set[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    sharding: Sharding | None,
 ) -> None:
     """Token embeddings that are quantized, as torchao's may be: decoded, since their rows are looked up."""
     plain = set(store.names())
@@ -336,6 +371,7 @@ def _load_embeddings(
         if found is None:
             continue
         weight = found if isinstance(found, Tensor) else dequantize(found.weight, dtype)
+        weight = _part(weight, f"{name}.weight", sharding)
         module.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
         used |= tensors.taken
 
@@ -355,6 +391,7 @@ def _load_plain(
     device: torch.device,
     dtype: torch.dtype,
     within: Callable[[str], bool],
+    sharding: Sharding | None,
 ) -> None:
     """Parameters and buffers that are not quantized; those that are tied share what was loaded."""
     known = set(store.names()) - used
@@ -381,7 +418,8 @@ def _load_plain(
                 f"{info.file}: {name} is {info.dtype}, but its module is none that qcompile reads quantized"
             )
         target = dtype if current.is_floating_point() else current.dtype
-        setattr(module, attribute, _like(current, store.copy(name, device, target)))
+        whole = store.copy(name, device if sharding is None else torch.device("cpu"), target)
+        setattr(module, attribute, _like(current, _part(whole, name, sharding).to(device)))
         used.add(name)
     tie = getattr(model, "tie_weights", None)
     if missing and callable(tie):
@@ -392,6 +430,12 @@ def _load_plain(
             f"{store.path}: has nothing for {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; the file is "
             "incomplete, or of another model"
         )
+
+
+def _part(whole: Tensor, name: str, sharding: Sharding | None) -> Tensor:
+    """What this process keeps of a parameter, in memory of its own if that is not all."""
+    part = whole if sharding is None else sharding.cut(name, whole)
+    return part if part is whole else part.clone(memory_format=torch.contiguous_format)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

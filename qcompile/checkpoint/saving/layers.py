@@ -13,6 +13,7 @@ from qcompile.errors import CheckpointError
 from qcompile.experts import GroupedLinear, QuantizedExperts
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedWeight
+from qcompile.parallel import check_whole
 from qcompile.scheme import WHOLE, Scheme
 from qcompile.stacks import expert
 
@@ -47,7 +48,9 @@ def quantized_layers(model: nn.Module) -> list[Layer]:
 
     Raises:
         CheckpointError: there are none.
+        ConfigError: the model is one process's part of another.
     """
+    check_whole(model, "a file holds")
     layers: list[Layer] = []
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
