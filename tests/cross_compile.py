@@ -8,12 +8,14 @@ Triton can hang on targets that it does not serve, so `measure` runs it as a pro
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -264,26 +266,65 @@ def _amd(code: str) -> dict[str, Any]:
     }
 
 
+class _Compiler:
+    """A process that compiles for all tests of this one: importing torch and Triton takes as long as a small kernel."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._errors = Path(self._folder.name) / "errors"
+        environment = os.environ | dict.fromkeys(("TRITON_CACHE_DIR", "QCOMPILE_CACHE_DIR"), self._folder.name)
+        environment.pop("TRITON_INTERPRET", None)
+        with self._errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.cross_compile"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                cwd=Path(__file__).parents[1],
+            )
+
+    def measure(self, specs: Sequence[AnySpec], limit: float) -> list[dict[str, Any]]:
+        """What the process writes of each spec.
+
+        Raises:
+            RuntimeError: it ended, of itself or after `limit` seconds; the next call begins another.
+        """
+        given, made = self._process.stdin, self._process.stdout
+        assert given is not None
+        assert made is not None
+        timer = threading.Timer(limit, self._process.kill)
+        timer.start()
+        try:
+            found = []
+            for spec in specs:
+                given.write(spec.encode() + "\n")
+                given.flush()
+                found.append(json.loads(made.readline()))
+            return found
+        except (OSError, ValueError) as error:
+            _compiler.cache_clear()
+            self._process.kill()
+            self._process.wait()
+            ended = "" if timer.is_alive() else f"after {limit} s, "
+            raise RuntimeError(f"compiling ended {ended}at {spec.encode()}\n{self._errors.read_text()}") from error
+        finally:
+            timer.cancel()
+
+
+@functools.cache
+def _compiler() -> _Compiler:
+    return _Compiler()
+
+
 def measure(specs: Sequence[AnySpec], limit: float = 480) -> list[dict[str, Any]]:
-    """Compile in another process.
+    """Compile in another process, for `limit` seconds at most.
 
     Raises:
-        subprocess.TimeoutExpired: after `limit` seconds.
+        RuntimeError: the process ended before.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"TRITON_CACHE_DIR": folder, "QCOMPILE_CACHE_DIR": folder}
-        environment.pop("TRITON_INTERPRET", None)
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.cross_compile"],
-            input="\n".join(spec.encode() for spec in specs),
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            env=environment,
-            cwd=Path(__file__).parents[1],
-        )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return _compiler().measure(specs, limit)
 
 
 def main() -> None:

@@ -406,11 +406,11 @@ def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:
 
 
 def test_kernels_of_the_shipped_table_do_not_spill() -> None:
-    """A third of them, by the hash of what they are: all take five minutes to compile."""
+    """A sixth of them, by the hash of what they are: all take nine minutes to compile."""
     every = shipped_kernels("nvidia-h100")
     assert len(every) > 60
-    kernels = [kernel for name, kernel in every.items() if zlib.crc32(name.encode()) % 3 == 0]
-    assert len(kernels) > len(every) // 5
+    kernels = [kernel for name, kernel in every.items() if zlib.crc32(name.encode()) % 6 == 0]
+    assert len(kernels) > len(every) // 10
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, (kernel, found)
         assert found["spills"] == 0, (kernel, found)

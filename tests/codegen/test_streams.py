@@ -364,9 +364,12 @@ EPILOGUES = {
 
 @pytest.mark.parametrize(("name", "steps"), [(n, steps) for steps, names in EPILOGUES.items() for n in names], ids=str)
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
-    """Weights are decoded while the product before is under way; nothing in the loop spills."""
+    """Weights are decoded while the product before is under way; nothing in the loop spills.
+
+    With an epilogue in the tile of most sums, which leaves the fewest registers.
+    """
     one_of_each = {(kernel.tile.m, kernel.tile.n): kernel for kernel in streams(like(name, (4096, 4096), *steps), 256)}
-    kernels = list(one_of_each.values())
+    kernels = [one_of_each[max(one_of_each)]] if steps else list(one_of_each.values())
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["looped"] == 0, (kernel.tile, found)
