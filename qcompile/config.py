@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 import json
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qcompile.errors import ConfigError, shown
+from qcompile.errors import ConfigError, nearest_layers, shown
 from qcompile.kv_cache import KVScheme, parse_kv_cache
 from qcompile.methods import ROUND, Method, method_to_config, parse_method
 from qcompile.scheme import Scheme
@@ -201,7 +200,7 @@ class QuantConfig:
                     f"rule {rule.layers!r} decides no layer: all that it matches ({matched[0]}, ...) "
                     f"are taken by the earlier rule {earlier.layers!r}; move it up or remove it"
                 )
-            if near := _nearest(rule.layers, names):
+            if near := nearest_layers(rule.layers, names):
                 there = f"nearest: {', '.join(near)}"
             elif names:
                 there = f"there are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
@@ -252,16 +251,6 @@ class QuantConfig:
                 raise ConfigError(f"{what} ({entry['layers']}): {error}") from None
             rules.append(Rule(layers=entry["layers"], scheme=scheme, optional=optional))
         return cls(tuple(rules), kv_cache)
-
-
-def _nearest(glob: str, names: list[str]) -> list[str]:
-    """Layer names most like a glob that matched none: by the whole name, then by the last part."""
-    plain = glob.replace("*", "")
-    by_tail = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
-    tails = difflib.get_close_matches(plain.rsplit(".", 1)[-1], by_tail, n=3, cutoff=0.5)
-    return list(
-        dict.fromkeys([*(by_tail[t] for t in tails), *difflib.get_close_matches(plain, names, n=3, cutoff=0.3)])
-    )[:3]
 
 
 def _read(path: Path) -> Mapping[str, Any]:

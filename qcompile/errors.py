@@ -67,6 +67,16 @@ def nearest(given: object, names: Iterable[str], count: int = 3) -> list[str]:
     return [folded[name] for name in found]
 
 
+def nearest_layers(glob: str, names: list[str]) -> list[str]:
+    """Layer names most like a glob that matched none: by the last part, then by the whole name."""
+    plain = glob.replace("*", "")
+    by_tail = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
+    tails = difflib.get_close_matches(plain.rsplit(".", 1)[-1], by_tail, n=3, cutoff=0.5)
+    return list(
+        dict.fromkeys([*(by_tail[t] for t in tails), *difflib.get_close_matches(plain, names, n=3, cutoff=0.3)])
+    )[:3]
+
+
 def suggestion(given: object, names: Iterable[str]) -> str:
     """The end of a message about a name that is unknown: what may have been meant, or all that there are."""
     names = list(names)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from qcompile.errors import ConfigError, nearest, shown, suggestion
+from qcompile.errors import ConfigError, nearest_layers, shown, suggestion
 from qcompile.experts import GroupedLinear
 
 COLWISE, PACKED, GATHERED = "colwise", "packed_colwise", "colwise_gather_output"
@@ -62,7 +62,7 @@ def planned(model: nn.Module, plan: Mapping[str, str] | None) -> dict[str, str]:
         found[name] = OTHER_NAMES.get(style, style)
     for (pattern, _), glob in zip(entries, given, strict=False):
         if pattern not in used:
-            near = ", ".join(nearest(glob.replace("*", ""), names)) or ", ".join(names[:3])
+            near = ", ".join(nearest_layers(glob, names) or names[:3])
             raise ConfigError(f"plan: {shown(glob)} matches no layer that an earlier entry leaves; there are {near}")
     divided = {name: style for name, style in found.items() if style not in ("", REPLICATE)}
     for name, style in divided.items():
