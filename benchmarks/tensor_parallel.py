@@ -154,6 +154,7 @@ def main(arguments: list[str]) -> None:
 def store(out: Path, rows: list[Row], machine: str, device: torch.device) -> None:
     """Print rows, and add them to the file of results, in the place of those about the same."""
     keys = ("bench", "impl", "bytes", "scheme", "layers", "batch", "mode")
+    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{machine}.parallel.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     fresh = {tuple(row.get(key) for key in keys): row for row in [*old, *rows]}
