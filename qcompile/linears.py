@@ -61,8 +61,7 @@ def quantized_linear(
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
     if scheme is None:
-        taken = read_tensor(weight, name)
-        return QuantizedLinear(taken.weight, taken.scheme, bias, taken.input_scale, weight.dtype, taken.pre_quant_scale)
+        return QuantizedLinear.of(replace(read_tensor(weight, name), bias=bias, dtype=weight.dtype))
     if packed is None:
         scheme.check_rounded(name)
         with torch.no_grad():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from qcompile.exchange import share
 from qcompile.experts import GroupedLinear, QuantizedExperts
 from qcompile.linears import is_conv1d
 from qcompile.modules import PackedModule, QuantizedLinear
-from qcompile.packed import PackedWeight, concatenate
+from qcompile.packed import PackedLinear, PackedWeight, concatenate
 from qcompile.parts import (
     PARTS,
     GatheredLinear,
@@ -35,14 +35,13 @@ from qcompile.parts import (
     VocabularyEmbedding,
 )
 from qcompile.plans import COLWISE, EMBEDDING, EXPERTS, GATHERED, PACKED, REPLICATE, ROWWISE, SPLIT, planned
-from qcompile.scheme import WHOLE, Scheme
+from qcompile.scheme import WHOLE
 from qcompile.torchao_tensors import is_torchao
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound=nn.Module)
-Module = TypeVar("Module", bound=QuantizedLinear)
 
 _WHOLE_OUTSIDE = (GATHERED, SPLIT, EMBEDDING)
 """Styles of layers whose inputs and outputs all processes have: these may as well stay whole."""
@@ -83,30 +82,6 @@ def parallelize(model: Model, mesh: DeviceMesh, plan: Mapping[str, str] | None =
         check_device(parameter.device, mesh)
     Sharding(model, place_in(mesh), plan).divide(model)
     return model
-
-
-@dataclass(frozen=True)
-class Linear:
-    """What a `QuantizedLinear` is made of, with the weight in the logical layout."""
-
-    weight: PackedWeight
-    scheme: Scheme
-    bias: Tensor | None
-    input_scale: Tensor | None
-    dtype: torch.dtype
-    pre_quant_scale: Tensor | None
-
-    @classmethod
-    def of(cls, module: QuantizedLinear) -> Linear:
-        weight, scheme, dtype = module.logical(), module.scheme, module.dtype
-        return cls(weight, scheme, module.bias, module.input_scale, dtype, module.pre_quant_scale)
-
-    def build(self, kind: type[Module], device: torch.device, **more: Any) -> Module:
-        """A module of that kind on a device."""
-        beside = [None if t is None else t.to(device) for t in (self.bias, self.input_scale, self.pre_quant_scale)]
-        bias, input_scale, pre_quant_scale = beside
-        scheme = replace(self.scheme, weight=self.weight.scheme)
-        return kind(self.weight.to(device), scheme, bias, input_scale, self.dtype, pre_quant_scale, **more)
 
 
 class Sharding:
@@ -222,7 +197,7 @@ class Sharding:
         for name, style in list(self.styles.items()):
             module = model.get_submodule(name)
             if isinstance(module, QuantizedLinear):
-                part = self.linear(name, Linear.of(module), module.codes.device)
+                part = self.linear(name, module.linear(), module.codes.device)
                 model.set_submodule(name, part.train(module.training))
             elif isinstance(module, QuantizedExperts):
                 model.set_submodule(name, self.experts(name, module).train(module.training))
@@ -234,7 +209,7 @@ class Sharding:
             setattr(model.get_submodule(owner), attribute, self.parameter(name, model.get_parameter(name)))
         self.finish(model)
 
-    def linear(self, name: str, whole: Linear, device: torch.device) -> QuantizedLinear:
+    def linear(self, name: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
         """This process's part of a quantized linear on a device, or the whole where the plan does not divide it.
 
         Raises:
@@ -247,21 +222,21 @@ class Sharding:
                 return divide(name, style, whole, device)
             except LayerError as error:
                 self._keep_whole(name, style, error)
-        return whole.build(QuantizedLinear, device)
+        return QuantizedLinear.of(whole.to(device))
 
-    def _columnwise(self, name: str, style: str, whole: Linear, device: torch.device) -> QuantizedLinear:
+    def _columnwise(self, name: str, style: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
         halves = 2 if style == PACKED else 1
         count = whole.weight.shape[0] // halves
         rows = [self._rows(name, whole.weight, half * count, count) for half in range(halves)]
         bias = None if whole.bias is None else self._pieces(whole.bias, 0, halves)
-        own = replace(whole, weight=_own(_joined(rows)), bias=bias)
+        own = replace(whole.with_weight(_own(_joined(rows))), bias=bias).to(device)
         if style != GATHERED:
-            return own.build(QuantizedLinear, device)
-        part = own.build(GatheredQuantizedLinear, device)
+            return QuantizedLinear.of(own)
+        part = GatheredQuantizedLinear.of(own)
         part.place = self.place
         return part
 
-    def _rowwise(self, name: str, style: str, whole: Linear, device: torch.device) -> QuantizedLinear:
+    def _rowwise(self, name: str, style: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
         weight, pre = whole.weight, whole.pre_quant_scale
         scheme = weight.scheme
         if scheme.rotated and pre is not None:
@@ -276,9 +251,8 @@ class Sharding:
             pre = pre[first:last] if features is None else pre[features]
         own = _own(weight.columns(first, last))
         own = replace(own, scheme=replace(own.scheme, rotated=False))
-        return replace(whole, weight=own, pre_quant_scale=pre).build(
-            RowwiseQuantizedLinear,
-            device,
+        return RowwiseQuantizedLinear.of(
+            replace(whole.with_weight(own), pre_quant_scale=pre).to(device),
             place=self.place,
             features=None if features is None else features.to(device),
             gathers=scheme.arranges_inputs and style == ROWWISE,

@@ -25,7 +25,7 @@ from qcompile.checkpoint.compressed_tensors_config import (
     read_version,
 )
 from qcompile.checkpoint.marlin import marlin_24_weight
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.scaled import (
     EXPONENTS,
     FLOATS,
@@ -44,7 +44,7 @@ from qcompile.checkpoint.words import stream_bytes, unpack_words
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
 _SPARSE = ("dense", "sparse-24-bitmask", "sparse-bitmask")
@@ -79,7 +79,7 @@ class CompressedTensors(Method):
         self.version = read_version(config.get("version"))
         self._noted: set[str] = set()
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | Tensor | None:
         if is_plain(tensors):
             return None
         dense = _expand(tensors, shape)
@@ -94,7 +94,7 @@ class CompressedTensors(Method):
         weight = self._weight(tensors, shape, args, dense)
         self._symmetric(tensors, args)
         scheme, input_scale = self._activation(tensors, group.inputs, weight)
-        return LoadedLinear(
+        return PackedLinear(
             weight=weight,
             scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,

@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.method import LayerTensors, Method
 from qcompile.checkpoint.store import TensorInfo, TensorStore
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import GroupedLinear, QuantizedExperts, projection_shapes
 from qcompile.gating import Gating
-from qcompile.packed import concatenate
+from qcompile.packed import PackedLinear, concatenate
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
 """What checkpoints call an expert's layers."""
 _EXPERT = re.compile(r"(0|[1-9][0-9]{0,5})\.([^.]+)\..+")
+
+_Layer = PackedLinear | Tensor
+"""One layer of one expert; a plain weight [N, K] if it is not quantized."""
 
 
 class _Part(TensorStore):
@@ -51,14 +54,6 @@ def tensors_under(store: TensorStore, modules: Iterable[str]) -> dict[str, list[
                 found[owner].append(name)
                 break
     return found
-
-
-@dataclass(frozen=True)
-class _Expert:
-    """One layer of one expert; its weight is a plain tensor if it is not quantized."""
-
-    layer: LoadedLinear | Tensor
-    bias: Tensor | None = None
 
 
 class Experts:
@@ -103,11 +98,11 @@ class Experts:
                 parts = self._read(projection, count, (n, k))
                 if parts is None:
                     plain[projection] = None
-                elif any(isinstance(expert.layer, Tensor) for experts in parts.values() for expert in experts):
+                elif any(isinstance(layer, Tensor) for layers in parts.values() for layer in layers):
                     plain[projection] = self._plain(projection, parts)
                 else:
-                    for part, experts in parts.items():
-                        projections[part] = _grouped(experts, device, dtype, f"{self.name}.{part}")
+                    for part, layers in parts.items():
+                        projections[part] = _grouped(layers, device, dtype, f"{self.name}.{part}")
         except LayerError as error:
             raise CheckpointError(f"{self._store.path}: {error}") from None
         if not projections:
@@ -119,7 +114,7 @@ class Experts:
             )
         return QuantizedExperts(projections, Gating(self.module))
 
-    def _read(self, projection: str, count: int, shape: tuple[int, int]) -> dict[str, list[_Expert]] | None:
+    def _read(self, projection: str, count: int, shape: tuple[int, int]) -> dict[str, list[_Layer]] | None:
         """The layers that a projection consists of, by name; None if the checkpoint has none apart from it."""
         half = (shape[0] // 2, shape[1])
         parts = {"gate_proj": half, "up_proj": half} if projection == "gate_up_proj" else {projection: shape}
@@ -128,36 +123,34 @@ class Experts:
             found = {name: layers for name, layers in stacked.items() if layers is not None}
             if len(found) == len(names):
                 biases = self._biases(projection, count, shape[0], len(names))
-                return self._joined(
-                    projection,
-                    {
-                        name: [_Expert(layer, None if bias is None else bias[i]) for i, layer in enumerate(found[name])]
-                        for name, bias in zip(names, biases, strict=True)
-                    },
-                )
+                layers: dict[str, list[_Layer]] = {
+                    name: [replace(layer, bias=own) for layer, own in zip(found[name], bias, strict=True)]
+                    for name, bias in zip(names, biases, strict=True)
+                }
+                return self._joined(projection, layers)
         if projection in self.whole or not self._apart:
             return None
         layers = {name: [self._expert(i, name, extent) for i in range(count)] for name, extent in parts.items()}
         return self._joined(projection, layers)
 
-    def _joined(self, projection: str, layers: dict[str, list[_Expert]]) -> dict[str, list[_Expert]]:
+    def _joined(self, projection: str, layers: dict[str, list[_Layer]]) -> dict[str, list[_Layer]]:
         """Gate and up as the one layer that the model has, if one product can serve both."""
         merged = _merged(*layers.values(), alternate=not self.module.is_concatenated) if len(layers) == 2 else None
         return layers if merged is None else {projection: merged}
 
-    def _stacked(self, part: str, count: int, shape: tuple[int, int]) -> list[LoadedLinear] | None:
+    def _stacked(self, part: str, count: int, shape: tuple[int, int]) -> list[PackedLinear] | None:
         return None if self.method is None else self.method.stacked(self.whole, part, count, shape)
 
-    def _biases(self, projection: str, count: int, n: int, parts: int) -> Sequence[Tensor | None]:
-        """The bias [experts, N] of each part of a projection whose experts are stacked."""
+    def _biases(self, projection: str, count: int, n: int, parts: int) -> list[Sequence[Tensor | None]]:
+        """The experts' biases [N] of each part of a projection whose experts are stacked."""
         if not self.module.has_bias:
-            return (None,) * parts
+            return [(None,) * count] * parts
         bias = self.whole.take(f"{projection}_bias", *_FLOATS, shape=(count, n))
         if parts == 1 or self.module.is_concatenated:
-            return bias.chunk(parts, 1)
-        return [bias[:, index::parts] for index in range(parts)]
+            return [part.unbind() for part in bias.chunk(parts, 1)]
+        return [bias[:, index::parts].unbind() for index in range(parts)]
 
-    def _expert(self, index: int, part: str, shape: tuple[int, int]) -> _Expert:
+    def _expert(self, index: int, part: str, shape: tuple[int, int]) -> _Layer:
         name = next((name for name in _NAMES[part] if (index, name) in self._apart), None)
         if name is None:
             raise self.whole.error(f"{part} of expert {index} is missing; get the file again")
@@ -165,20 +158,20 @@ class Experts:
         self.layers.append(tensors)
         found = None if self.method is None else self.method.linear(tensors, shape)
         if found is None:
-            return _Expert(tensors.take("weight", *_FLOATS, shape=shape))
+            return tensors.take("weight", *_FLOATS, shape=shape)
         if isinstance(found, Tensor):
-            return _Expert(found)
+            return found
         found.weight.check(tensors.name)
-        return _Expert(found, tensors.optional("bias", *_FLOATS, shape=(shape[0],)))
+        return replace(found, bias=tensors.optional("bias", *_FLOATS, shape=(shape[0],)))
 
-    def _plain(self, projection: str, parts: Mapping[str, Sequence[_Expert]]) -> Tensor:
+    def _plain(self, projection: str, parts: Mapping[str, Sequence[_Layer]]) -> Tensor:
         """The parameter that layers of experts stand for: [experts, N, K], or [experts, K, N] if it is transposed."""
         stacks = []
-        for part, experts in parts.items():
-            weights = [expert.layer for expert in experts if isinstance(expert.layer, Tensor)]
-            if len(weights) != len(experts):
+        for part, layers in parts.items():
+            weights = [layer for layer in layers if isinstance(layer, Tensor)]
+            if len(weights) != len(layers):
                 raise self.whole.error(
-                    f"{part} is quantized for {len(experts) - len(weights)} of {len(experts)} experts; qcompile runs "
+                    f"{part} is quantized for {len(layers) - len(weights)} of {len(layers)} experts; qcompile runs "
                     "experts that are all quantized, or none"
                 )
             stacks.append(torch.stack(weights))
@@ -189,12 +182,11 @@ class Experts:
         return joined.transpose(1, 2).contiguous() if self.module.is_transposed else joined
 
 
-def _merged(gate: Sequence[_Expert], up: Sequence[_Expert], *, alternate: bool) -> list[_Expert] | None:
+def _merged(gate: Sequence[_Layer], up: Sequence[_Layer], *, alternate: bool) -> list[_Layer] | None:
     """Experts whose rows are the gate's and then the up projection's, or every other, if one product can serve both."""
-    merged = []
-    for one, other in zip(gate, up, strict=True):
-        first, second = one.layer, other.layer
-        if isinstance(first, Tensor) or isinstance(second, Tensor) or (one.bias is None) != (other.bias is None):
+    merged: list[_Layer] = []
+    for first, second in zip(gate, up, strict=True):
+        if isinstance(first, Tensor) or isinstance(second, Tensor) or (first.bias is None) != (second.bias is None):
             return None
         if first.scheme != second.scheme or not (
             _equal(first.input_scale, second.input_scale) and _equal(first.pre_quant_scale, second.pre_quant_scale)
@@ -205,10 +197,9 @@ def _merged(gate: Sequence[_Expert], up: Sequence[_Expert], *, alternate: bool) 
         except ValueError:
             return None
         bias = None
-        if one.bias is not None and other.bias is not None:
-            bias = torch.stack([one.bias, other.bias], 1 if alternate else 0).flatten()
-        scheme = replace(first.scheme, weight=weight.scheme)
-        merged.append(_Expert(replace(first, weight=weight, scheme=scheme), bias))
+        if first.bias is not None and second.bias is not None:
+            bias = torch.stack([first.bias, second.bias], 1 if alternate else 0).flatten()
+        merged.append(replace(first.with_weight(weight), bias=bias))
     return merged
 
 
@@ -218,8 +209,8 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return torch.equal(one, other)
 
 
-def _grouped(experts: Sequence[_Expert], device: torch.device, dtype: torch.dtype, layer: str) -> GroupedLinear:
-    layers = [expert.layer for expert in experts if isinstance(expert.layer, LoadedLinear)]
+def _grouped(experts: Sequence[_Layer], device: torch.device, dtype: torch.dtype, layer: str) -> GroupedLinear:
+    layers = [expert for expert in experts if isinstance(expert, PackedLinear)]
     for index, loaded in enumerate(layers):
         if loaded.scheme != layers[0].scheme:
             raise LayerError(f"{layer}: expert {index} is {loaded.scheme}, expert 0 is {layers[0].scheme}")
@@ -230,7 +221,7 @@ def _grouped(experts: Sequence[_Expert], device: torch.device, dtype: torch.dtyp
             raise LayerError(f"{layer}: {len(there)} of {len(values)} experts have a {what}")
         return torch.stack(there).to(device) if there else None
 
-    bias = stacked([expert.bias for expert in experts], "bias")
+    bias = stacked([loaded.bias for loaded in layers], "bias")
     return GroupedLinear(
         [loaded.weight.to(device) for loaded in layers],
         layers[0].scheme,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.loader import skeleton
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear
+from qcompile.checkpoint.method import LayerTensors
 from qcompile.checkpoint.source import Source, open_checkpoint, quantization_config
 from qcompile.checkpoint.store import TensorStore, read_json
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import expert_modules, projection_shapes
 from qcompile.linears import is_conv1d, linear_modules
+from qcompile.packed import PackedLinear
 from qcompile.scheme import Scheme
 
 _EXPERT_PARTS = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
@@ -99,7 +100,7 @@ def inspect(path: str | Path) -> Inspection:
     store = source.store
     taken: set[str] = set()
     rows = []
-    known: dict[Any, LoadedLinear | Tensor | None] = {}
+    known: dict[Any, PackedLinear | Tensor | None] = {}
     for name, shape in _linears(source):
         tensors = LayerTensors(store, name)
         if not tensors.suffixes():
@@ -164,7 +165,7 @@ def _row(source: Source, tensors: LayerTensors, shape: tuple[int, int], known: d
             found = None if source.method is None else source.method.linear(tensors, shape)
         except LayerError as error:
             raise CheckpointError(f"{store.path}: {error}") from None
-        known[key] = found.scheme if isinstance(found, LoadedLinear) else None
+        known[key] = found.scheme if isinstance(found, PackedLinear) else None
     scheme = known[key]
     if not isinstance(scheme, Scheme):
         bits = tensors.info("weight").dtype.itemsize * 8 if "weight" in tensors else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from qcompile import memory
 from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.method import LayerTensors, Method
 from qcompile.checkpoint.source import Source, check_installed, open_checkpoint
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerError, shown, suggestion
 from qcompile.experts import QuantizedExperts, expert_modules
 from qcompile.linears import linear_modules, quantize_inputs
 from qcompile.modules import PackedModule, QuantizedLinear
-from qcompile.parallel import Linear, Sharding, check_device, device_of, place_in
+from qcompile.packed import PackedLinear
+from qcompile.parallel import Sharding, check_device, device_of, place_in
 from qcompile.progress import track
 from qcompile.reference import dequantize
 
@@ -335,7 +337,7 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _quantized(
-    found: LoadedLinear,
+    found: PackedLinear,
     module: nn.Module,
     tensors: LayerTensors,
     device: torch.device,
@@ -347,8 +349,8 @@ def _quantized(
     if module.bias is not None or "bias" in tensors:
         floats = (torch.float32, torch.bfloat16, torch.float16)
         bias = tensors.take("bias", *floats, shape=(found.weight.shape[0],)).to(dtype)
-    whole = Linear(found.weight, found.scheme, bias, found.input_scale, dtype, found.pre_quant_scale)
-    return whole.build(QuantizedLinear, device) if sharding is None else sharding.linear(tensors.name, whole, device)
+    whole = replace(found, bias=bias, dtype=dtype)
+    return QuantizedLinear.of(whole.to(device)) if sharding is None else sharding.linear(tensors.name, whole, device)
 
 
 def _load_embeddings(

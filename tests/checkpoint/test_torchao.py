@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.method import LayerTensors, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.checkpoint.torchao import TorchAO
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedLinear
 from qcompile.reference import dequantize
 from qcompile.scheme import ActivationScheme, Granularity
 from qcompile.torchao_tensors import read_tensor
@@ -49,19 +50,19 @@ def stored(tensor: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     return flatten_tensor_state_dict({"x.weight": tensor})
 
 
-def load(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], shape: tuple[int, ...]) -> LoadedLinear:
+def load(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], shape: tuple[int, ...]) -> PackedLinear:
     save_file(tensors, folder / "model.safetensors", metadata)
     store = open_store(folder)
     given = LayerTensors(store, "x")
     method = method_for(None, store)
     assert isinstance(method, TorchAO)
     loaded = method.linear(given, (shape[0], shape[1]))
-    assert isinstance(loaded, LoadedLinear)
+    assert isinstance(loaded, PackedLinear)
     assert given.taken == set(store.names())
     return loaded
 
 
-def both(folder: Path, tensor: Any) -> LoadedLinear:
+def both(folder: Path, tensor: Any) -> PackedLinear:
     """What a file and the tensor at hand hold, which is the same."""
     loaded = load(folder, *stored(tensor), tuple(tensor.shape))
     live = read_tensor(tensor)

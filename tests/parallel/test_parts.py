@@ -16,8 +16,8 @@ from qcompile.checkpoint.kv_scales import KVScales
 from qcompile.errors import ConfigError, LayerError
 from qcompile.linear_spec import decode_spec
 from qcompile.modules import QuantizedLinear
-from qcompile.packed import PackedWeight
-from qcompile.parallel import Linear, Sharding
+from qcompile.packed import PackedLinear, PackedWeight
+from qcompile.parallel import Sharding
 from qcompile.parts import GatheredQuantizedLinear, Place, RowwiseQuantizedLinear
 from qcompile.plans import OTHER_NAMES, STYLES
 from qcompile.presets import PRESETS
@@ -28,7 +28,7 @@ from tests import oracle
 CPU = torch.device("cpu")
 
 
-def quantized(scheme: Scheme, shape: tuple[int, int]) -> Linear:
+def quantized(scheme: Scheme, shape: tuple[int, int]) -> PackedLinear:
     """A random layer with everything that a layer can have."""
     fitted = scheme.fit("fc", shape)
     weight = torch.randn(shape)
@@ -37,17 +37,23 @@ def quantized(scheme: Scheme, shape: tuple[int, int]) -> Linear:
     static = fitted.activation is not None and not fitted.activation.dynamic
     input_scale = torch.tensor(0.5) if static else None
     packed = quantize_weight(weight, fitted.weight, "fc")
-    return Linear(packed, fitted, torch.randn(shape[0]), input_scale, torch.float32, torch.rand(shape[1]) + 0.5)
+    return PackedLinear(
+        weight=packed,
+        scheme=fitted,
+        bias=torch.randn(shape[0]),
+        input_scale=input_scale,
+        pre_quant_scale=torch.rand(shape[1]) + 0.5,
+    )
 
 
-def ordered(linear: Linear) -> Linear:
+def ordered(linear: PackedLinear) -> PackedLinear:
     """The same codes, in another order of columns."""
     perm = torch.randperm(linear.weight.shape[1]).to(torch.int32)
     scheme = replace(linear.weight.scheme, act_order=True)
-    return replace(linear, weight=replace(linear.weight, scheme=scheme, perm=perm))
+    return linear.with_weight(replace(linear.weight, scheme=scheme, perm=perm))
 
 
-def parts(linear: Linear, style: str, size: int) -> list[QuantizedLinear]:
+def parts(linear: PackedLinear, style: str, size: int) -> list[QuantizedLinear]:
     """What each of `size` processes keeps; the same error in all, if there is one."""
     n, k = linear.weight.shape
     found, errors = [], set()
