@@ -86,6 +86,10 @@ class PackedWeight:
         """The same weight with its tensors on another device."""
         return self.map(lambda _, tensor: tensor.to(device))
 
+    def clone(self) -> PackedWeight:
+        """The same weight in memory of its own."""
+        return self.map(lambda _, tensor: tensor.clone(memory_format=torch.contiguous_format))
+
     def rows(self, first: int, last: int) -> PackedWeight:
         """Some rows of the logical layout, from one that begins a block of rows."""
         block = self.scheme.granularity.rows

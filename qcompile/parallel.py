@@ -3,8 +3,8 @@
     mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (2,))
     model = qcompile.load(path, mesh=mesh)     or     qcompile.parallelize(qcompile.quantize_(model, "int4"), mesh)
 
-Parts are cut from the portable form of packed weights, before they are laid out for a device. So a part is a linear as
-any other to kernels and passes; what two processes tell each other is an operator between such linears.
+Parts are cut from the portable form of packed weights (`cuts`), before they are laid out for a device. So a part is a
+linear as any other to kernels and passes; what two processes tell each other is an operator between such linears.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from qcompile import cuts
 from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.exchange import share
-from qcompile.experts import GroupedLinear, QuantizedExperts
+from qcompile.experts import QuantizedExperts
 from qcompile.linears import is_conv1d
 from qcompile.modules import PackedModule, QuantizedLinear
-from qcompile.packed import PackedLinear, PackedWeight, concatenate
+from qcompile.packed import PackedLinear
 from qcompile.parts import (
     PARTS,
     GatheredLinear,
     GatheredQuantizedLinear,
-    PartOfExperts,
     Place,
     RowwiseLinear,
     RowwiseQuantizedLinear,
     VocabularyEmbedding,
 )
 from qcompile.plans import COLWISE, EMBEDDING, EXPERTS, GATHERED, PACKED, REPLICATE, ROWWISE, SPLIT, planned
-from qcompile.scheme import WHOLE
 from qcompile.torchao_tensors import is_torchao
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ class Sharding:
         styles = planned(model, plan)
         for name, style in styles.items() if place.size > 1 else ():
             if name not in modules:
-                self._share(name, model.get_parameter(name).shape[0], "elements", 1)
+                cuts.check_share(self.place, name, model.get_parameter(name).shape[0], "elements")
                 self.vectors.add(name)
                 continue
             try:
@@ -155,7 +154,7 @@ class Sharding:
         if style == EMBEDDING:
             if type(module) is not nn.Embedding:
                 raise LayerError(f"{name}: a {type(module).__name__} may do more than look up rows")
-            self._share(name, module.num_embeddings, "rows", 1)
+            cuts.check_share(self.place, name, module.num_embeddings, "rows")
             return
         weight = getattr(module, "weight", None)
         if isinstance(module, QuantizedLinear):
@@ -170,23 +169,11 @@ class Sharding:
                 f'{type(module).__name__}; leave it whole: plan={{"{name}": "{REPLICATE}"}}'
             )
         if style in (ROWWISE, SPLIT):
-            self._share(name, k, "input features", _unit(parent, k) if style == ROWWISE else 1)
+            cuts.check_share(self.place, name, k, "input features", _unit(parent, k) if style == ROWWISE else 1)
         elif style == PACKED:
-            self._share(name, n, "output features", 2)
+            cuts.check_share(self.place, name, n, "output features", 2)
         else:
-            self._share(name, n, "output features", _unit(parent, n) if style == COLWISE else 1)
-
-    def _share(self, name: str, extent: int, what: str, unit: int) -> None:
-        """
-        Raises:
-            LayerError: processes cannot have equal numbers of whole units.
-        """
-        if extent % (unit * self.place.size):
-            units = f"{extent // unit} times {unit} " if unit > 1 else f"{extent} "
-            raise LayerError(
-                f"{name}: {self.place.size} processes cannot share its {units}{what} equally; take a number "
-                f'of processes that divides them, or leave it and what it reads whole: plan={{glob: "{REPLICATE}"}}'
-            )
+            cuts.check_share(self.place, name, n, "output features", _unit(parent, n) if style == COLWISE else 1)
 
     def divide(self, model: nn.Module) -> None:
         """Keep this process's part of a model that is in memory, in place.
@@ -225,11 +212,7 @@ class Sharding:
         return QuantizedLinear.of(whole.to(device))
 
     def _columnwise(self, name: str, style: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
-        halves = 2 if style == PACKED else 1
-        count = whole.weight.shape[0] // halves
-        rows = [self._rows(name, whole.weight, half * count, count) for half in range(halves)]
-        bias = None if whole.bias is None else self._pieces(whole.bias, 0, halves)
-        own = replace(whole.with_weight(_own(_joined(rows))), bias=bias).to(device)
+        own = cuts.rows(self.place, name, whole, 2 if style == PACKED else 1).to(device)
         if style != GATHERED:
             return QuantizedLinear.of(own)
         part = GatheredQuantizedLinear.of(own)
@@ -237,55 +220,23 @@ class Sharding:
         return part
 
     def _rowwise(self, name: str, style: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
-        weight, pre = whole.weight, whole.pre_quant_scale
-        scheme = weight.scheme
-        if scheme.rotated and pre is not None:
+        weight, scheme = whole.weight, whole.weight.scheme
+        if scheme.rotated and whole.pre_quant_scale is not None:
             raise LayerError(f"{name}: inputs that are scaled and then turned cannot be divided; leave the layer whole")
-        first, last = self._columns(name, scheme, weight.shape[1])
+        first, last = self.place.part(weight.shape[1])
         features = None
         if weight.perm is not None:
-            features = weight.perm[first:last].to(torch.int64)
+            features = weight.perm[first:last].to(device, torch.int64)
         elif scheme.rotated or style == SPLIT:
-            features = torch.arange(first, last, device=weight.device)
-        if pre is not None:
-            pre = pre[first:last] if features is None else pre[features]
-        own = _own(weight.columns(first, last))
-        own = replace(own, scheme=replace(own.scheme, rotated=False))
+            features = torch.arange(first, last, device=device)
+        own = cuts.columns(self.place, name, whole).to(device)
         return RowwiseQuantizedLinear.of(
-            replace(whole.with_weight(own), pre_quant_scale=pre).to(device),
+            own.with_weight(replace(own.weight, scheme=replace(own.weight.scheme, rotated=False))),
             place=self.place,
-            features=None if features is None else features.to(device),
+            features=features,
             gathers=scheme.arranges_inputs and style == ROWWISE,
             turns=scheme.rotated,
         )
-
-    def _rows(self, name: str, weight: PackedWeight, first: int, count: int) -> PackedWeight:
-        """This process's of `count` rows from `first` on."""
-        block = weight.scheme.granularity.rows
-        start, end = self.place.part(count)
-        if block != WHOLE and any(row % block for row in (first, end - start)):
-            raise LayerError(
-                f"{name}: {self.place.size} parts of {count} rows divide its blocks of {block} rows; take fewer "
-                "processes, or another scheme"
-            )
-        return weight.rows(first + start, first + end)
-
-    def _columns(self, name: str, scheme: Any, count: int) -> tuple[int, int]:
-        first, last = self.place.part(count)
-        for what, unit in scheme.column_units.items():
-            if (count // self.place.size) % unit:
-                raise LayerError(
-                    f"{name}: {self.place.size} parts of {count} columns divide its {what} of {unit} columns; take "
-                    "fewer processes, or a scheme whose groups divide the parts, or leave the layer and those that it "
-                    f'reads whole: plan={{glob: "{REPLICATE}"}}'
-                )
-        return first, last
-
-    def _pieces(self, tensor: Tensor, dim: int, halves: int = 1) -> Tensor:
-        """This process's part of a dimension, or of each half of it."""
-        share = tensor.shape[dim] // halves
-        start, end = self.place.part(share)
-        return torch.cat([tensor.narrow(dim, half * share + start, end - start) for half in range(halves)], dim)
 
     def experts(self, name: str, whole: QuantizedExperts) -> QuantizedExperts:
         """This process's part of quantized experts, or the whole where the plan does not divide them.
@@ -295,45 +246,7 @@ class Sharding:
         """
         if self.styles.get(name) != EXPERTS:
             return whole
-        both = whole.first == ("gate_up_proj",)
-        halves = 2 if both and whole.gating.experts.is_concatenated else 1
-        projections = {}
-        for projection in (*whole.first, "down_proj"):
-            layer, label = whole.get_submodule(projection), f"{name}.{projection}"
-            assert isinstance(layer, GroupedLinear)
-            if projection == "down_proj":
-                self._share(label, layer.in_features, "inner features", 1)
-                projections[projection] = self._outwards(label, layer)
-            else:
-                self._share(label, layer.out_features, "output features", 2 if both else 1)
-                projections[projection] = self._inwards(label, layer, halves)
-        part = PartOfExperts(projections, whole.gating)
-        part.place = self.place
-        return part
-
-    def _inwards(self, name: str, layer: GroupedLinear, halves: int) -> GroupedLinear:
-        """Some rows of each expert's gate and up projections."""
-        count = layer.out_features // halves
-        starts = range(0, layer.out_features, count)
-        weights = [
-            _own(_joined([self._rows(name, expert, first, count) for first in starts])) for expert in layer.unstack()
-        ]
-        bias = None if layer.bias is None else self._pieces(layer.bias, 1, halves)
-        return _grouped(name, layer, weights, bias, layer.pre_quant_scale)
-
-    def _outwards(self, name: str, layer: GroupedLinear) -> GroupedLinear:
-        """Some columns of each expert's down projection."""
-        if layer.perm is not None or layer.scheme.weight.rotated:
-            raise LayerError(
-                f"{name}: experts whose inputs are arranged (act_order, rotated) cannot be divided; leave them whole: "
-                f'plan={{"*.experts": "{REPLICATE}"}}'
-            )
-        first, last = self._columns(name, layer.scheme.weight, layer.in_features)
-        weights = [_own(expert.columns(first, last)) for expert in layer.unstack()]
-        bias, pre = layer.bias, layer.pre_quant_scale
-        if bias is not None and self.place.rank:
-            bias = torch.zeros_like(bias)  # the first process brings it to the sum
-        return _grouped(name, layer, weights, bias, None if pre is None else self._pieces(pre, 1))
+        return cuts.experts(self.place, name, whole)
 
     def parameter(self, name: str, whole: Tensor) -> nn.Parameter:
         """This process's part, in memory of its own, of a parameter of a layer that is not quantized.
@@ -349,14 +262,14 @@ class Sharding:
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of a parameter of a layer that is not quantized, or the whole if it is not divided."""
         if name in self.vectors:
-            return self._pieces(whole, 0)
+            return cuts.piece(self.place, whole, 0)
         owner, _, attribute = name.rpartition(".")
         style = self.styles.get(owner)
         if style in (None, EXPERTS) or (attribute == "bias" and style in (ROWWISE, SPLIT)):
             return whole
         by_rows = style not in (ROWWISE, SPLIT)
         dim = 0 if attribute == "bias" or by_rows != (owner in self._transposed) else 1
-        return self._pieces(whole, dim, 2 if style == PACKED else 1)
+        return cuts.piece(self.place, whole, dim, 2 if style == PACKED else 1)
 
     def finish(self, model: nn.Module) -> None:
         """Put modules that know how a part is used in the place of those that are not quantized and were cut.
@@ -370,7 +283,7 @@ class Sharding:
         for name, module in model.named_modules():
             scales: Any = getattr(module, "kv_scales", None)
             if scales is not None and self.styles.get(f"{name}.k_proj") == COLWISE:
-                own = {field: self._pieces(t, 0) for field, t in vars(scales).items() if t.dim()}
+                own = {field: cuts.piece(self.place, t, 0) for field, t in vars(scales).items() if t.dim()}
                 module.kv_scales = replace(scales, **own)
 
     def _plain(self, module: nn.Module, style: str) -> nn.Module:
@@ -438,19 +351,3 @@ def _unit(parent: nn.Module, extent: int) -> int:
     """How many features of a linear in an attention module are a head's."""
     head = getattr(parent, "head_dim", None)
     return head if isinstance(head, int) and head > 0 and extent % head == 0 else 1
-
-
-def _own(weight: PackedWeight) -> PackedWeight:
-    """In memory of its own."""
-    return weight.map(lambda _, tensor: tensor.clone(memory_format=torch.contiguous_format))
-
-
-def _joined(weights: list[PackedWeight]) -> PackedWeight:
-    return weights[0] if len(weights) == 1 else concatenate(weights)
-
-
-def _grouped(
-    name: str, whole: GroupedLinear, weights: list[PackedWeight], bias: Tensor | None, pre: Tensor | None
-) -> GroupedLinear:
-    scheme = replace(whole.scheme, weight=weights[0].scheme)
-    return GroupedLinear(weights, scheme, bias, whole.input_scale, whole.dtype, pre, name)

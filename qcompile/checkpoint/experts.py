@@ -102,7 +102,8 @@ class Experts:
                     plain[projection] = self._plain(projection, parts)
                 else:
                     for part, layers in parts.items():
-                        projections[part] = _grouped(layers, device, dtype, f"{self.name}.{part}")
+                        linears = [layer.to(device) for layer in layers if isinstance(layer, PackedLinear)]
+                        projections[part] = GroupedLinear.of(linears, f"{self.name}.{part}").to(dtype)
         except LayerError as error:
             raise CheckpointError(f"{self._store.path}: {error}") from None
         if not projections:
@@ -207,27 +208,3 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def _grouped(experts: Sequence[_Layer], device: torch.device, dtype: torch.dtype, layer: str) -> GroupedLinear:
-    layers = [expert for expert in experts if isinstance(expert, PackedLinear)]
-    for index, loaded in enumerate(layers):
-        if loaded.scheme != layers[0].scheme:
-            raise LayerError(f"{layer}: expert {index} is {loaded.scheme}, expert 0 is {layers[0].scheme}")
-
-    def stacked(values: Sequence[Tensor | None], what: str) -> Tensor | None:
-        there = [value for value in values if value is not None]
-        if len(there) not in (0, len(values)):
-            raise LayerError(f"{layer}: {len(there)} of {len(values)} experts have a {what}")
-        return torch.stack(there).to(device) if there else None
-
-    bias = stacked([loaded.bias for loaded in layers], "bias")
-    return GroupedLinear(
-        [loaded.weight.to(device) for loaded in layers],
-        layers[0].scheme,
-        None if bias is None else bias.to(dtype),
-        stacked([loaded.input_scale for loaded in layers], "input scale"),
-        dtype,
-        stacked([loaded.pre_quant_scale for loaded in layers], "pre_quant_scale"),
-        layer,
-    )
