@@ -103,6 +103,9 @@ def quantize_waiting(
     """`quantize_` of a model some of whose blocks are not in memory before their turn.
 
     Then the peak of memory is the result and one block, with statistics of its inputs.
+
+    Raises:
+        ConfigError, LayerError, CalibrationError, CheckpointError: see `quantize_`.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"quantize_ takes a model, an nn.Module, and then its configuration, not {shown(model)}")

@@ -30,6 +30,8 @@ _FLOAT6 = {"fp6_e2m3": "fp6_e2m3", "fp6_e3m2": "fp6_e3m2"}
 class Parts(ABC):
     """One of torchao's tensors in pieces: named tensors, and other attributes in the JSON of its checkpoints.
 
+    Methods raise what `error` makes where a piece is missing, or not as it must be.
+
     Attributes:
         name: of the layer.
         kind: the class's name.
