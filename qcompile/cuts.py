@@ -1,4 +1,4 @@
-"""A process's part of a tensor, of a quantized linear, of experts: what is packed is cut in its portable form."""
+"""A process's part of a tensor, of a quantized linear, of an expert: what is packed is cut in its portable form."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import LayerError
-from qcompile.experts import GroupedLinear, QuantizedExperts
 from qcompile.packed import PackedLinear, concatenate
-from qcompile.parts import PartOfExperts, Place
+from qcompile.parts import Place
 from qcompile.plans import REPLICATE
 from qcompile.scheme import WHOLE
 
@@ -76,36 +75,28 @@ def columns(place: Place, name: str, whole: PackedLinear) -> PackedLinear:
     return replace(whole.with_weight(weight.columns(first, last).clone()), pre_quant_scale=pre)
 
 
-def experts(place: Place, name: str, whole: QuantizedExperts) -> PartOfExperts:
-    """This process's inner features of all experts; no more than one expert is in the portable form at a time.
+def expert(place: Place, name: str, whole: PackedLinear, projection: str, concatenated: bool) -> PackedLinear:
+    """This process's inner features of one expert, in one of its projections.
+
+    Args:
+        name: of the projection of all experts.
+        projection: "gate_up_proj", "gate_proj", "up_proj" or "down_proj".
+        concatenated: whether the rows of a gate_up_proj are all gates and then all others, not one of each in turn.
 
     Raises:
-        LayerError: projections that cannot be divided.
+        LayerError: it cannot be divided.
     """
-    both = whole.first == ("gate_up_proj",)
-    halves = 2 if both and whole.gating.experts.is_concatenated else 1
-
-    def part(projection: str, label: str, one: PackedLinear) -> PackedLinear:
-        n, k = one.weight.shape
-        if projection != "down_proj":
-            check_share(place, label, n, "output features", 2 if both else 1)
-            return rows(place, label, one, halves)
-        check_share(place, label, k, "inner features")
-        if one.weight.scheme.arranges_inputs:
-            raise LayerError(
-                f"{label}: experts whose inputs are arranged (act_order, rotated) cannot be divided; leave them whole: "
-                f'plan={{"*.experts": "{REPLICATE}"}}'
-            )
-        own = columns(place, label, one)
-        # The first process brings the bias to the sum.
-        return own if own.bias is None or place.rank == 0 else replace(own, bias=torch.zeros_like(own.bias))
-
-    projections = {}
-    for projection in (*whole.first, "down_proj"):
-        layer, label = whole.get_submodule(projection), f"{name}.{projection}"
-        assert isinstance(layer, GroupedLinear)
-        own = [part(projection, label, layer.linear(index)) for index in range(layer.experts)]
-        projections[projection] = GroupedLinear.of(own, label)
-    found = PartOfExperts(projections, whole.gating)
-    found.place = place
-    return found
+    n, k = whole.weight.shape
+    if projection != "down_proj":
+        both = projection == "gate_up_proj"
+        check_share(place, name, n, "output features", 2 if both else 1)
+        return rows(place, name, whole, 2 if both and concatenated else 1)
+    check_share(place, name, k, "inner features")
+    if whole.weight.scheme.arranges_inputs:
+        raise LayerError(
+            f"{name}: experts whose inputs are arranged (act_order, rotated) cannot be divided; leave them whole: "
+            f'plan={{"*.experts": "{REPLICATE}"}}'
+        )
+    own = columns(place, name, whole)
+    # The first process brings the bias to the sum.
+    return own if own.bias is None or place.rank == 0 else replace(own, bias=torch.zeros_like(own.bias))

@@ -10,7 +10,7 @@ linear as any other to kernels and passes; what two processes tell each other is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qcompile import cuts
 from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.exchange import share
-from qcompile.experts import QuantizedExperts
+from qcompile.experts import GroupedLinear, QuantizedExperts
+from qcompile.gating import Gating
 from qcompile.linears import is_conv1d
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedLinear
@@ -29,6 +30,7 @@ from qcompile.parts import (
     PARTS,
     GatheredLinear,
     GatheredQuantizedLinear,
+    PartOfExperts,
     Place,
     RowwiseLinear,
     RowwiseQuantizedLinear,
@@ -187,7 +189,7 @@ class Sharding:
                 part = self.linear(name, module.linear(), module.codes.device)
                 model.set_submodule(name, part.train(module.training))
             elif isinstance(module, QuantizedExperts):
-                model.set_submodule(name, self.experts(name, module).train(module.training))
+                model.set_submodule(name, self._divided(name, module).train(module.training))
             elif style != EXPERTS:
                 for attribute, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, attribute, self.parameter(f"{name}.{attribute}", parameter))
@@ -238,15 +240,41 @@ class Sharding:
             turns=scheme.rotated,
         )
 
-    def experts(self, name: str, whole: QuantizedExperts) -> QuantizedExperts:
-        """This process's part of quantized experts, or the whole where the plan does not divide them.
+    def _divided(self, name: str, whole: QuantizedExperts) -> QuantizedExperts:
+        if self.styles[name] != EXPERTS:
+            return whole
+        projections = {}
+        for projection in (*whole.first, "down_proj"):
+            layer = whole.get_submodule(projection)
+            assert isinstance(layer, GroupedLinear)
+            linears = (layer.linear(index) for index in range(layer.experts))  # one unpacked at a time
+            own = self.experts(name, projection, linears, bool(whole.gating.experts.is_concatenated))
+            projections[projection] = GroupedLinear.of(own, f"{name}.{projection}")
+        return self.joined(name, projections, whole.gating)
+
+    def experts(
+        self, name: str, projection: str, whole: Iterable[PackedLinear], concatenated: bool
+    ) -> list[PackedLinear]:
+        """This process's part of each expert in one projection, or the whole where the plan does not divide them.
+
+        Args:
+            name: of the module of experts.
+            projection, concatenated: see `cuts.expert`.
 
         Raises:
-            LayerError: projections that cannot be divided.
+            LayerError: a weight that cannot be divided so.
         """
         if self.styles.get(name) != EXPERTS:
-            return whole
-        return cuts.experts(self.place, name, whole)
+            return list(whole)
+        return [cuts.expert(self.place, f"{name}.{projection}", one, projection, concatenated) for one in whole]
+
+    def joined(self, name: str, projections: Mapping[str, GroupedLinear], gating: Gating) -> QuantizedExperts:
+        """The module of what `experts` gave."""
+        if self.styles.get(name) != EXPERTS:
+            return QuantizedExperts(projections, gating)
+        part = PartOfExperts(projections, gating)
+        part.place = self.place
+        return part
 
     def parameter(self, name: str, whole: Tensor) -> nn.Parameter:
         """This process's part, in memory of its own, of a parameter of a layer that is not quantized.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import GroupedLinear, QuantizedExperts, projection_shapes
 from qcompile.gating import Gating
 from qcompile.packed import PackedLinear, concatenate
+from qcompile.parallel import Sharding
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
@@ -83,29 +85,37 @@ class Experts:
             if match := _EXPERT.fullmatch(tensor.removeprefix(name + ".")):
                 self._apart[int(match[1]), match[2]].append(tensor)
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> QuantizedExperts | dict[str, Tensor]:
+    def load(
+        self, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None
+    ) -> QuantizedExperts | dict[str, Tensor]:
         """The module for quantized experts, or else values for parameters of the module that there is, if the
         checkpoint does not have them under their own names.
 
+        Args:
+            sharding: what this process keeps of quantized ones; None for all.
+
         Raises:
+            LayerError: experts that the processes cannot divide.
             CheckpointError: tensors that are missing or damaged, experts of which only some are quantized, or in
                 different ways.
         """
         plain: dict[str, Tensor | None] = {}
         projections: dict[str, GroupedLinear] = {}
-        try:
-            for projection, (count, n, k) in projection_shapes(self.module).items():
+        for projection, (count, n, k) in projection_shapes(self.module).items():
+            with self._naming_the_file():
                 parts = self._read(projection, count, (n, k))
-                if parts is None:
-                    plain[projection] = None
-                elif any(isinstance(layer, Tensor) for layers in parts.values() for layer in layers):
-                    plain[projection] = self._plain(projection, parts)
-                else:
-                    for part, layers in parts.items():
-                        linears = [layer.to(device) for layer in layers if isinstance(layer, PackedLinear)]
-                        projections[part] = GroupedLinear.of(linears, f"{self.name}.{part}").to(dtype)
-        except LayerError as error:
-            raise CheckpointError(f"{self._store.path}: {error}") from None
+            if parts is None:
+                plain[projection] = None
+            elif any(isinstance(layer, Tensor) for layers in parts.values() for layer in layers):
+                plain[projection] = self._plain(projection, parts)
+            else:
+                for part, layers in parts.items():
+                    own = [layer for layer in layers if isinstance(layer, PackedLinear)]
+                    if sharding is not None:
+                        own = sharding.experts(self.name, part, own, bool(self.module.is_concatenated))
+                    with self._naming_the_file():
+                        stack = GroupedLinear.of([one.to(device) for one in own], f"{self.name}.{part}")
+                    projections[part] = stack.to(dtype)
         if not projections:
             return {name: value.to(device, dtype) for name, value in plain.items() if value is not None}
         if plain:
@@ -113,7 +123,17 @@ class Experts:
                 f"{next(iter(plain))} of its experts is not quantized, but {next(iter(projections))} is; qcompile runs "
                 "experts whose projections are all quantized, or none"
             )
-        return QuantizedExperts(projections, Gating(self.module))
+        gating = Gating(self.module)
+        if sharding is not None:
+            return sharding.joined(self.name, projections, gating)
+        return QuantizedExperts(projections, gating)
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except LayerError as error:
+            raise CheckpointError(f"{self._store.path}: {error}") from None
 
     def _read(self, projection: str, count: int, shape: tuple[int, int]) -> dict[str, list[_Layer]] | None:
         """The layers that a projection consists of, by name; None if the checkpoint has none apart from it."""

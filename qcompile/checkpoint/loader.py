@@ -279,9 +279,9 @@ def _fill(
     tensors_of = tensors_under(store, experts)
     for name in track(list(experts), "Loading experts", progress):
         reader = Experts(name, experts[name], store, tensors_of[name], method)
-        loaded = reader.load(device, dtype)
+        loaded = reader.load(device, dtype, sharding)
         if isinstance(loaded, QuantizedExperts):
-            model.set_submodule(name, loaded if sharding is None else sharding.experts(name, loaded))
+            model.set_submodule(name, loaded)
         else:
             for attribute, value in loaded.items():
                 setattr(experts[name], attribute, nn.Parameter(value, requires_grad=False))

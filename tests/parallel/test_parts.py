@@ -13,6 +13,8 @@ from torch import nn
 
 import qcompile
 from qcompile.checkpoint.kv_scales import KVScales
+from qcompile.checkpoint.loader import fill, skeleton
+from qcompile.checkpoint.source import open_checkpoint
 from qcompile.errors import ConfigError, LayerError
 from qcompile.linear_spec import decode_spec
 from qcompile.modules import QuantizedLinear
@@ -309,10 +311,17 @@ def test_a_plan_goes_with_a_mesh():
         qcompile.load("nowhere", plan=PLAN)
 
 
-def test_experts_with_blocks_or_orders_that_parts_divide():
+def test_experts_with_blocks_that_parts_divide(tmp_path):
+    """In memory, and where a checkpoint is read: the layer's fault, not the file's."""
     pytest.importorskip("transformers")
     scheme = {"weight": {"format": "int4", "group_size": 128}}
     model = tiny(kind="mixtral", num_local_experts=2, num_experts_per_tok=1, intermediate_size=128)
     model = qcompile.quantize_(model, {"rules": [{"layers": "*.experts", "scheme": scheme}]}, progress=False)
-    with pytest.raises(LayerError, match=r"mlp\.experts\.down_proj: 2 parts of 128 columns divide its groups of 128"):
+    qcompile.save(model, tmp_path)
+    message = r"^model\.layers\.0\.mlp\.experts\.down_proj: 2 parts of 128 columns divide its groups of 128"
+    with pytest.raises(LayerError, match=message):
         divided(model)
+    source = open_checkpoint(tmp_path)
+    empty = skeleton(source.config, torch.float32)
+    with pytest.raises(LayerError, match=message):
+        fill(empty, source, CPU, torch.float32, sharding=Sharding(empty, Place(0, 2, "0")), progress=False)
