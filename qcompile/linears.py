@@ -38,6 +38,12 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight.detach().t() if is_conv1d(module) else weight.detach()
 
 
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of one of `linear_modules`."""
+    n, k = matrix_of(module).shape
+    return n, k
+
+
 def quantized_linear(
     name: str,
     module: nn.Module,

@@ -23,7 +23,7 @@ from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.exchange import share
 from qcompile.experts import GroupedLinear, QuantizedExperts
 from qcompile.gating import Gating
-from qcompile.linears import is_conv1d
+from qcompile.linears import is_conv1d, shape_of
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedLinear
 from qcompile.parts import (
@@ -164,7 +164,7 @@ class Sharding:
         elif (type(module) is nn.Linear or is_conv1d(module)) and isinstance(weight, Tensor):
             if is_torchao(weight):
                 raise LayerError(f"{name}: is torchao's; qcompile.quantize_(model) takes it over first")
-            n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
+            n, k = shape_of(module)
         else:
             raise LayerError(
                 f"{name}: style {style} is for linears, nn.Linear or quantized by qcompile, and this is a "

@@ -20,7 +20,7 @@ from qcompile.checkpoint.source import Source, check_installed, open_checkpoint
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerError, shown, suggestion
 from qcompile.experts import QuantizedExperts, expert_modules
-from qcompile.linears import linear_modules, quantize_inputs
+from qcompile.linears import linear_modules, quantize_inputs, shape_of
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.packed import PackedLinear
 from qcompile.parallel import Sharding, check_device, device_of, place_in
@@ -263,7 +263,7 @@ def _fill(
         tensors = LayerTensors(store, name)
         assert method is not None
         try:
-            found = method.linear(tensors, _shape(module))
+            found = method.linear(tensors, shape_of(module))
         except LayerError as error:
             raise CheckpointError(f"{store.path}: {error}") from None
         if isinstance(found, Tensor):
@@ -326,14 +326,6 @@ def _check_supported(method: Method, device: torch.device, dtype: torch.dtype) -
             raise ConfigError(
                 f"{method.name} models need a GPU of compute capability {least}, and {device} has {major}.{minor}"
             )
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    """(N, K); transformers' Conv1D, the only other linear there is, keeps its weight as [K, N]."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    first, second = weight.shape
-    return (first, second) if type(linear) is nn.Linear else (second, first)
 
 
 def _quantized(
