@@ -28,7 +28,7 @@ def check_share(place: Place, name: str, extent: int, what: str, unit: int = 1) 
 
 
 def piece(place: Place, tensor: Tensor, dim: int, halves: int = 1) -> Tensor:
-    """This process's part of a dimension, or of each half of it; a view where that is one."""
+    """This process's part of a dimension, or of each half of it, in memory of its own."""
     share = tensor.shape[dim] // halves
     start, end = place.part(share)
     return torch.cat([tensor.narrow(dim, half * share + start, end - start) for half in range(halves)], dim)

@@ -277,18 +277,20 @@ class Sharding:
         return part
 
     def parameter(self, name: str, whole: Tensor) -> nn.Parameter:
-        """This process's part, in memory of its own, of a parameter of a layer that is not quantized.
+        """This process's part of a parameter of a layer that is not quantized.
 
         One that several layers have is divided once.
         """
         if whole not in self._parts:
-            own = self.cut(name, whole.detach()).clone(memory_format=torch.contiguous_format)
-            self._parts[whole] = nn.Parameter(own, requires_grad=whole.requires_grad)
+            self._parts[whole] = nn.Parameter(self.cut(name, whole.detach()), requires_grad=whole.requires_grad)
         part: nn.Parameter = self._parts[whole]
         return part
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of a parameter of a layer that is not quantized, or the whole if it is not divided."""
+        """This process's part, in memory of its own, of a parameter of a layer that is not quantized.
+
+        The whole itself if it is not divided.
+        """
         if name in self.vectors:
             return cuts.piece(self.place, whole, 0)
         owner, _, attribute = name.rpartition(".")

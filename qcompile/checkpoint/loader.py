@@ -427,9 +427,8 @@ def _load_plain(
 
 
 def _part(whole: Tensor, name: str, sharding: Sharding | None) -> Tensor:
-    """What this process keeps of a parameter, in memory of its own if that is not all."""
-    part = whole if sharding is None else sharding.cut(name, whole)
-    return part if part is whole else part.clone(memory_format=torch.contiguous_format)
+    """What this process keeps of a parameter."""
+    return whole if sharding is None else sharding.cut(name, whole)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
