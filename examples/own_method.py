@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 
 
@@ -32,7 +32,7 @@ class Ternary(Method):
         if config.get("version") != 1:
             raise CheckpointError(f"{store.path}: ternary version {config.get('version')!r} is unknown; 1 is")
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         if "digits" not in tensors:
             return None  # this layer has a plain weight
         rows, columns = shape
@@ -44,7 +44,7 @@ class Ternary(Method):
         scheme = WeightScheme(format=get_format("int2"), granularity=Granularity.channel())
         scale = tensors.take("scale", torch.float32, shape=(rows, 1))
         weight = PackedWeight.from_codes(codes, scale, None, scheme, tensors.name)
-        return LoadedLinear(weight=weight, scheme=Scheme(weight=scheme, method=CHECKPOINT))
+        return PackedLinear(weight=weight, scheme=Scheme(weight=scheme, method=CHECKPOINT))
 
 
 def write(folder: Path, model: nn.Sequential) -> None:

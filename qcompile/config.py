@@ -139,6 +139,7 @@ class Rule:
     optional: bool = False
 
     def matches(self, name: str) -> bool:
+        """Whether it decides a layer of this name, if no rule before it does."""
         return _pattern(self.layers).match(name) is not None
 
 

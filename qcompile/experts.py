@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import qcompile.grouped  # noqa: F401  (registers the operator)
 from qcompile.errors import LayerError
 from qcompile.gating import Gating, gate_step
-from qcompile.layouts import Layout
+from qcompile.layouts import LAYOUTS, Layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.modules import PackedModule
-from qcompile.packed import PackedWeight
+from qcompile.packed import LOGICAL, PackedLinear, PackedWeight
 from qcompile.reference import dequantize, quantize_weight
 from qcompile.scheme import Scheme
 from qcompile.stacks import expert, stack, stack_layout, stacked_scheme
@@ -77,20 +77,44 @@ class GroupedLinear(PackedModule):
         self.gate = gate
         self.spec = self._spec().encode()
 
-    def expert(self, index: int) -> PackedWeight:
-        """One expert's weight [N, K], in the logical layout."""
-        return self._expert(self.logical(), index)
+    @classmethod
+    def of(cls, linears: Sequence[PackedLinear], layer: str = "experts") -> GroupedLinear:
+        """The projection that consists of these experts', on the device of their weights.
 
-    def unstack(self) -> list[PackedWeight]:
-        """Each expert's weight [N, K], in the logical layout."""
-        logical = self.logical()
-        return [self._expert(logical, index) for index in range(self.experts)]
+        Raises:
+            LayerError: experts that are quantized in different ways, or of which some have more than others.
+        """
+        first = linears[0]
+        for index, linear in enumerate(linears):
+            if linear.scheme != first.scheme:
+                raise LayerError(f"{layer}: expert {index} is {linear.scheme}, expert 0 is {first.scheme}")
 
-    def _expert(self, logical: PackedWeight, index: int) -> PackedWeight:
-        own = expert(logical, index, self.out_features)
-        if self.perm is None:
-            return own
-        return replace(own, scheme=replace(own.scheme, act_order=True), perm=self.perm[index])
+        def stacked(name: str) -> Tensor | None:
+            there = [tensor for linear in linears if (tensor := getattr(linear, name)) is not None]
+            if len(there) not in (0, len(linears)):
+                raise LayerError(f"{layer}: {len(there)} of {len(linears)} experts have a {name}")
+            return torch.stack(there) if there else None
+
+        bias, input_scale, pre_quant_scale = map(stacked, ("bias", "input_scale", "pre_quant_scale"))
+        weights = [linear.weight for linear in linears]
+        return cls(weights, first.scheme, bias, input_scale, first.dtype, pre_quant_scale, layer)
+
+    def linear(self, index: int) -> PackedLinear:
+        """One expert's, with its weight [N, K] in the logical layout."""
+        weight = to_layout(expert(self.packed(), index, self.out_features), LAYOUTS[LOGICAL])
+        if self.perm is not None:
+            weight = replace(weight, scheme=replace(weight.scheme, act_order=True), perm=self.perm[index])
+        bias, input_scale, pre_quant_scale = (
+            None if tensor is None else tensor[index] for tensor in (self.bias, self.input_scale, self.pre_quant_scale)
+        )
+        return PackedLinear(
+            weight=weight,
+            scheme=replace(self.scheme, weight=weight.scheme),
+            bias=bias,
+            input_scale=input_scale,
+            dtype=self.dtype,
+            pre_quant_scale=pre_quant_scale,
+        )
 
     @property
     def weight(self) -> Tensor:

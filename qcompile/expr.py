@@ -71,7 +71,11 @@ Value: TypeAlias = "Expr | torch.Tensor"
 
 
 def var(name: str) -> Expr:
-    """A named input of a formula; `name` must be an identifier, since it is printed as it is."""
+    """A named input of a formula, which is printed as it is.
+
+    Raises:
+        ValueError: a name that is no identifier.
+    """
     if not name.isidentifier():
         raise ValueError(f"{name!r} is no identifier")
     return Expr("var", literal=name)

@@ -135,7 +135,11 @@ ALIASES = {"fp8": "fp8_e4m3"}
 
 
 def register(fmt: KVFormat) -> KVFormat:
-    """Add a format; the name must be new."""
+    """Add a format.
+
+    Raises:
+        ValueError: a name that is taken.
+    """
     if fmt.name in KV_FORMATS or fmt.name in ALIASES:
         raise ValueError(f"KV format {fmt.name!r} is registered already")
     KV_FORMATS[fmt.name] = fmt

@@ -454,22 +454,32 @@ def to_layout(weight: PackedWeight, layout: Layout) -> PackedWeight:
     """The same weight in another layout."""
     if weight.layout == layout.name:
         return weight
-    logical = LAYOUTS[weight.layout].unpack(weight)
-    n, k = logical.shape
-    unit = math.lcm(layout.tile, max(1, logical.scheme.granularity.rows))
+    source, block = LAYOUTS[weight.layout], weight.scheme.granularity.rows
+    n, k = weight.shape
+    unit = math.lcm(source.tile, layout.tile, max(1, block))
     step = unit * max(1, _CHUNK // (unit * k))
-    if layout.tile == 1 or (step >= n and not layout.streamed):
-        return layout.pack(logical)
-    parts = [layout.pack(logical.rows(first, first + step)) for first in range(0, n, step)]
+    if source.tile == layout.tile == 1 or (step >= n and not layout.streamed):
+        return layout.pack(source.unpack(weight))
+    parts = [layout.pack(source.unpack(rows_of(weight, first, first + step))) for first in range(0, n, step)]
+    shared = {"perm"} if layout.tile > 1 or block != WHOLE else {"perm", "scale", "zero_point", "offset"}
 
     def joined(name: str, tensor: Tensor) -> Tensor:
-        pieces = [getattr(part, name) for part in parts]
-        if name == "perm":
+        if name in shared:
             return tensor
+        pieces = [getattr(part, name) for part in parts]
         return huge_pages.joined(pieces) if layout.streamed else torch.cat(pieces)
 
-    return replace(parts[0].map(joined), shape=logical.shape)
+    return replace(parts[0].map(joined), shape=weight.shape)
+
+
+def rows_of(weight: PackedWeight, first: int, last: int) -> PackedWeight:
+    """Some rows of a weight in any layout, from one that begins a tile and a block of rows; views."""
+    tile = LAYOUTS[weight.layout].tile
+    if tile == 1:
+        return weight.rows(first, last)
+    part = weight.map(lambda name, tensor: tensor if name == "perm" else tensor[first // tile : -(-last // tile)])
+    return replace(part, shape=(min(last, weight.shape[0]) - first, weight.shape[1]))
 
 
 _CHUNK = 1 << 22
-"""Weights that are laid out at a time, so that the copies this makes of a large layer stay small."""
+"""Weights that are laid out, or back, at a time, so that the copies this makes of a large layer stay small."""

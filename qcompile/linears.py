@@ -16,7 +16,6 @@ from qcompile.packed import PackedWeight
 from qcompile.reference import quantize_weight
 from qcompile.scheme import Scheme
 from qcompile.scheme_config import parse_activation
-from qcompile.torchao_tensors import read_tensor
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -39,10 +38,16 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight.detach().t() if is_conv1d(module) else weight.detach()
 
 
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of one of `linear_modules`."""
+    n, k = matrix_of(module).shape
+    return n, k
+
+
 def quantized_linear(
     name: str,
     module: nn.Module,
-    scheme: Scheme | None,
+    scheme: Scheme,
     input_scale: Tensor | None,
     packed: PackedWeight | None = None,
 ) -> QuantizedLinear:
@@ -50,7 +55,7 @@ def quantized_linear(
 
     Args:
         name: the layer's, for errors.
-        scheme: fitted to its shape; None for a weight that torchao quantized.
+        scheme: fitted to its shape.
         input_scale: float32 scalar, exactly for static activations.
         packed: the weight as it was quantized already; None rounds it to the nearest codes.
 
@@ -60,9 +65,6 @@ def quantized_linear(
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    if scheme is None:
-        taken = read_tensor(weight, name)
-        return QuantizedLinear(taken.weight, taken.scheme, bias, taken.input_scale, weight.dtype, taken.pre_quant_scale)
     if packed is None:
         scheme.check_rounded(name)
         with torch.no_grad():

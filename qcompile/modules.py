@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from qcompile.layouts import LAYOUTS, Layout, choose_layout, to_layout
 from qcompile.linear_spec import LinearSpec
 from qcompile.ops import OP
-from qcompile.packed import LOGICAL, PackedWeight
+from qcompile.packed import LOGICAL, PackedLinear, PackedWeight
 from qcompile.reference import dequantize
 from qcompile.scheme import ActivationScheme, Scheme
+
+_Linear = TypeVar("_Linear", bound="QuantizedLinear")
 
 
 class PackedModule(nn.Module):
@@ -162,6 +164,22 @@ class QuantizedLinear(PackedModule):
     ) -> None:
         beside = {"input_scale": input_scale, "pre_quant_scale": pre_quant_scale}
         super().__init__(weight, scheme, dtype, bias, beside)
+
+    @classmethod
+    def of(cls: type[_Linear], linear: PackedLinear, **more: Any) -> _Linear:
+        """The module of a linear, on its weight's device; `more` is for subclasses."""
+        return cls(**vars(linear), **more)
+
+    def linear(self) -> PackedLinear:
+        """What it is made of, with the weight in the portable layout."""
+        return PackedLinear(
+            weight=self.logical(),
+            scheme=self.scheme,
+            bias=self.bias,
+            input_scale=self.input_scale,
+            dtype=self.dtype,
+            pre_quant_scale=self.pre_quant_scale,
+        )
 
     @property
     def out_features(self) -> int:

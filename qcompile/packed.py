@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompile.bitpack import pack_bits, packed_width, unpack_bits
 from qcompile.errors import LayerError
-from qcompile.scheme import SCALE_DTYPES, WHOLE, Granularity, WeightScheme
+from qcompile.scheme import SCALE_DTYPES, WHOLE, Granularity, Scheme, WeightScheme
 
 LOGICAL = "logical"
 
@@ -85,6 +85,10 @@ class PackedWeight:
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight with its tensors on another device."""
         return self.map(lambda _, tensor: tensor.to(device))
+
+    def clone(self) -> PackedWeight:
+        """The same weight in memory of its own."""
+        return self.map(lambda _, tensor: tensor.clone(memory_format=torch.contiguous_format))
 
     def rows(self, first: int, last: int) -> PackedWeight:
         """Some rows of the logical layout, from one that begins a block of rows."""
@@ -177,6 +181,37 @@ class PackedWeight:
             kept = F.pad(self.unpack_codes() != scheme.zero_code, (0, -k % 4)).view(n, -1, 4).sum(-1)
             if bool((kept > 2).any()):
                 raise LayerError(f"{layer}: more than two of four columns are not 0, but it is to be 2:4 sparse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLinear:
+    """What a `QuantizedLinear` is made of: what readers give, and what is divided among processes.
+
+    Attributes:
+        weight: packed [N, K], in the logical layout.
+        scheme: the weight's, and that of the activations.
+        bias: [N] or None.
+        input_scale: float32 [], exactly for static activations.
+        dtype: of the original weight.
+        pre_quant_scale: [K], which multiplies the input first.
+    """
+
+    weight: PackedWeight
+    scheme: Scheme
+    bias: Tensor | None = None
+    input_scale: Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    pre_quant_scale: Tensor | None = None
+
+    def with_weight(self, weight: PackedWeight) -> PackedLinear:
+        """The same around another weight, whose scheme comes along."""
+        return replace(self, weight=weight, scheme=replace(self.scheme, weight=weight.scheme))
+
+    def to(self, device: torch.device | str) -> PackedLinear:
+        """The same linear with its tensors on another device."""
+        beside = {name: getattr(self, name) for name in ("bias", "input_scale", "pre_quant_scale")}
+        moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in beside.items()}
+        return replace(self, weight=self.weight.to(device), **moved)
 
 
 def stored_tensors(scheme: WeightScheme, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

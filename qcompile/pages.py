@@ -82,6 +82,7 @@ class PageTable:
 
     @property
     def free_pages(self) -> int:
+        """How many pages no sequence has."""
         return len(self._free)
 
     def length(self, row: int) -> int:

@@ -3,27 +3,29 @@
     mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (2,))
     model = qcompile.load(path, mesh=mesh)     or     qcompile.parallelize(qcompile.quantize_(model, "int4"), mesh)
 
-Parts are cut from the portable form of packed weights, before they are laid out for a device. So a part is a linear as
-any other to kernels and passes; what two processes tell each other is an operator between such linears.
+Parts are cut from the portable form of packed weights (`cuts`), before they are laid out for a device. So a part is a
+linear as any other to kernels and passes; what two processes tell each other is an operator between such linears.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from qcompile import cuts
 from qcompile.errors import ConfigError, LayerError, shown
 from qcompile.exchange import share
 from qcompile.experts import GroupedLinear, QuantizedExperts
-from qcompile.linears import is_conv1d
+from qcompile.gating import Gating
+from qcompile.linears import is_conv1d, shape_of
 from qcompile.modules import PackedModule, QuantizedLinear
-from qcompile.packed import PackedWeight, concatenate
+from qcompile.packed import PackedLinear
 from qcompile.parts import (
     PARTS,
     GatheredLinear,
@@ -35,14 +37,12 @@ from qcompile.parts import (
     VocabularyEmbedding,
 )
 from qcompile.plans import COLWISE, EMBEDDING, EXPERTS, GATHERED, PACKED, REPLICATE, ROWWISE, SPLIT, planned
-from qcompile.scheme import WHOLE, Scheme
 from qcompile.torchao_tensors import is_torchao
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Model = TypeVar("Model", bound=nn.Module)
-Module = TypeVar("Module", bound=QuantizedLinear)
 
 _WHOLE_OUTSIDE = (GATHERED, SPLIT, EMBEDDING)
 """Styles of layers whose inputs and outputs all processes have: these may as well stay whole."""
@@ -85,30 +85,6 @@ def parallelize(model: Model, mesh: DeviceMesh, plan: Mapping[str, str] | None =
     return model
 
 
-@dataclass(frozen=True)
-class Linear:
-    """What a `QuantizedLinear` is made of, with the weight in the logical layout."""
-
-    weight: PackedWeight
-    scheme: Scheme
-    bias: Tensor | None
-    input_scale: Tensor | None
-    dtype: torch.dtype
-    pre_quant_scale: Tensor | None
-
-    @classmethod
-    def of(cls, module: QuantizedLinear) -> Linear:
-        weight, scheme, dtype = module.logical(), module.scheme, module.dtype
-        return cls(weight, scheme, module.bias, module.input_scale, dtype, module.pre_quant_scale)
-
-    def build(self, kind: type[Module], device: torch.device, **more: Any) -> Module:
-        """A module of that kind on a device."""
-        beside = [None if t is None else t.to(device) for t in (self.bias, self.input_scale, self.pre_quant_scale)]
-        bias, input_scale, pre_quant_scale = beside
-        scheme = replace(self.scheme, weight=self.weight.scheme)
-        return kind(self.weight.to(device), scheme, bias, input_scale, self.dtype, pre_quant_scale, **more)
-
-
 class Sharding:
     """What one process keeps of each layer of a model.
 
@@ -132,7 +108,7 @@ class Sharding:
         styles = planned(model, plan)
         for name, style in styles.items() if place.size > 1 else ():
             if name not in modules:
-                self._share(name, model.get_parameter(name).shape[0], "elements", 1)
+                cuts.check_share(self.place, name, model.get_parameter(name).shape[0], "elements")
                 self.vectors.add(name)
                 continue
             try:
@@ -180,7 +156,7 @@ class Sharding:
         if style == EMBEDDING:
             if type(module) is not nn.Embedding:
                 raise LayerError(f"{name}: a {type(module).__name__} may do more than look up rows")
-            self._share(name, module.num_embeddings, "rows", 1)
+            cuts.check_share(self.place, name, module.num_embeddings, "rows")
             return
         weight = getattr(module, "weight", None)
         if isinstance(module, QuantizedLinear):
@@ -188,30 +164,18 @@ class Sharding:
         elif (type(module) is nn.Linear or is_conv1d(module)) and isinstance(weight, Tensor):
             if is_torchao(weight):
                 raise LayerError(f"{name}: is torchao's; qcompile.quantize_(model) takes it over first")
-            n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
+            n, k = shape_of(module)
         else:
             raise LayerError(
                 f"{name}: style {style} is for linears, nn.Linear or quantized by qcompile, and this is a "
                 f'{type(module).__name__}; leave it whole: plan={{"{name}": "{REPLICATE}"}}'
             )
         if style in (ROWWISE, SPLIT):
-            self._share(name, k, "input features", _unit(parent, k) if style == ROWWISE else 1)
+            cuts.check_share(self.place, name, k, "input features", _unit(parent, k) if style == ROWWISE else 1)
         elif style == PACKED:
-            self._share(name, n, "output features", 2)
+            cuts.check_share(self.place, name, n, "output features", 2)
         else:
-            self._share(name, n, "output features", _unit(parent, n) if style == COLWISE else 1)
-
-    def _share(self, name: str, extent: int, what: str, unit: int) -> None:
-        """
-        Raises:
-            LayerError: processes cannot have equal numbers of whole units.
-        """
-        if extent % (unit * self.place.size):
-            units = f"{extent // unit} times {unit} " if unit > 1 else f"{extent} "
-            raise LayerError(
-                f"{name}: {self.place.size} processes cannot share its {units}{what} equally; take a number "
-                f'of processes that divides them, or leave it and what it reads whole: plan={{glob: "{REPLICATE}"}}'
-            )
+            cuts.check_share(self.place, name, n, "output features", _unit(parent, n) if style == COLWISE else 1)
 
     def divide(self, model: nn.Module) -> None:
         """Keep this process's part of a model that is in memory, in place.
@@ -222,10 +186,10 @@ class Sharding:
         for name, style in list(self.styles.items()):
             module = model.get_submodule(name)
             if isinstance(module, QuantizedLinear):
-                part = self.linear(name, Linear.of(module), module.codes.device)
+                part = self.linear(name, module.linear(), module.codes.device)
                 model.set_submodule(name, part.train(module.training))
             elif isinstance(module, QuantizedExperts):
-                model.set_submodule(name, self.experts(name, module).train(module.training))
+                model.set_submodule(name, self._divided(name, module).train(module.training))
             elif style != EXPERTS:
                 for attribute, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, attribute, self.parameter(f"{name}.{attribute}", parameter))
@@ -234,7 +198,7 @@ class Sharding:
             setattr(model.get_submodule(owner), attribute, self.parameter(name, model.get_parameter(name)))
         self.finish(model)
 
-    def linear(self, name: str, whole: Linear, device: torch.device) -> QuantizedLinear:
+    def linear(self, name: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
         """This process's part of a quantized linear on a device, or the whole where the plan does not divide it.
 
         Raises:
@@ -247,142 +211,95 @@ class Sharding:
                 return divide(name, style, whole, device)
             except LayerError as error:
                 self._keep_whole(name, style, error)
-        return whole.build(QuantizedLinear, device)
+        return QuantizedLinear.of(whole.to(device))
 
-    def _columnwise(self, name: str, style: str, whole: Linear, device: torch.device) -> QuantizedLinear:
-        halves = 2 if style == PACKED else 1
-        count = whole.weight.shape[0] // halves
-        rows = [self._rows(name, whole.weight, half * count, count) for half in range(halves)]
-        bias = None if whole.bias is None else self._pieces(whole.bias, 0, halves)
-        own = replace(whole, weight=_own(_joined(rows)), bias=bias)
+    def _columnwise(self, name: str, style: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
+        own = cuts.rows(self.place, name, whole, 2 if style == PACKED else 1).to(device)
         if style != GATHERED:
-            return own.build(QuantizedLinear, device)
-        part = own.build(GatheredQuantizedLinear, device)
+            return QuantizedLinear.of(own)
+        part = GatheredQuantizedLinear.of(own)
         part.place = self.place
         return part
 
-    def _rowwise(self, name: str, style: str, whole: Linear, device: torch.device) -> QuantizedLinear:
-        weight, pre = whole.weight, whole.pre_quant_scale
-        scheme = weight.scheme
-        if scheme.rotated and pre is not None:
+    def _rowwise(self, name: str, style: str, whole: PackedLinear, device: torch.device) -> QuantizedLinear:
+        weight, scheme = whole.weight, whole.weight.scheme
+        if scheme.rotated and whole.pre_quant_scale is not None:
             raise LayerError(f"{name}: inputs that are scaled and then turned cannot be divided; leave the layer whole")
-        first, last = self._columns(name, scheme, weight.shape[1])
+        first, last = self.place.part(weight.shape[1])
         features = None
         if weight.perm is not None:
-            features = weight.perm[first:last].to(torch.int64)
+            features = weight.perm[first:last].to(device, torch.int64)
         elif scheme.rotated or style == SPLIT:
-            features = torch.arange(first, last, device=weight.device)
-        if pre is not None:
-            pre = pre[first:last] if features is None else pre[features]
-        own = _own(weight.columns(first, last))
-        own = replace(own, scheme=replace(own.scheme, rotated=False))
-        return replace(whole, weight=own, pre_quant_scale=pre).build(
-            RowwiseQuantizedLinear,
-            device,
+            features = torch.arange(first, last, device=device)
+        own = cuts.columns(self.place, name, whole).to(device)
+        return RowwiseQuantizedLinear.of(
+            own.with_weight(replace(own.weight, scheme=replace(own.weight.scheme, rotated=False))),
             place=self.place,
-            features=None if features is None else features.to(device),
+            features=features,
             gathers=scheme.arranges_inputs and style == ROWWISE,
             turns=scheme.rotated,
         )
 
-    def _rows(self, name: str, weight: PackedWeight, first: int, count: int) -> PackedWeight:
-        """This process's of `count` rows from `first` on."""
-        block = weight.scheme.granularity.rows
-        start, end = self.place.part(count)
-        if block != WHOLE and any(row % block for row in (first, end - start)):
-            raise LayerError(
-                f"{name}: {self.place.size} parts of {count} rows divide its blocks of {block} rows; take fewer "
-                "processes, or another scheme"
-            )
-        return weight.rows(first + start, first + end)
-
-    def _columns(self, name: str, scheme: Any, count: int) -> tuple[int, int]:
-        first, last = self.place.part(count)
-        for what, unit in scheme.column_units.items():
-            if (count // self.place.size) % unit:
-                raise LayerError(
-                    f"{name}: {self.place.size} parts of {count} columns divide its {what} of {unit} columns; take "
-                    "fewer processes, or a scheme whose groups divide the parts, or leave the layer and those that it "
-                    f'reads whole: plan={{glob: "{REPLICATE}"}}'
-                )
-        return first, last
-
-    def _pieces(self, tensor: Tensor, dim: int, halves: int = 1) -> Tensor:
-        """This process's part of a dimension, or of each half of it."""
-        share = tensor.shape[dim] // halves
-        start, end = self.place.part(share)
-        return torch.cat([tensor.narrow(dim, half * share + start, end - start) for half in range(halves)], dim)
-
-    def experts(self, name: str, whole: QuantizedExperts) -> QuantizedExperts:
-        """This process's part of quantized experts, or the whole where the plan does not divide them.
-
-        Raises:
-            LayerError: projections that cannot be divided.
-        """
-        if self.styles.get(name) != EXPERTS:
+    def _divided(self, name: str, whole: QuantizedExperts) -> QuantizedExperts:
+        if self.styles[name] != EXPERTS:
             return whole
-        both = whole.first == ("gate_up_proj",)
-        halves = 2 if both and whole.gating.experts.is_concatenated else 1
         projections = {}
         for projection in (*whole.first, "down_proj"):
-            layer, label = whole.get_submodule(projection), f"{name}.{projection}"
+            layer = whole.get_submodule(projection)
             assert isinstance(layer, GroupedLinear)
-            if projection == "down_proj":
-                self._share(label, layer.in_features, "inner features", 1)
-                projections[projection] = self._outwards(label, layer)
-            else:
-                self._share(label, layer.out_features, "output features", 2 if both else 1)
-                projections[projection] = self._inwards(label, layer, halves)
-        part = PartOfExperts(projections, whole.gating)
+            linears = (layer.linear(index) for index in range(layer.experts))  # one unpacked at a time
+            own = self.experts(name, projection, linears, bool(whole.gating.experts.is_concatenated))
+            projections[projection] = GroupedLinear.of(own, f"{name}.{projection}")
+        return self.joined(name, projections, whole.gating)
+
+    def experts(
+        self, name: str, projection: str, whole: Iterable[PackedLinear], concatenated: bool
+    ) -> list[PackedLinear]:
+        """This process's part of each expert in one projection, or the whole where the plan does not divide them.
+
+        Args:
+            name: of the module of experts.
+            projection, concatenated: see `cuts.expert`.
+
+        Raises:
+            LayerError: a weight that cannot be divided so.
+        """
+        if self.styles.get(name) != EXPERTS:
+            return list(whole)
+        return [cuts.expert(self.place, f"{name}.{projection}", one, projection, concatenated) for one in whole]
+
+    def joined(self, name: str, projections: Mapping[str, GroupedLinear], gating: Gating) -> QuantizedExperts:
+        """The module of what `experts` gave."""
+        if self.styles.get(name) != EXPERTS:
+            return QuantizedExperts(projections, gating)
+        part = PartOfExperts(projections, gating)
         part.place = self.place
         return part
 
-    def _inwards(self, name: str, layer: GroupedLinear, halves: int) -> GroupedLinear:
-        """Some rows of each expert's gate and up projections."""
-        count = layer.out_features // halves
-        starts = range(0, layer.out_features, count)
-        weights = [
-            _own(_joined([self._rows(name, expert, first, count) for first in starts])) for expert in layer.unstack()
-        ]
-        bias = None if layer.bias is None else self._pieces(layer.bias, 1, halves)
-        return _grouped(name, layer, weights, bias, layer.pre_quant_scale)
-
-    def _outwards(self, name: str, layer: GroupedLinear) -> GroupedLinear:
-        """Some columns of each expert's down projection."""
-        if layer.perm is not None or layer.scheme.weight.rotated:
-            raise LayerError(
-                f"{name}: experts whose inputs are arranged (act_order, rotated) cannot be divided; leave them whole: "
-                f'plan={{"*.experts": "{REPLICATE}"}}'
-            )
-        first, last = self._columns(name, layer.scheme.weight, layer.in_features)
-        weights = [_own(expert.columns(first, last)) for expert in layer.unstack()]
-        bias, pre = layer.bias, layer.pre_quant_scale
-        if bias is not None and self.place.rank:
-            bias = torch.zeros_like(bias)  # the first process brings it to the sum
-        return _grouped(name, layer, weights, bias, None if pre is None else self._pieces(pre, 1))
-
     def parameter(self, name: str, whole: Tensor) -> nn.Parameter:
-        """This process's part, in memory of its own, of a parameter of a layer that is not quantized.
+        """This process's part of a parameter of a layer that is not quantized.
 
         One that several layers have is divided once.
         """
         if whole not in self._parts:
-            own = self.cut(name, whole.detach()).clone(memory_format=torch.contiguous_format)
-            self._parts[whole] = nn.Parameter(own, requires_grad=whole.requires_grad)
+            self._parts[whole] = nn.Parameter(self.cut(name, whole.detach()), requires_grad=whole.requires_grad)
         part: nn.Parameter = self._parts[whole]
         return part
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of a parameter of a layer that is not quantized, or the whole if it is not divided."""
+        """This process's part, in memory of its own, of a parameter of a layer that is not quantized.
+
+        The whole itself if it is not divided.
+        """
         if name in self.vectors:
-            return self._pieces(whole, 0)
+            return cuts.piece(self.place, whole, 0)
         owner, _, attribute = name.rpartition(".")
         style = self.styles.get(owner)
         if style in (None, EXPERTS) or (attribute == "bias" and style in (ROWWISE, SPLIT)):
             return whole
         by_rows = style not in (ROWWISE, SPLIT)
         dim = 0 if attribute == "bias" or by_rows != (owner in self._transposed) else 1
-        return self._pieces(whole, dim, 2 if style == PACKED else 1)
+        return cuts.piece(self.place, whole, dim, 2 if style == PACKED else 1)
 
     def finish(self, model: nn.Module) -> None:
         """Put modules that know how a part is used in the place of those that are not quantized and were cut.
@@ -396,7 +313,7 @@ class Sharding:
         for name, module in model.named_modules():
             scales: Any = getattr(module, "kv_scales", None)
             if scales is not None and self.styles.get(f"{name}.k_proj") == COLWISE:
-                own = {field: self._pieces(t, 0) for field, t in vars(scales).items() if t.dim()}
+                own = {field: cuts.piece(self.place, t, 0) for field, t in vars(scales).items() if t.dim()}
                 module.kv_scales = replace(scales, **own)
 
     def _plain(self, module: nn.Module, style: str) -> nn.Module:
@@ -464,19 +381,3 @@ def _unit(parent: nn.Module, extent: int) -> int:
     """How many features of a linear in an attention module are a head's."""
     head = getattr(parent, "head_dim", None)
     return head if isinstance(head, int) and head > 0 and extent % head == 0 else 1
-
-
-def _own(weight: PackedWeight) -> PackedWeight:
-    """In memory of its own."""
-    return weight.map(lambda _, tensor: tensor.clone(memory_format=torch.contiguous_format))
-
-
-def _joined(weights: list[PackedWeight]) -> PackedWeight:
-    return weights[0] if len(weights) == 1 else concatenate(weights)
-
-
-def _grouped(
-    name: str, whole: GroupedLinear, weights: list[PackedWeight], bias: Tensor | None, pre: Tensor | None
-) -> GroupedLinear:
-    scheme = replace(whole.scheme, weight=weights[0].scheme)
-    return GroupedLinear(weights, scheme, bias, whole.input_scale, whole.dtype, pre, name)

@@ -126,10 +126,10 @@ class RowwiseQuantizedLinear(QuantizedLinear):
     features: Tensor | None
 
     def __init__(
-        self, *given: Any, place: Place, features: Tensor | None = None, gathers: bool = False, turns: bool = False
+        self, *, place: Place, features: Tensor | None = None, gathers: bool = False, turns: bool = False, **given: Any
     ) -> None:
         self.place, self.gathers, self.turns = place, gathers, turns
-        super().__init__(*given)
+        super().__init__(**given)
         self.register_buffer("features", features)
         self.beside += ("features",)
 

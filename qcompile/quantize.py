@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from qcompile.packed import PackedWeight
 from qcompile.parallel import check_whole
 from qcompile.progress import track
 from qcompile.scheme import Scheme
-from qcompile.torchao_tensors import is_torchao
+from qcompile.torchao_tensors import is_torchao, read_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 _IMPORTANCE = parse_method("importance")
@@ -103,6 +104,9 @@ def quantize_waiting(
     """`quantize_` of a model some of whose blocks are not in memory before their turn.
 
     Then the peak of memory is the result and one block, with statistics of its inputs.
+
+    Raises:
+        ConfigError, LayerError, CalibrationError, CheckpointError: see `quantize_`.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"quantize_ takes a model, an nn.Module, and then its configuration, not {shown(model)}")
@@ -307,8 +311,12 @@ def _stated_scale(module: nn.Module, scheme: Scheme) -> Tensor | None:
 def _take_over(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Take the layers that torchao quantized from `modules` and into the model, bit for bit."""
     parents = parents_of(model)
-    for name in [n for n, m in modules.items() if isinstance(m.weight, Tensor) and is_torchao(m.weight)]:
+    for name in [n for n, m in modules.items() if is_torchao(m.weight)]:
         module = modules.pop(name)
-        taken = quantized_linear(name, module, None, None).train(module.training)
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        found = replace(read_tensor(weight, name), bias=bias, dtype=weight.dtype)
+        taken = QuantizedLinear.of(found).train(module.training)
         for parent, child_name in parents.pop(id(module)):
             setattr(parent, child_name, taken)

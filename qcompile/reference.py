@@ -89,7 +89,14 @@ _CHUNK = 1 << 22
 
 
 def super_scale(rows: Sequence[Tensor], scheme: WeightScheme, layer: str) -> Tensor | None:
-    """One number for the whole weight, float32 []; None where there is none, or super-blocks have their own."""
+    """One number for the whole weight, float32 []; None where there is none, or super-blocks have their own.
+
+    Args:
+        rows: all of the weight, in strips [n, K].
+
+    Raises:
+        LayerError: scales of scales that only checkpoints have.
+    """
     if scheme.super_scale is None or scheme.has_super_blocks:
         return None
     if scheme.scale_dtype != "float8_e4m3fn" or not scheme.symmetric or scheme.super_scale.columns != WHOLE:
@@ -311,7 +318,14 @@ def to_integers(values: Tensor, above: Tensor, scheme: WeightScheme) -> Tensor:
 
 
 def stored_scale(spread: Tensor, scheme: WeightScheme, layer: str) -> Tensor:
-    """Scales as they are stored, none of them zero."""
+    """Scales as they are stored, none of them zero.
+
+    Args:
+        spread: float32, what a step of codes is in each block.
+
+    Raises:
+        LayerError: a scale that its dtype does not hold.
+    """
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     if dtype == torch.float8_e8m0fnu:
         return power_of_two(spread * scheme.format.absmax, scheme.format.absmax)

@@ -53,6 +53,7 @@ class Granularity:
 
     @property
     def is_group(self) -> bool:
+        """Whether a block is a part of one row."""
         return self.rows == 1 and self.columns != WHOLE
 
     def block_of(self, shape: tuple[int, int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import LayerError
-from qcompile.layouts import LAYOUTS, TILE, Layout, choose_layout
+from qcompile.layouts import LAYOUTS, TILE, Layout, choose_layout, rows_of
 from qcompile.packed import LOGICAL, PackedWeight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 
@@ -74,14 +74,6 @@ def stack(weights: Sequence[PackedWeight], layer: str = "experts") -> PackedWeig
 
 
 def expert(weights: PackedWeight, index: int, out_features: int) -> PackedWeight:
-    """One expert's weight [N, K] of a stack, logical or in a layout that can be merged; its tensors are views."""
-    layout = LAYOUTS[weights.layout]
-    assert layout.mergeable or weights.layout == LOGICAL
-
-    def part(name: str, values: Tensor) -> Tensor:
-        blocked = layout.tile == 1 and name in ("scale", "zero_point", "offset")
-        height = weights.scheme.granularity.rows if blocked else layout.tile
-        first = index * padded_rows(out_features) // height
-        return values[first : first + -(-out_features // height)]
-
-    return replace(weights.map(part), shape=(out_features, weights.shape[1]))
+    """One expert's weight [N, K] of a stack, in the stack's layout; its tensors are views."""
+    first = index * padded_rows(out_features)
+    return rows_of(weights, first, first + out_features)

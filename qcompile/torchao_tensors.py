@@ -10,7 +10,6 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from qcompile.bitpack import unpack_bits
 from qcompile.errors import LayerError, QCompileError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import WHOLE, ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme
 
 _FLOATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -28,18 +27,10 @@ _FLOAT8 = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
 _FLOAT6 = {"fp6_e2m3": "fp6_e2m3", "fp6_e3m2": "fp6_e3m2"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A linear that came quantized: what a `QuantizedLinear` is made of."""
-
-    weight: PackedWeight
-    scheme: Scheme
-    input_scale: Tensor | None = None
-    pre_quant_scale: Tensor | None = None
-
-
 class Parts(ABC):
     """One of torchao's tensors in pieces: named tensors, and other attributes in the JSON of its checkpoints.
+
+    Methods raise what `error` makes where a piece is missing, or not as it must be.
 
     Attributes:
         name: of the layer.
@@ -109,7 +100,7 @@ class Parts(ABC):
         return self.scales("act_pre_scale", shape=(columns if whole else 1,)).expand(columns).contiguous()
 
 
-def read(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def read(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """The linear of shape (N, K) whose weight this is.
 
     Raises:
@@ -131,7 +122,7 @@ def _loaded(
     super_scale: Tensor | None = None,
     activation: ActivationScheme | None = None,
     input_scale: Tensor | None = None,
-) -> Prepared:
+) -> PackedLinear:
     packed = PackedWeight.from_codes(
         codes,
         scale.contiguous(),
@@ -141,7 +132,7 @@ def _loaded(
         offset=None if offset is None else offset.contiguous(),
         super_scale=super_scale,
     )
-    return Prepared(
+    return PackedLinear(
         weight=packed,
         scheme=Scheme(weight=weight, activation=activation, method=CHECKPOINT),
         input_scale=input_scale,
@@ -158,7 +149,7 @@ def _affine(
     zero: Tensor | None,
     activation: ActivationScheme | None = None,
     input_scale: Tensor | None = None,
-) -> Prepared:
+) -> PackedLinear:
     """W = (q - zero) * scale, q int8 [N, K] of which `bits` are used, zero an integer or a float or None.
 
     A float zero becomes the offset -scale * zero in float32: exact where both are of 16 bits, and then so is
@@ -192,7 +183,7 @@ def _affine(
     )
 
 
-def _int4(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _int4(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """W = q * scale + zero_point, q two's complement, two in a byte, the even column low; scales [K / g, N]."""
     n, k = shape
     group = parts.block(shape)
@@ -218,7 +209,7 @@ def _int4(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _loaded(parts, codes, weight, scale, offset=None if symmetric else offset, activation=activation)
 
 
-def _int4_tiles(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _int4_tiles(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """W = (u - 8) * scale + zero in the order of PyTorch's tinygemm: word i of lane l of tile (a, b) holds
 
     row n = 8 a + l // 4 and, from the lowest nibble up, columns 32 (I b + i) + 2 (l % 4) + 0, 8, 16, 24, 1, 9, 17, 25,
@@ -247,7 +238,7 @@ def _int4_tiles(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _loaded(parts, codes, weight, pairs[..., 0].t(), offset=pairs[..., 1].t())
 
 
-def _int4_words(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _int4_words(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """W = (u - zero_point) * scale, eight u in an int32 from its lowest nibble up; scales [K / g, N]. For XPUs."""
     n, k = shape
     group = parts.block(shape)
@@ -262,7 +253,7 @@ def _int4_words(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _affine(parts, codes.to(torch.int16) - 8, 4, group, scale, zero)
 
 
-def _int8(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _int8(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """W = (q - zero_point) * scale."""
     group = parts.block(shape)
     blocks = group.scale_shape(shape)
@@ -281,7 +272,7 @@ def _int8(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _affine(parts, values, 8, group, scale, zero, activation, input_scale)
 
 
-def _intx(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _intx(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """W = (q - zero_point) * scale, q of 1 to 8 bits in an int8 each."""
     group = parts.block(shape)
     blocks = group.scale_shape(shape)
@@ -294,7 +285,7 @@ def _intx(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _affine(parts, values, int(target.removeprefix("int")), group, scale, zero)
 
 
-def _float8(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _float8(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """W = q * scale."""
     group = parts.block(shape)
     fmt = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}.get(parts.dtype("qdata"))
@@ -306,7 +297,7 @@ def _float8(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _loaded(parts, codes, weight, scale, activation=_activation(parts))
 
 
-def _mx(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _mx(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """Microscaling formats: W = q * 2**e, a scale for each 32 columns; fp4 two in a byte, the even column low."""
     n, k = shape
     block = _group(parts, k)
@@ -330,7 +321,7 @@ def _mx(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _loaded(parts, codes, weight, scale, activation=_activation(parts))
 
 
-def _nvfp4(parts: Parts, shape: tuple[int, int]) -> Prepared:
+def _nvfp4(parts: Parts, shape: tuple[int, int]) -> PackedLinear:
     """W = q * scale * per_tensor_scale (1 if missing), a scale for each 16 columns."""
     n, k = shape
     block = _group(parts, k)
@@ -349,7 +340,7 @@ def _nvfp4(parts: Parts, shape: tuple[int, int]) -> Prepared:
     return _loaded(parts, codes, weight, scale, super_scale=whole.expand(n, 1).contiguous())
 
 
-_READERS: dict[str, Callable[[Parts, tuple[int, int]], Prepared]] = {
+_READERS: dict[str, Callable[[Parts, tuple[int, int]], PackedLinear]] = {
     "Float8Tensor": _float8,
     "Int8Tensor": _int8,
     "Int4Tensor": _int4,
@@ -485,7 +476,7 @@ class _Live(Parts):
         return LayerError(f"{self.name}: torchao's {self.kind}: {reason}")
 
 
-def read_tensor(tensor: Tensor, layer: str = "weight") -> Prepared:
+def read_tensor(tensor: Tensor, layer: str = "weight") -> PackedLinear:
     """The linear whose weight is this tensor of torchao's, [N, K], bit for bit.
 
     Raises:

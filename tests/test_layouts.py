@@ -280,4 +280,17 @@ def test_large_weights_are_laid_out_in_parts(layout, granularity, monkeypatch):
     monkeypatch.setattr("qcompile.layouts._CHUNK", 64 * 130)
     monkeypatch.setattr("qcompile.reference._CHUNK", 64 * 130)
     assert equal(to_layout(packed, LAYOUTS[layout]), whole)
+    assert equal(to_layout(whole, LAYOUTS["logical"]), packed)
     assert torch.equal(dequantize(packed), decoded)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_goes_there_and_back_in_parts(name, device, monkeypatch):
+    scheme = PRESETS[name].fit("layer", (200, 512))
+    packed = quantize_weight(torch.randn(200, 512), scheme.weight)
+    layout = choose_layout(scheme, packed.shape, device)
+    whole = to_layout(packed, layout)
+    monkeypatch.setattr("qcompile.layouts._CHUNK", 512 * 70)
+    assert equal(to_layout(packed, layout), whole)
+    assert equal(to_layout(whole, LAYOUTS["logical"]), packed)

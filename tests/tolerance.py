@@ -284,17 +284,9 @@ def attention_bound(
     query, key, value = (t.to(torch.float64).cpu() for t in (query, key, value))
     batch, heads, context, _ = key.shape
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3)
-    products = torch.stack(
-        [
-            torch.stack(
-                [
-                    gemm_bound(rows[b, h], key_magnitude[b, h], compute_dtype, accumulate_unit=accumulate_unit)
-                    for h in range(heads)
-                ]
-            )
-            for b in range(batch)
-        ]
-    )
+    pairs = zip(rows.flatten(0, 1), key_magnitude.flatten(0, 1), strict=True)
+    products = torch.stack([gemm_bound(q, k, compute_dtype, accumulate_unit=accumulate_unit) for q, k in pairs])
+    products = products.unflatten(0, (batch, heads))
     step = rows.abs().amax(-1, keepdim=True) * query_step
     products = products + step * key_magnitude.sum(-1)[:, :, None] + query_unit * (rows.abs() @ key_magnitude.mT)
     products = products.reshape(scores.shape)

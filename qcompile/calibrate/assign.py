@@ -24,7 +24,7 @@ from qcompile.calibrate.stream import as_batches
 from qcompile.config import Auto, QuantConfig, Rule, parse_config
 from qcompile.errors import ConfigError
 from qcompile.experts import expert_modules
-from qcompile.linears import linear_modules, matrix_of
+from qcompile.linears import linear_modules, matrix_of, shape_of
 from qcompile.packed import stored_bytes
 from qcompile.presets import PRESETS
 from qcompile.scheme import Scheme
@@ -189,8 +189,7 @@ def choose_schemes(
         raise ConfigError("rules of scheme auto decide no linear layer whose weight is floating point")
     fitted: dict[str, tuple[Scheme, ...]] = {}
     for name in owner:
-        n, k = matrix_of(modules[name]).shape
-        fitted[name] = tuple(scheme.fit(name, (n, k)) for scheme in auto.schemes)
+        fitted[name] = tuple(scheme.fit(name, shape_of(modules[name])) for scheme in auto.schemes)
         for scheme in fitted[name]:
             check_codes(scheme, name)
     sizes = {name: tuple(_nbytes(modules[name], scheme) for scheme in schemes) for name, schemes in fitted.items()}
@@ -213,8 +212,7 @@ def choose_schemes(
 
 
 def _nbytes(module: nn.Module, scheme: Scheme) -> int:
-    n, k = matrix_of(module).shape
-    return stored_bytes(scheme.weight, (n, k))
+    return stored_bytes(scheme.weight, shape_of(module))
 
 
 def check_budget(auto: Auto, sizes: Iterable[Sequence[int]], weights: int) -> None:

@@ -26,10 +26,11 @@ from qcompile.checkpoint.integers import (
     take_finite,
 )
 from qcompile.checkpoint.marlin import marlin_linear
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.checkpoint.words import stream_bytes, unpack_words
 from qcompile.errors import CheckpointError, shown
+from qcompile.packed import PackedLinear
 
 _VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq", "marlin")
 _FIELDS = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -60,7 +61,7 @@ class AWQ(Method):
             )
         self.version = version
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         if "qweight" not in tensors:
             return None
         if self.version == "marlin":
@@ -74,7 +75,7 @@ class AWQ(Method):
 
 def gemm_linear(
     tensors: LayerTensors, shape: tuple[int, int], bits: int, group_size: int | None, zero_point: bool
-) -> LoadedLinear:
+) -> PackedLinear:
     """Version gemm: `qweight` int32 [K, N * bits / 32], `qzeros` likewise [groups, ...], `scales` [groups, N].
 
     Args:
@@ -115,7 +116,7 @@ def _padded_groups(group_size: int, shape: tuple[int, int]) -> tuple[int, int]:
     return groups, -(-words // multiple) * multiple * _PACKED
 
 
-def _gemv(tensors: LayerTensors, shape: tuple[int, int], group_size: int, zero_point: bool) -> LoadedLinear:
+def _gemv(tensors: LayerTensors, shape: tuple[int, int], group_size: int, zero_point: bool) -> PackedLinear:
     """`qweight` int32 [N, K / 8]; `qzeros` and `scales` likewise, padded to whole words."""
     rows, columns = shape
     groups, padded = _padded_groups(group_size, shape)
@@ -133,7 +134,7 @@ def _gemv(tensors: LayerTensors, shape: tuple[int, int], group_size: int, zero_p
     return loaded_integers(tensors, stream_bytes(words, -1), 4, shape, granularity, scale, zero_point=zeros)
 
 
-def _fast(tensors: LayerTensors, shape: tuple[int, int], group_size: int) -> LoadedLinear:
+def _fast(tensors: LayerTensors, shape: tuple[int, int], group_size: int) -> PackedLinear:
     """Versions gemv_fast and llm-awq: `qweight` int16 [N / 4, K], `scales` and `qzeros` float [padded groups, N].
 
     A word has 4 rows' codes of a column; runs of 64 words are 4 rows after one another, in whose runs of 32 columns

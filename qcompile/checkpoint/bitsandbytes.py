@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.flat_blocks import block_count, group_granularity, spread_blocks
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import TableFormat, get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, WeightScheme
 
 _STATE = "weight.quant_state.bitsandbytes__"
@@ -44,7 +44,7 @@ class BitsAndBytes(Method):
             )
         self.threshold = float(threshold) or None
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | Tensor | None:
         states = [suffix for suffix in tensors.suffixes() if suffix.startswith(_STATE)]
         if len(states) > 1:
             raise tensors.error(f"it has {len(states)} quantization states; a layer has one")
@@ -60,7 +60,7 @@ class BitsAndBytes(Method):
             )
         return None
 
-    def _eight_bit(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear:
+    def _eight_bit(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear:
         """W = q * SCB / 127, a row's greatest magnitude at 127."""
         if "weight_format" in tensors:
             order = int(tensors.take("weight_format", torch.uint8, shape=()))
@@ -79,10 +79,10 @@ class BitsAndBytes(Method):
         activation = ActivationScheme(
             format=get_format("int8"), granularity=Granularity.channel(), outlier_threshold=self.threshold
         )
-        return LoadedLinear(weight=packed, scheme=Scheme(weight=weight, activation=activation, method=CHECKPOINT))
+        return PackedLinear(weight=packed, scheme=Scheme(weight=weight, activation=activation, method=CHECKPOINT))
 
 
-def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> LoadedLinear | Tensor:
+def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> PackedLinear | Tensor:
     """W = quant_map[code] * absmax[index // blocksize], of the flattened weight, whose even codes are high nibbles.
 
     With a table of values that is not bitsandbytes' own, the weight is decoded.
@@ -106,7 +106,7 @@ def _four_bit(tensors: LayerTensors, shape: tuple[int, int], suffix: str) -> Loa
         return table[codes.int()] * absmax.repeat_interleave(block)[: codes.numel()].view(shape)
     scheme = WeightScheme(format=fmt, granularity=group_granularity(block, shape))
     packed = PackedWeight.from_codes(codes, spread_blocks(absmax, block, shape), None, scheme, layer=tensors.name)
-    return LoadedLinear(weight=packed, scheme=Scheme(weight=scheme, method=CHECKPOINT))
+    return PackedLinear(weight=packed, scheme=Scheme(weight=scheme, method=CHECKPOINT))
 
 
 def _nibbles(tensors: LayerTensors, shape: tuple[int, int]) -> Tensor:

@@ -6,18 +6,26 @@ pattern before by class, says how many bits there are, what shares a scale, and 
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile.bitpack import pack_bits, unpack_bits
+from qcompile.checkpoint.compressed_tensors_config import (
+    KINDS,
+    Args,
+    Group,
+    check_format,
+    matches,
+    read_group,
+    read_names,
+    read_version,
+)
 from qcompile.checkpoint.marlin import marlin_24_weight
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.scaled import (
     EXPONENTS,
     FLOATS,
@@ -25,11 +33,9 @@ from qcompile.checkpoint.scaled import (
     activation,
     fp8_weight,
     is_plain,
-    is_tile,
     mx_weight,
     nvfp4_weight,
     packed,
-    spellings,
     take_number,
     take_scale,
 )
@@ -38,205 +44,12 @@ from qcompile.checkpoint.words import stream_bytes, unpack_words
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
-_FORMATS = (
-    "dense",
-    "int-quantized",
-    "float-quantized",
-    "naive-quantized",
-    "pack-quantized",
-    "marlin-24",
-    "nvfp4-pack-quantized",
-    "mxfp4-pack-quantized",
-    "mxfp6-pack-quantized",
-    "mxfp8-quantized",
-    "mixed-precision",
-)
 _SPARSE = ("dense", "sparse-24-bitmask", "sparse-bitmask")
-_LONGEST_PATTERN = 1000
 _DENSE_SINCE = (0, 17)
 """The version that packs codes of 3, 5, 6 and 7 bits without gaps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Args:
-    """How some numbers are quantized: the `QuantizationArgs` of the library, checked.
-
-    Attributes:
-        group: columns that share a scale; of the strategies group and tensor_group alone.
-        tile: (rows, columns) that share one; of the strategy block alone.
-        dynamic: scales are computed from each input.
-        exponents: scales are powers of two.
-    """
-
-    bits: int
-    floating: bool
-    symmetric: bool
-    strategy: str
-    group: int | None
-    tile: tuple[int, int] | None
-    dynamic: bool
-    exponents: bool
-
-    @property
-    def granularity(self) -> Granularity:
-        if self.strategy in ("group", "tensor_group"):
-            assert self.group is not None
-            return Granularity.group(self.group)
-        if self.strategy == "block":
-            assert self.tile is not None
-            return Granularity.block(*self.tile)
-        return Granularity.tensor() if self.strategy == "tensor" else Granularity.channel()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """One of the `config_groups`."""
-
-    targets: tuple[str, ...]
-    weights: _Args | None
-    inputs: _Args | None
-
-
-def _args(where: str, given: object) -> _Args | None:
-    if given is None:
-        return None
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"{where} is {shown(given)}; it is an object with num_bits, type and strategy, or null")
-
-    def get(key: str, default: object, valid: Callable[[Any], bool], meaning: str) -> Any:
-        value = default if given.get(key) is None else given[key]
-        if not valid(value):
-            raise CheckpointError(f"{where}: {key} is {shown(value)}; it is {meaning}")
-        return value
-
-    bits = get("num_bits", 8, lambda v: type(v) is int and 1 <= v <= 16, "a number from 1 to 16")
-    kind = get("type", "int", lambda v: v in ("int", "float"), "int or float")
-    group = get("group_size", None, lambda v: v is None or (type(v) is int and -1 <= v < 2**31), "a positive number")
-    inferred = "tensor" if group is None else "channel" if group <= 0 else "group"
-    strategies = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
-    strategy = get("strategy", inferred, lambda v: v in strategies, f"one of {', '.join(strategies)}")
-    if strategy in ("group", "tensor_group") and (group is None or group <= 0):
-        raise CheckpointError(f"{where}: strategy {strategy} needs a positive group_size, not {shown(group)}")
-    tile = given.get("block_structure")
-    if isinstance(tile, str) and re.fullmatch(r"\d{1,9}x\d{1,9}", tile):
-        tile = [int(part) for part in tile.split("x")]
-    if strategy == "block" and not is_tile(tile):
-        raise CheckpointError(f"{where}: block_structure is {shown(tile)}; it is [rows, columns], as [128, 128]")
-    return _Args(
-        bits=bits,
-        floating=kind == "float",
-        symmetric=get("symmetric", True, lambda v: isinstance(v, bool), "true or false"),
-        strategy=strategy,
-        group=group if strategy in ("group", "tensor_group") else None,
-        tile=(tile[0], tile[1]) if strategy == "block" and is_tile(tile) else None,
-        dynamic=get("dynamic", False, lambda v: isinstance(v, bool) or v == "local", 'true, false or "local"')
-        is not False,
-        exponents=given.get("scale_dtype") in ("torch.uint8", "uint8", "torch.float8_e8m0fnu"),
-    )
-
-
-def _preset_args(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
-    return {"num_bits": bits, "type": kind, "strategy": strategy, **more}
-
-
-_TOKEN = {"strategy": "token", "dynamic": True}
-_MX: dict[str, Any] = {"group_size": 32, "scale_dtype": "torch.uint8"}
-
-
-def _presets() -> dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]]:
-    """The schemes that a group's name may stand for: weights, inputs."""
-    presets: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {"UNQUANTIZED": (None, None)}
-    for bits in range(2, 9):
-        weights = _preset_args(bits, "int", "group", group_size=128)
-        presets[f"W{bits}A16"] = (weights, None)
-        for inputs in (4, 8):
-            if bits <= inputs:
-                presets[f"W{bits}A{inputs}"] = (weights, {"num_bits": inputs, "type": "int", **_TOKEN})
-    int8 = (_preset_args(8, "int", "channel"), {"num_bits": 8, "type": "int", **_TOKEN})
-    fp8_token = {"num_bits": 8, "type": "float", **_TOKEN}
-    fp4 = _preset_args(4, "float", "tensor_group", group_size=16)
-    mxfp4, mxfp6, mxfp8 = (_preset_args(bits, "float", "group", **_MX) for bits in (4, 6, 8))
-    return presets | {
-        "W8A8": int8,
-        "INT8": int8,
-        "INT8_W8A8": int8,
-        "W4A16_ASYM": (_preset_args(4, "int", "group", group_size=128, symmetric=False), None),
-        "W4AFP8": (_preset_args(4, "int", "group", group_size=128), fp8_token),
-        "FP8": (_preset_args(8, "float", "tensor"), _preset_args(8, "float", "tensor")),
-        "FP8_DYNAMIC": (_preset_args(8, "float", "channel"), fp8_token),
-        "FP8_BLOCK": (
-            _preset_args(8, "float", "block", block_structure=[128, 128]),
-            _preset_args(8, "float", "group", group_size=128, dynamic=True),
-        ),
-        "NVFP4A16": (fp4, None),
-        "NVFP4": (fp4, {**fp4, "dynamic": "local"}),
-        "MXFP4A16": (mxfp4, None),
-        "MXFP4XFP8": (mxfp4, _preset_args(8, "float", "group", group_size=128, dynamic=True)),
-        "MXFP4": (mxfp4, {**mxfp4, "dynamic": True}),
-        "MXFP6A16": (mxfp6, None),
-        "MXFP6A8": (mxfp6, {**mxfp8, "dynamic": True}),
-        "MXFP8A16": (mxfp8, None),
-        "MXFP8": (mxfp8, {**mxfp8, "dynamic": True}),
-    }
-
-
-def _names(where: str, given: object) -> tuple[str, ...]:
-    if given is None:
-        return ()
-    if not isinstance(given, (list, tuple)) or not all(isinstance(name, str) for name in given):
-        raise CheckpointError(f"{where} is {shown(given)}; it is a list of names")
-    for name in given:
-        if name.startswith("re:"):
-            try:
-                re.compile(name[3 : 3 + _LONGEST_PATTERN])
-            except (re.error, RecursionError, OverflowError) as error:
-                raise CheckpointError(f"{where}: {shown(name)} is no regular expression: {error}") from None
-            if len(name) > 3 + _LONGEST_PATTERN:
-                raise CheckpointError(f"{where}: a pattern is longer than {_LONGEST_PATTERN} characters")
-    return tuple(given)
-
-
-def _group(name: str, given: object) -> _Group:
-    where = f"quantization_config: config_groups: {name}"
-    if isinstance(given, (list, tuple)):
-        found = _presets().get(name.upper())
-        if found is None:
-            raise CheckpointError(f"{where} is a list, so its name is a preset's, and {shown(name)} is none")
-        weights, inputs = found
-        return _Group(
-            targets=_names(where, given),
-            weights=_args(f"{where}: weights", weights),
-            inputs=_args(f"{where}: input_activations", inputs),
-        )
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"{where} is {shown(given)}; it is an object with targets and weights")
-    _check_format(where, given.get("format"))
-    return _Group(
-        targets=_names(f"{where}: targets", given.get("targets")),
-        weights=_args(f"{where}: weights", given.get("weights")),
-        inputs=_args(f"{where}: input_activations", given.get("input_activations")),
-    )
-
-
-def _check_format(where: str, given: object) -> None:
-    if given is not None and given not in _FORMATS:
-        raise CheckpointError(f"{where}: format is {shown(given)}; readable are {', '.join(_FORMATS)}")
-
-
-def _matches(kind: str, names: Collection[str], layer: str) -> bool:
-    """Whether one of `names`, of a kind (exact, pattern, class), means the layer, which is a linear."""
-    if kind == "exact":
-        return any(spelled in names for spelled in spellings(layer))
-    if kind == "class":
-        return not {"Linear", "LinearBase", "Module"}.isdisjoint(names)
-    patterns = [name[3:] for name in names if name.startswith("re:")]
-    return any(re.match(pattern, spelled) for pattern in patterns for spelled in spellings(layer))
-
-
-_KINDS = ("exact", "pattern", "class")
 
 
 @register
@@ -249,12 +62,12 @@ class CompressedTensors(Method):
     min_capability = 80
 
     def __init__(self, config: Mapping[str, Any], store: TensorStore) -> None:
-        _check_format("quantization_config", config.get("format"))
+        check_format("quantization_config", config.get("format"))
         groups = config.get("config_groups") or {}
         if not isinstance(groups, Mapping) or not all(isinstance(name, str) for name in groups):
             raise CheckpointError(f"quantization_config: config_groups is {shown(groups)}; it is an object of groups")
-        self.groups = [_group(name, given) for name, given in groups.items()]
-        self.ignore = _names("quantization_config: ignore", config.get("ignore"))
+        self.groups = [read_group(name, given) for name, given in groups.items()]
+        self.ignore = read_names("quantization_config: ignore", config.get("ignore"))
         if config.get("transform_config"):
             raise CheckpointError(
                 "quantization_config: transform_config asks for rotations of inputs while the model runs, which "
@@ -263,10 +76,10 @@ class CompressedTensors(Method):
         sparsity = config.get("sparsity_config") or {}
         if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") not in _SPARSE:
             raise CheckpointError(f"quantization_config: sparsity_config is {shown(sparsity)}; readable are {_SPARSE}")
-        self.version = _version(config.get("version"))
+        self.version = read_version(config.get("version"))
         self._noted: set[str] = set()
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | Tensor | None:
         if is_plain(tensors):
             return None
         dense = _expand(tensors, shape)
@@ -281,27 +94,25 @@ class CompressedTensors(Method):
         weight = self._weight(tensors, shape, args, dense)
         self._symmetric(tensors, args)
         scheme, input_scale = self._activation(tensors, group.inputs, weight)
-        return LoadedLinear(
+        return PackedLinear(
             weight=weight,
             scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,
         )
 
-    def _group_of(self, tensors: LayerTensors) -> _Group:
-        if any(_matches(kind, self.ignore, tensors.name) for kind in _KINDS):
+    def _group_of(self, tensors: LayerTensors) -> Group:
+        if any(matches(kind, self.ignore, tensors.name) for kind in KINDS):
             raise tensors.error("it is in the configuration's ignore, but its tensors are quantized")
-        for kind in _KINDS:
+        for kind in KINDS:
             for group in self.groups:
-                if _matches(kind, group.targets, tensors.name):
+                if matches(kind, group.targets, tensors.name):
                     return group
         targets = ", ".join(shown(target) for group in self.groups for target in group.targets)
         raise tensors.error(
             f"its tensors are quantized, but no config group targets it; targets are {targets or 'none'}"
         )
 
-    def _weight(
-        self, tensors: LayerTensors, shape: tuple[int, int], args: _Args, weight: Tensor | None
-    ) -> PackedWeight:
+    def _weight(self, tensors: LayerTensors, shape: tuple[int, int], args: Args, weight: Tensor | None) -> PackedWeight:
         if "scale_packed" in tensors:
             _expect(tensors, args, not args.floating and args.bits in (4, 8), "marlin-24 holds integers of 4 or 8 bits")
             return marlin_24_weight(
@@ -327,7 +138,7 @@ class CompressedTensors(Method):
         _expect(tensors, args, not args.floating and 2 <= args.bits <= 8, "weight holds integers")
         return _bytes(tensors, shape, args, weight)
 
-    def _words(self, tensors: LayerTensors, shape: tuple[int, int], args: _Args) -> PackedWeight:
+    def _words(self, tensors: LayerTensors, shape: tuple[int, int], args: Args) -> PackedWeight:
         """Offset codes in int32 words along K; zero points likewise along N."""
         rows, columns = shape
         declared = tensors.take("weight_shape", torch.int64, torch.int32, shape=(2,)).tolist()
@@ -371,7 +182,7 @@ class CompressedTensors(Method):
             return self.version is not None and self.version < _DENSE_SINCE
         return stored[-1] == padded
 
-    def _order(self, tensors: LayerTensors, args: _Args, columns: int, groups: int) -> Tensor | None:
+    def _order(self, tensors: LayerTensors, args: Args, columns: int, groups: int) -> Tensor | None:
         """The columns in the order of their groups, where `weight_g_idx` gives each its group."""
         if "weight_g_idx" not in tensors:
             return None
@@ -386,7 +197,7 @@ class CompressedTensors(Method):
             raise tensors.error(f"weight_g_idx gives groups other than {args.group} columns each")
         return index.argsort(stable=True).to(torch.int32)
 
-    def _symmetric(self, tensors: LayerTensors, args: _Args) -> None:
+    def _symmetric(self, tensors: LayerTensors, args: Args) -> None:
         """Old versions wrote zero points of symmetric weights, all zero."""
         if args.symmetric and "weight_zero_point" in tensors:
             shape = tensors.info("weight_zero_point").shape
@@ -395,7 +206,7 @@ class CompressedTensors(Method):
                 raise tensors.error("weight_zero_point is not zero, but the configuration calls the weight symmetric")
 
     def _activation(
-        self, tensors: LayerTensors, args: _Args | None, weight: PackedWeight
+        self, tensors: LayerTensors, args: Args | None, weight: PackedWeight
     ) -> tuple[ActivationScheme | None, Tensor | None]:
         tensors.ignore("input_scale", "input_global_scale")  # those of inputs that stay as they are
         shifted = _input_zero_point(tensors)
@@ -424,12 +235,7 @@ class CompressedTensors(Method):
         return None, None
 
 
-def _version(given: object) -> tuple[int, int] | None:
-    found = re.match(r"(\d{1,4})\.(\d{1,4})", given) if isinstance(given, str) else None
-    return None if found is None else (int(found[1]), int(found[2]))
-
-
-def _expect(tensors: LayerTensors, args: _Args, fits: bool, what: str) -> None:
+def _expect(tensors: LayerTensors, args: Args, fits: bool, what: str) -> None:
     if not fits:
         kind = "float" if args.floating else "int"
         raise tensors.error(f"{what}, but the configuration says {kind} of {args.bits} bits")
@@ -441,7 +247,7 @@ def _unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
     return per_word.flatten(-2)[..., :count]
 
 
-def _bytes(tensors: LayerTensors, shape: tuple[int, int], args: _Args, weight: Tensor | None) -> PackedWeight:
+def _bytes(tensors: LayerTensors, shape: tuple[int, int], args: Args, weight: Tensor | None) -> PackedWeight:
     """One signed code a byte."""
     if weight is None:
         weight = tensors.take("weight", torch.int8, shape=shape)
@@ -455,7 +261,7 @@ def _bytes(tensors: LayerTensors, shape: tuple[int, int], args: _Args, weight: T
     return packed(tensors, fmt, codes, scale, args.granularity, shape, zero_point=zero_point)
 
 
-def _zero_bytes(tensors: LayerTensors, args: _Args, blocks: torch.Size) -> Tensor:
+def _zero_bytes(tensors: LayerTensors, args: Args, blocks: torch.Size) -> Tensor:
     stored = tensors.info("weight_zero_point").shape
     zero = tensors.take("weight_zero_point", torch.int8, shape=stored)
     half = 1 << (args.bits - 1)

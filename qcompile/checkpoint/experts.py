@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.method import LayerTensors, Method
 from qcompile.checkpoint.store import TensorInfo, TensorStore
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import GroupedLinear, QuantizedExperts, projection_shapes
 from qcompile.gating import Gating
-from qcompile.packed import concatenate
+from qcompile.packed import PackedLinear, concatenate
+from qcompile.parallel import Sharding
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
 """What checkpoints call an expert's layers."""
 _EXPERT = re.compile(r"(0|[1-9][0-9]{0,5})\.([^.]+)\..+")
+
+_Layer = PackedLinear | Tensor
+"""One layer of one expert; a plain weight [N, K] if it is not quantized."""
 
 
 class _Part(TensorStore):
@@ -53,14 +58,6 @@ def tensors_under(store: TensorStore, modules: Iterable[str]) -> dict[str, list[
     return found
 
 
-@dataclass(frozen=True)
-class _Expert:
-    """One layer of one expert; its weight is a plain tensor if it is not quantized."""
-
-    layer: LoadedLinear | Tensor
-    bias: Tensor | None = None
-
-
 class Experts:
     """The experts of a mixture, as a checkpoint holds them.
 
@@ -88,28 +85,37 @@ class Experts:
             if match := _EXPERT.fullmatch(tensor.removeprefix(name + ".")):
                 self._apart[int(match[1]), match[2]].append(tensor)
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> QuantizedExperts | dict[str, Tensor]:
+    def load(
+        self, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None
+    ) -> QuantizedExperts | dict[str, Tensor]:
         """The module for quantized experts, or else values for parameters of the module that there is, if the
         checkpoint does not have them under their own names.
 
+        Args:
+            sharding: what this process keeps of quantized ones; None for all.
+
         Raises:
+            LayerError: experts that the processes cannot divide.
             CheckpointError: tensors that are missing or damaged, experts of which only some are quantized, or in
                 different ways.
         """
         plain: dict[str, Tensor | None] = {}
         projections: dict[str, GroupedLinear] = {}
-        try:
-            for projection, (count, n, k) in projection_shapes(self.module).items():
+        for projection, (count, n, k) in projection_shapes(self.module).items():
+            with self._naming_the_file():
                 parts = self._read(projection, count, (n, k))
-                if parts is None:
-                    plain[projection] = None
-                elif any(isinstance(expert.layer, Tensor) for experts in parts.values() for expert in experts):
-                    plain[projection] = self._plain(projection, parts)
-                else:
-                    for part, experts in parts.items():
-                        projections[part] = _grouped(experts, device, dtype, f"{self.name}.{part}")
-        except LayerError as error:
-            raise CheckpointError(f"{self._store.path}: {error}") from None
+            if parts is None:
+                plain[projection] = None
+            elif any(isinstance(layer, Tensor) for layers in parts.values() for layer in layers):
+                plain[projection] = self._plain(projection, parts)
+            else:
+                for part, layers in parts.items():
+                    own = [layer for layer in layers if isinstance(layer, PackedLinear)]
+                    if sharding is not None:
+                        own = sharding.experts(self.name, part, own, bool(self.module.is_concatenated))
+                    with self._naming_the_file():
+                        stack = GroupedLinear.of([one.to(device) for one in own], f"{self.name}.{part}")
+                    projections[part] = stack.to(dtype)
         if not projections:
             return {name: value.to(device, dtype) for name, value in plain.items() if value is not None}
         if plain:
@@ -117,9 +123,19 @@ class Experts:
                 f"{next(iter(plain))} of its experts is not quantized, but {next(iter(projections))} is; qcompile runs "
                 "experts whose projections are all quantized, or none"
             )
-        return QuantizedExperts(projections, Gating(self.module))
+        gating = Gating(self.module)
+        if sharding is not None:
+            return sharding.joined(self.name, projections, gating)
+        return QuantizedExperts(projections, gating)
 
-    def _read(self, projection: str, count: int, shape: tuple[int, int]) -> dict[str, list[_Expert]] | None:
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except LayerError as error:
+            raise CheckpointError(f"{self._store.path}: {error}") from None
+
+    def _read(self, projection: str, count: int, shape: tuple[int, int]) -> dict[str, list[_Layer]] | None:
         """The layers that a projection consists of, by name; None if the checkpoint has none apart from it."""
         half = (shape[0] // 2, shape[1])
         parts = {"gate_proj": half, "up_proj": half} if projection == "gate_up_proj" else {projection: shape}
@@ -128,36 +144,34 @@ class Experts:
             found = {name: layers for name, layers in stacked.items() if layers is not None}
             if len(found) == len(names):
                 biases = self._biases(projection, count, shape[0], len(names))
-                return self._joined(
-                    projection,
-                    {
-                        name: [_Expert(layer, None if bias is None else bias[i]) for i, layer in enumerate(found[name])]
-                        for name, bias in zip(names, biases, strict=True)
-                    },
-                )
+                layers: dict[str, list[_Layer]] = {
+                    name: [replace(layer, bias=own) for layer, own in zip(found[name], bias, strict=True)]
+                    for name, bias in zip(names, biases, strict=True)
+                }
+                return self._joined(projection, layers)
         if projection in self.whole or not self._apart:
             return None
         layers = {name: [self._expert(i, name, extent) for i in range(count)] for name, extent in parts.items()}
         return self._joined(projection, layers)
 
-    def _joined(self, projection: str, layers: dict[str, list[_Expert]]) -> dict[str, list[_Expert]]:
+    def _joined(self, projection: str, layers: dict[str, list[_Layer]]) -> dict[str, list[_Layer]]:
         """Gate and up as the one layer that the model has, if one product can serve both."""
         merged = _merged(*layers.values(), alternate=not self.module.is_concatenated) if len(layers) == 2 else None
         return layers if merged is None else {projection: merged}
 
-    def _stacked(self, part: str, count: int, shape: tuple[int, int]) -> list[LoadedLinear] | None:
+    def _stacked(self, part: str, count: int, shape: tuple[int, int]) -> list[PackedLinear] | None:
         return None if self.method is None else self.method.stacked(self.whole, part, count, shape)
 
-    def _biases(self, projection: str, count: int, n: int, parts: int) -> Sequence[Tensor | None]:
-        """The bias [experts, N] of each part of a projection whose experts are stacked."""
+    def _biases(self, projection: str, count: int, n: int, parts: int) -> list[Sequence[Tensor | None]]:
+        """The experts' biases [N] of each part of a projection whose experts are stacked."""
         if not self.module.has_bias:
-            return (None,) * parts
+            return [(None,) * count] * parts
         bias = self.whole.take(f"{projection}_bias", *_FLOATS, shape=(count, n))
         if parts == 1 or self.module.is_concatenated:
-            return bias.chunk(parts, 1)
-        return [bias[:, index::parts] for index in range(parts)]
+            return [part.unbind() for part in bias.chunk(parts, 1)]
+        return [bias[:, index::parts].unbind() for index in range(parts)]
 
-    def _expert(self, index: int, part: str, shape: tuple[int, int]) -> _Expert:
+    def _expert(self, index: int, part: str, shape: tuple[int, int]) -> _Layer:
         name = next((name for name in _NAMES[part] if (index, name) in self._apart), None)
         if name is None:
             raise self.whole.error(f"{part} of expert {index} is missing; get the file again")
@@ -165,20 +179,20 @@ class Experts:
         self.layers.append(tensors)
         found = None if self.method is None else self.method.linear(tensors, shape)
         if found is None:
-            return _Expert(tensors.take("weight", *_FLOATS, shape=shape))
+            return tensors.take("weight", *_FLOATS, shape=shape)
         if isinstance(found, Tensor):
-            return _Expert(found)
+            return found
         found.weight.check(tensors.name)
-        return _Expert(found, tensors.optional("bias", *_FLOATS, shape=(shape[0],)))
+        return replace(found, bias=tensors.optional("bias", *_FLOATS, shape=(shape[0],)))
 
-    def _plain(self, projection: str, parts: Mapping[str, Sequence[_Expert]]) -> Tensor:
+    def _plain(self, projection: str, parts: Mapping[str, Sequence[_Layer]]) -> Tensor:
         """The parameter that layers of experts stand for: [experts, N, K], or [experts, K, N] if it is transposed."""
         stacks = []
-        for part, experts in parts.items():
-            weights = [expert.layer for expert in experts if isinstance(expert.layer, Tensor)]
-            if len(weights) != len(experts):
+        for part, layers in parts.items():
+            weights = [layer for layer in layers if isinstance(layer, Tensor)]
+            if len(weights) != len(layers):
                 raise self.whole.error(
-                    f"{part} is quantized for {len(experts) - len(weights)} of {len(experts)} experts; qcompile runs "
+                    f"{part} is quantized for {len(layers) - len(weights)} of {len(layers)} experts; qcompile runs "
                     "experts that are all quantized, or none"
                 )
             stacks.append(torch.stack(weights))
@@ -189,12 +203,11 @@ class Experts:
         return joined.transpose(1, 2).contiguous() if self.module.is_transposed else joined
 
 
-def _merged(gate: Sequence[_Expert], up: Sequence[_Expert], *, alternate: bool) -> list[_Expert] | None:
+def _merged(gate: Sequence[_Layer], up: Sequence[_Layer], *, alternate: bool) -> list[_Layer] | None:
     """Experts whose rows are the gate's and then the up projection's, or every other, if one product can serve both."""
-    merged = []
-    for one, other in zip(gate, up, strict=True):
-        first, second = one.layer, other.layer
-        if isinstance(first, Tensor) or isinstance(second, Tensor) or (one.bias is None) != (other.bias is None):
+    merged: list[_Layer] = []
+    for first, second in zip(gate, up, strict=True):
+        if isinstance(first, Tensor) or isinstance(second, Tensor) or (first.bias is None) != (second.bias is None):
             return None
         if first.scheme != second.scheme or not (
             _equal(first.input_scale, second.input_scale) and _equal(first.pre_quant_scale, second.pre_quant_scale)
@@ -205,10 +218,9 @@ def _merged(gate: Sequence[_Expert], up: Sequence[_Expert], *, alternate: bool) 
         except ValueError:
             return None
         bias = None
-        if one.bias is not None and other.bias is not None:
-            bias = torch.stack([one.bias, other.bias], 1 if alternate else 0).flatten()
-        scheme = replace(first.scheme, weight=weight.scheme)
-        merged.append(_Expert(replace(first, weight=weight, scheme=scheme), bias))
+        if first.bias is not None and second.bias is not None:
+            bias = torch.stack([first.bias, second.bias], 1 if alternate else 0).flatten()
+        merged.append(replace(first.with_weight(weight), bias=bias))
     return merged
 
 
@@ -216,27 +228,3 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def _grouped(experts: Sequence[_Expert], device: torch.device, dtype: torch.dtype, layer: str) -> GroupedLinear:
-    layers = [expert.layer for expert in experts if isinstance(expert.layer, LoadedLinear)]
-    for index, loaded in enumerate(layers):
-        if loaded.scheme != layers[0].scheme:
-            raise LayerError(f"{layer}: expert {index} is {loaded.scheme}, expert 0 is {layers[0].scheme}")
-
-    def stacked(values: Sequence[Tensor | None], what: str) -> Tensor | None:
-        there = [value for value in values if value is not None]
-        if len(there) not in (0, len(values)):
-            raise LayerError(f"{layer}: {len(there)} of {len(values)} experts have a {what}")
-        return torch.stack(there).to(device) if there else None
-
-    bias = stacked([expert.bias for expert in experts], "bias")
-    return GroupedLinear(
-        [loaded.weight.to(device) for loaded in layers],
-        layers[0].scheme,
-        None if bias is None else bias.to(dtype),
-        stacked([loaded.input_scale for loaded in layers], "input scale"),
-        dtype,
-        stacked([loaded.pre_quant_scale for loaded in layers], "pre_quant_scale"),
-        layer,
-    )

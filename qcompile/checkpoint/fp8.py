@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.scaled import (
     activation,
     fp8_weight,
@@ -28,6 +28,7 @@ from qcompile.checkpoint.scaled import (
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
 from qcompile.methods import CHECKPOINT
+from qcompile.packed import PackedLinear
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight", "scale_weight")
@@ -62,17 +63,17 @@ class FP8(Method):
         if scale_format not in (None, "float", "ue8m0"):
             raise CheckpointError(f"quantization_config: scale_fmt is {shown(scale_format)}; it is float or ue8m0")
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         if is_plain(tensors):
             return None
         suffix = one_of(tensors, _SCALES, "the scale of the weight")
         if tensors.info("weight").dtype in (torch.uint8, torch.int8):
             weight = mx_weight(tensors, shape, "fp4_e2m1", "weight", suffix)
-            return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
+            return PackedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
         granularity = granularity_of_scale(tensors, suffix, shape, self.tile)
         weight = fp8_weight(tensors, shape, take_scale(tensors, suffix, granularity, shape), granularity)
         scheme, input_scale = self._activation(tensors, granularity)
-        return LoadedLinear(
+        return PackedLinear(
             weight=weight,
             scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,
@@ -108,6 +109,6 @@ class FBGEMM(FP8):
     name = "fbgemm_fp8"
     aliases = ()
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         tensors.ignore("input_scale_ub")
         return super().linear(tensors, shape)

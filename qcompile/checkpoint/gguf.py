@@ -26,12 +26,12 @@ from qcompile.checkpoint.gguf_models import (
     architecture_of,
 )
 from qcompile.checkpoint.loader import fill, skeleton
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.method import LayerTensors, Method
 from qcompile.checkpoint.source import Source, check_installed
 from qcompile.checkpoint.store import TensorInfo, TensorStore
 from qcompile.errors import CheckpointError
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.reference import dequantize
 from qcompile.scheme import Scheme
 
@@ -362,7 +362,7 @@ class GgufMethod(Method):
             raise CheckpointError(f"{store.path}: only .gguf files are of the method gguf")
         self.store = store
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         name = f"{tensors.name}.weight"
         if "weight" not in tensors or not self.store.is_quantized(name):
             return None
@@ -375,7 +375,7 @@ class GgufMethod(Method):
 
     def stacked(
         self, tensors: LayerTensors, projection: str, experts: int, shape: tuple[int, int]
-    ) -> list[LoadedLinear] | None:
+    ) -> list[PackedLinear] | None:
         name = f"{tensors.name}.{projection}.weight"
         stored = self.store.stacked.get(name)
         if stored is None or stored.kind not in BLOCK_TYPES:
@@ -386,8 +386,8 @@ class GgufMethod(Method):
         return [_loaded(weight) for weight in self.store.read_stacked(name)]
 
 
-def _loaded(weight: PackedWeight) -> LoadedLinear:
-    return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
+def _loaded(weight: PackedWeight) -> PackedLinear:
+    return PackedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
 
 
 def gguf_source(path: Path, *, decode: bool = False) -> Source:

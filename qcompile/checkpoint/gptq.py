@@ -33,11 +33,12 @@ from qcompile.checkpoint.integers import (
     take_finite,
 )
 from qcompile.checkpoint.marlin import marlin_24_weight, marlin_linear, qqq_linear
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.checkpoint.words import PLANES, WORD_DTYPES, stream_bytes, unpack_planes, unpack_words
 from qcompile.errors import CheckpointError, shown
 from qcompile.methods import CHECKPOINT
+from qcompile.packed import PackedLinear
 from qcompile.scheme import Granularity, Scheme
 
 _BITS = tuple(PLANES)
@@ -106,13 +107,13 @@ class GPTQ(Method):
         self.by_gptqmodel = any(isinstance(w, str) and w.startswith("gptqmodel") for w in writers)
         self.rules = _rules(config.get("dynamic"))
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         if "B_24" in tensors:
             bits = self.bits or bits_from_words(tensors, "B_24", math.prod(shape) // 2, (4, 8))
             if bits not in (4, 8):
                 raise tensors.error(f"it has {bits} bits, but sparse Marlin weights have 4 or 8")
             weight = marlin_24_weight(tensors, shape, bits=bits, codes="B_24", meta="B_meta", scales="s")
-            return LoadedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
+            return PackedLinear(weight=weight, scheme=Scheme(weight=weight.scheme, method=CHECKPOINT))
         if "s_channel" in tensors:
             return qqq_linear(tensors, shape)
         if "B" in tensors:
@@ -194,7 +195,7 @@ class AutoRound(Method):
             bits_setting(config, None, _BITS)
             group_setting(config)
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | Tensor | None:
         if "qweight" not in tensors:
             return None if self.floats is None else self.floats.linear(tensors, shape)
         changes = self.changes.get(tensors.name)  # a layer's own name goes before patterns
@@ -265,7 +266,7 @@ def _scheme(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"weights": weights, "input_activations": inputs if input_bits < 16 else None}
 
 
-def _read(tensors: LayerTensors, shape: tuple[int, int], layout: _Layout) -> LoadedLinear:
+def _read(tensors: LayerTensors, shape: tuple[int, int], layout: _Layout) -> PackedLinear:
     """`qweight` [K * bits / 32, N], `qzeros` [groups, N * bits / 32], `scales` [groups, N], `g_idx` [K]."""
     rows, columns = shape
     word = tensors.info("qweight").dtype

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.flat_blocks import block_count, group_granularity, spread_blocks
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import Scheme, WeightScheme
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -62,7 +62,7 @@ class HQQ(Method):
         if not isinstance(config.get("quant_config", {}), Mapping):
             raise CheckpointError(f"{store.path}: quant_config is {shown(config['quant_config'])}, not an object")
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | Tensor | None:
         """W = (q - zero) * scale, reshaped from groups, as q * scale - scale * zero in float32.
 
         Both have one rounding, and the same, where scale and zero are 16-bit: q * scale and scale * zero take 22 bits
@@ -104,7 +104,7 @@ class HQQ(Method):
             layer=tensors.name,
             offset=spread_blocks(-(scale * zero), group, shape),
         )
-        return LoadedLinear(weight=packed, scheme=Scheme(weight=scheme, method=CHECKPOINT))
+        return PackedLinear(weight=packed, scheme=Scheme(weight=scheme, method=CHECKPOINT))
 
 
 def _group_size(tensors: LayerTensors, shape: tuple[int, int]) -> int:

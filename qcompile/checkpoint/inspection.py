@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
 from qcompile.checkpoint.loader import skeleton
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear
+from qcompile.checkpoint.method import LayerTensors
 from qcompile.checkpoint.source import Source, open_checkpoint, quantization_config
 from qcompile.checkpoint.store import TensorStore, read_json
 from qcompile.errors import CheckpointError, LayerError
 from qcompile.experts import expert_modules, projection_shapes
-from qcompile.linears import is_conv1d, linear_modules
+from qcompile.linears import linear_modules, shape_of
+from qcompile.packed import PackedLinear
 from qcompile.scheme import Scheme
 
 _EXPERT_PARTS = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
@@ -99,7 +100,7 @@ def inspect(path: str | Path) -> Inspection:
     store = source.store
     taken: set[str] = set()
     rows = []
-    known: dict[Any, LoadedLinear | Tensor | None] = {}
+    known: dict[Any, Scheme | None] = {}
     for name, shape in _linears(source):
         tensors = LayerTensors(store, name)
         if not tensors.suffixes():
@@ -138,10 +139,7 @@ def _linears(source: Source) -> Iterator[tuple[str, tuple[int, int]]]:
     model: nn.Module = skeleton(source.config, torch.bfloat16)
     there = set(source.store.names())
     for name, module in linear_modules(model).items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
-        yield name, (n, k)
+        yield name, shape_of(module)
     owners = {name.rpartition(".")[0] for name in there}
     for name, module in expert_modules(model).items():
         for projection, (count, n, k) in projection_shapes(module).items():
@@ -154,7 +152,7 @@ def _linears(source: Source) -> Iterator[tuple[str, tuple[int, int]]]:
                             yield full, (n // 2 if together else n, k)
 
 
-def _row(source: Source, tensors: LayerTensors, shape: tuple[int, int], known: dict[Any, Any]) -> LayerRow:
+def _row(source: Source, tensors: LayerTensors, shape: tuple[int, int], known: dict[Any, Scheme | None]) -> LayerRow:
     store, name = source.store, tensors.name
     nbytes = sum(_nbytes(store, f"{name}.{suffix}") for suffix in tensors.suffixes())
     header = tuple((s, _kind(store, f"{name}.{s}"), tensors.info(s).shape) for s in sorted(tensors.suffixes()))
@@ -164,9 +162,9 @@ def _row(source: Source, tensors: LayerTensors, shape: tuple[int, int], known: d
             found = None if source.method is None else source.method.linear(tensors, shape)
         except LayerError as error:
             raise CheckpointError(f"{store.path}: {error}") from None
-        known[key] = found.scheme if isinstance(found, LoadedLinear) else None
+        known[key] = found.scheme if isinstance(found, PackedLinear) else None
     scheme = known[key]
-    if not isinstance(scheme, Scheme):
+    if scheme is None:
         bits = tensors.info("weight").dtype.itemsize * 8 if "weight" in tensors else 0
         return LayerRow(name, shape, None, bits, None, None, None, False, None, nbytes)
     weight = scheme.weight

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear
+from qcompile.checkpoint.method import LayerTensors
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 
 SCALES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -136,7 +136,7 @@ def loaded_integers(
     offset: Tensor | None = None,
     perm: Tensor | None = None,
     sparsity: str | None = None,
-) -> LoadedLinear:
+) -> PackedLinear:
     """A layer of unsigned codes whose zero points, where none are given or all are so, are half of their range.
 
     Args:
@@ -169,4 +169,4 @@ def loaded_integers(
         scheme=scheme,
     )
     weight.check(tensors.name)
-    return LoadedLinear(weight=weight, scheme=Scheme(weight=scheme, method=CHECKPOINT))
+    return PackedLinear(weight=weight, scheme=Scheme(weight=scheme, method=CHECKPOINT))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from qcompile import memory
 from qcompile.checkpoint.experts import Experts, tensors_under
 from qcompile.checkpoint.kv_scales import is_kv_scale, kv_scales
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method
+from qcompile.checkpoint.method import LayerTensors, Method
 from qcompile.checkpoint.source import Source, check_installed, open_checkpoint
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, ConfigError, DeviceError, LayerError, shown, suggestion
 from qcompile.experts import QuantizedExperts, expert_modules
-from qcompile.linears import linear_modules, quantize_inputs
+from qcompile.linears import linear_modules, quantize_inputs, shape_of
 from qcompile.modules import PackedModule, QuantizedLinear
-from qcompile.parallel import Linear, Sharding, check_device, device_of, place_in
+from qcompile.packed import PackedLinear
+from qcompile.parallel import Sharding, check_device, device_of, place_in
 from qcompile.progress import track
 from qcompile.reference import dequantize
 
@@ -261,7 +263,7 @@ def _fill(
         tensors = LayerTensors(store, name)
         assert method is not None
         try:
-            found = method.linear(tensors, _shape(module))
+            found = method.linear(tensors, shape_of(module))
         except LayerError as error:
             raise CheckpointError(f"{store.path}: {error}") from None
         if isinstance(found, Tensor):
@@ -277,9 +279,9 @@ def _fill(
     tensors_of = tensors_under(store, experts)
     for name in track(list(experts), "Loading experts", progress):
         reader = Experts(name, experts[name], store, tensors_of[name], method)
-        loaded = reader.load(device, dtype)
+        loaded = reader.load(device, dtype, sharding)
         if isinstance(loaded, QuantizedExperts):
-            model.set_submodule(name, loaded if sharding is None else sharding.experts(name, loaded))
+            model.set_submodule(name, loaded)
         else:
             for attribute, value in loaded.items():
                 setattr(experts[name], attribute, nn.Parameter(value, requires_grad=False))
@@ -326,16 +328,8 @@ def _check_supported(method: Method, device: torch.device, dtype: torch.dtype) -
             )
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    """(N, K); transformers' Conv1D, the only other linear there is, keeps its weight as [K, N]."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    first, second = weight.shape
-    return (first, second) if type(linear) is nn.Linear else (second, first)
-
-
 def _quantized(
-    found: LoadedLinear,
+    found: PackedLinear,
     module: nn.Module,
     tensors: LayerTensors,
     device: torch.device,
@@ -347,8 +341,8 @@ def _quantized(
     if module.bias is not None or "bias" in tensors:
         floats = (torch.float32, torch.bfloat16, torch.float16)
         bias = tensors.take("bias", *floats, shape=(found.weight.shape[0],)).to(dtype)
-    whole = Linear(found.weight, found.scheme, bias, found.input_scale, dtype, found.pre_quant_scale)
-    return whole.build(QuantizedLinear, device) if sharding is None else sharding.linear(tensors.name, whole, device)
+    whole = replace(found, bias=bias, dtype=dtype)
+    return QuantizedLinear.of(whole.to(device)) if sharding is None else sharding.linear(tensors.name, whole, device)
 
 
 def _load_embeddings(
@@ -433,9 +427,8 @@ def _load_plain(
 
 
 def _part(whole: Tensor, name: str, sharding: Sharding | None) -> Tensor:
-    """What this process keeps of a parameter, in memory of its own if that is not all."""
-    part = whole if sharding is None else sharding.cut(name, whole)
-    return part if part is whole else part.clone(memory_format=torch.contiguous_format)
+    """What this process keeps of a parameter."""
+    return whole if sharding is None else sharding.cut(name, whole)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

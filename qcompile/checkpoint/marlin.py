@@ -16,10 +16,10 @@ from torch import Tensor
 
 from qcompile.bitpack import pack_bits
 from qcompile.checkpoint.integers import granularity_of, group_from_scales, loaded_integers, take_finite
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear
+from qcompile.checkpoint.method import LayerTensors
 from qcompile.checkpoint.words import unpack_words
 from qcompile.formats import get_format
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity
 
 _TILE = 16
@@ -33,7 +33,7 @@ _INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 """Of the codes in a word, by their bits."""
 
 
-def marlin_linear(tensors: LayerTensors, shape: tuple[int, int], *, codes: str, scales: str) -> LoadedLinear:
+def marlin_linear(tensors: LayerTensors, shape: tuple[int, int], *, codes: str, scales: str) -> PackedLinear:
     """A dense, symmetric weight of 4 bits.
 
     Args:
@@ -85,7 +85,7 @@ def marlin_24_weight(
     return loaded_integers(tensors, spread, bits, shape, granularity, scale, sparsity="2:4").weight
 
 
-def qqq_linear(tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear:
+def qqq_linear(tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear:
     """A weight whose inputs are quantized to int8 per token: `B` int32 [K / 16, 2 N], `s_channel` float32 [1, N].
 
     With `s_group` [groups, N], codes less 8 times that are rounded to int8, as the kernel rounds them, so the weight is

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,25 +12,7 @@ from torch import Tensor
 
 from qcompile.checkpoint.store import TensorInfo, TensorStore
 from qcompile.errors import CheckpointError, shown, suggestion
-from qcompile.packed import PackedWeight
-from qcompile.scheme import Scheme
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedLinear:
-    """What `QuantizedLinear` needs, but for the bias.
-
-    Attributes:
-        weight: packed [N, K], in the logical layout.
-        scheme: its scheme, with that of the activations; `method` is "checkpoint".
-        input_scale: float32 [], exactly for static activations.
-        pre_quant_scale: [K], which multiplies the input first.
-    """
-
-    weight: PackedWeight
-    scheme: Scheme
-    input_scale: Tensor | None = None
-    pre_quant_scale: Tensor | None = None
+from qcompile.packed import PackedLinear
 
 
 class LayerTensors:
@@ -127,9 +108,10 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | Tensor | None:
-        """A linear layer with weight [N, K]; None if the checkpoint holds its weight unquantized; the decoded weight
-        itself, float32 [N, K], if its scales are arranged in a way that no `PackedWeight` holds.
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | Tensor | None:
+        """A linear layer with weight [N, K], but for its `bias` and `dtype`, which are the loader's; None if the
+        checkpoint holds its weight unquantized; the decoded weight itself, float32 [N, K], if its scales are arranged
+        in a way that no `PackedWeight` holds.
 
         Raises:
             CheckpointError: tensors that are missing, damaged or disagree with the configuration or with `shape`.
@@ -137,7 +119,7 @@ class Method(ABC):
 
     def stacked(
         self, tensors: LayerTensors, projection: str, experts: int, shape: tuple[int, int]
-    ) -> list[LoadedLinear] | None:
+    ) -> list[PackedLinear] | None:
         """One projection of all experts, each [N, K], where the checkpoint keeps them in one tensor; None if it does
         not, as most methods, whose experts are linear layers.
 

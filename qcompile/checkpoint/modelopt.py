@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qcompile.bitpack import pack_bits
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.scaled import (
     EXPONENTS,
     FLOATS,
@@ -36,7 +36,7 @@ from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
 _Weight = Callable[[LayerTensors, tuple[int, int]], PackedWeight]
@@ -164,7 +164,7 @@ class ModelOpt(Method):
         else:
             self.default = _algorithm("quantization_config", config)
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         if is_plain(tensors):
             return None
         named = (self.layers[name] for name in spellings(tensors.name) if name in self.layers)
@@ -182,7 +182,7 @@ class ModelOpt(Method):
         if "pre_quant_scale" in tensors:
             pre_quant_scale = tensors.take("pre_quant_scale", *FLOATS, shape=(shape[1],))
             check_scale(tensors, "pre_quant_scale", pre_quant_scale)
-        return LoadedLinear(
+        return PackedLinear(
             weight=weight,
             scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import Granularity, Scheme, WeightScheme
 
 _BLOCK = 32
@@ -38,12 +38,12 @@ class MXFP4(Method):
     def __init__(self, config: Mapping[str, Any], store: TensorStore) -> None:
         pass
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         return None
 
     def stacked(
         self, tensors: LayerTensors, projection: str, experts: int, shape: tuple[int, int]
-    ) -> list[LoadedLinear] | None:
+    ) -> list[PackedLinear] | None:
         """Blocks uint8 [experts, N, K / 32, 16], low nibbles first; scales uint8 [experts, N, K / 32], 127 for 1."""
         if f"{projection}_blocks" not in tensors:
             return None
@@ -56,7 +56,7 @@ class MXFP4(Method):
         if bool((scales == _NAN).any()):
             raise tensors.error(f"{projection}_scales holds 255, which is NaN in MX formats; get the file again")
         return [
-            LoadedLinear(
+            PackedLinear(
                 weight=PackedWeight(
                     codes=blocks[index].flatten(1),
                     scale=scales[index].view(torch.float8_e8m0fnu),

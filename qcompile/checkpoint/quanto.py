@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from qcompile.checkpoint.flat_blocks import group_granularity, spread_blocks
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore, read_json
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme, WeightScheme
 
 _FLOATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -39,7 +39,7 @@ class Quanto(Method):
     def __init__(self, config: Mapping[str, Any], store: TensorStore) -> None:
         self.layers = _quantization_map(store)
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         names = self.layers.get(tensors.name, {})
         if _PACKED in tensors:
             packed = _few_bits(tensors, shape, names.get("weights"))
@@ -50,7 +50,7 @@ class Quanto(Method):
             return None
         activation, input_scale = _activation(tensors, names.get("activations", "none"))
         tensors.ignore("input_scale", "output_scale")
-        return LoadedLinear(
+        return PackedLinear(
             weight=packed,
             scheme=Scheme(weight=packed.scheme, activation=activation, method=CHECKPOINT),
             input_scale=input_scale,

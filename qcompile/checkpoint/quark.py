@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompile.bitpack import pack_bits
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.scaled import (
     FLOATS,
     activation,
@@ -35,7 +35,7 @@ from qcompile.checkpoint.words import unpack_words
 from qcompile.errors import CheckpointError, shown
 from qcompile.formats import get_format
 from qcompile.methods import CHECKPOINT
-from qcompile.packed import PackedWeight
+from qcompile.packed import PackedLinear, PackedWeight
 from qcompile.scheme import ActivationScheme, Granularity, Scheme
 
 _FIELDS = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -104,7 +104,7 @@ class Quark(Method):
         self.reorder = method == "reorder"
         self._noted: set[str] = set()
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         if is_plain(tensors):
             return None
         config = self._config_of(tensors.name)
@@ -113,7 +113,7 @@ class Quark(Method):
         scheme, input_scale = self._activation(
             tensors, _specs(f"{where}: input_tensors", config.get("input_tensors")), weight
         )
-        return LoadedLinear(
+        return PackedLinear(
             weight=weight,
             scheme=Scheme(weight=weight.scheme, activation=scheme, method=CHECKPOINT),
             input_scale=input_scale,

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, Method, register
+from qcompile.checkpoint.method import LayerTensors, Method, register
 from qcompile.checkpoint.store import TensorStore
 from qcompile.errors import CheckpointError, shown
+from qcompile.packed import PackedLinear
 from qcompile.torchao_tensors import Parts, read
 
 _PREFIX = "_weight_"
@@ -51,7 +52,7 @@ class TorchAO(Method):
     def __init__(self, config: Mapping[str, Any], store: TensorStore) -> None:
         self.metadata = store.metadata
 
-    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> LoadedLinear | None:
+    def linear(self, tensors: LayerTensors, shape: tuple[int, int]) -> PackedLinear | None:
         parts = [suffix for suffix in tensors.suffixes() if suffix.startswith(_PREFIX)]
         if not parts:
             return None
@@ -68,11 +69,6 @@ class TorchAO(Method):
         if not isinstance(description, dict) or not isinstance(description.get("_data", {}), dict):
             raise tensors.error(f"the file's metadata describes its weight as {shown(description)}")
         stored = _Stored(tensors, str(description.get("_type")), description.get("_data", {}))
-        prepared = read(stored, shape)
+        found = read(stored, shape)
         tensors.ignore(*parts)
-        return LoadedLinear(
-            weight=prepared.weight,
-            scheme=prepared.scheme,
-            input_scale=prepared.input_scale,
-            pre_quant_scale=prepared.pre_quant_scale,
-        )
+        return found

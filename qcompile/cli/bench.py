@@ -18,7 +18,7 @@ from qcompile.cli.shapes import Shape, parse_shapes, parse_tokens
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import parse_config
 from qcompile.errors import CheckpointError, ConfigError, LayerError
-from qcompile.linears import linear_modules
+from qcompile.linears import linear_modules, shape_of
 from qcompile.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ def model_shapes(path: Path) -> dict[Shape, list[str]]:
     model = skeleton_of(path)
     found: dict[Shape, list[str]] = {}
     for name, module in linear_modules(model).items():
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        n, k = weight.shape if isinstance(module, torch.nn.Linear) else weight.shape[::-1]
-        found.setdefault((n, k), []).append(name)
+        found.setdefault(shape_of(module), []).append(name)
     if not found:
         raise CheckpointError(f"{path}: its model has no linears")
     return found

@@ -33,7 +33,7 @@ from qcompile.config import AUTO, Auto, QuantConfig, Rule, parse_config
 from qcompile.errors import CheckpointError, ConfigError, suggestion
 from qcompile.evaluate.models import load_tokenizer_of
 from qcompile.experts import expert_modules
-from qcompile.linears import linear_modules, matrix_of
+from qcompile.linears import linear_modules, shape_of
 from qcompile.methods import parse_method
 from qcompile.presets import ALIASES, PRESETS
 from qcompile.quantize import planned, quantize_waiting, sensitivities_beside
@@ -330,11 +330,11 @@ def check_format(model: nn.Module, schemes: dict[str, Scheme], format: str) -> N
     """
     modules, known = linear_modules(model), set()
     for name, scheme in schemes.items():
-        n, k = matrix_of(modules[name]).shape
-        if (scheme, n, k) in known:
+        shape = shape_of(modules[name])
+        if (scheme, shape) in known:
             continue
-        known.add((scheme, n, k))
-        layer = layer_like(name, scheme, (n, k))
+        known.add((scheme, shape))
+        layer = layer_like(name, scheme, shape)
         if scheme.weight.act_order or fits(layer, format):  # sorted columns are there after the work
             continue
         raise refusal(layer, format, "of its scheme or shape", [f for f in FORMATS if fits(layer, f)])

@@ -16,7 +16,7 @@ from qcompile.checkpoint.store import check_exists
 from qcompile.errors import CheckpointError
 from qcompile.experts import expert_modules, projection_shapes
 from qcompile.kv_cache import parse_kv_cache
-from qcompile.linears import linear_modules
+from qcompile.linears import linear_modules, shape_of
 from qcompile.packed import stored_bytes
 from qcompile.presets import PRESETS
 from qcompile.scheme import Scheme
@@ -87,7 +87,7 @@ def read_model(path: Path) -> ModelShape:
     if missing := [key for key in needed if not isinstance(getattr(text, key, None), int)]:
         raise CheckpointError(f"{path}: it has no {', '.join(missing)}; recommend knows decoders with attention")
     modules = linear_modules(model)
-    shapes = {name: _shape(module) for name, module in modules.items()}
+    shapes = {name: shape_of(module) for name, module in modules.items()}
     head = shapes.pop(_HEAD, None)
     stacks: Counter[tuple[int, int, int]] = Counter()
     for module in expert_modules(model).values():
@@ -116,13 +116,6 @@ def read_model(path: Path) -> ModelShape:
     )
 
 
-def _shape(module: nn.Module) -> Shape:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    n, k = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-    return n, k
-
-
 def _products(model: nn.Module, modules: Mapping[str, nn.Module]) -> Mapping[Shape, int]:
     """Shapes of the products that are left when linears that read one tensor are merged, and how many there are.
 
@@ -141,8 +134,8 @@ def _products(model: nn.Module, modules: Mapping[str, nn.Module]) -> Mapping[Sha
         with torch.no_grad(), observed(modules, observe):
             model(input_ids=torch.zeros((1, 4), dtype=torch.int64, device="meta"), use_cache=True)
     except Exception:  # whatever a model's code does with values that are not there
-        return Counter(_shape(module) for module in modules.values())
-    return Counter((sum(_shape(modules[n])[0] for n in names), _shape(modules[names[0]])[1]) for _, names in inputs)
+        return Counter(shape_of(module) for module in modules.values())
+    return Counter((sum(shape_of(modules[n])[0] for n in names), shape_of(modules[names[0]])[1]) for _, names in inputs)
 
 
 def head_scheme(mix: Sequence[tuple[Scheme, float]]) -> Scheme:

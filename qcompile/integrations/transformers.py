@@ -23,7 +23,7 @@ from qcompile.checkpoint.source import open_checkpoint
 from qcompile.config import QuantConfig, parse_config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.experts import expert_modules, quantize_experts
-from qcompile.linears import is_conv1d, linear_modules, quantized_linear
+from qcompile.linears import linear_modules, quantized_linear, shape_of
 from qcompile.modules import QuantizedLinear
 from qcompile.scheme import Scheme
 
@@ -120,15 +120,13 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             scheme = self.online.scheme_for(name)
             if scheme is None:
                 continue
-            activation, weight = scheme.activation, module.weight
-            assert isinstance(weight, Tensor)
+            activation = scheme.activation
             if activation is not None and not activation.dynamic and activation.scale is None:
                 raise ConfigError(
                     f"{name}: static activation scales come from calibration; load the model unquantized and call "
                     "qcompile.quantize_(model, config, calibration=batches)"
                 )
-            n, k = weight.shape[::-1] if is_conv1d(module) else weight.shape
-            self.schemes[name] = scheme.fit(name, (n, k))
+            self.schemes[name] = scheme.fit(name, shape_of(module))
 
     def replace(self, model: nn.Module, name: str) -> None:
         """Put a quantized linear in the place of one that has its weight."""

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.method import LayerTensors, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedLinear
 from qcompile.reference import dequantize
 from tests.tolerance import sqnr
 
@@ -47,7 +48,7 @@ def read_layer(
     shape: tuple[int, int],
     tensors: dict[str, Tensor] | None = None,
     name: str = "m.l",
-) -> LoadedLinear | None:
+) -> PackedLinear | None:
     """The layer `name` of the file `path`, which is written first if tensors are given."""
     if tensors is not None:
         save_file({f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}, path)
@@ -55,7 +56,7 @@ def read_layer(
     return method_for(config, store).linear(LayerTensors(store, name), shape)
 
 
-def decoded(layer: LoadedLinear | None) -> Tensor:
+def decoded(layer: PackedLinear | None) -> Tensor:
     """The weight, float32 [N, K]."""
     assert layer is not None
     return dequantize(layer.weight)

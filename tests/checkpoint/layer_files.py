@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
 from qcompile.checkpoint.kv_scales import is_kv_scale
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.method import LayerTensors, method_for
 from qcompile.checkpoint.store import TensorStore, open_store
 from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedLinear
 from qcompile.reference import dequantize
 from tests.checkpoint.integer_files import LLAMA_FLOOR
 from tests.tolerance import float_sqnr_floor, sqnr, uniform_sqnr_floor
@@ -34,7 +35,7 @@ def store_of(folder: Path, tensors: Mapping[str, Tensor]) -> TensorStore:
 
 def load_layer(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str = "x"
-) -> LoadedLinear | Tensor | None:
+) -> PackedLinear | Tensor | None:
     """What a method makes of a layer whose tensors have these suffixes; none of them may be left over."""
     store = store_of(folder, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
     method = method_for(config, store)
@@ -46,9 +47,9 @@ def load_layer(
     return found
 
 
-def decoded(found: LoadedLinear | Tensor | None) -> Tensor:
+def decoded(found: PackedLinear | Tensor | None) -> Tensor:
     """The weight, once it is seen that a module can be made of the layer."""
-    assert isinstance(found, LoadedLinear)
+    assert isinstance(found, PackedLinear)
     QuantizedLinear(found.weight, found.scheme, None, found.input_scale, torch.float32, found.pre_quant_scale)
     assert (found.input_scale is not None) == (
         found.scheme.activation is not None and not found.scheme.activation.dynamic
@@ -85,7 +86,7 @@ def fp8_tensors(
     return {"weight": codes, suffix: scale}, codes.float() * whole[: shape[0], : shape[1]]
 
 
-def linears(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, LoadedLinear]:
+def linears(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, PackedLinear]:
     """The quantized layers of a model, by name; of their tensors only scales of KV caches may be left over."""
     store = open_store(folder)
     method = method_for(config, store)
@@ -94,7 +95,7 @@ def linears(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[
     for name, shape in shapes.items():
         given = LayerTensors(store, name)
         found = method.linear(given, shape)
-        assert isinstance(found, LoadedLinear)
+        assert isinstance(found, PackedLinear)
         assert all(is_kv_scale(f"{name}.{s}") for s in given.suffixes() if f"{name}.{s}" not in given.taken)
         result[name] = found
     return result
@@ -131,7 +132,7 @@ def check_logits(model: nn.Module, expected: nn.Module, rounding_floor: float = 
         assert sqnr(expected(tokens).logits, model(tokens).logits) >= floor
 
 
-def check_fixture(folder: Path, **overridden: Any) -> list[LoadedLinear]:
+def check_fixture(folder: Path, **overridden: Any) -> list[PackedLinear]:
     """A model that its producer saved: all layers of expected.json decode to those weights, and the model runs.
 
     Args:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.checkpoint.bitsandbytes import BitsAndBytes
 from qcompile.checkpoint.flat_blocks import block_count, group_granularity, spread_blocks
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.method import LayerTensors, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
 from qcompile.methods import CHECKPOINT
 from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedLinear
 from qcompile.reference import dequantize, expand_blocks
 from qcompile.scheme import Granularity
 from tests.tolerance import (
@@ -46,7 +47,7 @@ def saved(name: str) -> dict[str, Tensor]:
     return {key: t for key, t in layer(name).items() if key not in ("expected", "input", "output")}
 
 
-def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], **config: object) -> LoadedLinear | None:
+def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], **config: object) -> PackedLinear | None:
     save_file({f"x.{key}": tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
     store = open_store(folder)
     rows, columns = shape

@@ -243,7 +243,7 @@ def test_one_expert_can_be_taken_out() -> None:
     qcompile.quantize_(model, "int4", progress=False)
     projection = model.model.layers[0].mlp.experts.down_proj
     assert isinstance(projection, GroupedLinear)
-    packed = projection.expert(2)
+    packed = projection.linear(2).weight
     packed.check()
     assert torch.equal(dequantize(packed), projection.weight[2])
 

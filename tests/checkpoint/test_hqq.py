@@ -11,10 +11,11 @@ from torch import Tensor
 
 import qcompile
 from qcompile.checkpoint.hqq import HQQ
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.method import LayerTensors, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
 from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedLinear
 from qcompile.reference import dequantize, expand_blocks
 from tests.tolerance import assert_within, float_bound, rewrite_sqnr_floor, sqnr
 
@@ -27,7 +28,7 @@ def layer(name: str) -> dict[str, Tensor]:
     return {key.removeprefix(name + "."): t for key, t in TENSORS.items() if key.startswith(name + ".")}
 
 
-def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> LoadedLinear | None:
+def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...]) -> PackedLinear | None:
     save_file({f"x.{key}": tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
     store = open_store(folder)
     method = method_for(None, store)

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qcompile
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.method import LayerTensors, method_for
 from qcompile.checkpoint.quanto import Quanto
 from qcompile.checkpoint.store import open_store
 from qcompile.errors import CheckpointError
 from qcompile.modules import QuantizedLinear
+from qcompile.packed import PackedLinear
 from qcompile.reference import dequantize
 from qcompile.scheme import Granularity
 from tests.tolerance import rewrite_sqnr_floor, sqnr
@@ -30,7 +31,7 @@ def layer(name: str) -> dict[str, Tensor]:
     return {key.removeprefix(name + "."): t for key, t in TENSORS.items() if key.startswith(name + ".")}
 
 
-def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: object) -> LoadedLinear | None:
+def load(folder: Path, tensors: dict[str, Tensor], shape: tuple[int, ...], quantization: object) -> PackedLinear | None:
     save_file({f"x.{key}": tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "quantization_map.json").unlink(missing_ok=True)
     if quantization is not None:

@@ -1,4 +1,4 @@
-"""torchao's tensors, against the weights that torchao decodes: from safetensors, at hand, and in compiled models."""
+"""torchao's tensors, from safetensors and at hand, against the weights that torchao decodes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.checkpoint.method import LayerTensors, LoadedLinear, method_for
+from qcompile.checkpoint.method import LayerTensors, method_for
 from qcompile.checkpoint.store import open_store
 from qcompile.checkpoint.torchao import TorchAO
 from qcompile.errors import CheckpointError, LayerError
-from qcompile.layouts import LAYOUTS
 from qcompile.modules import QuantizedLinear
-from qcompile.packing import packed_weight
-from qcompile.pipeline import bind_inputs, rewrite
+from qcompile.packed import PackedLinear
 from qcompile.reference import dequantize
 from qcompile.scheme import ActivationScheme, Granularity
 from qcompile.torchao_tensors import read_tensor
-from tests.capture import capture
-from tests.tolerance import assert_within, float_bound, gemm_bound, rewrite_sqnr_floor, sqnr
+from tests.tolerance import assert_within, float_bound, rewrite_sqnr_floor, sqnr
 
 pytest.importorskip("torchao")
 
@@ -34,97 +30,41 @@ from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXK
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 from torchao.quantization import (
-    Float8Tensor,
-    Float8WeightOnlyConfig,
     Int4PlainInt32Tensor,
     Int4Tensor,
     Int4TilePackedTo4dTensor,
-    Int8DynamicActivationInt8WeightConfig,
-    Int8Tensor,
-    Int8WeightOnlyConfig,
     IntxUnpackedToInt8Tensor,
-    IntxWeightOnlyConfig,
     MappingType,
-    PerGroup,
     PerRow,
     PerTensor,
     quantize_,
 )
 from torchao.quantization.granularity import PerBlock
-from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs, QuantizeTensorToInt8Kwargs
 
-
-def weight(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.1).to(dtype)
-
-
-def int8(shape: tuple[int, int] = (48, 64), **given: Any) -> Int8Tensor:
-    return Int8Tensor.from_hp(weight(*shape), given.pop("granularity", PerRow()), **given)
-
-
-def intx(bits: int, mapping: MappingType, dtype: torch.dtype, block: tuple[int, int] = (1, 32)) -> Tensor:
-    target = getattr(torch, f"int{bits}")
-    return IntxUnpackedToInt8Tensor.from_hp(weight(24, 64, dtype=dtype), block, target, mapping_type=mapping)
-
-
-def float8(granularity: Any, activation: Any = None, shape: tuple[int, int] = (48, 64), **given: Any) -> Tensor:
-    kwargs = None if activation is None else QuantizeTensorToFloat8Kwargs(granularity=activation, **given)
-    return Float8Tensor.from_hp(weight(*shape), granularity=granularity, act_quant_kwargs=kwargs)
-
-
-def act(**given: Any) -> QuantizeTensorToInt8Kwargs:
-    return QuantizeTensorToInt8Kwargs(**({"granularity": PerRow()} | given))
-
+from tests.checkpoint.torchao_files import CASES, CONFIGS, act, float8, int8, save_model, weight
 
 MX_ACTIVATION = QuantizeTensorToMXKwargs(elem_dtype=torch.float8_e4m3fn)
-CASES: dict[str, Callable[[], Any]] = {
-    "int8 rows": int8,
-    "int8 groups": lambda: int8(granularity=PerGroup(32)),
-    "int8 tensor": lambda: int8(granularity=PerTensor()),
-    "int8 asymmetric": lambda: int8(mapping_type=MappingType.ASYMMETRIC),
-    **{
-        f"int{bits} {mapping.name} {dtype}": lambda b=bits, m=mapping, d=dtype: intx(b, m, d)
-        for bits in range(1, 9)
-        for mapping, dtype in ((MappingType.SYMMETRIC, torch.float32), (MappingType.ASYMMETRIC, torch.bfloat16))
-    },
-    "intx rows": lambda: intx(4, MappingType.ASYMMETRIC, torch.float16, (1, 64)),
-    "float8 rows": lambda: float8(PerRow()),
-    "float8 tensor": lambda: float8(PerTensor()),
-    "float8 rows, inputs too": lambda: float8(PerRow(), PerRow()),
-    "int8 rows, inputs too": lambda: int8(act_quant_kwargs=act()),
-    "float8 blocks": lambda: float8(PerBlock([128, 128]), PerBlock([1, 128]), (256, 384)),
-    "mxfp8": lambda: MXTensor.to_mx(weight(48, 96), torch.float8_e4m3fn, 32),
-    "mxfp8 e5m2": lambda: MXTensor.to_mx(weight(48, 96), torch.float8_e5m2, 32),
-    "mxfp8 swizzled": lambda: MXTensor.to_mx(weight(144, 192), torch.float8_e4m3fn, 32, is_swizzled_scales=True),
-    "mxfp6 e2m3": lambda: MXTensor.to_mx(weight(48, 96), "fp6_e2m3", 32),
-    "mxfp6 e3m2": lambda: MXTensor.to_mx(weight(48, 96), "fp6_e3m2", 32),
-    "mxfp4": lambda: MXTensor.to_mx(weight(48, 96), torch.float4_e2m1fn_x2, 32),
-    "nvfp4": lambda: NVFP4Tensor.to_nvfp4(weight(48, 96)),
-    "nvfp4 swizzled": lambda: NVFP4Tensor.to_nvfp4(
-        weight(144, 96), per_tensor_scale=torch.tensor(0.01), is_swizzled_scales=True
-    ),
-}
 
 
-def stored(folder: Path, tensor: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def stored(tensor: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     return flatten_tensor_state_dict({"x.weight": tensor})
 
 
-def load(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], shape: tuple[int, ...]) -> LoadedLinear:
+def load(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], shape: tuple[int, ...]) -> PackedLinear:
     save_file(tensors, folder / "model.safetensors", metadata)
     store = open_store(folder)
     given = LayerTensors(store, "x")
     method = method_for(None, store)
     assert isinstance(method, TorchAO)
     loaded = method.linear(given, (shape[0], shape[1]))
-    assert isinstance(loaded, LoadedLinear)
+    assert isinstance(loaded, PackedLinear)
     assert given.taken == set(store.names())
     return loaded
 
 
-def both(folder: Path, tensor: Any) -> LoadedLinear:
+def both(folder: Path, tensor: Any) -> PackedLinear:
     """What a file and the tensor at hand hold, which is the same."""
-    loaded = load(folder, *stored(folder, tensor), tuple(tensor.shape))
+    loaded = load(folder, *stored(tensor), tuple(tensor.shape))
     live = read_tensor(tensor)
     assert live.scheme == loaded.scheme
     pairs = [*zip(live.weight.tensors, loaded.weight.tensors, strict=True)]
@@ -303,7 +243,7 @@ DAMAGE: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 def test_damaged_tensors_are_refused(tmp_path, what):
     make, changes, message = DAMAGE[what]
     tensor = make()
-    tensors, metadata = stored(tmp_path, tensor)
+    tensors, metadata = stored(tensor)
     described = json.loads(metadata["x.weight"])
     for key, value in changes.items():
         if isinstance(value, Tensor):
@@ -333,7 +273,7 @@ def test_damaged_tensors_are_refused(tmp_path, what):
     ],
 )
 def test_damaged_metadata_is_refused(tmp_path, described, message):
-    tensors, metadata = stored(tmp_path, int8())
+    tensors, metadata = stored(int8())
     del metadata["x.weight"]
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path, tensors, metadata if described is None else metadata | {"x.weight": described}, (48, 64))
@@ -344,33 +284,6 @@ def test_plain_weights_are_left(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata)
     store = open_store(tmp_path)
     assert TorchAO({"quant_method": "torchao"}, store).linear(LayerTensors(store, "x"), (4, 8)) is None
-
-
-CONFIGS = {
-    "int8": lambda: Int8WeightOnlyConfig(version=2),
-    "int8 dynamic": lambda: Int8DynamicActivationInt8WeightConfig(version=2),
-    "int4": lambda: IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC, version=2
-    ),
-    "float8": lambda: Float8WeightOnlyConfig(version=2),
-}
-
-
-def save_model(folder: Path, name: str, shards: str = "1GB") -> nn.Module:
-    """A checkpoint of a Llama that torchao quantized, in the folder "quantized", and that model."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    shape = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(shape).save_pretrained(folder / "original")
-    config = transformers.TorchAoConfig(CONFIGS[name]())
-    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "original", quantization_config=config, dtype=torch.float32
-    )
-    model.save_pretrained(folder / "quantized", max_shard_size=shards)
-    return model
 
 
 @pytest.mark.parametrize("shards", ["1GB", "40KB"])
@@ -398,134 +311,3 @@ def test_quantized_embeddings_are_decoded(tmp_path):
     assert torch.equal(loaded["embed"].weight, model["embed"].weight.dequantize())
     assert torch.equal(loaded["head"].weight, model["head"].weight.dequantize())
     assert isinstance(loaded["head"], QuantizedLinear)
-
-
-class Block(nn.Module):
-    """Three linears of one input, and one more."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q = nn.Linear(64, 64, bias=False, dtype=dtype)
-        self.k = nn.Linear(64, 32, bias=False, dtype=dtype)
-        self.v = nn.Linear(64, 32, bias=False, dtype=dtype)
-        self.o = nn.Linear(64, 64, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.o(F.silu(self.q(x)) * torch.cat([self.k(x), self.v(x)], -1))
-
-
-def quantized_block(name: str, dtype: torch.dtype = torch.float32) -> Block:
-    block = Block(dtype).eval().requires_grad_(False)
-    quantize_(block, CONFIGS[name]())
-    return block
-
-
-@pytest.mark.parametrize("name", ["int4", "float8"])
-def test_compiled_models_run_torchaos_weights(name):
-    block, x = quantized_block(name), torch.randn(5, 64)
-    captured = capture(block, x)
-    assert [(spec.out_features, spec.epilogue) for spec in captured.specs] == [(128, ()), (64, ("bias", "add"))]
-    assert captured.count(F.linear) == 0
-    assert sqnr(block(x), captured.output) >= rewrite_sqnr_floor(8, 64)
-    prepared = read_tensor(block.q.weight).scheme
-    assert {(s.scheme.weight, s.scheme.activation) for s in captured.specs} == {(prepared.weight, prepared.activation)}
-
-
-def test_quantized_activations_of_torchao_stay_quantized():
-    block, x = quantized_block("int8 dynamic"), torch.randn(5, 64)
-    captured = capture(block, x)
-    assert {str(spec.scheme.activation) for spec in captured.specs} == {"int8 dynamic per token"}
-    replaced = qcompile.quantize_(quantized_block("int8 dynamic"), progress=False)
-    assert torch.equal(capture(replaced, x).output, captured.output)
-
-
-def test_a_configuration_takes_the_other_layers():
-    block, x = Block(torch.float32).eval().requires_grad_(False), torch.randn(5, 64)
-    quantize_(block, CONFIGS["int8"](), filter_fn=lambda module, name: name == "o")
-    captured = capture(block, x, config="int4")
-    assert [str(spec.scheme.weight) for spec in captured.specs] == ["int4 group 64", "int8 channel"]
-
-
-def test_scales_of_the_input_come_along():
-    model = nn.Sequential(nn.Linear(64, 48, bias=False)).requires_grad_(False)
-    static = {"act_quant_kwargs": act(granularity=PerTensor()), "act_quant_scale": torch.tensor([[0.05]])}
-    model[0].weight = nn.Parameter(int8(**static, act_pre_scale=torch.rand(64) + 0.5), requires_grad=False)
-    x = torch.randn(5, 64)
-    found = capture(model, x).output
-    pre_scaled = x * model[0].weight.act_pre_scale
-    rounded = (pre_scaled / 0.05).round().clamp(-128, 127) * torch.tensor(0.05)
-    exact = rounded.double() @ model[0].weight.dequantize().double().T
-    assert_within(found, exact, gemm_bound(rounded, model[0].weight.dequantize(), torch.float32))
-    replaced = qcompile.quantize_(model, progress=False)
-    assert torch.equal(replaced(x), found)
-
-
-class Pair(nn.Module):
-    """Two linears of one input, with static scales of their own."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(64, 48, bias=False), nn.Linear(64, 48, bias=False)
-        for position, linear in enumerate((self.one, self.two)):
-            original = torch.randn(48, 64, generator=torch.Generator().manual_seed(seed + position))
-            tensor = Int8Tensor.from_hp(
-                original,
-                PerRow(),
-                act_quant_kwargs=act(granularity=PerTensor()),
-                act_quant_scale=torch.tensor([[0.01 * (seed + position + 1)]]),
-            )
-            linear.weight = nn.Parameter(tensor, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + self.two(x)
-
-
-def test_linears_with_scales_of_their_own_stay_apart():
-    captured = capture(Pair(0), torch.randn(5, 64))
-    assert len(captured.specs) == 2
-    assert "each scales its input in its own way" in captured.declined("merge_projections")
-
-
-@torch.no_grad()
-def test_one_graph_serves_equal_modules_with_other_weights():
-    contexts = []
-
-    def backend(graph_module: Any, example_inputs: Any) -> Any:
-        contexts.append(rewrite(graph_module, example_inputs, None))
-        context = contexts[-1]
-        return bind_inputs(context, lambda *args: context.module(*args))[1]
-
-    torch.compiler.reset()
-    x, run = torch.randn(5, 64), torch.compile(lambda module, x: module(x), backend=backend)
-    for seed in (0, 10, 0):
-        assert torch.equal(run(Pair(seed), x), qcompile.quantize_(Pair(seed), progress=False)(x))
-    assert len(contexts) == 1
-
-
-def test_a_graph_is_not_used_for_weights_of_another_scheme():
-    one, other = int8(), int8(mapping_type=MappingType.ASYMMETRIC)
-    scheme = read_tensor(one).scheme
-    assert packed_weight((one,), False, scheme, LAYOUTS["logical"], "x").scheme == scheme.weight
-    with pytest.raises(LayerError, match="x: torchao quantized its weight to uint8 channel, but the graph"):
-        packed_weight((other,), False, scheme, LAYOUTS["logical"], "x")
-
-
-def test_classes_that_are_not_known_stay_torchaos(monkeypatch):
-    block, x = quantized_block("int8"), torch.randn(5, 64)
-    monkeypatch.delitem(qcompile.torchao_tensors._READERS, "Int8Tensor")
-    captured = capture(block, x)
-    assert captured.count(F.linear) == 4
-    assert captured.declined("annotate")[0].startswith("torchao's Int8Tensor: no class that is readable")
-    assert torch.equal(captured.output, block(x))
-    with pytest.raises(LayerError, match="q: torchao's Int8Tensor"):
-        qcompile.quantize_(block, progress=False)
-
-
-def test_torch_compile_from_end_to_end():
-    block, x = quantized_block("int8"), torch.randn(5, 64)
-    with torch.no_grad():
-        explained = qcompile.explain(block, x)
-        assert [layer.note for layer in explained.layers] == ["quantized by torchao"] * 2
-        compiled = torch.compile(block, backend="qcompile")(x)
-    assert sqnr(capture(block, x).output, compiled) >= rewrite_sqnr_floor(8, 64)

@@ -144,8 +144,9 @@ def check_experts(model: nn.Module) -> None:
         x = random(len(ids), layer.in_features)
         y = layer(x, ids)
         for e in range(layer.experts):
-            beside = (None if t is None else t[e] for t in (layer.bias, layer.input_scale, layer.pre_quant_scale))
-            check_product(y[ids == e], x[ids == e], layer, layer.expert(e), *beside)
+            one = layer.linear(e)
+            beside = (one.bias, one.input_scale, one.pre_quant_scale)
+            check_product(y[ids == e], x[ids == e], layer, one.weight, *beside)
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=BLOCK_TYPES)

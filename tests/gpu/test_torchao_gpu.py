@@ -14,8 +14,8 @@ from qcompile.torchao_tensors import read_tensor
 
 pytest.importorskip("torchao")
 pytest.importorskip("gguf")
-from tests.checkpoint import test_torchao
 from tests.checkpoint.layer_files import check_logits
+from tests.checkpoint.torchao_files import CASES, CONFIGS, save_model
 from tests.gpu.test_checkpoints_gpu import FLOAT32_FLOOR, check_compiled, check_layer, check_layers, random
 
 pytestmark = pytest.mark.gpu
@@ -23,18 +23,18 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 
 
-@pytest.mark.parametrize("name", test_torchao.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_tensors(name: str) -> None:
-    loaded = read_tensor(test_torchao.CASES[name]())
+    loaded = read_tensor(CASES[name]())
     layer = QuantizedLinear(loaded.weight.to(DEVICE), loaded.scheme)
     for m in (1, 40):
         check_layer(layer, random(m, layer.in_features))
 
 
-@pytest.mark.parametrize("name", test_torchao.CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_checkpoints(name: str, tmp_path: Path) -> None:
     """Against the model whose weights torchao decodes."""
-    expected = test_torchao.save_model(tmp_path, name)
+    expected = save_model(tmp_path, name)
     for module in expected.modules():
         if isinstance(module, nn.Linear) and hasattr(module.weight, "dequantize"):
             module.weight = nn.Parameter(module.weight.dequantize().to(torch.float32), requires_grad=False)

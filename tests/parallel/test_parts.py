@@ -13,11 +13,13 @@ from torch import nn
 
 import qcompile
 from qcompile.checkpoint.kv_scales import KVScales
+from qcompile.checkpoint.loader import fill, skeleton
+from qcompile.checkpoint.source import open_checkpoint
 from qcompile.errors import ConfigError, LayerError
 from qcompile.linear_spec import decode_spec
 from qcompile.modules import QuantizedLinear
-from qcompile.packed import PackedWeight
-from qcompile.parallel import Linear, Sharding
+from qcompile.packed import PackedLinear, PackedWeight
+from qcompile.parallel import Sharding
 from qcompile.parts import GatheredQuantizedLinear, Place, RowwiseQuantizedLinear
 from qcompile.plans import OTHER_NAMES, STYLES
 from qcompile.presets import PRESETS
@@ -28,7 +30,7 @@ from tests import oracle
 CPU = torch.device("cpu")
 
 
-def quantized(scheme: Scheme, shape: tuple[int, int]) -> Linear:
+def quantized(scheme: Scheme, shape: tuple[int, int]) -> PackedLinear:
     """A random layer with everything that a layer can have."""
     fitted = scheme.fit("fc", shape)
     weight = torch.randn(shape)
@@ -37,17 +39,23 @@ def quantized(scheme: Scheme, shape: tuple[int, int]) -> Linear:
     static = fitted.activation is not None and not fitted.activation.dynamic
     input_scale = torch.tensor(0.5) if static else None
     packed = quantize_weight(weight, fitted.weight, "fc")
-    return Linear(packed, fitted, torch.randn(shape[0]), input_scale, torch.float32, torch.rand(shape[1]) + 0.5)
+    return PackedLinear(
+        weight=packed,
+        scheme=fitted,
+        bias=torch.randn(shape[0]),
+        input_scale=input_scale,
+        pre_quant_scale=torch.rand(shape[1]) + 0.5,
+    )
 
 
-def ordered(linear: Linear) -> Linear:
+def ordered(linear: PackedLinear) -> PackedLinear:
     """The same codes, in another order of columns."""
     perm = torch.randperm(linear.weight.shape[1]).to(torch.int32)
     scheme = replace(linear.weight.scheme, act_order=True)
-    return replace(linear, weight=replace(linear.weight, scheme=scheme, perm=perm))
+    return linear.with_weight(replace(linear.weight, scheme=scheme, perm=perm))
 
 
-def parts(linear: Linear, style: str, size: int) -> list[QuantizedLinear]:
+def parts(linear: PackedLinear, style: str, size: int) -> list[QuantizedLinear]:
     """What each of `size` processes keeps; the same error in all, if there is one."""
     n, k = linear.weight.shape
     found, errors = [], set()
@@ -303,10 +311,17 @@ def test_a_plan_goes_with_a_mesh():
         qcompile.load("nowhere", plan=PLAN)
 
 
-def test_experts_with_blocks_or_orders_that_parts_divide():
+def test_experts_with_blocks_that_parts_divide(tmp_path):
+    """In memory, and where a checkpoint is read: the layer's fault, not the file's."""
     pytest.importorskip("transformers")
     scheme = {"weight": {"format": "int4", "group_size": 128}}
     model = tiny(kind="mixtral", num_local_experts=2, num_experts_per_tok=1, intermediate_size=128)
     model = qcompile.quantize_(model, {"rules": [{"layers": "*.experts", "scheme": scheme}]}, progress=False)
-    with pytest.raises(LayerError, match=r"mlp\.experts\.down_proj: 2 parts of 128 columns divide its groups of 128"):
+    qcompile.save(model, tmp_path)
+    message = r"^model\.layers\.0\.mlp\.experts\.down_proj: 2 parts of 128 columns divide its groups of 128"
+    with pytest.raises(LayerError, match=message):
         divided(model)
+    source = open_checkpoint(tmp_path)
+    empty = skeleton(source.config, torch.float32)
+    with pytest.raises(LayerError, match=message):
+        fill(empty, source, CPU, torch.float32, sharding=Sharding(empty, Place(0, 2, "0")), progress=False)

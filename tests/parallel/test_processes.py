@@ -62,9 +62,9 @@ def test_inputs_that_are_arranged(ranks, arranged):
         linear = ordered(linear)
     else:
         scheme = replace(linear.weight.scheme, rotated=True)
-        linear = replace(linear, weight=replace(linear.weight, scheme=scheme), pre_quant_scale=None)
+        linear = replace(linear.with_weight(replace(linear.weight, scheme=scheme)), pre_quant_scale=None)
     x = torch.randn(3, 512)
-    y = linear.build(QuantizedLinear, CPU)(x)
+    y = QuantizedLinear.of(linear)(x)
     for found in ranks.call(work.layers, {"fc": linear}, x, "rowwise"):
         assert sqnr(y, found["fc"]) >= rewrite_sqnr_floor(2, 512)
 

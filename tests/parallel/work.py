@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import qcompile
 from qcompile.ops import OP
-from qcompile.parallel import Linear, Sharding, device_of, place_in
+from qcompile.packed import PackedLinear
+from qcompile.parallel import Sharding, device_of, place_in
 from qcompile.parts import Place, RowwiseQuantizedLinear
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -87,7 +88,7 @@ def whole_module(shape: tuple[int, int]) -> nn.ModuleDict:
 
 
 @torch.no_grad()
-def layers(mesh: DeviceMesh, linears: dict[str, Linear], x: Tensor, style: str) -> dict[str, Tensor]:
+def layers(mesh: DeviceMesh, linears: dict[str, PackedLinear], x: Tensor, style: str) -> dict[str, Tensor]:
     """y [M, N] of each linear, divided by a style; x [M, K] is the whole input."""
     device, place = device_of(mesh), place_in(mesh)
     given = own_input(x, style, place).to(device)
@@ -110,7 +111,7 @@ class Parts(nn.Module):
         linear: the whole.
     """
 
-    def __init__(self, linear: Linear, style: str, size: int, device: torch.device) -> None:
+    def __init__(self, linear: PackedLinear, style: str, size: int, device: torch.device) -> None:
         super().__init__()
         places = [Place(rank, size, "") for rank in range(size)]
         model = whole_module(linear.weight.shape)
@@ -140,7 +141,7 @@ def in_parts(model: nn.Module, size: int) -> nn.Module:
     """A model whose linears with inputs of other layers' parts compute as `size` processes do, in place."""
     for name, module in list(model.named_modules()):
         if name.endswith(("o_proj", "down_proj")):
-            model.set_submodule(name, Parts(Linear.of(module), "rowwise", size, module.codes.device))
+            model.set_submodule(name, Parts(module.linear(), "rowwise", size, module.codes.device))
     return model
 
 

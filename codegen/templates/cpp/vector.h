@@ -100,6 +100,22 @@ static inline Pairs lookup(u32 codes, const ByteTables<COUNT>& table) {
   return {(u32)_mm512_mask_mov_epi8((__m512i)low, odd, _mm512_slli_epi16((__m512i)high, 8)),
           (u32)_mm512_mask_mov_epi8(_mm512_srli_epi16((__m512i)low, 8), odd, (__m512i)high)};
 }
+
+// What a PairTable<128> has, its lower bytes before its upper ones: those of all codes of a quad are looked up together.
+struct BytesTable {
+  std::uint8_t values[256];
+};
+
+template <int FROM>
+static inline u32 lookup(u32 quad, const BytesTable& table) {
+  const __m512i codes = (__m512i)quad;
+  auto of = [&](int place) { return _mm512_loadu_si512(table.values + 64 * place); };
+  const u32 low = (u32)_mm512_permutex2var_epi8(of(0), codes, of(1));
+  const u32 high = (u32)_mm512_permutex2var_epi8(of(2), codes, of(3)) | (quad & 0x80808080u);
+  if constexpr (FROM == 0) return (low & 0x00ff00ffu) | (high << 8 & 0xff00ff00u);
+  static_assert(FROM == 0 || FROM == 8);
+  return (low >> 8 & 0x00ff00ffu) | (high & 0xff00ff00u);
+}
 #endif
 
 // The bytes of each lane as float32, less a number, in the halves of lanes that bfloat16 takes: exact up to 8 bits.
@@ -147,24 +163,6 @@ static inline u32 lookup(u32 pair, const PairTable<COUNT>& table) {
 }
 #endif
 
-#if defined(__AVX512VBMI__)
-// What a PairTable<128> has, its lower bytes before its upper ones: those of all codes of a quad are looked up together.
-struct BytesTable {
-  std::uint8_t values[256];
-};
-
-template <int FROM>
-static inline u32 lookup(u32 quad, const BytesTable& table) {
-  const __m512i codes = (__m512i)quad;
-  auto of = [&](int place) { return _mm512_loadu_si512(table.values + 64 * place); };
-  const u32 low = (u32)_mm512_permutex2var_epi8(of(0), codes, of(1));
-  const u32 high = (u32)_mm512_permutex2var_epi8(of(2), codes, of(3)) | (quad & 0x80808080u);
-  if constexpr (FROM == 0) return (low & 0x00ff00ffu) | (high << 8 & 0xff00ff00u);
-  static_assert(FROM == 0 || FROM == 8);
-  return (low >> 8 & 0x00ff00ffu) | (high & 0xff00ff00u);
-}
-#endif
-
 // sum + the products of the bfloat16 halves of each lane
 static inline f32 dot(f32 sum, u32 pair, u32 other) {
 #if defined(__AVX512BF16__)
@@ -201,12 +199,6 @@ static inline u32 lookup(u32 codes, const ByteTable& table) {
 #endif
 }
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
-constexpr bool DOTS_BYTES = true;
-#else
-constexpr bool DOTS_BYTES = false;
-#endif
-
 // What `dot` subtracts from codes of BITS bits before it multiplies them: Arm's older products are of signed bytes alone.
 #if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
 template <int BITS>
@@ -237,16 +229,16 @@ static inline u32 pairs_of_bytes(u32 codes, u32 x) {
 // Four int8, the same in each lane, by which codes of BITS bits are multiplied.
 template <int BITS>
 struct Four {
-#if defined(__AVX2__)
-  static constexpr bool NARROW = DOTS_BYTES || BITS < 8;  // two products of a 7-bit code and an int8 are an int16
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+  u32 all;
+  explicit Four(std::uint32_t x) : all(everywhere(x)) {}
+#elif defined(__AVX2__)
   typedef std::int16_t i16 __attribute__((vector_size(4 * LANES)));
   u32 all, even, odd;
   explicit Four(std::uint32_t x) : all(everywhere(x)) {
-    if constexpr (!NARROW) even = (u32)((i16)(all << 8) >> 8), odd = (u32)((i16)all >> 8);
+    // Two products of a 7-bit code and an int8 are an int16, two of an 8-bit code are not.
+    if constexpr (BITS == 8) even = (u32)((i16)(all << 8) >> 8), odd = (u32)((i16)all >> 8);
   }
-#elif defined(__ARM_FEATURE_DOTPROD)
-  u32 all;
-  explicit Four(std::uint32_t x) : all(everywhere(x)) {}
 #else
   u32 each[4];
   explicit Four(std::uint32_t x) {
@@ -302,12 +294,7 @@ struct float8_e4m3 {
 };
 
 static inline float number(float x) { return x; }
-static inline float number(bfloat16 x) {
-  std::uint32_t bits = (std::uint32_t)x.bits << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+static inline float number(bfloat16 x) { return as_f32(everywhere((std::uint32_t)x.bits << 16))[0]; }
 
 // Of what compilers would widen number by number.
 #if defined(__AVX512F__)
@@ -428,18 +415,16 @@ static inline void store(bfloat16* to, f32 x, i64 count) {
 }
 
 // Two vectors, one behind the other: a whole line of the cache where LANES are 16.
-static inline void store_pair(bfloat16* to, f32 low, f32 high) {
+template <class To>
+static inline void store_pair(To* to, f32 low, f32 high) {
+  store(to, low, LANES);
+  store(to + LANES, high, LANES);
+}
 #if defined(__AVX512BF16__)
+static inline void store_pair(bfloat16* to, f32 low, f32 high) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-#else
-  store(to, low, LANES);
-  store(to + LANES, high, LANES);
+}
 #endif
-}
-static inline void store_pair(float* to, f32 low, f32 high) {
-  store(to, low, LANES);
-  store(to + LANES, high, LANES);
-}
 
 static inline void store(std::int8_t* to, f32 x, i64 count) {
   i8 bits = __builtin_convertvector(__builtin_convertvector(x, i32), i8);
