@@ -144,15 +144,20 @@ def holding(layer: Layer) -> list[str]:
     return found
 
 
-def fits(layer: Layer, format: str) -> bool:
-    """Whether a format has a place for a layer of this scheme and shape; its scales may still not be exact there."""
+def objection(layer: Layer, format: str) -> str | None:
+    """Why a format has no place for a layer of this scheme and shape; None if it has, perhaps with rounded scales."""
     if format != gguf.NAME:
-        return TARGETS[format]([layer]).objection(layer) is None
+        return TARGETS[format]([layer]).objection(layer)
     try:
         block_type(layer)
-    except Unsavable:
-        return False
-    return True
+    except Unsavable as error:
+        return str(error)
+    return None
+
+
+def fits(layer: Layer, format: str) -> bool:
+    """Whether a format has a place for a layer; see `objection`."""
+    return objection(layer, format) is None
 
 
 def layer_like(name: str, scheme: Scheme, shape: tuple[int, int]) -> Layer:
