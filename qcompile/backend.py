@@ -48,8 +48,8 @@ def parse_options(options: dict[str, Any] | None, mode: str | None) -> Options:
     """Check and split the options.
 
     Raises:
-        ConfigError: no mapping; an option that neither qcompile nor Inductor knows, or of another type; an unknown mode;
-            a bad configuration.
+        ConfigError: no mapping; an option that neither qcompile nor Inductor knows, or of another type; an unknown
+            mode; a bad configuration.
     """
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(
