@@ -26,7 +26,7 @@ from qcompile.checkpoint.imatrix import read_imatrix
 from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
-from qcompile.checkpoint.saving.save import fits, formats_for, layer_like, objection
+from qcompile.checkpoint.saving.save import check_writable, fits, formats_for, layer_like, objection
 from qcompile.cli.options import DeviceOption, choose_device, config_of, errors_told, float_dtype, parse_schemes
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import AUTO, Auto, QuantConfig, Rule
@@ -258,8 +258,10 @@ def run(
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format!r} cannot be written; {suggestion(format, FORMATS)}")
-    if output is not None and output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output}: is not empty; name another folder")
+    if output is not None:
+        check_writable(output)
+        if output.exists() and any(output.iterdir()):
+            raise CheckpointError(f"{output}: is not empty; name another folder")
     if config.undecided:
         solver()  # before the model is read
     if config.undecided and calibration is None:

@@ -139,7 +139,7 @@ def test_what_could_not_be_saved_is_not_lost(source, text, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(qcompile, "save", full)
-        assert run(source, "--output", out, *options).exit_code == 1
+        refused(run(source, "--output", out, *options), "error: No space left on device")
     assert (tmp_path / "out.resume" / "model.layers.1.safetensors").is_file()
     done = []
 
@@ -172,6 +172,8 @@ def test_mistakes(source, text, tmp_path):
     refused(run(source, "--output", out, "--method", "gptq", "--calibration", tmp_path / "empty"), "holds 0 tokens")
     refused(run(source, "--output", out, "--format", "zip"), "cannot be written")
     refused(run(source, "--output", tmp_path, "--scheme", "int4"), "is not empty")
+    refused(run(source, "--output", text), "text.txt: is a file; name a folder")
+    refused(run(source, "--output", text / "out"), "cannot be written to (Not a directory); name another folder")
     refused(
         run(source, "--output", out, "--scheme", "nf4", "--format", "awq"), "its weight is nf4, no integer of 4 bits"
     )
