@@ -48,8 +48,8 @@ def parse_options(options: dict[str, Any] | None, mode: str | None) -> Options:
     """Check and split the options.
 
     Raises:
-        ConfigError: no mapping; an option that neither qcompile nor Inductor knows; an unknown mode; a bad
-            configuration.
+        ConfigError: no mapping; an option that neither qcompile nor Inductor knows, or of another type; an unknown
+            mode; a bad configuration.
     """
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(
@@ -67,11 +67,14 @@ def parse_options(options: dict[str, Any] | None, mode: str | None) -> Options:
         if not isinstance(value, bool):
             raise ConfigError(f"option {name} must be true or false, not {value!r}")
     known = compat.inductor_options()
-    for key in given:
+    for key, value in given.items():
         if not isinstance(key, str) or key.replace("-", "_") not in known:
             near = ", ".join(nearest(key, [*OWN_OPTIONS, *known]))
             hint = f"did you mean {near}?" if near else f"qcompile's own are {', '.join(OWN_OPTIONS)}"
             raise ConfigError(f"unknown option {shown(key)}; {hint} (Inductor's options are accepted too)")
+        wanted = compat.inductor_type(key.replace("-", "_"))
+        if wanted is not None and not isinstance(value, wanted):
+            raise ConfigError(f"Inductor's option {key} must be of type {wanted.__name__}, not {shown(value)}")
     return Options(None if config is None else parse_config(config), inductor=inductor | given, **switches)
 
 

@@ -22,6 +22,17 @@ def inductor_options() -> list[str]:
     return list(torch._inductor.list_options())
 
 
+def inductor_type(name: str) -> type | None:
+    """The type that Inductor wants of an option; None where it takes several, or has the option under two names."""
+    from torch._inductor import config
+
+    try:
+        wanted = config.get_type(name)  # type: ignore[attr-defined]
+    except (AttributeError, KeyError):
+        return None
+    return wanted if isinstance(wanted, type) else None
+
+
 def inductor_mode(mode: str) -> dict[str, Any]:
     """The Inductor options that a `mode` of `torch.compile` stands for.
 

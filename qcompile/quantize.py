@@ -111,7 +111,9 @@ def quantize_waiting(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"quantize_ takes a model, an nn.Module, and then its configuration, not {shown(model)}")
     check_whole(model, "quantize_ takes")
-    if isinstance(calibration, (Tensor, Mapping, str)):
+    if calibration is not None and (
+        isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable)
+    ):
         raise CalibrationError(
             f"calibration is a list of batches, not {type(calibration).__name__}; put a single batch into a list"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -219,12 +220,21 @@ def listed_packages() -> list[str]:
     return ast.literal_eval(section.split("packages = ")[1].split("]")[0] + "]")
 
 
+def data_folders() -> Iterator[tuple[str, Path]]:
+    """Folders of files that are no modules: setuptools counts them as packages, and warns of those it was not told."""
+    for root, top in FOLDERS.items():
+        for path in top.rglob("*"):
+            if path.is_file() and path.suffix not in (".py", ".pyc"):
+                yield ".".join((root, *path.relative_to(top).parts[:-1])), path.parent
+
+
 def test_every_folder_is_a_listed_package():
     folders = {
         module if path.name == "__init__.py" else module.rpartition(".")[0]: path.parent
         for module, path in sources().items()
     }
-    assert sorted(folders) == listed_packages()
+    data = {module: folder for module, folder in data_folders() if module not in folders}
+    assert sorted([*folders, *data]) == listed_packages()
     assert [str(folder) for folder in folders.values() if not (folder / "__init__.py").is_file()] == []
 
 

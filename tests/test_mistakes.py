@@ -46,6 +46,13 @@ def test_options_with_keys_that_are_no_names() -> None:
         parse_options({4: "int4"}, None)
 
 
+@pytest.mark.parametrize("name", ["max_autotune", "max-autotune"])
+def test_options_of_inductor_have_their_types(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"Inductor's option {name} must be of type bool, not 'yes'"):
+        parse_options({name: "yes"}, None)
+    assert parse_options({name: True, "triton.cudagraphs": False}, None).inductor[name] is True
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -65,7 +72,7 @@ def test_quantize_takes_a_model_and_a_list_of_batches() -> None:
         with pytest.raises(ConfigError, match=r"quantize_ takes a model, an nn\.Module, and then its configuration"):
             qcompile.quantize_(wrong, "int4")
     gptq, batch = {"preset": "int4", "method": "gptq"}, torch.randn(8, 64)
-    for single in (batch, {"input": batch}, "text"):
+    for single in (batch, {"input": batch}, "text", 3):
         with pytest.raises(CalibrationError, match=r"a list of batches, not .*; put a single batch into a list"):
             qcompile.quantize_(model(), gptq, calibration=single)
 

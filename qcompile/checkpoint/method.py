@@ -213,7 +213,7 @@ def method_for(config: Mapping[str, Any] | None, store: TensorStore) -> Method |
         raise CheckpointError(f"{store.path}: quantization_config has no quant_method; one of {', '.join(METHODS)}")
     if name not in METHODS:
         raise CheckpointError(
-            f"{store.path}: quant_method {shown(name)} is unknown; {suggestion(name, METHODS)}. A method of your own "
-            "is added with qcompile.checkpoint.method.register"
+            f"{store.path}: quant_method {shown(name)} is unknown (a method of your own is added with "
+            f"qcompile.checkpoint.method.register); {suggestion(name, METHODS)}"
         )
     return METHODS[name](config, store)

@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a description of a model")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); get it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {shown(content)}, not an object")
     return content

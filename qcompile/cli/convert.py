@@ -21,7 +21,7 @@ import qcompile
 from qcompile.checkpoint.loader import fill, skeleton
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.layers import quantized_layers
-from qcompile.checkpoint.saving.save import fits
+from qcompile.checkpoint.saving.save import check_writable, fits
 from qcompile.checkpoint.saving.shards import parse_size
 from qcompile.checkpoint.source import Source, open_checkpoint
 from qcompile.cli.options import errors_told, float_dtype
@@ -108,6 +108,7 @@ def run(
     if format not in FORMATS:
         raise ConfigError(f"--to {format!r} cannot be written; {suggestion(format, FORMATS)}")
     parse_size(max_shard_size)
+    check_writable(target)
     steps.next(f"reading {source}")
     opened = open_checkpoint(source)
     if opened.config is None:

@@ -34,10 +34,10 @@ RandomOption = Annotated[
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """Turn the user's mistakes into one line on standard error and exit status 1."""
+    """Turn the user's mistakes, and what the system refuses, into one line on standard error and exit status 1."""
     try:
         yield
-    except QCompileError as error:
+    except (QCompileError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 

@@ -26,10 +26,10 @@ from qcompile.checkpoint.imatrix import read_imatrix
 from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
-from qcompile.checkpoint.saving.save import fits, formats_for, layer_like
+from qcompile.checkpoint.saving.save import check_writable, fits, formats_for, layer_like, objection
 from qcompile.cli.options import DeviceOption, choose_device, config_of, errors_told, float_dtype, parse_schemes
 from qcompile.cli.steps import Steps, quiet_imports
-from qcompile.config import AUTO, Auto, QuantConfig, Rule, parse_config
+from qcompile.config import AUTO, Auto, QuantConfig, Rule
 from qcompile.errors import CheckpointError, ConfigError, suggestion
 from qcompile.evaluate.models import load_tokenizer_of
 from qcompile.experts import expert_modules
@@ -37,9 +37,11 @@ from qcompile.linears import linear_modules, shape_of
 from qcompile.methods import parse_method
 from qcompile.presets import ALIASES, PRESETS
 from qcompile.quantize import planned, quantize_waiting, sensitivities_beside
-from qcompile.scheme import Scheme
+from qcompile.scheme import FLOAT_SCALES, Scheme
 
 STEPS = 4
+_FLOAT16_SCALES = ("gptq", "awq", "gguf")
+"""Formats whose scales are float16."""
 
 
 def quantize(
@@ -110,7 +112,7 @@ def quantize(
             listed = [] if candidates is None else parse_schemes([candidates])
             config = auto_configuration(given, methods, listed, None if output is None else format)
         else:
-            config = configuration(scheme, methods)
+            config = configuration(scheme, methods, format)
         if not config.undecided and (given or candidates is not None or write_config is not None):
             raise ConfigError("--bits, --max-bytes, --max-kl, --candidates and --write-config go with --scheme auto")
         with Steps(STEPS + config.undecided) as steps, warnings.catch_warnings():
@@ -149,33 +151,51 @@ class Quantized:
     chosen: Chosen | None = None
 
 
-def configuration(scheme: str, method: Sequence[str]) -> QuantConfig:
+def configuration(scheme: str, method: Sequence[str], format: str = "compressed-tensors") -> QuantConfig:
     """What `--scheme` and `--method` say together.
 
     Args:
-        scheme: a preset (below 8 bits the output head gets 8), or a configuration file, which states methods itself.
+        scheme: a preset (below 8 bits the output head gets 8, or none where `format` has no place for them), or a
+            configuration file, which states methods itself.
         method: names of steps; empty for rounding to nearest.
+        format: to save in; a preset's scales are of the type that it stores.
 
     Raises:
         ConfigError: unknown names, or a method beside a file.
     """
-    if not method:
-        return config_of(scheme)
+    config = config_of(scheme)
     if scheme not in (*PRESETS, *ALIASES):
-        parse_config(scheme)
-        raise ConfigError(f"--method goes with a preset; state the method in {scheme}, in each rule's scheme")
-    chosen = parse_method(list(method))
+        if method:
+            raise ConfigError(f"--method goes with a preset; state the method in {scheme}, in each rule's scheme")
+        return config
+    chosen = parse_method(list(method)) if method else None
     rules = []
-    for rule in config_of(scheme).rules:
-        head = rule.scheme is None or rule.layers != "*"
-        rules.append(rule if head else Rule(layers="*", scheme=replace(_scheme(rule), method=chosen)))
+    for rule in config.rules:
+        if rule.layers != "*":
+            rules.append(replace(rule, scheme=_head(_scheme(rule), format)))
+            continue
+        stored = _stored(_scheme(rule), format)
+        rules.append(replace(rule, scheme=stored if chosen is None else replace(stored, method=chosen)))
     return QuantConfig(tuple(rules))
+
+
+def _stored(scheme: Scheme, format: str) -> Scheme:
+    """A preset's scheme with scales of the type that a format stores, so that they are exact there."""
+    if format not in _FLOAT16_SCALES or scheme.weight.scale_dtype not in FLOAT_SCALES:
+        return scheme
+    return replace(scheme, weight=replace(scheme.weight, scale_dtype="float16"))
+
+
+def _head(scheme: Scheme, format: str) -> Scheme | None:
+    """The scheme of an output head as a format stores it; None, which leaves it as it was, without a place for it."""
+    stored = _stored(scheme, format)
+    return stored if format in formats_for(stored) else None
 
 
 def auto_configuration(
     budget: Mapping[str, float], method: Sequence[str], candidates: Sequence[str], format: str | None
 ) -> QuantConfig:
-    """What `--scheme auto` and its options say together; an output head called `lm_head` gets 8 bits.
+    """What `--scheme auto` and its options say together; an output head called `lm_head` gets 8 bits, or stays.
 
     Args:
         budget: `bits`, `bytes` or `kl`; exactly one.
@@ -193,8 +213,8 @@ def auto_configuration(
     parsed = Auto.from_dict(auto)
     if not candidates and format is not None:
         parsed = replace(parsed, candidates=tuple(s for s in parsed.candidates if format in formats_for(s)))
-    head = Rule(layers="lm_head", scheme=PRESETS["int8_weight_only"], optional=True)
-    return QuantConfig((head, Rule(layers="*", scheme=parsed)))
+    head = _head(PRESETS["int8_weight_only"], format or "compressed-tensors")
+    return QuantConfig((Rule(layers="lm_head", scheme=head, optional=True), Rule(layers="*", scheme=parsed)))
 
 
 def _scheme(rule: Rule) -> Scheme:
@@ -238,8 +258,10 @@ def run(
     """
     if format not in FORMATS:
         raise ConfigError(f"--format {format!r} cannot be written; {suggestion(format, FORMATS)}")
-    if output is not None and output.exists() and any(output.iterdir()):
-        raise CheckpointError(f"{output}: is not empty; name another folder")
+    if output is not None:
+        check_writable(output)
+        if output.exists() and any(output.iterdir()):
+            raise CheckpointError(f"{output}: is not empty; name another folder")
     if config.undecided:
         solver()  # before the model is read
     if config.undecided and calibration is None:
@@ -335,9 +357,10 @@ def check_format(model: nn.Module, schemes: dict[str, Scheme], format: str) -> N
             continue
         known.add((scheme, shape))
         layer = layer_like(name, scheme, shape)
-        if scheme.weight.act_order or fits(layer, format):  # sorted columns are there after the work
+        reason = objection(layer, format)
+        if scheme.weight.act_order or reason is None:  # sorted columns are there after the work
             continue
-        raise refusal(layer, format, "of its scheme or shape", [f for f in FORMATS if fits(layer, f)])
+        raise refusal(layer, format, reason, [f for f in FORMATS if fits(layer, f)])
 
 
 def sequences(source: Path, text: Path, samples: int, length: int) -> list[Tensor]:

@@ -58,11 +58,11 @@ def show(found: Recommendation, model: str, console: Console) -> None:
         f"{found.model.name} on {target.name} ({target.capacity / 1e9:.0f} GB), batch {found.batch}, "
         f"context {found.context}, by {found.prefer}"
     )
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("weights", overflow="fold")
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("weights", overflow="fold", min_width=len("SmoothQuant"))
     table.add_column("KV cache")
-    for name in ("GB: weights", "cache", "activations", "all", "tok/s", "prompt s", "KL", "perplexity x"):
-        table.add_column(name, justify="right")
+    for name in ("GB:\nmodel", "\ncache", "activ-\nations", "\nall", "tok/s", "prompt\ns", "KL", "ppl\nx"):
+        table.add_column(name, justify="right", overflow="fold")
     best = [option for option in found.options if option.score is not None][:SHOWN]
     for option in best or sorted(found.options, key=lambda option: option.memory)[:1]:
         table.add_row(*_cells(option, found.batch), style="bold" if option is found.best else None)

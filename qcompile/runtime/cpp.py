@@ -211,6 +211,10 @@ def open_library(spec: _Spec, kind: Callable[[_Spec, Path], _Kernel], what: str)
         except (subprocess.SubprocessError, OSError) as error:
             failure = error
     said = (getattr(failure, "stderr", None) or str(failure)).strip().splitlines()
-    remedy = "QCOMPILE_CACHE_DIR names another folder" if isinstance(failure, OSError) else "CXX names another compiler"
-    warnings.warn(f"no C++ kernel for {what}: {said[0]}; {remedy}", stacklevel=3)
+    warnings.warn(f"no C++ kernel for {what}: {said[0]}; {remedy(failure)}", stacklevel=3)
     return None
+
+
+def remedy(failure: Exception) -> str:
+    """What to do where a library could not be built or loaded."""
+    return "QCOMPILE_CACHE_DIR names another folder" if isinstance(failure, OSError) else "CXX names another compiler"

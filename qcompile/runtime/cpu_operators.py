@@ -68,12 +68,13 @@ def build() -> Path | None:
     try:
         return cpp.compile_source(operators_source(), (*command, *options, *linked))
     except (subprocess.SubprocessError, OSError) as error:
-        _warn(getattr(error, "stderr", None) or str(error))
+        _warn(getattr(error, "stderr", None) or str(error), cpp.remedy(error))
         return None
 
 
-def _warn(reason: str) -> None:
-    warnings.warn(f"kernels on CPUs are called through Python: {reason.strip().splitlines()[0]}", stacklevel=3)
+def _warn(reason: str, remedy: str) -> None:
+    said = reason.strip().splitlines()[0]
+    warnings.warn(f"kernels on CPUs are called through Python: {said}; {remedy}", stacklevel=3)
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def _library() -> Any:
     try:
         found = ctypes.CDLL(str(path))
     except OSError as error:
-        _warn(str(error))
+        _warn(str(error), cpp.remedy(error))
         return None
     found.add_linear.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Linear))
     found.add_attention.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(_Attend))

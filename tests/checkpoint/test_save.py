@@ -341,7 +341,7 @@ def test_what_a_format_cannot_hold_is_refused(scheme, changes, format, words, tm
     ]
     model = qcompile.quantize_(llama(num_hidden_layers=1), {"rules": rules}, progress=False)
     with pytest.raises(CheckpointError) as error:
-        qcompile.save(model, tmp_path, format)
+        qcompile.save(model, tmp_path / "new", format)
     for word in ["model.layers.0.mlp.up_proj", *words]:
         assert word in str(error.value), word
     assert list(tmp_path.iterdir()) == []

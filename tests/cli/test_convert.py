@@ -50,7 +50,7 @@ def test_codes_stay(format, tmp_path):
 def test_rounding_is_refused_and_then_told(tmp_path):
     qcompile.save(quantized("int8_weight_only", num_hidden_layers=1), tmp_path / "a")
     result = run(tmp_path / "a", tmp_path / "b", "--to", "gptq")
-    refused(result, tmp_path / "b", "not exact in float16", "allow_rounding", "compressed-tensors")
+    refused(result, tmp_path / "b", "not exact in float16", "allow_rounding", "--allow-rounding", "compressed-tensors")
     result = run(tmp_path / "a", tmp_path / "b", "--to", "gptq", "--allow-rounding")
     assert result.exit_code == 0, result.output
     assert "0 of 7 quantized layers are exact" in result.stdout

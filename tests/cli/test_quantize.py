@@ -76,6 +76,21 @@ def test_methods(method, source, text, tmp_path):
     assert agree < 0.5
 
 
+@pytest.mark.parametrize(
+    ("scheme", "format", "head"),
+    [("int4", "gptq", "int8"), ("int4", "awq", None), ("int4", "gguf", "int8"), ("nf4", "bitsandbytes", None)],
+)
+def test_presets_give_what_a_format_stores(scheme, format, head, source, tmp_path):
+    """Scales in its own type, so that nothing is rounded; an output head of 8 bits where it has a place for one."""
+    out = tmp_path / "out"
+    result = run(source, "--output", out, "--scheme", scheme, "--format", format)
+    assert result.exit_code == 0, result.output
+    loaded = qcompile.load(out / "model.gguf" if format == "gguf" else out, dtype=torch.float32, progress=False)
+    assert loaded.model.layers[1].mlp.down_proj.scheme.weight.format.name == ("nf4" if scheme == "nf4" else "int4")
+    found = loaded.lm_head.scheme.weight.format.name if isinstance(loaded.lm_head, QuantizedLinear) else None
+    assert found == head
+
+
 def test_k_types_by_importance(text, tmp_path):
     """To GGUF, and back: super-blocks where they fit, llama.cpp's substitute where they do not."""
     source = saved(tmp_path / "model", num_hidden_layers=1, hidden_size=64, intermediate_size=256)
@@ -124,7 +139,7 @@ def test_what_could_not_be_saved_is_not_lost(source, text, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(qcompile, "save", full)
-        assert run(source, "--output", out, *options).exit_code == 1
+        refused(run(source, "--output", out, *options), "error: No space left on device")
     assert (tmp_path / "out.resume" / "model.layers.1.safetensors").is_file()
     done = []
 
@@ -157,7 +172,11 @@ def test_mistakes(source, text, tmp_path):
     refused(run(source, "--output", out, "--method", "gptq", "--calibration", tmp_path / "empty"), "holds 0 tokens")
     refused(run(source, "--output", out, "--format", "zip"), "cannot be written")
     refused(run(source, "--output", tmp_path, "--scheme", "int4"), "is not empty")
-    refused(run(source, "--output", out, "--scheme", "nf4", "--format", "awq"), "awq cannot hold this layer exactly")
+    refused(run(source, "--output", text), "text.txt: is a file; name a folder")
+    refused(run(source, "--output", text / "out"), "cannot be written to (Not a directory); name another folder")
+    refused(
+        run(source, "--output", out, "--scheme", "nf4", "--format", "awq"), "its weight is nf4, no integer of 4 bits"
+    )
     config = tmp_path / "config.json"
     config.write_text('{"rules": [{"layers": "*", "scheme": {"preset": "int4_asym", "method": "hqq"}}]}')
     refused(run(source, "--output", out, "--scheme", config, "--method", "awq"), "state the method in")

@@ -66,7 +66,8 @@ class Rounding:
         error = float(((held - wanted).abs() / wanted.abs()).nan_to_num(0.0).max())
         if not self.allowed:
             raise Unsavable(
-                f"its {what} are not exact in {name} (relative error up to {error:.1e}; allow_rounding=True rounds)"
+                f"its {what} are not exact in {name} (relative error up to {error:.1e}; allow_rounding=True, or "
+                "--allow-rounding, rounds)"
             )
         self.noted.append(Rounded(layer, what, name, error))
         return stored

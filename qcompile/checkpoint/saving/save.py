@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -84,7 +85,7 @@ def save(
         raise ConfigError(f"format {shown(format)} cannot be written; {suggestion(format, FORMATS)}")
     folder, limit, rounding = Path(folder), parse_size(max_shard_size), Rounding(allow_rounding)
     layers = quantized_layers(model)
-    _check_folder(folder)
+    check_writable(folder)
     with Staging(folder) as staging:
         if format == gguf.NAME:
             _refuse_kv_scales(model, format)
@@ -144,15 +145,20 @@ def holding(layer: Layer) -> list[str]:
     return found
 
 
-def fits(layer: Layer, format: str) -> bool:
-    """Whether a format has a place for a layer of this scheme and shape; its scales may still not be exact there."""
+def objection(layer: Layer, format: str) -> str | None:
+    """Why a format has no place for a layer of this scheme and shape; None if it has, perhaps with rounded scales."""
     if format != gguf.NAME:
-        return TARGETS[format]([layer]).objection(layer) is None
+        return TARGETS[format]([layer]).objection(layer)
     try:
         block_type(layer)
-    except Unsavable:
-        return False
-    return True
+    except Unsavable as error:
+        return str(error)
+    return None
+
+
+def fits(layer: Layer, format: str) -> bool:
+    """Whether a format has a place for a layer; see `objection`."""
+    return objection(layer, format) is None
 
 
 def layer_like(name: str, scheme: Scheme, shape: tuple[int, int]) -> Layer:
@@ -292,9 +298,19 @@ class _Names:
         return renamed.removesuffix(".weight")
 
 
-def _check_folder(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that a checkpoint cannot be written to.
+
+    Raises:
+        CheckpointError: it is a file, holds a checkpoint already, or does not take files.
+    """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is a file; name a folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written to ({error.strerror}); name another folder") from None
     found = [path.name for pattern in ("*.safetensors", "*.gguf", "*.index.json") for path in folder.glob(pattern)]
     if found:
         raise CheckpointError(f"{folder}: holds {found[0]} already; name another folder, or empty this one")

@@ -42,6 +42,7 @@ class Staging:
         self._staged: dict[str, Path] = {}
 
     def __enter__(self) -> Staging:
+        self._new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -50,6 +51,8 @@ class Staging:
     ) -> None:
         for path in self._staged.values():
             path.unlink(missing_ok=True)
+        if error is not None and self._new and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def path(self, name: str) -> Path:
         """Where to write what will be called `name`."""
