@@ -1,4 +1,4 @@
-"""The only place for symbols of torch that are not public. Each says what it relies on; seen in torch 2.11 to 2.13."""
+"""The only place for symbols of torch that are not public. Each says what it relies on; seen in torch 2.11 to 2.15."""
 
 from __future__ import annotations
 
