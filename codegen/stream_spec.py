@@ -14,9 +14,9 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 @functools.cache
 def has_gluon() -> bool:
-    """Whether a Triton is installed whose Gluon, an experimental language, is as the template in it was tried with."""
+    """Whether a Triton is installed whose Gluon, an experimental language, the templates in it were compiled by."""
     try:
-        return importlib.metadata.version("triton").startswith(("3.6.", "3.7."))
+        return importlib.metadata.version("triton").startswith(("3.6.", "3.7.", "3.8.", "3.9."))
     except importlib.metadata.PackageNotFoundError:
         return False
 
@@ -61,7 +61,7 @@ def stream_objection(spec: KernelSpec) -> str | None:
     if spec.target != "sm_90":
         return "it is for Hopper's tensor cores"
     if not has_gluon():
-        return "it is in Triton's experimental language Gluon, as versions 3.6 and 3.7 have it"
+        return "it is in Triton's experimental language Gluon, as versions 3.6 to 3.9 have it"
     if spec.template not in STREAM_TEMPLATES:
         return "its weights are one linear's"
     if spec.paired or (spec.gated and spec.n % 128):

@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
+    tma,  # noqa: F401  (by load_block)
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -98,6 +98,7 @@ from qcompile.codegen.templates.stream_tiles import (
     WIDTH_N,
     begin,
     finish,
+    load_block,
     place_of,
     send_next,
     steps_of_program,
@@ -261,30 +262,30 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
         for plane in gl.static_range(PLANES):
             into = plane_rings[plane].index(stage).slice(half * PART, PART, 0)
             place = [row, 2 * step, FIRSTS[plane], 0]
-            tma.async_copy_global_to_shared(planes[plane], place, full.index(stage), into, pred=there)
+            load_block(planes[plane], place, full.index(stage), into, pred=there)
         if GROUPED:
             into = scale_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(scale, [row, group, 0], full.index(stage), into, pred=there)
+            load_block(scale, [row, group, 0], full.index(stage), into, pred=there)
         if GROUPED and not SYMMETRIC:
             into = zero_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(zero_point, [row, group, 0], full.index(stage), into, pred=there)
+            load_block(zero_point, [row, group, 0], full.index(stage), into, pred=there)
         if SUPERS:
             into = above_ring.index(stage).slice(half * PART, PART, 0)
             place = [row, step * 128 // SUPER_COLUMNS, 0]
-            tma.async_copy_global_to_shared(above, place, full.index(stage), into, pred=there)
+            load_block(above, place, full.index(stage), into, pred=there)
             if OFFSET:
                 into = above_offset_ring.index(stage).slice(half * PART, PART, 0)
-                tma.async_copy_global_to_shared(above_offset, place, full.index(stage), into, pred=there)
+                load_block(above_offset, place, full.index(stage), into, pred=there)
         if OFFSET:
             into = offset_ring.index(stage).slice(half * PART, PART, 0)
-            tma.async_copy_global_to_shared(offset, [row, group, 0], full.index(stage), into, pred=there)
+            load_block(offset, [row, group, 0], full.index(stage), into, pred=there)
 
 
 @gluon.jit
 def send_x(inputs, ring, first_m, step, stage, there):
     """Begin to copy a step's columns of x to a stage."""
     full, _, xs = ring[:3]
-    tma.async_copy_global_to_shared(inputs[0], [first_m, step * 128], full.index(stage), xs.index(stage), pred=there)
+    load_block(inputs[0], [first_m, step * 128], full.index(stage), xs.index(stage), pred=there)
 
 
 @gluon.jit

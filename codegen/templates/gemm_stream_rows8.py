@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
+    tma,  # noqa: F401  (by load_block)
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -47,6 +47,7 @@ from qcompile.codegen.templates.stream_tiles import (
     WIDTH_N,
     begin,
     finish,
+    load_block,
     place_of,
     send_next,
     steps_of_program,
@@ -76,14 +77,14 @@ def send_weights(inputs, ring, tile_n, step, stage, there):
     for half in gl.static_range(HALVES):
         into = codes.index(stage).slice(half * PART, PART, 0)
         place = [64 * tile_n + half * WIDTH_N, step * 128]
-        tma.async_copy_global_to_shared(inputs[1], place, full.index(stage), into, pred=there)
+        load_block(inputs[1], place, full.index(stage), into, pred=there)
 
 
 @gluon.jit
 def send_x(inputs, ring, first_m, step, stage, there):
     """Begin to copy a step's columns of x to a stage."""
     full, _, xs, _ = ring
-    tma.async_copy_global_to_shared(inputs[0], [first_m, step * 128], full.index(stage), xs.index(stage), pred=there)
+    load_block(inputs[0], [first_m, step * 128], full.index(stage), xs.index(stage), pred=there)
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 N = tl.constexpr(256)
 K = tl.constexpr(256)
@@ -56,6 +56,8 @@ HALVES = tl.constexpr(2 if GATED.value else 1)
 WIDTH_N = N // HALVES
 TILES_N = (WIDTH_N + 64 * ROWS // HALVES - 1) // (64 * ROWS // HALVES)
 """Programs' tiles across the output."""
+load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+"""As it is called from Triton 3.8 on, and was before."""
 BAND = tl.constexpr(2048 // BLOCK_M.value)
 """Tiles of M that come before the next of N: programs at work share weights and x in the L2 cache."""
 AHEAD = STAGES - 1
