@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,12 @@ class LayerReport:
     of_limit: float | None = None
     note: str = ""
 
+    def _lines(self) -> list[str]:
+        """What becomes of the layer."""
+        done = [self.scheme or "as it is", self.kernel, ", ".join(self.epilogue)]
+        chosen = f" (chosen by {self.origin})" if self.origin else ""
+        return [", ".join(part for part in done if part) + chosen, *([self.note] if self.note else [])]
+
     def _time(self) -> str:
         """The measured time, or else the predicted one, which is marked."""
         if self.measured_us is not None:
@@ -68,15 +75,58 @@ class LayerReport:
         return "" if self.predicted_us is None else f"~{self.predicted_us:.1f}"
 
 
+def _bytes(layer: LayerReport) -> str:
+    """Of one layer's weight in KB, before and after."""
+    counts = [count for count in (layer.bytes_before, layer.bytes_after) if count is not None]
+    return " > ".join(f"{count / 1024:.0f}" for count in counts)
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _alike(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
+    """Layers of blocks that differ in nothing but the block's number and the weight's error, together."""
+    found: dict[LayerReport, list[LayerReport]] = {}
+    for layer in layers:
+        parts = [_NUMBER.sub("", part, count=1) for part in layer.name.split(" + ")]
+        found.setdefault(replace(layer, name=" + ".join(parts), sqnr_db=None), []).append(layer)
+    return list(found.values())
+
+
+def _name_of(layers: Sequence[LayerReport]) -> str:
+    """One name for layers alike: `model.layers.0-29.self_attn.q_proj + k_proj`."""
+    first, *others = layers[0].name.split(" + ")
+    block = first.rpartition(".")[0] + "."
+    name = " + ".join([first, *(other.removeprefix(block) for other in others)])
+    if len(layers) == 1:
+        return name
+    runs: list[list[int]] = []
+    for number in sorted(int(found[0]) for layer in layers if (found := _NUMBER.search(layer.name))):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    numbers = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return _NUMBER.sub(numbers, name, count=1)
+
+
+def _range(values: Sequence[float | None]) -> str:
+    there = [f"{value:.1f}" for value in values if value is not None]
+    if not there:
+        return ""
+    low, high = min(there, key=float), max(there, key=float)
+    return low if low == high else f"{low}..{high}"
 
 
 @dataclass(frozen=True)
 class Explanation:
     """The layers in the order of the graph, and what passes declined to do, with their reasons.
 
-    `print` shows a table; `to_json` gives all of it.
+    `print` shows a table, with one row for layers of blocks that differ in their number; `to_json` gives all of it.
 
     Attributes:
         attention: the attentions that read a quantized KV cache directly.
@@ -106,28 +156,26 @@ class Explanation:
         return capture.get()
 
     def __rich__(self) -> Any:
+        from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
-        timed = any(layer.origin for layer in self.layers)
-        table = Table(title=f"{len(self.layers)} layers in {self.graphs} graph{'s' if self.graphs != 1 else ''}")
-        for title, justify in (
-            ("layer", "left"), ("N x K", "right"), ("scheme", "left"), ("kernel", "left"), ("KB before", "right"),
-            ("after", "right"), ("SQNR dB", "right"), ("fused", "left"),
-            *((("chosen by", "left"), ("us", "right"), ("of limit", "right")) if timed else ()), ("note", "left"),
-        ):  # fmt: skip
-            table.add_column(title, justify=justify, overflow="fold")
-        for layer in self.layers:
+        rows = _alike(self.layers)
+        several, timed = any(len(row) > 1 for row in rows), any(layer.origin for layer in self.layers)
+        title = f"{len(self.layers)} layers in {self.graphs} graph{'s' if self.graphs != 1 else ''}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("layer, its kernel", overflow="fold")
+        for name in (*["layers"] * several, "N x K", "KB", "SQNR dB", *["us", "of limit"] * timed):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            layer = row[0]
             table.add_row(
-                layer.name,
+                escape("\n".join([_name_of(row), *(f"  {line}" for line in layer._lines())])),
+                *[str(len(row))] * several,
                 "" if layer.shape is None else f"{layer.shape[0]} x {layer.shape[1]}",
-                layer.scheme or "as it is",
-                layer.kernel or "",
-                "" if layer.bytes_before is None else f"{layer.bytes_before / 1024:.0f}",
-                "" if layer.bytes_after is None else f"{layer.bytes_after / 1024:.0f}",
-                "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
-                ", ".join(layer.epilogue),
-                *([layer.origin, layer._time(), _percent(layer.of_limit)] if timed else []),
-                layer.note,
+                _bytes(layer),
+                _range([layer.sqnr_db for layer in row]),
+                *([layer._time(), _percent(layer.of_limit)] if timed else []),
             )
         table.caption = self._attention() or None
         return table

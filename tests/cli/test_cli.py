@@ -121,7 +121,8 @@ def test_explain(tiny):
 def test_explain_table(tiny):
     result = run("explain", "--random", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "scheme" in result.stdout
+    assert "down_proj" in result.stdout
+    assert "int4" in result.stdout
 
 
 def test_schemes_lists_every_preset():
