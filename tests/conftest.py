@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 _LENIENT = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None, suppress_health_check=_LENIENT)
+settings.register_profile("ci", max_examples=20, derandomize=True, deadline=None, suppress_health_check=_LENIENT)
 settings.register_profile("dev", max_examples=500, deadline=None, suppress_health_check=_LENIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

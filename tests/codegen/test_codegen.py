@@ -281,12 +281,11 @@ def _store_and_read(folder: Path) -> None:
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 SHIPPED = {
-    **dict.fromkeys(
-        ["int4", "int4_asym", "int3", "fp8_weight_only", "int4_fp8", "int8", "fp8", "fp8_block"], (16, 4096)
-    ),
-    **dict.fromkeys(["nf4", "nvfp4", "mxfp8", "q6_k", "q2_k", "q3_k", "q5_k"], (16,)),
+    **dict.fromkeys(["int4", "int4_fp8", "int8", "fp8", "fp8_block"], (16, 4096)),
+    **dict.fromkeys(["int4_asym", "int3", "fp8_weight_only", "nf4", "nvfp4", "mxfp8"], (16,)),
+    **dict.fromkeys(["q6_k", "q2_k", "q3_k", "q5_k"], (16,)),
     "mxfp4": (64,),
-    "q4_k": (1, 16, 32, 64),
+    "q4_k": (16, 64),
     "iq4_xs": (4096,),
     "int4_24": (16, 4096),
     "int8_24": (64,),
@@ -333,7 +332,7 @@ def test_cross_compiled_kernels_with_gates_do_not_spill(target: str) -> None:
         assert found["mma"], f"no matrix instruction in {kernel}"
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 def test_sparse_tensor_cores_get_what_each_thread_has(target: str) -> None:
     """The fastest by the model of some cuts; no spills in loops, and element i of each operand is in thread i."""
     kernels = []
@@ -364,7 +363,7 @@ def test_shared_memory_of_sparse_weights_is_no_more_than_estimated() -> None:
         assert found["shared"] <= shared_bytes(kernel), (kernel, found)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 def test_warps_that_multiply_for_themselves_do_not_exchange_weights(target: str) -> None:
     kernels = []
     names = ("int4", "nf4", "mxfp4", "nvfp4", "q4_k", "int3", "int5", "int6", "q2_k", "q3_k", "q6_k")
@@ -406,11 +405,11 @@ def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:
 
 
 def test_kernels_of_the_shipped_table_do_not_spill() -> None:
-    """A sixth of them, by the hash of what they are: all take nine minutes to compile."""
+    """An eighth of them, by the hash of what they are: all take nine minutes to compile."""
     every = shipped_kernels("nvidia-h100")
     assert len(every) > 60
-    kernels = [kernel for name, kernel in every.items() if zlib.crc32(name.encode()) % 6 == 0]
-    assert len(kernels) > len(every) // 10
+    kernels = [kernel for name, kernel in every.items() if zlib.crc32(name.encode()) % 8 == 0]
+    assert len(kernels) > len(every) // 12
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, (kernel, found)
         assert found["spills"] == 0, (kernel, found)
