@@ -355,11 +355,10 @@ BY_WORDS = [
     *("int4", "int4_asym", "int8_weight_only", "int8", "int4_24", "int8_24"),
     *("nf4", "mxfp4", "nvfp4", "fp8_weight_only"),
 ]
-OF_EACH_KIND = ("int4", "int4_asym", "int8", "nf4", "nvfp4", "fp8_weight_only", "int4_24", "int3")
 EPILOGUES = {
     (): [*BY_WORDS, "int3", "int7", "q5_0", "q6_k", "q4_k"],
-    ("silu(a)*b",): [*OF_EACH_KIND, "q4_k"],
-    ("bias", "silu", "mul", "add"): [*OF_EACH_KIND, "q4_k"],
+    ("bias", "silu(a)*b", "add"): ["int4", "int8", "nf4", "int4_24", "q4_k"],
+    ("bias", "silu", "mul", "add"): ["int4_asym", "nvfp4", "fp8_weight_only", "int3"],
 }
 """Steps, and the presets that are compiled with them; decoders of whole fields are alike but for their bits."""
 SPILLED = 4 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 0
