@@ -42,6 +42,11 @@ def test_blocks_alike_have_one_row() -> None:
     assert "int4, gemv, silu" in [line.strip() for line in lines]
 
 
+def test_a_layer_in_several_graphs_is_named_once() -> None:
+    lines = rows(table(*block(0), *block(1), *block(0), *block(1)))
+    assert lines[0] == "model.layers.0-1.self_attn.q_proj + k_proj + v_proj 4 384 x 256 192 > 54 20.0"
+
+
 def test_layers_that_differ_have_rows_of_their_own() -> None:
     lines = table(*block(0), LayerReport("head", (9, 256), "int8", "gemv", 9216, 5120, 40.0, note="kept [by hand]"))
     assert rows(lines)[-1] == "head 9 x 256 9 > 5 40.0"

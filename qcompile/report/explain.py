@@ -105,7 +105,7 @@ def _name_of(layers: Sequence[LayerReport]) -> str:
     if len(layers) == 1:
         return name
     runs: list[list[int]] = []
-    for number in sorted(int(found[0]) for layer in layers if (found := _NUMBER.search(layer.name))):
+    for number in sorted({int(found[0]) for layer in layers if (found := _NUMBER.search(layer.name))}):
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
