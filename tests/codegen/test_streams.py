@@ -361,11 +361,19 @@ EPILOGUES = {
     ("bias", "silu", "mul", "add"): ["int4_asym", "nvfp4", "fp8_weight_only", "int3"],
 }
 """Steps, and the presets that are compiled with them; decoders of whole fields are alike but for their bits."""
-SPILLED = 4 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 0
-"""Bytes, before the loop: of int8_24."""
 
 
-@pytest.mark.parametrize(("name", "steps"), [(n, steps) for steps, names in EPILOGUES.items() for n in names], ids=str)
+SPILLS = pytest.mark.xfail(
+    tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9), reason="Triton 3.9 spills a word before the loop"
+)
+CASES = [
+    pytest.param(name, steps, id=f"{name}-{steps}", marks=SPILLS if (name, steps) == ("int8_24", ()) else ())
+    for steps, names in EPILOGUES.items()
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("name", "steps"), CASES)
 def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
     """Weights are decoded while the product before is under way; nothing in the loop spills.
 
@@ -376,7 +384,7 @@ def test_machine_code(name: str, steps: tuple[str, ...]) -> None:
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, found
         assert found["looped"] == 0, (kernel.tile, found)
-        assert steps or found["spills"] <= SPILLED, (kernel.tile, found)
+        assert steps or found["spills"] == 0, (kernel.tile, found)
         assert found["shared"] <= min(shared_bytes(kernel), device_of("sm_90").shared), (kernel.tile, found)
         tiles = kernel.tile.n // 128
         a_group = f"m{tiles}0" if name == "int8" else ("d0m" if name == "nf4" else "dm1") * (2 * tiles) + "0"
