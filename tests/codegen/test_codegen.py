@@ -405,11 +405,11 @@ def shipped_kernels(gpu_name: str) -> dict[str, KernelSpec]:
 
 
 def test_kernels_of_the_shipped_table_do_not_spill() -> None:
-    """An eighth of them, by the hash of what they are: all take nine minutes to compile."""
+    """A ninth of them, by the hash of what they are: all take nine minutes to compile."""
     every = shipped_kernels("nvidia-h100")
     assert len(every) > 60
-    kernels = [kernel for name, kernel in every.items() if zlib.crc32(name.encode()) % 8 == 0]
-    assert len(kernels) > len(every) // 12
+    kernels = [kernel for name, kernel in every.items() if zlib.crc32(name.encode()) % 9 == 0]
+    assert len(kernels) > len(every) // 10
     for kernel, found in zip(kernels, measure(kernels), strict=True):
         assert "error" not in found, (kernel, found)
         assert found["spills"] == 0, (kernel, found)
