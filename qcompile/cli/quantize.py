@@ -26,7 +26,7 @@ from qcompile.checkpoint.imatrix import read_imatrix
 from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
-from qcompile.checkpoint.saving.save import check_writable, fits, formats_for, layer_like, objection
+from qcompile.checkpoint.saving.save import check_writable, fits, formats_for, layer_like, objection, with_stored_scales
 from qcompile.cli.options import DeviceOption, choose_device, config_of, errors_told, float_dtype, parse_schemes
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import AUTO, Auto, QuantConfig, Rule
@@ -37,11 +37,9 @@ from qcompile.linears import linear_modules, shape_of
 from qcompile.methods import parse_method
 from qcompile.presets import ALIASES, PRESETS
 from qcompile.quantize import planned, quantize_waiting, sensitivities_beside
-from qcompile.scheme import FLOAT_SCALES, Scheme
+from qcompile.scheme import Scheme
 
 STEPS = 4
-_FLOAT16_SCALES = ("gptq", "awq", "gguf")
-"""Formats whose scales are float16."""
 
 
 def quantize(
@@ -174,21 +172,14 @@ def configuration(scheme: str, method: Sequence[str], format: str = "compressed-
         if rule.layers != "*":
             rules.append(replace(rule, scheme=_head(_scheme(rule), format)))
             continue
-        stored = _stored(_scheme(rule), format)
+        stored = with_stored_scales(_scheme(rule), format)
         rules.append(replace(rule, scheme=stored if chosen is None else replace(stored, method=chosen)))
     return QuantConfig(tuple(rules))
 
 
-def _stored(scheme: Scheme, format: str) -> Scheme:
-    """A preset's scheme with scales of the type that a format stores, so that they are exact there."""
-    if format not in _FLOAT16_SCALES or scheme.weight.scale_dtype not in FLOAT_SCALES:
-        return scheme
-    return replace(scheme, weight=replace(scheme.weight, scale_dtype="float16"))
-
-
 def _head(scheme: Scheme, format: str) -> Scheme | None:
     """The scheme of an output head as a format stores it; None, which leaves it as it was, without a place for it."""
-    stored = _stored(scheme, format)
+    stored = with_stored_scales(scheme, format)
     return stored if format in formats_for(stored) else None
 
 

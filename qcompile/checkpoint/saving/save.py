@@ -33,7 +33,7 @@ from qcompile.errors import CheckpointError, ConfigError, shown, suggestion
 from qcompile.methods import ROUND
 from qcompile.modules import PackedModule, QuantizedLinear
 from qcompile.reference import quantize_weight
-from qcompile.scheme import Scheme
+from qcompile.scheme import FLOAT_SCALES, Scheme
 
 TARGETS: dict[str, type[Target]] = {target.name: target for target in (CompressedTensors, GPTQ, AWQ, BitsAndBytes)}
 FORMATS = (*TARGETS, gguf.NAME)
@@ -159,6 +159,17 @@ def objection(layer: Layer, format: str) -> str | None:
 def fits(layer: Layer, format: str) -> bool:
     """Whether a format has a place for a layer; see `objection`."""
     return objection(layer, format) is None
+
+
+_FLOAT16_SCALES = ("gptq", "awq", gguf.NAME)
+"""Formats whose scales are float16."""
+
+
+def with_stored_scales(scheme: Scheme, format: str) -> Scheme:
+    """A scheme with scales of the type that a format stores, so that they are exact there."""
+    if format not in _FLOAT16_SCALES or scheme.weight.scale_dtype not in FLOAT_SCALES:
+        return scheme
+    return replace(scheme, weight=replace(scheme.weight, scale_dtype="float16"))
 
 
 def layer_like(name: str, scheme: Scheme, shape: tuple[int, int]) -> Layer:
