@@ -44,7 +44,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qcompile
 from qcompile.evaluate import timing
-from qcompile.exchange import LARGEST
+from qcompile.norm_spec import LARGEST
 from qcompile.parallel import place_in
 from qcompile.parts import PARTS, Place
 
