@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import qcompile
 from qcompile.presets import PRESETS
+from tests.kernels.test_norms import LLAMA, inputs
 from tests.parallel import work
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_parts import ordered, quantized
@@ -40,6 +42,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     found.close()
 
 
+NORMS = {
+    "norm": replace(LLAMA, k=4096, columns=4096, number="", keep_norm=True),
+    "codes by groups": replace(LLAMA, k=2048),
+    "codes by rows": replace(LLAMA, k=2880, columns=2880, number="int8"),
+}
 FAMILIES = ("int4_asym", "int8", "fp8_static", "fp8_block", "nvfp4", "q4_k", "int4_24")
 OTHERS = tuple(name for name in PRESETS if name not in FAMILIES)
 
@@ -112,12 +119,29 @@ def test_inputs_have_scales_of_their_part(ranks: Ranks, name: str, tmp_path: Pat
         assert sqnr(expected["logits"], first["logits"]) >= floor
 
 
-@pytest.mark.parametrize("count", [8, 100, 4096, 1 << 17, (1 << 17) + 8])
-def test_sums(ranks: Ranks, count: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (1, 4096), (2, 8, 2880), (33, 4096), (1 << 17,), (3, 101)], ids=str)
+def test_sums(ranks: Ranks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Within the memory that GPUs share and beyond it, of different sizes one after the other."""
-    x = torch.randn(2, count).to(torch.bfloat16)
+    x = torch.randn(2, *shape).to(dtype)
     for found in ranks.call(work.sums, x):
-        assert torch.equal(found, (x[0] + x[1]).expand(20, -1))
+        assert torch.equal(found, (x[0] + x[1]).expand(20, *shape))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32, 100])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_sums(ranks: Ranks, name: str, rows: int) -> None:
+    """What the kernel makes of the sum on one GPU; of 100 rows the sum is NCCL's."""
+    norm = NORMS[name]
+    x, *rest = inputs(norm, rows, torch.bfloat16)
+    assert x is not None
+    xs = torch.stack([x, torch.randn_like(x)])
+    given = [None if tensor is None else tensor.to(GPU) for tensor in (xs[0] + xs[1], *rest)]
+    wanted = torch.ops.qcompile.norm_quantize(*given, norm.encode())
+    for found in ranks.call(work.norms, norm, xs, rest):
+        for call in found:
+            for one, other in zip(call, wanted, strict=True):
+                assert torch.equal(one.float(), other.cpu().float())
 
 
 def test_loading_takes_half(ranks: Ranks, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,15 @@ def sums(mesh: DeviceMesh, x: Tensor) -> Tensor:
         assert bool((place.add_up(other) == place.size).all())
         found.append(place.add_up(own))
     return torch.stack(found).cpu()
+
+
+def norms(mesh: DeviceMesh, norm: NormSpec, x: Tensor, rest: list[Tensor | None]) -> list[list[Tensor]]:
+    """20 times a norm of the sum of x [size, ..., K], of which each process has one."""
+    place, device = place_in(mesh), device_of(mesh)
+    given = [None if tensor is None else tensor.to(device) for tensor in (x[place.rank], *rest)]
+    text = replace(norm, group=place.group).encode()
+    calls = [torch.ops.qcompile.norm_quantize(*given, text) for _ in range(20)]
+    return [[tensor.cpu() for tensor in call] for call in calls]
 
 
 def exchanged(
