@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py [--only int4,fp8,bf16] [--batch 1,16] [--layers 32]
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --toy     two small layers on CPUs, to see that it works
 
-Sums of bfloat16 are timed in a CUDA graph of 64, one after the other: by NCCL, and "direct", by one kernel that reads
-other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same` are those of `decode.py`;
+Sums of rows of 4,096 in bfloat16 are timed in a CUDA graph of 64, one after the other: by NCCL, and "direct", by one
+kernel that writes into other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same` are those of `decode.py`;
 what is measured is the first process, which waits for others at each sum. `collective_us` is what sums and joins take,
 waiting included. With `--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all
 sums to NCCL. Rows go into `<out>/<machine>-x<processes>.parallel.json`.
@@ -78,7 +78,7 @@ def time_sums(place: Place, device: str) -> list[Row]:
     """Microseconds of a sum, by each way."""
     rows = []
     for size in SIZES:
-        x = torch.full((size // 2,), place.rank + 1.0, device=device, dtype=torch.bfloat16)
+        x = torch.full((size // 8192, 4096), place.rank + 1.0, device=device, dtype=torch.bfloat16)
         for direct in (False, True) if place.direct and size <= LARGEST else (False,):
             add_up = dataclasses.replace(place, direct=direct).add_up
             stream = torch.cuda.Stream()

@@ -155,7 +155,7 @@ def added(x, mine, peers, calls, rank):
     return total.to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def kernel(x, residual, weight, bias, codes, scale, sum, norm, mine, peers, calls, rank):
     """Grid: (M,). Pointers that the constants make needless are not used.
 
