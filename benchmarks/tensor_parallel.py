@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --toy     two small layers on CPUs, to see that it works
 
 Sums of rows of 4,096 in bfloat16 are timed in a CUDA graph of 64, one after the other: by NCCL, and "direct", by one
-kernel that writes into other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same` are those of `decode.py`;
-what is measured is the first process, which waits for others at each sum. `collective_us` is what sums and joins take,
-waiting included. With `--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all
-sums to NCCL. Rows go into `<out>/<machine>-x<processes>.parallel.json`.
+kernel that writes into other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same`
+are those of `decode.py`; what is measured is the first process, which waits for others at each sum. `collective_us` is
+what sums (with the norms that are part of them) and joins take, waiting included. With `--nproc-per-node 1` nothing is
+divided, so that both are of one machine; `--nccl` leaves all sums to NCCL. Rows go into
+`<out>/<machine>-x<processes>.parallel.json`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def measure(model: Any, job: Job, batch: int, mode: str, options: argparse.Names
         step_us = captured.time(options.tokens)
         prompted.rewind()
         kernels = kernels_of(captured.replay, device)
-        sums = [kernel for kernel in kernels if re.search("AllReduce|AllGather|all_reduce", kernel["name"])]
+        sums = [kernel for kernel in kernels if re.search("AllReduce|AllGather|norm_quantize", kernel["name"])]
         row["collective_us"] = round(sum(kernel["us"] for kernel in sums), 1)
         row["collectives"] = sum(kernel["count"] for kernel in sums)
     else:
