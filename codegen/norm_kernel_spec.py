@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from qcompile.codegen.spec import launches_early
 from qcompile.formats import FORMATS, IntegerFormat
-from qcompile.norm_spec import LARGEST, NormSpec, decode_norm
+from qcompile.norm_spec import NormSpec, decode_norm, largest_sum
 from qcompile.powers import power_above
 
 NORM_TEMPLATE = "norm_quantize"
@@ -61,7 +61,7 @@ class NormKernelSpec:
             "KEEP_SUM": norm.keep_sum,
             "KEEP_NORM": norm.keep_norm,
             "PARTS": self.parts,
-            "SHARE": LARGEST // 4,
+            "SHARE": largest_sum(self.parts) // 4,
             "QUANTIZED": fmt is not None,
             "ABSMAX": fmt.absmax if fmt else 1.0,
             "INTEGER": isinstance(fmt, IntegerFormat),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile import compat, norms
-from qcompile.norm_spec import LARGEST, NormSpec
+from qcompile.norm_spec import NormSpec, largest_sum
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def share(group: Any, device: torch.device) -> bool:
     """Let the GPUs of a process group write each other's memory, which all of them call; whether they can."""
     name = str(group.group_name)
     if name not in _SHARED or _SHARED[name][0] is not group:
+        words = 2 * group.size() * largest_sum(group.size()) // 4
         try:
-            own, peers = compat.shared_memory(group, 2 * group.size() * LARGEST // 4, torch.int64, device)
+            own, peers = compat.shared_memory(group, words, torch.int64, device)
         except (RuntimeError, AttributeError) as error:
             warnings.warn(f"the GPUs do not write each other's memory, and add by NCCL: {error}", stacklevel=2)
             return False

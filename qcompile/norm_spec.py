@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from qcompile import spec_text
 from qcompile.fingerprint import fingerprint
 from qcompile.formats import get_format
+from qcompile.powers import power_above
 from qcompile.scheme import WHOLE, ActivationScheme, Granularity
 
-LARGEST = 1 << 18
-"""Bytes of rows that GPUs add in the kernel of a norm; of more, NCCL sends each fewer times."""
+
+def largest_sum(parts: int) -> int:
+    """Bytes of rows that so many GPUs add in the kernel of a norm; of more, NCCL sends each fewer times."""
+    return (4 << 20) // power_above(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,10 +111,12 @@ def quantize(result, codes, scale, row, place, there):
 def values_of(words, dtype: tl.constexpr):
     """The float32 values of words of 4 bytes, one or two in each."""
     if dtype == tl.float32:
-        return words.to(tl.float32, bitcast=True)
-    low = words.to(tl.uint16).to(dtype, bitcast=True)
-    high = (words >> 16).to(tl.uint16).to(dtype, bitcast=True)
-    return tl.interleave(low, high).to(tl.float32)
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.uint16).to(dtype, bitcast=True)
+        high = (words >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        values = tl.interleave(low, high).to(tl.float32)
+    return values
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from qcompile import compat, exchange
 from qcompile.codegen.norm_kernel_spec import WIDEST, NormKernelSpec, held_columns, norm_kernel_spec
 from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
 from qcompile.exchange import Shared
-from qcompile.norm_spec import LARGEST, NormSpec, decode_norm
+from qcompile.norm_spec import NormSpec, decode_norm, largest_sum
 from qcompile.norms import results
 from qcompile.runtime import cache, launcher
 from qcompile.runtime.gpu import stores, target_of
@@ -37,11 +37,9 @@ def norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: NormSpec
 ) -> list[Tensor]:
     """See `qcompile.norms.plain`."""
-    shared = None
-    if norm.group and x.nbytes > LARGEST:
-        x, norm = compat.all_reduce(x.contiguous(), norm.group), replace(norm, group="")
-    elif norm.group:
-        shared = exchange.shared(norm.group)
+    shared = exchange.shared(norm.group) if norm.group else None
+    if shared and x.nbytes > largest_sum(shared.size):
+        x, norm, shared = compat.all_reduce(x.contiguous(), norm.group), replace(norm, group=""), None
     kernel = norm_kernel_spec(norm, dtype_name(x.dtype), target_of(x.device), shared.size if shared else 1)
     # Triton launches on the current device.
     guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qcompile.codegen.norm_kernel_spec import norm_kernel_spec
-from qcompile.norm_spec import LARGEST, NormSpec
+from qcompile.norm_spec import NormSpec, largest_sum
 from tests.cross_compile import measure
 from tests.kernels.test_norms import LLAMA, inputs, kernels_in, run
 from tests.parallel import work
@@ -40,7 +40,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_rows_are_added(ranks: Ranks, name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """In float32, rounded once: what the kernel makes of that sum on one GPU, by calls of different rows and widths."""
-    memories = [torch.zeros(2 * SIZE * LARGEST // 4, dtype=torch.int64).share_memory_() for _ in range(SIZE)]
+    words = 2 * SIZE * largest_sum(SIZE) // 4
+    memories = [torch.zeros(words, dtype=torch.int64).share_memory_() for _ in range(SIZE)]
     calls, expected = [], []
     for count, spec in enumerate([CASES[name], replace(ALONE, k=34, columns=34), CASES[name], CASES[name]]):
         x, *rest = inputs(spec, 1 + count % 3, dtype)
@@ -61,6 +62,7 @@ def test_rows_are_added(ranks: Ranks, name: str, dtype: torch.dtype, tmp_path: P
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_cross_compiled_kernels_spill_nothing(target: str) -> None:
     like = [replace(LLAMA, k=4096, columns=4096, number=number, keep_norm=not number) for number in ("", "int8")]
-    for found in measure([norm_kernel_spec(norm, "bfloat16", target, parts) for norm in like for parts in (2, 8)]):
+    kernels = [norm_kernel_spec(norm, "bfloat16", target, parts) for norm in like for parts in (2, 8)]
+    for found in measure([*kernels, norm_kernel_spec(like[0], "float32", target, 2)]):
         assert "error" not in found, found
         assert found["spills"] == 0, found
