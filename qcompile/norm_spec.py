@@ -14,8 +14,11 @@ from qcompile.scheme import WHOLE, ActivationScheme, Granularity
 
 
 def largest_sum(parts: int) -> int:
-    """Bytes of rows that so many GPUs add in the kernel of a norm; of more, NCCL sends each fewer times."""
-    return (4 << 20) // power_above(parts)
+    """Bytes of rows that so many GPUs add in the kernel of a norm; of more, NCCL sends each fewer times.
+
+    2 MB of two GPUs and 512 KB of four, which take less time than NCCL there (`docs/tensor_parallel.md`).
+    """
+    return (8 << 20) // power_above(parts) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
