@@ -4,11 +4,12 @@
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py [--only int4,fp8,bf16] [--batch 1,16] [--layers 32]
     torchrun --nproc-per-node 2 benchmarks/tensor_parallel.py --toy     two small layers on CPUs, to see that it works
 
-Sums of bfloat16 are timed in a CUDA graph of 64, one after the other: by NCCL, and "direct", by one kernel that reads
-other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same` are those of `decode.py`;
-what is measured is the first process, which waits for others at each sum. `collective_us` is what sums and joins take,
-waiting included. With `--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all
-sums to NCCL. Rows go into `<out>/<machine>-x<processes>.parallel.json`.
+Sums of rows of 4,096 in bfloat16 are timed in a CUDA graph of 64, one after the other: by NCCL, and "direct", by one
+kernel that writes into other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same`
+are those of `decode.py`; what is measured is the first process, which waits for others at each sum. `collectives`
+counts kernels that add, with the norms that are part of them, or join. With `--nproc-per-node 1` nothing is divided, so
+that both are of one machine; `--nccl` leaves all sums to NCCL. Rows go into
+`<out>/<machine>-x<processes>.parallel.json`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qcompile
 from qcompile.evaluate import timing
-from qcompile.exchange import LARGEST
+from qcompile.norm_spec import largest_sum
 from qcompile.parallel import place_in
 from qcompile.parts import PARTS, Place
 
@@ -62,24 +63,23 @@ def measure(model: Any, job: Job, batch: int, mode: str, options: argparse.Names
         step_us = captured.time(options.tokens)
         prompted.rewind()
         kernels = kernels_of(captured.replay, device)
-        sums = [kernel for kernel in kernels if re.search("AllReduce|AllGather|all_reduce", kernel["name"])]
-        row["collective_us"] = round(sum(kernel["us"] for kernel in sums), 1)
+        sums = [kernel for kernel in kernels if re.search("AllReduce|AllGather|norm_quantize", kernel["name"])]
         row["collectives"] = sum(kernel["count"] for kernel in sums)
     else:
         step_us = time_loop(prompted, run, options.tokens, device)
     return row | {"step_us": round(step_us, 1), "tok_s": round(batch * 1e6 / step_us, 1)}
 
 
-SIZES = (1 << 13, 1 << 17, LARGEST, 1 << 20)
-"""Bytes: of one and 16 tokens of 4,096 features, the most that is summed directly, and of 128 tokens."""
+SIZES = (1 << 13, 1 << 17, 1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22)
+"""Bytes: of 1, 16, 32, 64, ... 512 tokens of 4,096 features."""
 
 
 def time_sums(place: Place, device: str) -> list[Row]:
     """Microseconds of a sum, by each way."""
     rows = []
     for size in SIZES:
-        x = torch.full((size // 2,), place.rank + 1.0, device=device, dtype=torch.bfloat16)
-        for direct in (False, True) if place.direct and size <= LARGEST else (False,):
+        x = torch.full((size // 8192, 4096), place.rank + 1.0, device=device, dtype=torch.bfloat16)
+        for direct in (False, True) if place.direct and size <= largest_sum(place.size) else (False,):
             add_up = dataclasses.replace(place, direct=direct).add_up
             stream = torch.cuda.Stream()
             with torch.cuda.stream(stream):

@@ -1,15 +1,15 @@
-"""Everything that decides the source of the kernel that normalizes and quantizes rows, as one value."""
+"""Everything that decides the source of the kernel that adds, normalizes and quantizes rows, as one value."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompile.codegen.spec import launches_early
 from qcompile.formats import FORMATS, IntegerFormat
-from qcompile.norm_spec import NormSpec, decode_norm
+from qcompile.norm_spec import NormSpec, decode_norm, largest_sum
 from qcompile.powers import power_above
 
 NORM_TEMPLATE = "norm_quantize"
@@ -30,21 +30,23 @@ class NormKernelSpec:
     """The kernel for a norm.
 
     Attributes:
-        norm: the encoded `NormSpec`.
+        norm: the encoded `NormSpec`, without the name of its group.
         x_dtype: torch's name of the rows' type.
         target: see `KernelSpec`.
+        parts: processes whose rows are added.
     """
 
     norm: str
     x_dtype: str
     target: str
     tile: NormTile
+    parts: int = 1
     template: str = NORM_TEMPLATE
 
     def constants(self) -> dict[str, object]:
         """Those of the template."""
         norm = decode_norm(self.norm)
-        fmt = FORMATS[norm.number]
+        fmt = FORMATS[norm.number] if norm.number else None
         return {
             "K": norm.k,
             "COLUMNS": norm.columns,
@@ -58,10 +60,13 @@ class NormKernelSpec:
             "RESIDUAL": norm.residual,
             "KEEP_SUM": norm.keep_sum,
             "KEEP_NORM": norm.keep_norm,
-            "ABSMAX": fmt.absmax,
+            "PARTS": self.parts,
+            "SHARE": largest_sum(self.parts) // 4,
+            "QUANTIZED": fmt is not None,
+            "ABSMAX": fmt.absmax if fmt else 1.0,
             "INTEGER": isinstance(fmt, IntegerFormat),
             "POWERS": norm.powers,
-            "ABOVE_ONE": math.frexp(fmt.absmax)[1] - 1,
+            "ABOVE_ONE": math.frexp(fmt.absmax)[1] - 1 if fmt else 0,
             "EARLY_LAUNCH": launches_early(self.target),
         }
 
@@ -75,10 +80,11 @@ def held_columns(norm: NormSpec) -> int:
     return power_above(norm.columns) * power_above(-(-norm.k // norm.columns))
 
 
-def norm_kernel_spec(norm: NormSpec, x_dtype: str, target: str) -> NormKernelSpec:
+def norm_kernel_spec(norm: NormSpec, x_dtype: str, target: str, parts: int = 1) -> NormKernelSpec:
     """The kernel for a norm; a thread holds some 16 elements of the row."""
     warps = min(max(held_columns(norm) // 512, 1), 16)
-    return NormKernelSpec(norm=norm.encode(), x_dtype=x_dtype, target=target, tile=NormTile(warps=warps))
+    text = replace(norm, group="").encode()
+    return NormKernelSpec(norm=text, x_dtype=x_dtype, target=target, tile=NormTile(warps=warps), parts=parts)
 
 
 def decode_norm_kernel_spec(text: str) -> NormKernelSpec:

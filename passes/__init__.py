@@ -6,6 +6,7 @@ from qcompile.passes.annotate import annotate
 from qcompile.passes.context import Decline, GraphContext, Pass, Rewrite
 from qcompile.passes.fuse_epilogue import fuse_epilogue
 from qcompile.passes.fuse_gate import fuse_gate
+from qcompile.passes.fuse_sums import fuse_sums
 from qcompile.passes.merge_counters import merge_counters
 from qcompile.passes.merge_projections import merge_projections
 from qcompile.passes.normalize import normalize
@@ -31,6 +32,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_epilogue,
     store_codes,
     quantize_norms,
+    fuse_sums,
     share_quantization,
     verify,
 )

@@ -209,19 +209,22 @@ def all_gather(x: Tensor, size: int, group: str) -> Tensor:
     return functional.wait_tensor.default(parts).movedim(0, -2).flatten(-2)
 
 
-def shared_memory(size: int, group: str, device: torch.device) -> Tensor:
-    """Bytes of each GPU that all of a group read, which all of them call.
+def shared_memory(group: Any, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """`count` zeros on each GPU of a process group that all of them read and write, which all of them call.
+
+    Returns:
+        This GPU's memory, and that of each, in the order of their ranks.
 
     Raises:
         RuntimeError: they cannot.
-        AttributeError: torch has not the kernel that adds so.
+        AttributeError: this torch has not that.
     """
     from torch.distributed import _symmetric_memory
 
-    assert torch.ops.symm_mem.one_shot_all_reduce_copy is not None
-    memory = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-    _symmetric_memory.rendezvous(memory, group)  # type: ignore[arg-type]
-    return memory
+    memory = _symmetric_memory.empty(count, dtype=dtype, device=device).zero_()
+    torch.cuda.synchronize(device)  # nobody writes before all have met below
+    handle = _symmetric_memory.rendezvous(memory, group.group_name)
+    return memory, [handle.get_buffer(rank, (count,), dtype) for rank in range(group.size())]
 
 
 def reset_compiler() -> None:

@@ -1,51 +1,77 @@
-"""`qcompile::add_up`: sums of small tensors over GPUs that read each other's memory, by one kernel.
+"""Sums of rows over GPUs that write into each other's memory.
 
-It is opaque to compilers, and chooses when it is called: what is larger than the memory that is shared goes the way of
-`compat.all_reduce`.
+`qcompile::add_up` is the sum alone. Passes make it a part of the norm behind it, `qcompile::norm_quantize`, whose
+kernel either is. What that memory does not hold goes the way of `compat.all_reduce`, decided when it is called.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompile import compat
+from qcompile import compat, norms
+from qcompile.norm_spec import NormSpec, largest_sum
 
-_SHARED: dict[str, tuple[Any, Tensor]] = {}
-"""By a group's name the group, and memory that its GPUs read of each other: bytes."""
-LARGEST = 1 << 18
-"""Bytes that are summed by one kernel; of more NCCL reads each once."""
+
+@dataclass(frozen=True)
+class Shared:
+    """What a process of a group writes and reads; the kernel in `codegen/templates/norm_quantize.py` says how.
+
+    Attributes:
+        own: int64, this GPU's memory, which all GPUs write.
+        peers: int64 [size], the addresses of the memory of each.
+        calls: int32 [2], on this GPU.
+        rank: the process's number.
+    """
+
+    own: Tensor
+    peers: Tensor
+    calls: Tensor
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return self.peers.numel()
+
+
+_SHARED: dict[str, tuple[Any, Shared]] = {}
+"""By a group's name the group, and its memory."""
 
 
 def share(group: Any, device: torch.device) -> bool:
-    """Let the GPUs of a process group read each other's memory, which all of them call; whether they can."""
+    """Let the GPUs of a process group write each other's memory, which all of them call; whether they can."""
     name = str(group.group_name)
     if name not in _SHARED or _SHARED[name][0] is not group:
+        words = 2 * group.size() * largest_sum(group.size()) // 4
         try:
-            _SHARED[name] = group, compat.shared_memory(LARGEST, name, device)
+            own, peers = compat.shared_memory(group, words, torch.int64, device)
         except (RuntimeError, AttributeError) as error:
-            warnings.warn(f"the GPUs do not read each other's memory, and add by NCCL: {error}", stacklevel=2)
+            warnings.warn(f"the GPUs do not write each other's memory, and add by NCCL: {error}", stacklevel=2)
             return False
+        addresses = torch.tensor([peer.data_ptr() for peer in peers], device=device)
+        calls = torch.zeros(2, dtype=torch.int32, device=device)
+        _SHARED[name] = group, Shared(own, addresses, calls, group.rank())
     return True
 
 
+def shared(group: str) -> Shared:
+    """The memory of a group that shares some."""
+    return _SHARED[group][1]
+
+
 def _add_up(x: Tensor, group: str) -> Tensor:
-    x = x.contiguous()
-    size = x.numel() * x.element_size()
-    if size > LARGEST or size % 16 or x.dtype not in (torch.bfloat16, torch.float32):  # that the kernel takes
-        return compat.all_reduce(x, group)
-    buffer = _SHARED[group][1][:size].view(x.dtype)
-    return torch.ops.symm_mem.one_shot_all_reduce_copy.default(buffer, x.view(-1), "sum", group).view(x.shape)
-
-
-def _shape(x: Tensor, group: str) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    k = int(x.shape[-1])
+    spec = NormSpec(k=k, number="", columns=k, powers=False, group=group, keep_sum=True)
+    (total,) = norms.OP(x, None, None, None, spec.encode())
+    return total
 
 
 _library = torch.library.Library("qcompile", "FRAGMENT")
 _library.define("add_up(Tensor x, str group) -> Tensor")
-_library.impl("add_up", _add_up, "CUDA")
-torch.library.register_fake("qcompile::add_up", _shape, lib=_library)
+_library.impl("add_up", _add_up, "CompositeImplicitAutograd")
+ADD_UP = torch.ops.qcompile.add_up.default
+"""The sum of rows [..., K] over the processes of a group, by name; what passes look for."""

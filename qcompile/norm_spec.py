@@ -1,4 +1,4 @@
-"""A norm, or none, and the quantization of what it gives, without their tensors, as one hashable value and string."""
+"""Sums of rows, their norm and its quantization, each or none, without tensors, as one hashable value and string."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ from dataclasses import dataclass
 from qcompile import spec_text
 from qcompile.fingerprint import fingerprint
 from qcompile.formats import get_format
+from qcompile.powers import power_above
 from qcompile.scheme import WHOLE, ActivationScheme, Granularity
+
+
+def largest_sum(parts: int) -> int:
+    """Bytes of rows that so many GPUs add in the kernel of a norm; of more, NCCL sends each fewer times.
+
+    2 MB of two GPUs and 512 KB of four, which take less time than NCCL there (`docs/tensor_parallel.md`).
+    """
+    return (8 << 20) // power_above(parts) ** 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormSpec:
-    """A norm of rows, or none, and the quantization of what it gives, each row or group with a scale of its own.
+    """What becomes of rows: sums, a norm, and codes with a scale for each row or group; each may be missing.
 
     Attributes:
         k: columns of a row.
-        norm: "rms"; "layer", which subtracts the mean first; or "" for rows that are quantized as they are.
+        group: name of the process group over whose GPUs the rows are added first; "" if they are whole.
+        norm: "rms"; "layer", which subtracts the mean first; or "" for rows that are taken as they are.
         eps: what is added to the mean of squares.
         weight: "" if there is none, "plain" for a factor, "one more" for 1 plus it.
         early: whether rows are rounded to their type before they are multiplied by the weight, and after it again.
         bias: whether there is one.
         residual: whether a second tensor is added to the rows first.
-        keep_sum, keep_norm: whether that sum, and the norm in the rows' type, are results too.
-        number: name of the codes' format.
+        keep_sum, keep_norm: whether what is normalized, and the norm in the rows' type, are results too.
+        number: name of the codes' format; "" if nothing is quantized.
         columns: of a group; `k` for a scale a row.
         powers: whether scales are powers of two.
     """
@@ -34,6 +44,7 @@ class NormSpec:
     number: str
     columns: int
     powers: bool
+    group: str = ""
     norm: str = ""
     eps: float = 0.0
     weight: str = ""
@@ -45,7 +56,7 @@ class NormSpec:
 
     @property
     def activation(self) -> ActivationScheme:
-        """How what the norm gives is quantized."""
+        """How what the norm gives is quantized, if it is."""
         whole = self.columns == self.k
         return ActivationScheme(
             format=get_format(self.number),

@@ -1,4 +1,4 @@
-"""The operator that normalizes rows, or takes them as they are, and quantizes them, by rows or groups of columns.
+"""The operator that adds rows, normalizes and quantizes them, by rows or groups of columns; or does some of this.
 
 Compilers do not join a sum over a row with the maxima of its groups, and make three kernels of the maximum of a single
 long row. Here all is one operator: on GPUs a kernel of its own, which begins while the one before ends; elsewhere plain
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile import compat
 from qcompile.norm_spec import NormSpec, decode_norm, quantization
 from qcompile.reference import quantize_activation
 from qcompile.scheme import ActivationScheme
@@ -25,11 +26,12 @@ OP = torch.ops.qcompile.norm_quantize.default
 def plain(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
 ) -> list[Tensor]:
-    """Codes [..., K] and scales [..., groups] of the norm, then the sum and the norm where they are kept."""
+    """Codes [..., K] and scales [..., groups] of the norm if it is quantized, then what is kept of sum and norm."""
+    x = compat.all_reduce(x.contiguous(), spec.group) if spec.group else x
     held = x if residual is None else x + residual
     norm = held if spec.norm == "" else _normalized(held, weight, bias, spec)
-    codes, scale = quantize_activation(norm, spec.activation)
-    return [codes, scale, *[held] * spec.keep_sum, *[norm] * spec.keep_norm]
+    quantized = quantize_activation(norm, spec.activation) if spec.number else ()
+    return [*quantized, *[held] * spec.keep_sum, *[norm] * spec.keep_norm]
 
 
 def _normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec) -> Tensor:
@@ -82,9 +84,11 @@ _library.impl("norm_quantize_gpu", _norm_quantize_gpu, "CUDA")
 
 def results(x: Tensor, spec: NormSpec) -> list[Tensor]:
     """Tensors without values for what `plain` returns."""
+    kept = [x.new_empty(x.shape) for _ in range(spec.keep_sum + spec.keep_norm)]
+    if not spec.number:
+        return kept
     scale = x.new_empty((*x.shape[:-1], -(-spec.k // spec.columns)), dtype=torch.float32)
-    codes = x.new_empty(x.shape, dtype=spec.activation.dtype)
-    return [codes, scale, *(x.new_empty(x.shape) for _ in range(spec.keep_sum + spec.keep_norm))]
+    return [x.new_empty(x.shape, dtype=spec.activation.dtype), scale, *kept]
 
 
 @torch.library.register_fake("qcompile::norm_quantize_gpu", lib=_library)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import qcompile.exchange  # noqa: F401  (registers the operator)
 from qcompile import compat
+from qcompile.exchange import ADD_UP
 from qcompile.experts import QuantizedExperts
 from qcompile.hadamard import transform
 from qcompile.linear_spec import LinearSpec
@@ -26,7 +25,7 @@ class Place:
         rank: its number, from 0.
         size: of the group.
         group: the group's name, by which graphs know it.
-        direct: whether its GPUs read each other's memory.
+        direct: whether its GPUs write each other's memory.
     """
 
     rank: int
@@ -37,7 +36,7 @@ class Place:
     def add_up(self, x: Tensor) -> Tensor:
         """The sum of a contiguous tensor over the processes."""
         if self.direct:
-            return torch.ops.qcompile.add_up.default(x, self.group)
+            return ADD_UP(x, self.group)
         return compat.all_reduce(x, self.group)
 
     def part(self, extent: int) -> tuple[int, int]:

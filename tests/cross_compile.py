@@ -153,8 +153,10 @@ def ranges_signature(spec: RangesSpec, names: list[str]) -> dict[str, str]:
 
 def norm_signature(spec: NormKernelSpec, names: list[str]) -> dict[str, str]:
     """Types of arguments as `norm_gpu.launch` passes them; parameters are of the rows' type."""
-    codes = str(decode_norm(spec.norm).activation.dtype).removeprefix("torch.")
-    types = {"codes": _pointer(codes, spec.target), "scale": "*fp32"}
+    norm = decode_norm(spec.norm)
+    types = {"scale": "*fp32", "mine": "*i64", "peers": "*i64", "calls": "*i32", "rank": "i32"}
+    if norm.number:
+        types["codes"] = _pointer(str(norm.activation.dtype).removeprefix("torch."), spec.target)
     return {name: types.get(name, _POINTERS[spec.x_dtype]) for name in names}
 
 

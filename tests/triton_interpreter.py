@@ -5,7 +5,7 @@ any address, and is chosen for a whole process when Triton is imported. `install
 
 - bfloat16 and fp8 are decoded to float32, computed there, and rounded to nearest even (fp8 saturates);
 - inline PTX of a few instructions is evaluated;
-- a load, store or atomic outside every argument's memory raises IndexError;
+- a load, store or atomic outside the memory of every argument, and of `REACHED`, raises IndexError;
 - the same kernel objects can be interpreted and compiled in one process, with TRITON_INTERPRET unset.
 """
 
@@ -24,6 +24,8 @@ _FP8 = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
 _BITWISE = {np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift}
 _COMPARE = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 Handle = interpreter.TensorHandle
+REACHED: list[torch.Tensor] = []
+"""Tensors that kernels reach by addresses which they read from others."""
 
 
 def _is_raw(dtype: Any) -> bool:
@@ -100,7 +102,7 @@ def _install_bounds(builder: Any) -> None:
     def init_args(self: Any, args: Any, kwargs: Any) -> Any:
         copied_args, copied_kwargs = copy_arguments(self, args, kwargs)
         memory.clear()
-        for value in [*copied_args, *copied_kwargs.values()]:
+        for value in [*copied_args, *copied_kwargs.values(), *REACHED]:
             value = getattr(value, "base", value) if not isinstance(value, torch.Tensor) else value
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()

@@ -1,8 +1,13 @@
-"""A norm of rows [M, K], or the rows themselves, as codes and scales of each group of columns, with one read of them.
+"""Sums of rows [M, K], their norm, and its codes and scales for each group of columns, with one read of the rows.
 
 A program has a row in registers: as groups of columns, whose squares are summed over all and whose maxima are each
 group's own. What is computed is what `qcompile.norms.plain` says. The kernel behind this one may begin, but not before
 all kernels before are done: one that waits for this one alone finds their results.
+
+With PARTS, rows are first added over as many GPUs, in two steps without a barrier. A program writes its row into the
+memory of each, 4 bytes beside the number of the call, which 8 bytes carry as one. Then it waits until all rows with its
+number are in its own memory. There are two such memories, used in turns: a GPU that has got the rows of a call knows
+that the others have begun it, and so have read those of the call before the last.
 """
 
 # mypy: ignore-errors
@@ -27,6 +32,9 @@ INTEGER = tl.constexpr(False)
 POWERS = tl.constexpr(False)
 ABOVE_ONE = tl.constexpr(8)
 EARLY_LAUNCH = tl.constexpr(True)
+PARTS = tl.constexpr(1)
+SHARE = tl.constexpr(65536)
+QUANTIZED = tl.constexpr(True)
 # </constants>
 
 GROUPS = (K + COLUMNS - 1) // COLUMNS
@@ -68,7 +76,7 @@ def scale_of(top):
 
 
 @triton.jit
-def normalized(held, weight, bias, k, there):
+def normalized(held, weight, bias, there):
     """The norm of a row, in the row's type."""
     value = held.to(tl.float32)
     if NORM == "layer":
@@ -77,34 +85,16 @@ def normalized(held, weight, bias, k, there):
     if EARLY:
         value = value.to(held.dtype).to(tl.float32)
     if WEIGHT != "":
-        factor = tl.load(weight + k, mask=there, other=0.0).to(tl.float32)
-        if WEIGHT == "one more":
-            factor += 1.0
-        value *= factor
+        value *= weight.to(tl.float32) + (1.0 if WEIGHT == "one more" else 0.0)
     if BIAS:
-        value += tl.load(bias + k, mask=there, other=0.0).to(tl.float32)
+        value += bias.to(tl.float32)
     return value.to(held.dtype)
 
 
 @triton.jit
-def kernel(x, residual, weight, bias, codes, scale, sum, norm):
-    """Grid: (M,). Pointers that the constants make needless are not used."""
-    row = tl.program_id(0).to(tl.int64)
+def quantize(result, codes, scale, row, place, there):
+    """Write the codes of a row, and the scales of its groups."""
     group = tl.arange(0, GROUPS_POWER)
-    k = group[:, None] * COLUMNS + tl.arange(0, COLUMNS_POWER)[None, :]
-    there = tl.full((GROUPS_POWER, COLUMNS_POWER), True, tl.int1) if WHOLE else k < K
-    place = row * K + k
-    wait_for_inputs()
-    held = tl.load(x + place, mask=there, other=0.0)
-    if RESIDUAL:
-        held = (held.to(tl.float32) + tl.load(residual + place, mask=there, other=0.0).to(tl.float32)).to(held.dtype)
-    if KEEP_SUM:
-        tl.store(sum + place, held, mask=there)
-    result = held
-    if NORM != "":
-        result = normalized(held, weight, bias, k, there)
-    if KEEP_NORM:
-        tl.store(norm + place, result, mask=there)
     value = result.to(tl.float32)
     scales = scale_of(magnitudes(value))
     tl.store(scale + row * GROUPS + group, scales, mask=group < GROUPS)
@@ -115,3 +105,87 @@ def kernel(x, residual, weight, bias, codes, scale, sum, norm):
     else:
         value = tl.clamp(value, -ABSMAX, ABSMAX)
     tl.store(codes + place, value.to(codes.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def values_of(words, dtype: tl.constexpr):
+    """The float32 values of words of 4 bytes, one or two in each."""
+    if dtype == tl.float32:
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        low = words.to(tl.uint16).to(dtype, bitcast=True)
+        high = (words >> 16).to(tl.uint16).to(dtype, bitcast=True)
+        values = tl.interleave(low, high).to(tl.float32)
+    return values
+
+
+@triton.jit
+def is_missing(arrived, call, there):
+    """Whether any of the words has not come yet."""
+    others = there & ((arrived >> 32).to(tl.int32) != call)
+    return tl.max(tl.max(others.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def added(x, mine, peers, calls, rank):
+    """The program's row of x of all GPUs, added in float32 in the order of their ranks."""
+    row = tl.program_id(0).to(tl.int64)
+    dtype: tl.constexpr = x.dtype.element_ty
+    EACH: tl.constexpr = 4 // (dtype.primitive_bitwidth // 8)
+    word = tl.arange(0, GROUPS_POWER)[:, None] * (COLUMNS // EACH) + tl.arange(0, COLUMNS_POWER // EACH)[None, :]
+    there = word < K // EACH
+    call = tl.load(calls) + 1
+    place = row * (K // EACH) + word
+    words = tl.load(x.to(tl.pointer_type(tl.int32)) + place, mask=there, other=0)
+    sent = (call.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
+    place += (call & 1) * (PARTS * SHARE)
+    for other in tl.static_range(PARTS):
+        theirs = tl.multiple_of(tl.load(peers + other).to(tl.pointer_type(tl.int64)), 16)
+        tl.store(theirs + rank * SHARE + place, sent, mask=there)
+    total = tl.zeros((GROUPS_POWER, COLUMNS_POWER), tl.float32)
+    for other in tl.static_range(PARTS):
+        arrived = tl.load(mine + other * SHARE + place, mask=there, other=0, volatile=True)
+        while is_missing(arrived, call, there):
+            arrived = tl.load(mine + other * SHARE + place, mask=there, other=0, volatile=True)
+        total += values_of(arrived.to(tl.int32), dtype)
+    # The last program to have read the number of calls counts this one.
+    if tl.num_programs(0) == 1:
+        tl.store(calls, call)
+    elif tl.atomic_add(calls + 1, 1) == tl.num_programs(0) - 1:
+        tl.store(calls + 1, 0)
+        tl.store(calls, call)
+    return total.to(dtype)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def kernel(x, residual, weight, bias, codes, scale, sum, norm, mine, peers, calls, rank):
+    """Grid: (M,). Pointers that the constants make needless are not used.
+
+    mine: int64 [2, PARTS, SHARE], which the other GPUs write; peers: int64 [PARTS], the addresses of all of these.
+    calls: int32 [2], how many calls were before, and how many programs have read that.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS_POWER)
+    k = group[:, None] * COLUMNS + tl.arange(0, COLUMNS_POWER)[None, :]
+    there = tl.full((GROUPS_POWER, COLUMNS_POWER), True, tl.int1) if WHOLE else k < K
+    place = row * K + k
+    # Parameters are loaded before anything is waited for.
+    if WEIGHT != "":
+        weight = tl.load(weight + k, mask=there, other=0.0)
+    if BIAS:
+        bias = tl.load(bias + k, mask=there, other=0.0)
+    wait_for_inputs()
+    if RESIDUAL:
+        residual = tl.load(residual + place, mask=there, other=0.0)
+    held = added(x, mine, peers, calls, rank) if PARTS > 1 else tl.load(x + place, mask=there, other=0.0)
+    if RESIDUAL:
+        held = (held.to(tl.float32) + residual.to(tl.float32)).to(held.dtype)
+    if KEEP_SUM:
+        tl.store(sum + place, held, mask=there)
+    result = held
+    if NORM != "":
+        result = normalized(held, weight, bias, there)
+    if KEEP_NORM:
+        tl.store(norm + place, result, mask=there)
+    if QUANTIZED:
+        quantize(result, codes, scale, row, place, there)

@@ -1,16 +1,19 @@
-"""Rows that are normalized, or not, and quantized on GPUs: one launch of a generated Triton kernel."""
+"""Rows that are added, normalized and quantized on GPUs: one launch of a generated Triton kernel."""
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qcompile import compat, exchange
 from qcompile.codegen.norm_kernel_spec import WIDEST, NormKernelSpec, held_columns, norm_kernel_spec
 from qcompile.codegen.spec import dtype_name, launches_early, native_fp8
-from qcompile.norm_spec import NormSpec, decode_norm
+from qcompile.exchange import Shared
+from qcompile.norm_spec import NormSpec, decode_norm, largest_sum
 from qcompile.norms import results
 from qcompile.runtime import cache, launcher
 from qcompile.runtime.gpu import stores, target_of
@@ -23,18 +26,25 @@ def objection(norm: NormSpec, device: torch.device) -> str | None:
         return f"groups of {norm.columns} columns are no power of two"
     if held_columns(norm) > WIDEST:
         return f"rows of {norm.k} columns are more than a program holds"
-    return None if stores(norm.activation.held, device) else f"{target_of(device)} does not convert to {norm.number}"
+    if norm.group and norm.columns % 2:
+        return "words of rows of an odd number of columns are not whole"
+    if norm.number and not stores(norm.activation.held, device):
+        return f"{target_of(device)} does not convert to {norm.number}"
+    return None
 
 
 def norm_quantize(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: NormSpec
 ) -> list[Tensor]:
     """See `qcompile.norms.plain`."""
-    kernel = norm_kernel_spec(norm, dtype_name(x.dtype), target_of(x.device))
+    shared = exchange.shared(norm.group) if norm.group else None
+    if shared and x.nbytes > largest_sum(shared.size):
+        x, norm, shared = compat.all_reduce(x.contiguous(), norm.group), replace(norm, group=""), None
+    kernel = norm_kernel_spec(norm, dtype_name(x.dtype), target_of(x.device), shared.size if shared else 1)
     # Triton launches on the current device.
     guard = torch.cuda.device(x.device) if torch.cuda.device_count() > 1 else contextlib.nullcontext()
     with guard:
-        return launch(kernel, cache.load(kernel).kernel, x, residual, weight, bias)
+        return launch(kernel, cache.load(kernel).kernel, x, residual, weight, bias, shared)
 
 
 def launch(
@@ -44,6 +54,7 @@ def launch(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    shared: Shared | None = None,
 ) -> list[Tensor]:
     """Allocate the results and run `function`, the Triton function of `kernel`'s module, over its grid."""
     norm = decode_norm(kernel.norm)
@@ -51,8 +62,7 @@ def launch(
     found = results(x, norm)
     rows = x.numel() // norm.k
     if rows:
-        codes, scale, *kept = found
-        total = kept[0] if norm.keep_sum else x
+        codes, scale = found[:2] if norm.number else (x, x)
         # A pointer that the kernel does not use gets the rows, so that one signature serves all.
         given = [x if tensor is None else tensor.contiguous() for tensor in (residual, weight, bias)]
         options: dict[str, Any] = {"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages}
@@ -65,8 +75,9 @@ def launch(
             *given,
             codes if native_fp8(kernel.target) else by_bytes(codes),
             scale,
-            total,
-            kept[-1] if norm.keep_norm else x,
+            found[-1 - norm.keep_norm] if norm.keep_sum else x,
+            found[-1] if norm.keep_norm else x,
+            *((shared.own, shared.peers, shared.calls, shared.rank) if shared else (x, x, x, 0)),
             **options,
         )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import qcompile
 from qcompile.presets import PRESETS
+from tests.kernels.test_norms import LLAMA, inputs
 from tests.parallel import work
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_parts import ordered, quantized
@@ -40,6 +42,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     found.close()
 
 
+@pytest.fixture(scope="module")
+def all_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """As many as there are GPUs."""
+    found = Ranks(torch.cuda.device_count(), tmp_path_factory.mktemp("all"), "cuda")
+    yield found
+    found.close()
+
+
+NORMS = {
+    "norm": replace(LLAMA, k=4096, columns=4096, number="", keep_norm=True),
+    "codes by groups": replace(LLAMA, k=2048),
+    "codes by rows": replace(LLAMA, k=2880, columns=2880, number="int8"),
+}
 FAMILIES = ("int4_asym", "int8", "fp8_static", "fp8_block", "nvfp4", "q4_k", "int4_24")
 OTHERS = tuple(name for name in PRESETS if name not in FAMILIES)
 
@@ -112,12 +127,36 @@ def test_inputs_have_scales_of_their_part(ranks: Ranks, name: str, tmp_path: Pat
         assert sqnr(expected["logits"], first["logits"]) >= floor
 
 
-@pytest.mark.parametrize("count", [8, 100, 4096, 1 << 17, (1 << 17) + 8])
-def test_sums(ranks: Ranks, count: int) -> None:
+def whole_numbers(*shape: int) -> torch.Tensor:
+    """One for each GPU, whose sums are exact in whatever order."""
+    return torch.randint(-8, 9, (torch.cuda.device_count(), *shape))
+
+
+SHAPES = [(8,), (1, 4096), (2, 8, 2880), (33, 4096), (256, 4096), (257, 4096), (1 << 17,), (3, 101)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums(all_ranks: Ranks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Within the memory that GPUs share and beyond it, of different sizes one after the other."""
-    x = torch.randn(2, count).to(torch.bfloat16)
-    for found in ranks.call(work.sums, x):
-        assert torch.equal(found, (x[0] + x[1]).expand(20, -1))
+    x = whole_numbers(*shape).to(dtype)
+    for found in all_ranks.call(work.sums, x):
+        assert torch.equal(found, x.sum(0).expand(20, *shape))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 32, 600])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_sums(all_ranks: Ranks, name: str, rows: int) -> None:
+    """What the kernel makes of the sum on one GPU; of the most rows the sum is NCCL's."""
+    norm = NORMS[name]
+    _, *rest = inputs(norm, rows, torch.bfloat16)
+    xs = whole_numbers(rows, norm.k).to(torch.bfloat16)
+    given = [None if tensor is None else tensor.to(GPU) for tensor in (xs.sum(0), *rest)]
+    wanted = torch.ops.qcompile.norm_quantize(*given, norm.encode())
+    for found in all_ranks.call(work.norms, norm, xs, rest):
+        for call in found:
+            for one, other in zip(call, wanted, strict=True):
+                assert torch.equal(one.float(), other.cpu().float())
 
 
 def test_loading_takes_half(ranks: Ranks, tmp_path: Path) -> None:

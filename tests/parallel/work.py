@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import qcompile
+from qcompile.codegen.norm_kernel_spec import norm_kernel_spec
+from qcompile.codegen.spec import dtype_name
+from qcompile.exchange import Shared
+from qcompile.flags import override
+from qcompile.norm_spec import NormSpec
 from qcompile.ops import OP
 from qcompile.packed import PackedLinear
 from qcompile.parallel import Sharding, device_of, place_in
 from qcompile.parts import Place, RowwiseQuantizedLinear
+from qcompile.runtime import norm_gpu
+from qcompile.runtime.cache import load
+from tests import triton_interpreter
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
@@ -155,3 +164,29 @@ def sums(mesh: DeviceMesh, x: Tensor) -> Tensor:
         assert bool((place.add_up(other) == place.size).all())
         found.append(place.add_up(own))
     return torch.stack(found).cpu()
+
+
+def norms(mesh: DeviceMesh, norm: NormSpec, x: Tensor, rest: list[Tensor | None]) -> list[list[Tensor]]:
+    """20 times a norm of the sum of x [size, ..., K], of which each process has one."""
+    place, device = place_in(mesh), device_of(mesh)
+    given = [None if tensor is None else tensor.to(device) for tensor in (x[place.rank], *rest)]
+    text = replace(norm, group=place.group).encode()
+    calls = [torch.ops.qcompile.norm_quantize(*given, text) for _ in range(20)]
+    return [[tensor.cpu() for tensor in call] for call in calls]
+
+
+def exchanged(
+    mesh: DeviceMesh, memories: list[Tensor], calls: list[tuple[NormSpec, list[Tensor], tuple[Any, ...]]], cache: Path
+) -> list[list[Tensor]]:
+    """Results of a norm's kernel for each (spec, x of each process, what else it takes), over memory that all share."""
+    triton_interpreter.REACHED[:] = memories
+    rank = mesh.get_local_rank()
+    addresses = torch.tensor([memory.data_ptr() for memory in memories])
+    shared = Shared(memories[rank], addresses, torch.zeros(2, dtype=torch.int32), rank)
+    found = []
+    with override(cache_dir=cache):
+        for spec, xs, rest in calls:
+            kernel = norm_kernel_spec(spec, dtype_name(xs[rank].dtype), "sm_90", mesh.size())
+            function = triton_interpreter.interpret(load(kernel).kernel)
+            found.append(norm_gpu.launch(kernel, function, xs[rank], *rest, shared))
+    return found

@@ -53,10 +53,10 @@ NORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def run(model: nn.Module) -> tuple[Captured, list[dict[str, Any]]]:
+def run(model: nn.Module, scheme: str = "mxfp8") -> tuple[Captured, list[dict[str, Any]]]:
     """A model through the passes, beside itself, and the norms that were found."""
     x, other = (torch.randn(2, 5, WIDTH, dtype=torch.bfloat16) for _ in range(2))
-    captured = capture(model, x, other, config={"rules": [{"layers": "*", "scheme": "mxfp8"}]})
+    captured = capture(model, x, other, config={"rules": [{"layers": "*", "scheme": scheme}]})
     with torch.no_grad():
         expected = model(x, other)
     for one, plain in zip(captured.output, expected, strict=True):
