@@ -89,6 +89,10 @@ def _install_arithmetic(builder: Any) -> None:
         product = _as_float(a).data.astype(exact) @ _as_float(b).data.astype(exact)
         return Handle((product + c.data.astype(exact)).astype(c.data.dtype), c.dtype.scalar)
 
+    def fma(self: Any, a: Any, b: Any, c: Any) -> Any:
+        return Handle((a.data.astype(np.float64) * b.data + c.data).astype(np.float32), c.dtype.scalar)
+
+    builder.create_fma = fma
     builder.binary_op, builder.unary_op, builder.ternary_op = binary_op, unary_op, ternary_op
     builder.cast_impl, builder.create_dot = cast_impl, dot
     builder.create_fp_to_fp = lambda self, source, target, rounding: cast_impl(self, source, target)

@@ -76,6 +76,24 @@ def scale_of(top):
 
 
 @triton.jit
+def in_steps(values, scales):
+    """Rows of values / scales, rounded as IEEE 754 says, with one division for each scale.
+
+    An inverse that is rounded correctly, and what a quotient leaves of the value, give the next quotient; of the second
+    one the last place is right (P. Markstein, Computation of elementary functions on the IBM RISC System/6000, 1990).
+    Where scales are tiny both are multiplied by a power of two: the inverse is finite then, and what is left exact.
+    """
+    factor = tl.where(scales < 2.0**-60, 2.0**64, 1.0)
+    scales = scales * factor
+    inverse = tl.div_rn(1.0, scales)[:, None]
+    values, less = values * factor[:, None], -scales[:, None]
+    found = values * inverse
+    for _ in tl.static_range(2):
+        found = tl.fma(tl.fma(found, less, values), inverse, found)
+    return found
+
+
+@triton.jit
 def normalized(held, weight, bias, there):
     """The norm of a row, in the row's type."""
     value = held.to(tl.float32)
@@ -98,7 +116,7 @@ def quantize(result, codes, scale, row, place, there):
     value = result.to(tl.float32)
     scales = scale_of(magnitudes(value))
     tl.store(scale + row * GROUPS + group, scales, mask=group < GROUPS)
-    value = value / scales[:, None]
+    value = in_steps(value, scales)
     if INTEGER:
         # The sum's last place is 1, so it is rounded to an integer, half to even.
         value = tl.clamp((value + 12582912.0) - 12582912.0, -ABSMAX - 0.5, ABSMAX - 0.5)

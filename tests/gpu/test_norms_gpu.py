@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile.norm_spec import NormSpec
 from qcompile.norms import plain
-from qcompile.reference import dequantize_activation
+from qcompile.reference import quantize_activation
 from qcompile.runtime import norm_gpu
 from tests import tolerance
 from tests.kernels.test_norms import LLAMA, inputs
@@ -35,30 +35,41 @@ CASES = {
 @pytest.mark.parametrize("k", [256, 2880, 4096, 16384])
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(name: str, k: int, dtype: torch.dtype) -> None:
-    """Nearly all codes are those of plain torch; where a sum or a root was rounded otherwise, the next ones."""
-    norm = replace(CASES[name], k=k, columns=CASES[name].columns or k)
+    """The norm is plain torch's, where sums and roots may be rounded otherwise; codes are those of that norm."""
+    norm = replace(CASES[name], k=k, columns=CASES[name].columns or k, keep_norm=True)
     reason = norm_gpu.objection(norm, torch.device("cuda"))
     if reason is not None:
         pytest.skip(reason)
-    x, *others = (None if t is None else t.cuda() for t in inputs(norm, 33, dtype))
-    assert x is not None
-    residual, weight, bias = others
-    found = torch.ops.qcompile.norm_quantize(x, residual, weight, bias, norm.encode())
+    given = [None if t is None else t.cuda() for t in inputs(norm, 33, dtype)]
+    found = torch.ops.qcompile.norm_quantize(*given, norm.encode())
     for _ in range(LAUNCHES):
-        again = torch.ops.qcompile.norm_quantize(x, residual, weight, bias, norm.encode())
-        for one, other in zip(found, again, strict=True):
+        for one, other in zip(found, torch.ops.qcompile.norm_quantize(*given, norm.encode()), strict=True):
             assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), "launches differ"
-    expected = plain(x, residual, weight, bias, norm)
-    same = [float((one.float() == other.float()).double().mean()) for one, other in zip(found, expected, strict=True)]
-    assert same[0] > 0.97, same
-    for kept, like in zip(found[2:], expected[2:], strict=True):
-        if dtype != torch.float32:
-            assert (kept == like).double().mean() > 0.97
-        else:  # a mean of K squares added in another order, a root by two ways, and three products
-            assert ((kept - like).abs() <= (math.log2(k) + 8) * tolerance.U32 * (like.abs() + 1)).all()
-    one, other = (dequantize_activation(codes, scale, norm.activation) for codes, scale, *_ in (found, expected))
-    # Codes that differ are neighbours: one in 30, by a relative step of 2**-3 at most.
-    assert tolerance.sqnr(other, one) > 30
+    expected = plain(*given, norm)
+    if norm.keep_sum:
+        assert torch.equal(found[2], expected[2])
+    kept, like = found[-1], expected[-1]
+    if dtype != torch.float32:
+        assert (kept == like).double().mean() > 0.97
+    else:  # a mean of K squares added in another order, a root by two ways, and three products
+        assert ((kept - like).abs() <= (math.log2(k) + 8) * tolerance.U32 * (like.abs() + 1)).all()
+    codes, scale = quantize_activation(kept, norm.activation)
+    assert torch.equal(found[0].float(), codes.float())
+    assert torch.equal(found[1], scale)
+
+
+@pytest.mark.parametrize("exponent", [-140, -126, -100, -61, -20, 0, 60, 118])
+@pytest.mark.parametrize("number", ["int8", "fp8_e4m3", "fp8_e5m2"])
+def test_rows_as_they_are(number: str, exponent: int) -> None:
+    """Bit for bit what plain torch makes of them, of all magnitudes."""
+    norm = NormSpec(k=1024, number=number, columns=128, powers=False)
+    reason = norm_gpu.objection(norm, torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    x = torch.randn(256, 1024, dtype=torch.float64, device="cuda").mul(2.0**exponent).float()
+    found = torch.ops.qcompile.norm_quantize(x, None, None, None, norm.encode())
+    for one, other in zip(found, plain(x, None, None, None, norm), strict=True):
+        assert torch.equal(one.float(), other.float())
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -144,6 +144,15 @@ def test_results_are_those_of_plain_torch(norm: NormSpec, dtype: torch.dtype) ->
         assert torch.equal(one.float(), other.float())
 
 
+@given(norms, st.sampled_from([torch.bfloat16, torch.float32]), st.integers(-145, 120))
+def test_rows_as_they_are(norm: NormSpec, dtype: torch.dtype, exponent: int) -> None:
+    """Bit for bit what plain torch makes of them, of all magnitudes."""
+    norm = as_made(replace(norm, norm="", residual=False))
+    x = torch.randn(3, norm.k, dtype=torch.float64).mul(2.0**exponent).to(dtype)
+    for one, other in zip(run(norm, x, None, None, None), plain(x, None, None, None, norm), strict=True):
+        assert torch.equal(one.float(), other.float())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_row_spoils_no_other(bad: float) -> None:
     given_ = inputs(LLAMA, 3, torch.bfloat16)
