@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompile.errors import ConfigError, shown, suggestion
 from qcompile.formats import FORMATS, Format, IntegerFormat, get_format
-from qcompile.methods import ABSMAX, ROUND, method_to_config, observer_to_config, parse_method, parse_observer
+from qcompile.methods import ABSMAX, ROUND, Method, method_to_config, observer_to_config, parse_method, parse_observer
 from qcompile.presets import PRESETS, preset
 from qcompile.scheme import WHOLE, ActivationScheme, Granularity, Scheme, SuperScale, WeightScheme
 
@@ -38,6 +38,7 @@ _ACTIVATION_KEYS = (
     "observer",
 )
 _SCHEME_KEYS = ("preset", "weight", "activation", "method")
+_SIZES = frozenset({"granularity", "group_size", "block_size"})
 
 
 def check_keys(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
@@ -70,7 +71,7 @@ def _boolean(what: str, value: object) -> bool:
 def _granularity(
     what: str, given: Mapping[str, Any], default: Granularity, names: dict[str, Granularity]
 ) -> Granularity:
-    sized = [key for key in ("granularity", "group_size", "block_size") if given.get(key) is not None]
+    sized = sorted(key for key in _SIZES if given.get(key) is not None)
     if len(sized) > 1:
         raise ConfigError(f"{what}: give one of {' and '.join(sized)}, not both")
     if not sized:
@@ -110,7 +111,7 @@ def _parse_weight(given: Mapping[str, Any]) -> WeightScheme:
         fmt = get_format(f"{'int' if symmetric else 'uint'}{fmt.bits}")
     names = {"tensor": Granularity.tensor(), "channel": Granularity.channel()}
     granularity = _granularity("weight", given, _default_granularity(fmt), names)
-    sized = any(given.get(key) is not None for key in ("group_size", "granularity", "block_size"))
+    sized = any(given.get(key) is not None for key in _SIZES)
     default_dtype = "bfloat16" if granularity.is_group else "float32"
     return WeightScheme(
         format=fmt,
@@ -175,6 +176,9 @@ def parse_activation(given: Mapping[str, Any]) -> ActivationScheme:
 def parse_scheme(given: str | Mapping[str, Any] | Scheme) -> Scheme:
     """A scheme from a preset's name, or from a dict with `weight` and `activation`, or `preset`, and `method`.
 
+    Beside a preset, what `weight` and `activation` state takes the place of the preset's; `activation: None` leaves
+    activations as they are.
+
     Raises:
         ConfigError: an unknown name or key, or values that do not go together.
     """
@@ -182,20 +186,48 @@ def parse_scheme(given: str | Mapping[str, Any] | Scheme) -> Scheme:
         return given
     if isinstance(given, str):
         return preset(given)
+    for part, keys in (("weight", _WEIGHT_KEYS), ("activation", _ACTIVATION_KEYS)):
+        for key in given if isinstance(given, Mapping) else ():
+            if key in keys and key not in _SCHEME_KEYS:
+                raise ConfigError(f"{key} is no key of a scheme, but of its {part}: {{{part!r}: {{{key!r}: ...}}}}")
     check_keys("scheme", given, _SCHEME_KEYS)
     method = parse_method(given["method"]) if "method" in given else ROUND
     if "preset" in given:
-        if "weight" in given or "activation" in given:
-            raise ConfigError("a scheme has either a preset, or a weight and perhaps an activation")
-        return replace(preset(given["preset"]), method=method)
+        known = preset(given["preset"])
+        if "weight" not in given and "activation" not in given:
+            return replace(known, method=method)
+        changed = _parse_parts(_changed(known, given), method)
+        if not _SIZES.isdisjoint(given.get("weight", ())):
+            return changed
+        return replace(changed, weight=replace(changed.weight, flexible_group=known.weight.flexible_group))
     if "weight" not in given:
         raise ConfigError("scheme needs a weight")
+    return _parse_parts(given, method)
+
+
+def _parse_parts(given: Mapping[str, Any], method: Method) -> Scheme:
     activation = given.get("activation")
     return Scheme(
         weight=_parse_weight(given["weight"]),
         activation=None if activation is None else parse_activation(activation),
         method=method,
     )
+
+
+def _changed(known: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`weight` and `activation` of a scheme, where what is given takes the place of what it has."""
+    changed = _parts_to_dict(known)
+    for part, keys in (("weight", _WEIGHT_KEYS), ("activation", _ACTIVATION_KEYS)):
+        if part not in given:
+            continue
+        new = given[part]
+        if part == "weight" or new is not None:
+            check_keys(part, new, keys)
+            replaced = set(_SIZES if not _SIZES.isdisjoint(new) else ())
+            replaced |= {"symmetric"} if "format" in new else set()
+            new = {k: v for k, v in changed.get(part, {}).items() if k not in replaced} | dict(new)
+        changed[part] = new
+    return changed
 
 
 def _granularity_dict(granularity: Granularity, row_name: str) -> dict[str, Any]:
@@ -215,6 +247,14 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
             return name
         if (known.weight, known.activation) == (scheme.weight, scheme.activation):
             return {"preset": name, "method": method_to_config(scheme.method)}
+    given = _parts_to_dict(scheme)
+    if scheme.method != ROUND:
+        given["method"] = method_to_config(scheme.method)
+    return given
+
+
+def _parts_to_dict(scheme: Scheme) -> dict[str, Any]:
+    """`weight` and `activation`, of plain values."""
     weight = scheme.weight
     given: dict[str, Any] = {"weight": {"format": weight.format.name, "symmetric": weight.symmetric}}
     if not (weight.flexible_group and weight.granularity == _default_granularity(weight.format)):
@@ -244,6 +284,4 @@ def scheme_to_dict(scheme: Scheme) -> str | dict[str, Any]:
             given["activation"]["outlier_threshold"] = activation.outlier_threshold
         if activation.observer != ABSMAX:
             given["activation"]["observer"] = observer_to_config(activation.observer)
-    if scheme.method != ROUND:
-        given["method"] = method_to_config(scheme.method)
     return given

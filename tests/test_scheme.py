@@ -201,7 +201,11 @@ def test_unknown_presets_name_the_nearest_or_all(text, near):
         ),
         ({"weight": GROUP, "method": {"name": "gptq", "damp": 1}}, "gptq has no setting 'damp'; did you mean damping"),
         ({"weight": GROUP, "method": {"name": "gptq", "damping": -1}}, "damping must be a number from 1e-06 to 10"),
-        ({"weight": GROUP, "preset": "int4"}, "either a preset, or a weight"),
+        ({"preset": "int4", "group_size": 64}, r"group_size is no key of a scheme, but of its weight: {'weight': {"),
+        ({"preset": "int4", "dynamic": True}, "dynamic is no key of a scheme, but of its activation"),
+        ({"preset": "int4", "weight": None}, "weight must be a mapping"),
+        ({"preset": "int4", "weight": {"group_siz": 64}}, "unknown key 'group_siz' in weight; did you mean group_size"),
+        ({"preset": "int4", "activation": {"dynamic": True}}, "activation needs a format"),
         ({"preset": ["int4"]}, r"unknown scheme \['int4'\]"),
         ({"weight": {"format": "int9"}}, "unknown number format 'int9'; did you mean .*int8"),
         ({"weight": {"format": 4}}, "unknown number format 4; there are fp8_e4m3"),
@@ -222,6 +226,38 @@ def test_unknown_presets_name_the_nearest_or_all(text, near):
 def test_what_is_refused(given_, message):
     with pytest.raises(ConfigError, match=message):
         parse_scheme(given_)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_of_which_nothing_is_changed(name):
+    scheme = PRESETS[name]
+    parts = {"weight": {}} if scheme.activation is None else {"weight": {}, "activation": {}}
+    assert parse_scheme({"preset": name, **parts}) == scheme
+
+
+@pytest.mark.parametrize(
+    ("given_", "wanted"),
+    [
+        ({"preset": "int4", "weight": {"group_size": 64}}, {"weight": {"format": "int4", "group_size": 64}}),
+        ({"preset": "int4", "weight": {"symmetric": False}}, "int4_asym"),
+        ({"preset": "int4_asym", "weight": {"format": "int4"}}, "int4"),
+        ({"preset": "fp8", "activation": None}, {"weight": {"format": "fp8_e4m3"}}),
+        (
+            {"preset": "fp8_block", "weight": {"granularity": "channel"}, "activation": {"granularity": "token"}},
+            "fp8",
+        ),
+        (
+            {"preset": "int8", "activation": {"granularity": "tensor"}, "method": "gptq"},
+            {
+                "weight": {"format": "int8"},
+                "activation": {"format": "int8", "granularity": "tensor"},
+                "method": "gptq",
+            },
+        ),
+    ],
+)
+def test_a_preset_of_which_some_is_changed(given_, wanted):
+    assert parse_scheme(given_) == parse_scheme(wanted)
 
 
 @pytest.mark.parametrize("size", [0, 100, 8, 1, -2, True, False, "64", 64.0, 2**31, 10**400, [64], {}])

@@ -26,7 +26,7 @@ from qcompile.checkpoint.imatrix import read_imatrix
 from qcompile.checkpoint.loader import load_pending
 from qcompile.checkpoint.saving import FORMATS, Saved
 from qcompile.checkpoint.saving.base import refusal
-from qcompile.checkpoint.saving.save import check_writable, fits, formats_for, layer_like, objection, with_stored_scales
+from qcompile.checkpoint.saving.save import check_writable, formats_for, layer_like, objection, with_stored_scales
 from qcompile.cli.options import DeviceOption, choose_device, config_of, errors_told, float_dtype, parse_schemes
 from qcompile.cli.steps import Steps, quiet_imports
 from qcompile.config import AUTO, Auto, QuantConfig, Rule
@@ -341,17 +341,17 @@ def check_format(model: nn.Module, schemes: dict[str, Scheme], format: str) -> N
     Raises:
         CheckpointError: naming a layer, the reason, and formats that hold it.
     """
-    modules, known = linear_modules(model), set()
+    modules, kinds = linear_modules(model), {}
     for name, scheme in schemes.items():
         shape = shape_of(modules[name])
-        if (scheme, shape) in known:
+        if (scheme, shape) not in kinds:
+            kinds[scheme, shape] = layer_like(name, scheme, shape)
+    layers = list(kinds.values())
+    for layer in layers:
+        reason = objection(layer, format, layers)
+        if layer.scheme.weight.act_order or reason is None:  # sorted columns are there after the work
             continue
-        known.add((scheme, shape))
-        layer = layer_like(name, scheme, shape)
-        reason = objection(layer, format)
-        if scheme.weight.act_order or reason is None:  # sorted columns are there after the work
-            continue
-        raise refusal(layer, format, reason, [f for f in FORMATS if fits(layer, f)])
+        raise refusal(layer, format, reason, [f for f in FORMATS if objection(layer, f, layers) is None])
 
 
 def sequences(source: Path, text: Path, samples: int, length: int) -> list[Tensor]:

@@ -180,6 +180,15 @@ def test_mistakes(source, text, tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"rules": [{"layers": "*", "scheme": {"preset": "int4_asym", "method": "hqq"}}]}')
     refused(run(source, "--output", out, "--scheme", config, "--method", "awq"), "state the method in")
+    groups = tmp_path / "groups.json"
+    groups.write_text(
+        '{"rules": [{"layers": "*.mlp.*", "scheme": {"preset": "int4", "weight": {"group_size": 16}}}, '
+        '{"layers": "*", "scheme": {"preset": "int4", "weight": {"group_size": 32}}}]}'
+    )
+    refused(
+        run(source, "--output", out, "--scheme", groups, "--format", "awq"),
+        "its group size 16 is not that of model.layers.0.self_attn.q_proj",
+    )
     assert not out.exists()
     assert run(source, "--output", out, "--scheme", config).exit_code == 0
     refused(run(out, "--output", tmp_path / "b"), "is quantized already")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,14 @@ def holding(layer: Layer) -> list[str]:
     return found
 
 
-def objection(layer: Layer, format: str) -> str | None:
-    """Why a format has no place for a layer of this scheme and shape; None if it has, perhaps with rounded scales."""
+def objection(layer: Layer, format: str, layers: Sequence[Layer] = ()) -> str | None:
+    """Why a format has no place for a layer of this scheme and shape; None if it has, perhaps with rounded scales.
+
+    Args:
+        layers: all that are saved with it.
+    """
     if format != gguf.NAME:
-        return TARGETS[format]([layer]).objection(layer)
+        return TARGETS[format](list(layers) or [layer]).objection(layer)
     try:
         block_type(layer)
     except Unsavable as error:
