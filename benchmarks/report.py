@@ -221,8 +221,8 @@ def decode(folder: Path) -> str:
         text += table(["scheme, implementation", *(f"{b}, {mode}" for b, mode in columns)], lines)
         text += (
             "\n`triton.enable_pdl` and `combo_kernels` are options of Inductor's, which `options` take "
-            "beside `config`: its\nkernels then begin while those before end, and small ones run side by side. Both are experimental there, "
-            "so neither is\non unless it is asked for.\n"
+            "beside `config`: its\nkernels then begin while those before end, and small ones run side by side. "
+            "Both are experimental there, so neither is\non unless it is asked for.\n"
             "\nWhat a step is made of, in microseconds, as one CUDA graph. Kernels that begin early count the time "
             "that they wait, so\nthat sums may exceed the step:\n\n"
         )
