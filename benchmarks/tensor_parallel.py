@@ -6,9 +6,8 @@
 
 Sums of rows of 4,096 in bfloat16 are timed in a CUDA graph of 64, one after the other: by NCCL, and "direct", by one
 kernel that writes into other GPUs' memory (`qcompile/exchange.py`). Of decoding, modes, `step_us`, `error` and `same`
-are those of `decode.py`; what is measured is the first process, which waits for others at each sum. `collectives`
-counts kernels that add, with the norms that are part of them, or join. With `--nproc-per-node 1` nothing is divided, so
-that both are of one machine; `--nccl` leaves all sums to NCCL. Rows go into
+are those of `decode.py`; what is measured is the first process, which waits for others at each sum. With
+`--nproc-per-node 1` nothing is divided, so that both are of one machine; `--nccl` leaves all sums to NCCL. Rows go into
 `<out>/<machine>-x<processes>.parallel.json`.
 """
 
@@ -20,14 +19,13 @@ import datetime
 import gc
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from decode import Job, Row, parse
-from decode_steps import kernels_of, synchronize
+from decode_steps import synchronize
 from decode_worker import (
     CHECKED,
     LLAMA_8B,
@@ -59,12 +57,7 @@ def measure(model: Any, job: Job, batch: int, mode: str, options: argparse.Names
     assert error <= logits_bound(options.layers, job), f"{job.name}: compiled logits differ by {error:.3g}"
     row: Row = {"error": float(f"{error:.3g}"), "same": round(same, 4)}
     if mode == "graph" and device == "cuda":
-        captured = Captured(prompted, run)
-        step_us = captured.time(options.tokens)
-        prompted.rewind()
-        kernels = kernels_of(captured.replay, device)
-        sums = [kernel for kernel in kernels if re.search("AllReduce|AllGather|norm_quantize", kernel["name"])]
-        row["collectives"] = sum(kernel["count"] for kernel in sums)
+        step_us = Captured(prompted, run).time(options.tokens)
     else:
         step_us = time_loop(prompted, run, options.tokens, device)
     return row | {"step_us": round(step_us, 1), "tok_s": round(batch * 1e6 / step_us, 1)}
