@@ -38,6 +38,7 @@ _ACTIVATION_KEYS = (
     "observer",
 )
 _SCHEME_KEYS = ("preset", "weight", "activation", "method")
+_PARTS = {"weight": _WEIGHT_KEYS, "activation": _ACTIVATION_KEYS}
 _SIZES = frozenset({"granularity", "group_size", "block_size"})
 
 
@@ -186,23 +187,27 @@ def parse_scheme(given: str | Mapping[str, Any] | Scheme) -> Scheme:
         return given
     if isinstance(given, str):
         return preset(given)
-    for part, keys in (("weight", _WEIGHT_KEYS), ("activation", _ACTIVATION_KEYS)):
-        for key in given if isinstance(given, Mapping) else ():
-            if key in keys and key not in _SCHEME_KEYS:
-                raise ConfigError(f"{key} is no key of a scheme, but of its {part}: {{{part!r}: {{{key!r}: ...}}}}")
-    check_keys("scheme", given, _SCHEME_KEYS)
+    _check_scheme_keys(given)
     method = parse_method(given["method"]) if "method" in given else ROUND
-    if "preset" in given:
-        known = preset(given["preset"])
-        if "weight" not in given and "activation" not in given:
-            return replace(known, method=method)
-        changed = _parse_parts(_changed(known, given), method)
-        if not _SIZES.isdisjoint(given.get("weight", ())):
-            return changed
-        return replace(changed, weight=replace(changed.weight, flexible_group=known.weight.flexible_group))
-    if "weight" not in given:
-        raise ConfigError("scheme needs a weight")
-    return _parse_parts(given, method)
+    if "preset" not in given:
+        if "weight" not in given:
+            raise ConfigError("scheme needs a weight")
+        return _parse_parts(given, method)
+    known = preset(given["preset"])
+    if "weight" not in given and "activation" not in given:
+        return replace(known, method=method)
+    changed = _parse_parts(_changed(known, given), method)
+    if not _SIZES.isdisjoint(given.get("weight", ())):
+        return changed
+    return replace(changed, weight=replace(changed.weight, flexible_group=known.weight.flexible_group))
+
+
+def _check_scheme_keys(given: Mapping[str, Any]) -> None:
+    """`check_keys`, which says of keys of a part where they belong."""
+    for part, keys in _PARTS.items() if isinstance(given, Mapping) else ():
+        if key := next((key for key in given if key in keys), None):
+            raise ConfigError(f"{key} is no key of a scheme, but of its {part}: {{{part!r}: {{{key!r}: ...}}}}")
+    check_keys("scheme", given, _SCHEME_KEYS)
 
 
 def _parse_parts(given: Mapping[str, Any], method: Method) -> Scheme:
@@ -217,16 +222,18 @@ def _parse_parts(given: Mapping[str, Any], method: Method) -> Scheme:
 def _changed(known: Scheme, given: Mapping[str, Any]) -> dict[str, Any]:
     """`weight` and `activation` of a scheme, where what is given takes the place of what it has."""
     changed = _parts_to_dict(known)
-    for part, keys in (("weight", _WEIGHT_KEYS), ("activation", _ACTIVATION_KEYS)):
+    changed["weight"] |= _granularity_dict(known.weight.granularity, "channel")
+    for part, keys in _PARTS.items():
         if part not in given:
             continue
         new = given[part]
-        if part == "weight" or new is not None:
-            check_keys(part, new, keys)
-            replaced = set(_SIZES if not _SIZES.isdisjoint(new) else ())
-            replaced |= {"symmetric"} if "format" in new else set()
-            new = {k: v for k, v in changed.get(part, {}).items() if k not in replaced} | dict(new)
-        changed[part] = new
+        if new is None and part == "activation":
+            changed[part] = None
+            continue
+        check_keys(part, new, keys)
+        replaced = set() if _SIZES.isdisjoint(new) else set(_SIZES)
+        replaced |= {"symmetric"} if "format" in new else set()
+        changed[part] = {k: v for k, v in changed.get(part, {}).items() if k not in replaced} | dict(new)
     return changed
 
 

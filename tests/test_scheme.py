@@ -240,6 +240,10 @@ def test_a_preset_of_which_nothing_is_changed(name):
     [
         ({"preset": "int4", "weight": {"group_size": 64}}, {"weight": {"format": "int4", "group_size": 64}}),
         ({"preset": "int4", "weight": {"symmetric": False}}, "int4_asym"),
+        (
+            {"preset": "int4", "weight": {"format": "int8", "group_size": 128}},
+            {"weight": {"format": "int8", "group_size": 128}},
+        ),
         ({"preset": "int4_asym", "weight": {"format": "int4"}}, "int4"),
         ({"preset": "fp8", "activation": None}, {"weight": {"format": "fp8_e4m3"}}),
         (
@@ -258,6 +262,12 @@ def test_a_preset_of_which_nothing_is_changed(name):
 )
 def test_a_preset_of_which_some_is_changed(given_, wanted):
     assert parse_scheme(given_) == parse_scheme(wanted)
+
+
+def test_another_format_keeps_the_group_of_a_preset():
+    weight = parse_scheme({"preset": "int4", "weight": {"format": "int8"}}).weight
+    assert (weight.format, weight.granularity) == (get_format("int8"), Granularity.group(128))
+    assert weight.flexible_group
 
 
 @pytest.mark.parametrize("size", [0, 100, 8, 1, -2, True, False, "64", 64.0, 2**31, 10**400, [64], {}])
