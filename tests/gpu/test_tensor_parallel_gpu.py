@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import qcompile
+from qcompile.codegen.norm_kernel_spec import WIDEST
+from qcompile.norm_spec import largest_sum
 from qcompile.presets import PRESETS
 from tests.kernels.test_norms import LLAMA, inputs
 from tests.parallel import work
@@ -127,9 +130,20 @@ def test_inputs_have_scales_of_their_part(ranks: Ranks, name: str, tmp_path: Pat
         assert sqnr(expected["logits"], first["logits"]) >= floor
 
 
-def whole_numbers(*shape: int) -> torch.Tensor:
-    """One for each GPU, whose sums are exact in whatever order."""
-    return torch.randint(-8, 9, (torch.cuda.device_count(), *shape))
+def terms(*shape: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """One for each GPU and their sum, in float32 in their order, which is rounded once.
+
+    Beyond what the kernel adds they are whole numbers, since NCCL adds in an order of its own.
+    """
+    count = torch.cuda.device_count()
+    size = dtype.itemsize * math.prod(shape)
+    by_kernel = size <= largest_sum(count) and shape[-1] % 2 == 0 and shape[-1] <= WIDEST
+    drawn = torch.randn(count, *shape) if by_kernel or count == 2 else torch.randint(-8, 9, (count, *shape))
+    x = drawn.to(dtype)
+    total = x[0].float()
+    for other in x[1:]:
+        total = total + other.float()
+    return x, total.to(dtype)
 
 
 SHAPES = [(8,), (1, 4096), (2, 8, 2880), (33, 4096), (256, 4096), (257, 4096), (1 << 17,), (3, 101)]
@@ -139,9 +153,9 @@ SHAPES = [(8,), (1, 4096), (2, 8, 2880), (33, 4096), (256, 4096), (257, 4096), (
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sums(all_ranks: Ranks, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Within the memory that GPUs share and beyond it, of different sizes one after the other."""
-    x = whole_numbers(*shape).to(dtype)
+    x, total = terms(*shape, dtype=dtype)
     for found in all_ranks.call(work.sums, x):
-        assert torch.equal(found, x.sum(0).expand(20, *shape))
+        assert torch.equal(found, total.expand(20, *shape))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 600])
@@ -150,8 +164,8 @@ def test_norms_of_sums(all_ranks: Ranks, name: str, rows: int) -> None:
     """What the kernel makes of the sum on one GPU; of the most rows the sum is NCCL's."""
     norm = NORMS[name]
     _, *rest = inputs(norm, rows, torch.bfloat16)
-    xs = whole_numbers(rows, norm.k).to(torch.bfloat16)
-    given = [None if tensor is None else tensor.to(GPU) for tensor in (xs.sum(0), *rest)]
+    xs, total = terms(rows, norm.k, dtype=torch.bfloat16)
+    given = [None if tensor is None else tensor.to(GPU) for tensor in (total, *rest)]
     wanted = torch.ops.qcompile.norm_quantize(*given, norm.encode())
     for found in all_ranks.call(work.norms, norm, xs, rest):
         for call in found:
