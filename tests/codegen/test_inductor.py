@@ -129,7 +129,7 @@ def generated() -> dict[str, list[str]]:
 @pytest.mark.parametrize(("preset", "before"), QUANTIZED)
 def test_activations_are_read_once_and_quantized_once_for_all_that_read_them(generated, preset, before):
     """One kernel from the activations' inputs to codes and scales, of which three products get the same."""
-    if TORCH < (2, 13) and (preset, before) == ("fp8_block", "silu"):
+    if TORCH < (2, 12) and (preset, before) == ("fp8_block", "silu"):
         pytest.skip("torch 2.11 takes two kernels")
     quantize, *products = generated[f"{preset} {before}"]
     assert quantize.startswith("triton_")
@@ -139,7 +139,7 @@ def test_activations_are_read_once_and_quantized_once_for_all_that_read_them(gen
         assert f" {name}," in quantize or f"({name}," in quantize
 
 
-@pytest.mark.skipif(not (2, 13) <= TORCH < (2, 15), reason="torch 2.11 and 2.15 join them")
+@pytest.mark.skipif(not (2, 12) <= TORCH < (2, 15), reason="torch 2.11 and 2.15 join them")
 def test_by_itself_inductor_takes_two_kernels_for_scales_of_groups_after_a_norm(generated):
     """It does not join the sum over a row and the maxima of its groups: hence the pass `quantize_norms`."""
     norm, quantize, *products = generated["groups"]
